@@ -1,0 +1,98 @@
+"""An adapter: the pair (A, B) of one layer, as a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.initialization import initial_A
+
+
+class Adapter(nn.Module):
+    """A and B of one layer under one name; sub-classes say how they act on that kind of layer.
+
+    A and B stay fp32 when the model around them is cast (``model.half()``, Lightning's ``precision="bf16-true"``):
+    in bf16 an update of 1e-3 on a value of 1 is lost.
+
+    Args:
+        in_features: length of the input vectors.
+        out_features: length of the output vectors.
+        r: rank.
+        alpha: as the user gave it; kept for files.
+        scale: factor in front of ``B A``.
+        dropout: probability of dropping an input of A, in training.
+        init: how A starts.
+        seed: of A's generator.
+        device: where A and B are made.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        alpha: float,
+        scale: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.r, self.alpha, self.scale = r, alpha, scale
+        self.dropout, self.init, self.seed = dropout, init, seed
+        self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32, device=device))
+        if not self.A.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A from its own generator, B zero: the layer starts as the base."""
+        self.A.copy_(initial_A(self.r, self.A.shape[1], self.init, self.seed))
+        self.B.zero_()
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """``x`` with the adapter's dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def extra_repr(self) -> str:
+        """Shape and scale, for ``print(model)``."""
+        out_features, r = self.B.shape
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{self.A.shape[1]} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,
+        # not cast there and back: a resumed run must see them bit for bit.
+        before = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != before[name].dtype:
+                parameter.data = before[name].to(parameter.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # A file without any adapter of this name is a base checkpoint: it loads into an adapted model as into a plain
+        # one. A file that lacks only some of them is refused as usual.
+        tails = tuple(f"{'.'.join(prefix.split('.')[-3:])}{matrix}" for matrix in ("A", "B"))  # lora.<name>.A
+        if any(f".{key}".endswith(tuple(f".{tail}" for tail in tails)) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer by name; while not ``enabled`` the layer gives the base's output."""
+
+    enabled: bool = True
+
+    def active(self) -> list[Adapter]:
+        """Those that act now."""
+        return [module for module in self.values() if isinstance(module, Adapter)] if self.enabled else []

@@ -1,0 +1,190 @@
+"""The verbs that put adapters on a model and take them off, on any ``nn.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_lora.adapter import Adapter, Adapters
+from lightning_lora.config import LoRAConfig
+from lightning_lora.freeze import freeze, thaw
+from lightning_lora.initialization import seed_of
+from lightning_lora.kinds import swapped_class
+from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, weight_of
+from lightning_lora.merge import unmerge_lora
+from lightning_lora.originals import moved, put_back, remember
+from lightning_lora.record import config_of, forget, is_merged, record_of
+from lightning_lora.targets import Targets, find_targets
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Adapt the modules of ``model`` that ``config`` means, in place, and freeze the rest.
+
+    Applying the same configuration again adds nothing; on a merged model it unmerges first. The global random stream
+    is untouched, and until B is trained the outputs are the base's.
+
+    Args:
+        model: any module.
+        config: what to adapt and how.
+
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        ValueError: if a target cannot be found or adapted, or ``model`` was adapted by another configuration.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> apply_lora(model, LoRAConfig(r=2, targets="all"))
+        ['0', '2']
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.lora.default.A', '0.lora.default.B', '2.lora.default.A', '2.lora.default.B']
+    """
+    check_same(model, config)
+    if is_merged(model):
+        unmerge_lora(model)
+    targets = find_targets(model, config)
+    targets.check()
+    bare = config_of(model) is None
+    inject(model, targets, config)
+    if bare:
+        remember(model)
+    return list(targets.modules)
+
+
+def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
+    """Adapt those of ``targets`` that are not yet adapted, and freeze the rest."""
+    for name, module in targets.modules.items():
+        if isinstance(module, LoRALayer):
+            _renew_dropout(module, config)
+        else:
+            cls = swapped_class(type(module))
+            attach(module, cls, Adapters({config.name: new_adapter(name, module, cls, config)}))
+    record_of(model).config = config
+    freeze(model, config)
+
+
+def new_adapter(name: str, module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
+    """The adapter of ``config`` for the module called ``name``, where its weight lives."""
+    weight = weight_of(module)
+    out_features, in_features = cls.as_matrix(weight).shape
+    return cls.adapter_class(
+        in_features,
+        out_features,
+        r=config.rank_for(name),
+        alpha=config.alpha_for(name),
+        scale=config.scale_for(name),
+        dropout=config.dropout,
+        init=config.init,
+        seed=seed_of(config.seed, name, config.name),
+        device=weight.device,
+        **cls.adapter_arguments(module),
+    )
+
+
+def _renew_dropout(layer: LoRALayer, config: LoRAConfig) -> None:
+    for adapter in layer.lora.active():
+        adapter.dropout = config.dropout
+
+
+IDENTITY = ("name", "r", "alpha", "rslora", "targets", "exclude", "rank_pattern", "alpha_pattern", "bias", "also_train")
+
+
+def difference(one: LoRAConfig, other: LoRAConfig) -> str | None:
+    """The first argument in which two configurations mean different adapters, as ``r=4 instead of r=8``."""
+    first, second = one.to_dict(), other.to_dict()
+    for key in IDENTITY:
+        if (first[key] or None) != (second[key] or None) and not _same_alpha(key, one, other):
+            return f"`{key}={second[key]!r}` instead of `{key}={first[key]!r}`"
+    return None
+
+
+def _same_alpha(key: str, one: LoRAConfig, other: LoRAConfig) -> bool:
+    return key == "alpha" and (one.alpha or one.r) == (other.alpha or other.r)
+
+
+def check_same(model: nn.Module, config: LoRAConfig) -> None:
+    """Raise if ``model`` carries adapters, live or merged, of another configuration.
+
+    Raises:
+        ValueError: naming the first difference and the ways out.
+    """
+    present = config_of(model)
+    other = difference(present, config) if present is not None else None
+    if other is not None:
+        raise ValueError(
+            f"The model already has adapters{' (merged)' if is_merged(model) else ''}, and this asks for {other}. To "
+            "start over on the original base call `remove_lora(model)`; to keep what was trained as the new base call "
+            "`merge_lora(model, undo=False)`; to continue, ask for the same."
+        )
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Make ``model`` again what it was before :func:`apply_lora`, in place; nothing happens to one without adapters.
+
+    It takes everything back: adapters, merged ones too, and the values of trained biases, ``also_train`` modules and
+    buffers. To keep them call ``merge_lora(model, undo=False)`` instead.
+
+    Raises:
+        ValueError: if a merged weight was changed since, so that the base cannot be restored.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> _ = apply_lora(model, LoRAConfig(targets="all"))
+        >>> remove_lora(model)
+        >>> type(model).__name__, list(model.state_dict())
+        ('Linear', ['weight', 'bias'])
+    """
+    if is_merged(model):
+        unmerge_lora(model)
+    put_back(model)
+    for _, layer in list(adapted_layers(model)):
+        detach(layer)
+    thaw(model)
+    forget(model)
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Give the base's outputs inside the ``with`` block, its own biases, heads and buffers included.
+
+    Raises:
+        ValueError: if ``model`` has no adapters, or they are merged.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> _ = apply_lora(model, LoRAConfig(targets="all"))
+        >>> with disable_lora(model):
+        ...     reference = model(torch.ones(4))
+    """
+    if is_merged(model):
+        raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `disable_lora`.")
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not layers:
+        raise ValueError("The model has no adapters to disable: call `apply_lora` first.")
+    flags = [layer.lora.enabled for layer in layers]
+    trained = _swap_originals(model)
+    for layer in layers:
+        layer.lora.enabled = False
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer.lora.enabled = flag
+        for tensor, data in trained:
+            tensor.data = data
+
+
+def _swap_originals(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for module, key, original in list(moved(model)):
+        tensor = {**module._parameters, **module._buffers}[key]
+        assert tensor is not None
+        trained.append((tensor, tensor.data))
+        tensor.data = original.to(tensor.device)
+    return trained

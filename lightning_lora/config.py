@@ -1,0 +1,162 @@
+"""What the user asks for: one frozen dataclass, validated in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_lora.patterns import first_match
+
+PRESETS = ("attn", "qv", "mlp", "all")
+INITS = ("kaiming", "gaussian")
+BIASES = ("none", "all", "lora_only")
+MERGES = (True, False, "last", "best")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The arguments of an adapter (Hu et al. 2021, arXiv 2106.09685): ``h = W0 x + scale * B A x``.
+
+    Patterns (in ``targets``, ``exclude``, ``also_train`` and the keys of ``rank_pattern`` and ``alpha_pattern``) are
+    suffixes of dotted module names (``"q_proj"``, ``"attn.q_proj"``), globs (``"layers.*.q_proj"``, matched against
+    the name and its dotted tails) or ``"re:"`` followed by a regular expression that matches the whole name.
+
+    Args:
+        r: rank of the update; A has shape ``(r, in_features)``, B ``(out_features, r)``.
+        alpha: numerator of the scale ``alpha / r``; ``None`` means ``alpha = r``, a scale of 1.
+        targets: a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``) or a list of patterns.
+        exclude: patterns of modules to leave alone, with all that is inside them.
+        dropout: probability with which the input of the adapter, not of the layer, is dropped in training.
+        init: ``"kaiming"`` (A as the weight of ``nn.Linear``) or ``"gaussian"`` (A normal with standard deviation
+            ``1 / r``); B is zero, so the model starts as the base.
+        rslora: scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
+        bias: which biases train too: ``"none"``, ``"lora_only"`` (those of adapted layers) or ``"all"``.
+        also_train: patterns of modules or parameters that are trained in full and saved with the adapters.
+        rank_pattern: ranks that differ from ``r``, by pattern; the first key that matches counts.
+        alpha_pattern: alphas that differ from ``alpha``, by pattern.
+        seed: seed of A; ``None`` takes the one that ``seed_everything`` set, else 0.
+        lr_scale: factor on the learning rate of optimizer groups that hold adapters. Read by the callback.
+        merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``. Read by the callback.
+        name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
+
+    Raises:
+        ValueError: if a value is out of its range.
+        TypeError: if a value has the wrong type.
+
+    Example:
+        >>> LoRAConfig(r=4, targets=["q_proj", "v_proj"]).scale_for("layers.0.q_proj")
+        1.0
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    targets: str | Sequence[str] = "attn"
+    exclude: Sequence[str] | None = None
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rslora: bool = False
+    bias: str = "none"
+    also_train: Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    seed: int | None = None
+    lr_scale: float = 1.0
+    merge: bool | str = True
+    name: str = "default"
+
+    def __post_init__(self) -> None:
+        """Check every argument; everything else may then rely on it."""
+        _check_rank("r", self.r)
+        if self.alpha is not None:
+            _check_positive("alpha", self.alpha)
+        _check_targets(self.targets)
+        _check_patterns("exclude", self.exclude)
+        _check_patterns("also_train", self.also_train)
+        for key, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in (self.alpha_pattern or {}).items():
+            _check_positive(f"alpha_pattern[{key!r}]", alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be a probability in [0, 1), but got {self.dropout!r}.")
+        _check_choice("init", self.init, INITS)
+        _check_choice("bias", self.bias, BIASES)
+        _check_choice("merge", self.merge, MERGES)
+        _check_positive("lr_scale", self.lr_scale)
+        if not isinstance(self.rslora, bool):
+            raise TypeError(f"`rslora` must be a bool, but got {self.rslora!r}.")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {self.name!r}.")
+
+    def rank_for(self, name: str) -> int:
+        """Rank of the adapter of the module ``name``."""
+        return first_match(name, self.rank_pattern or {}, self.r)
+
+    def alpha_for(self, name: str) -> float:
+        """Alpha of the adapter of the module ``name``: its pattern's, else ``alpha``, else its rank."""
+        rank = self.rank_for(name)
+        return first_match(name, self.alpha_pattern or {}, float(rank if self.alpha is None else self.alpha))
+
+    def scale_for(self, name: str) -> float:
+        """Factor in front of ``B A`` for the module ``name``."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_rank(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To train no adapter, leave LoRA out.")
+
+
+def _check_positive(argument: str, value: Any) -> None:
+    if not _is_number(value):
+        raise TypeError(f"`{argument}` must be a number, but got {value!r}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{argument}` must be positive and finite, but got {value}.")
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def _check_targets(targets: Any) -> None:
+    if isinstance(targets, str):
+        if targets not in PRESETS:
+            raise ValueError(
+                f"`targets` must be one of the presets {', '.join(map(repr, PRESETS))} or a list of module names, "
+                f"but got {targets!r}. To adapt modules of that name write targets=[{targets!r}]."
+            )
+        return
+    _check_patterns("targets", targets)
+    if not targets:
+        raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
+
+
+def _check_patterns(argument: str, patterns: Any) -> None:
+    if patterns is None and argument != "targets":
+        return
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise TypeError(f"`{argument}` must be a list of module names, but got {patterns!r}.")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern or pattern == "re:":
+            raise TypeError(f"`{argument}` must hold module names as non-empty strings, but got {pattern!r}.")

@@ -1,0 +1,75 @@
+"""LoRA for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, whatever their stride, padding, dilation and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.layer import LoRALayer, weight_of
+
+Convolve = Callable[[Tensor, Tensor, None], Tensor]
+
+
+class ConvAdapter(Adapter):
+    """Adds a convolution with A, of r channels in each group, followed by a pointwise one with B.
+
+    A is ``(r, in_channels / groups * kernel)`` and B ``(out_channels, r)``, so that ``B A`` has the shape of the weight
+    seen as a matrix, for any number of groups.
+    """
+
+    def forward(self, y: Tensor, x: Tensor, layer: LoRAConv) -> Tensor:
+        """The output ``y`` with the term for the input ``x``."""
+        kernel = weight_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
+        A = self.A.to(x.dtype).view(-1, *kernel).repeat(layer.groups, *[1] * len(kernel))
+        B = (self.scale * self.B).to(x.dtype).view(*self.B.shape, *[1] * (len(kernel) - 1))
+        hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)
+        return y + layer.pointwise(hidden, B, groups=layer.groups).to(y.dtype)
+
+
+class LoRAConv(LoRALayer):
+    """What the three have in common."""
+
+    adapter_class = ConvAdapter
+    groups: int
+    pointwise: Callable[..., Tensor]
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """``(out_channels, in_channels / groups, *kernel)`` seen as ``(out_channels, rest)``."""
+        return weight.flatten(1)
+
+    @staticmethod
+    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+        """The reverse."""
+        return matrix.view(weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The frozen convolution, then each adapter's term."""
+        y: Tensor = super().forward(x)
+        for adapter in self.lora.active():
+            y = adapter(y, x, self)
+        return y
+
+
+class LoRAConv1d(LoRAConv, nn.Conv1d):
+    """An ``nn.Conv1d`` with adapters."""
+
+    original_class = nn.Conv1d
+    pointwise = staticmethod(nn.functional.conv1d)
+
+
+class LoRAConv2d(LoRAConv, nn.Conv2d):
+    """An ``nn.Conv2d`` with adapters."""
+
+    original_class = nn.Conv2d
+    pointwise = staticmethod(nn.functional.conv2d)
+
+
+class LoRAConv3d(LoRAConv, nn.Conv3d):
+    """An ``nn.Conv3d`` with adapters."""
+
+    original_class = nn.Conv3d
+    pointwise = staticmethod(nn.functional.conv3d)

@@ -1,0 +1,95 @@
+"""LoRA for ``nn.Embedding``: the same pair, with the one-hot vector of an index as input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.layer import LoRALayer
+
+
+class EmbeddingAdapter(Adapter):
+    """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has nothing to drop."""
+
+    def __init__(self, *args: Any, padding_idx: int | None = None, **kwargs: Any) -> None:
+        self.padding_idx = padding_idx
+        super().__init__(*args, **kwargs)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As any adapter, but the padding index has no delta."""
+        super().reset_parameters()
+        if self.padding_idx is not None:
+            self.A[:, self.padding_idx] = 0
+
+    def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool) -> Tensor:
+        """The rows ``y`` of shape ``(..., embedding_dim)`` with the term for ``index`` of shape ``(...)``.
+
+        The gradient of A is dense also for a layer made with ``sparse=True``: A is small. The padding index gets no
+        gradient, as in the plain layer.
+        """
+        hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
+        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype)).to(y.dtype)
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """An ``nn.Embedding`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``, as in PEFT.
+
+    With ``max_norm`` the sum is what is kept within the norm, as it will be after a merge. The plain layer does that
+    by changing the rows of its weight in place; here the frozen weight stays as it is.
+    """
+
+    original_class = nn.Embedding
+    adapter_class = EmbeddingAdapter
+
+    @staticmethod
+    def adapter_arguments(module: nn.Module) -> dict[str, Any]:
+        """The adapter knows the padding index: its column of A starts at zero, so that the padding row stays."""
+        return {"padding_idx": module.padding_idx}
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """``(num_embeddings, embedding_dim)`` seen as ``(embedding_dim, num_embeddings)``."""
+        return weight.t()
+
+    @staticmethod
+    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+        """The reverse."""
+        return matrix.t()
+
+    def forward(self, index: Tensor) -> Tensor:
+        """The frozen rows, then each adapter's term, then the norm."""
+        if self.max_norm is None:
+            y = super().forward(index)
+        else:
+            y = F.embedding(index, self.weight, self.padding_idx, sparse=self.sparse)
+        for adapter in self.lora.active():
+            y = adapter(y, index, self.scale_grad_by_freq)
+        return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
+        if self.max_norm is None:
+            return
+        index = torch.arange(self.num_embeddings, device=self.weight.device)
+        for _ in range(8):
+            before = self.weight.clone()
+            torch.embedding_renorm_(self.weight, index, self.max_norm, self.norm_type)
+            if torch.equal(before, self.weight):
+                return
+
+
+def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """``rows`` of shape ``(..., dim)``, those longer than ``max_norm`` shortened.
+
+    The gradient passes as through the plain layer, which renormalises outside the graph.
+    """
+    flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
+    index = torch.arange(len(flat), device=flat.device)
+    shortened = torch.embedding_renorm_(flat, index, max_norm, norm_type).view_as(rows)
+    return shortened + (rows - rows.detach())

@@ -1,0 +1,31 @@
+"""LoRA for ``nn.Linear`` and its sub-classes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.layer import LoRALayer
+from lightning_lora.op import add_low_rank
+
+
+class LinearAdapter(Adapter):
+    """Adds ``scale * B A x``."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
+        return add_low_rank(y, self.dropped(x), self.A, self.B, self.scale)
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """An ``nn.Linear`` with adapters: ``W0 x + b + scale * B A x``."""
+
+    original_class = nn.Linear
+    adapter_class = LinearAdapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The frozen map, then each adapter's term."""
+        y = super().forward(x)
+        for adapter in self.lora.active():
+            y = adapter(y, x)
+        return y

@@ -1,0 +1,43 @@
+"""Module and parameter names as the user wrote them, whatever wraps the modules now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def clean(name: str) -> str:
+    """``name`` without what torch.compile, FSDP and checkpoint wrappers put between.
+
+    Example:
+        >>> clean("net._orig_mod.fc.weight")
+        'net.fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under its clean name; one that is used under two names comes twice, a wrapper not at all."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not WRAPPERS & module._modules.keys():
+            yield clean(name), module
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under its first clean name."""
+    for name, parameter in model.named_parameters():
+        yield clean(name), parameter
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every buffer that a state dict holds, under its first clean name."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None or key in module._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            yield clean(f"{name}.{key}" if name else key), buffer

@@ -1,0 +1,29 @@
+"""The op of the method: the low-rank term added to what the frozen layer gave."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``y + scale * B A x`` (Hu et al. 2021, equation 3).
+
+    A and B are fp32 whatever the model's dtype; they are cast to the activations' dtype, never the other way round:
+    casting activations up costs more time and memory than the whole backbone's weight gradients.
+
+    Args:
+        y: the frozen layer's output, ``(..., out_features)``.
+        x: its input, ``(..., in_features)``.
+        A: ``(r, in_features)``.
+        B: ``(out_features, r)``.
+        scale: ``alpha / r``.
+
+    Example:
+        >>> import torch
+        >>> A, B, x = torch.ones(1, 2), torch.ones(3, 1), torch.ones(2)
+        >>> add_low_rank(torch.zeros(3), x, A, B, scale=0.5)
+        tensor([1., 1., 1.])
+    """
+    hidden = F.linear(x, A.to(x.dtype))  # (..., r)
+    return y + F.linear(hidden, (scale * B).to(x.dtype)).to(y.dtype)

@@ -1,0 +1,43 @@
+"""What of the base moves though the base is frozen: trained biases and modules, and buffers such as statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.bits import same_bits
+from lightning_lora.record import record_of, records
+
+
+def remember(model: nn.Module) -> None:
+    """Keep a copy, on the CPU, of everything that may move, as it is now."""
+    for _, module in names.named_modules(model):
+        trained = record_of(module).trained
+        tensors = {key: tensor for key, tensor in _own(module).items() if key in trained or key in module._buffers}
+        record_of(module).originals = {
+            key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items() if not tensor.is_meta
+        }
+
+
+def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Every tensor of the base that differs from what was remembered, with that value."""
+    for _, module, record in records(model):
+        own = _own(module)
+        for key, original in record.originals.items():
+            if key in own and not same_bits(own[key].detach(), original):
+                yield module, key, original
+
+
+@torch.no_grad()
+def put_back(model: nn.Module) -> None:
+    """Give the base its own values back."""
+    for module, key, original in list(moved(model)):
+        _own(module)[key].copy_(original)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    return {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}

@@ -1,0 +1,63 @@
+"""How a pattern names modules: a suffix, a glob, or a regular expression."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def matches(name: str, pattern: str) -> bool:
+    r"""Whether the dotted ``name`` is meant by ``pattern``.
+
+    Example:
+        >>> matches("net.layers.0.q_proj", "q_proj"), matches("net.layers.0.q_proj", "proj")
+        (True, False)
+        >>> matches("net.layers.0.q_proj", "layers.*.q_proj"), matches("net.layers.0.q_proj", r"re:.*[02]\.q_proj")
+        (True, True)
+    """
+    if pattern.startswith("re:"):
+        return compiled(pattern).fullmatch(name) is not None
+    if any(character in pattern for character in "*?["):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression behind ``re:``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}.") from error
+
+
+def first_match(name: str, patterns: Mapping[str, Value], default: Value) -> Value:
+    """The value of the first pattern that matches ``name``."""
+    return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
+
+
+def covers(name: str, patterns: Iterable[str]) -> bool:
+    """Whether ``name``, or a module that it lies in, is meant by one of ``patterns``."""
+    parts = name.split(".")
+    heads = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    return any(matches(head, pattern) for pattern in patterns for head in heads)
+
+
+def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The ``names`` that look most like ``pattern``, numbers in them folded so that one layer stands for all."""
+    folded = {re.sub(r"\b\d+\b", "*", name): name for name in names}
+    tails: dict[str, str] = {}
+    for short in folded:
+        for tail in (short, short.split(".")[-1]):
+            tails.setdefault(tail, short)
+    close = difflib.get_close_matches(pattern.removeprefix("re:"), tails, n=count * 2, cutoff=0.4)
+    found = list(dict.fromkeys(tails[tail] for tail in close))[:count]
+    return found or list(folded)[:count]

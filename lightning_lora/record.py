@@ -1,0 +1,101 @@
+"""What is remembered on a module: how it was found, and after a merge what an exact unmerge needs.
+
+Each module keeps the facts about its own parameters, in one plain attribute. So they travel with ``deepcopy`` and
+``pickle`` and are found from any part of a model, whatever holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.adapter import Adapters
+from lightning_lora.config import LoRAConfig
+from lightning_lora.exact import Patch
+
+_ATTRIBUTE = "_lightning_lora"
+
+
+@dataclass
+class Merged:
+    """An adapted layer's adapters after they went into its weight.
+
+    Args:
+        adapters: A and B, private to the record.
+        patch: the elements that subtracting delta does not give back.
+        checksum: of the merged weight.
+        original: checksum of the weight before the merge.
+    """
+
+    adapters: Adapters
+    patch: Patch
+    checksum: int
+    original: int
+
+
+@dataclass
+class Record:
+    """The facts about one module; keys are those of its own parameters and buffers.
+
+    Args:
+        config: on the module that ``apply_lora`` was called with.
+        found: ``requires_grad`` as found, while the module is frozen.
+        trained: the base's parameters that train beside the adapters.
+        originals: values before training of what may move: trained parameters and buffers, on the CPU.
+        merged: on a layer whose adapters are merged.
+    """
+
+    config: LoRAConfig | None = None
+    found: dict[str, bool] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    merged: Merged | None = None
+
+
+def record_of(module: nn.Module) -> Record:
+    """The record on ``module``, made if there is none."""
+    if _ATTRIBUTE not in module.__dict__:
+        module.__dict__[_ATTRIBUTE] = Record()
+    record = module.__dict__[_ATTRIBUTE]
+    assert isinstance(record, Record)
+    return record
+
+
+def records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Every record in ``model`` with its module under its first clean name."""
+    for name, module in model.named_modules():
+        if _ATTRIBUTE in module.__dict__:
+            yield names.clean(name), module, module.__dict__[_ATTRIBUTE]
+
+
+def forget(model: nn.Module) -> None:
+    """Take every record off."""
+    for _, module, _ in list(records(model)):
+        del module.__dict__[_ATTRIBUTE]
+
+
+def prune(model: nn.Module) -> None:
+    """Take off the records that say nothing."""
+    for _, module, record in list(records(model)):
+        if not (record.config or record.found or record.trained or record.originals or record.merged):
+            del module.__dict__[_ATTRIBUTE]
+
+
+def config_of(model: nn.Module) -> LoRAConfig | None:
+    """The configuration that ``model``, or a part of it, was adapted with."""
+    return next((record.config for _, _, record in records(model) if record.config is not None), None)
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Merged]]:
+    """Every layer whose adapters are merged."""
+    for name, module, record in records(model):
+        if record.merged is not None:
+            yield name, module, record.merged
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into ``model``."""
+    return any(True for _ in merged_layers(model))

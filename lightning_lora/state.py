@@ -1,0 +1,124 @@
+"""What an adapter is as data: what belongs in a file is asked here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.freeze import trained_parameters
+from lightning_lora.layer import adapted_layers
+from lightning_lora.originals import moved
+from lightning_lora.record import merged_layers, records
+
+
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapters' parameters with their names; those of a merged model come from its merge record.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Linear(4, 2)
+        >>> _ = apply_lora(model, LoRAConfig(r=1, targets="all"))
+        >>> {name: tuple(parameter.shape) for name, parameter in lora_parameters(model)}
+        {'lora.default.A': (1, 4), 'lora.default.B': (2, 1)}
+    """
+    holders = [(name, layer.lora) for name, layer in adapted_layers(model)]
+    holders += [(name, merged.adapters) for name, _, merged in merged_layers(model)]
+    for name, adapters in holders:
+        for key, parameter in adapters.named_parameters():
+            yield f"{name}.lora.{key}".removeprefix("."), parameter
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Any]:
+    """What an adapter file holds, under the model's own names.
+
+    Adapters, ``also_train`` modules, the biases that train, and buffers that changed since :func:`apply_lora` (the
+    statistics of BatchNorm move though it is frozen). No frozen parameter is in it.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Linear(4, 2)
+        >>> _ = apply_lora(model, LoRAConfig(targets="all"))
+        >>> list(lora_state_dict(model))
+        ['lora.default.A', 'lora.default.B']
+    """
+    state = keep_adapter(model, model.state_dict())
+    merged = [name for name, _, _ in merged_layers(model)]
+    return state | {name: value.detach() for name, value in lora_parameters(model) if merged}
+
+
+def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state dict of ``model`` that belong in an adapter file, under clean names."""
+    base = base_names(model)
+    return {names.clean(key): value for key, value in state.items() if names.clean(key) not in base}
+
+
+def base_names(model: nn.Module) -> set[str]:
+    """The names, under every alias, of what is no part of an adapter: frozen parameters and unchanged buffers."""
+    keep = {id(parameter) for _, parameter in trained_parameters(model)}
+    changed = {id(module._buffers.get(key)) for module, key, _ in moved(model)}
+    known = {id(module._buffers.get(key)) for _, module, record in records(model) for key in record.originals}
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in keep}
+    unchanged = {n for n, b in model.named_buffers(remove_duplicate=False) if id(b) in known - changed}
+    return {names.clean(name) for name in frozen | unchanged}
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what :func:`lora_state_dict` gave into a model with the same adapters: everything, or nothing at all.
+
+    Buffers that ``state`` does not name had not changed when it was made, and get their first values back.
+
+    Raises:
+        ValueError: if a key is missing, unknown or has another shape, or the model is merged or has no adapters.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> for model in (one, other):
+        ...     _ = apply_lora(model, LoRAConfig(targets="all"))
+        >>> load_lora_state_dict(other, lora_state_dict(one))
+    """
+    if not list(adapted_layers(model)):
+        merged = list(merged_layers(model))
+        do = "call `unmerge_lora(model)` first" if merged else "call `apply_lora` with its configuration first"
+        raise ValueError(f"The model has no {'live ' if merged else ''}adapters to load into: {do}.")
+    check_state(model, state)
+    _load(model, state)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise if ``state`` is not exactly an adapter of ``model``.
+
+    Raises:
+        ValueError: naming the first key that is missing, unknown or of another shape.
+    """
+    own = {names.clean(key): value for key, value in model.state_dict().items()}
+    base = {name for name, _ in names.named_buffers(model)} | base_names(model)
+    missing = [key for key in own if key not in base and key not in state]
+    unknown = [key for key in state if key not in own]
+    if missing or unknown:
+        what = f"lacks `{missing[0]}`" if missing else f"has `{unknown[0]}`, which this model has not"
+        raise ValueError(
+            f"The adapter does not fit the model: it {what} ({len(missing)} missing, {len(unknown)} unknown). Were "
+            "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
+        )
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape != own[key].shape:
+            raise ValueError(
+                f"The adapter does not fit the model: `{key}` has shape {tuple(value.shape)}, but the model needs "
+                f"{tuple(own[key].shape)}. Was `r` the same when it was made?"
+            )
+
+
+@torch.no_grad()
+def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+    for module, key, original in list(moved(model)):
+        if key in module._buffers:
+            module._buffers[key].copy_(original)  # type: ignore[union-attr]
+    own = {names.clean(key): value for key, value in model.state_dict().items()}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            own[key].copy_(value)

@@ -1,0 +1,185 @@
+"""Which modules a configuration means, and what is wrong with it if it means none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.kinds import refusal, root_of, swapped_class
+from lightning_lora.layer import LoRALayer, OnWeight
+from lightning_lora.patterns import covers, matches, nearest
+from lightning_lora.presets import is_fused, preset, roles_in
+
+
+@dataclass
+class Targets:
+    """The modules to adapt by first clean name, and why others that were named cannot be."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise what is wrong.
+
+        Raises:
+            ValueError: if a module that was named cannot be adapted, or a pattern matched nothing.
+        """
+        if self.problems:
+            raise ValueError("\n".join(self.problems))
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+    """What ``config`` means on ``model``, which is not changed."""
+    aliases = aliases_in(model)
+    targets = Targets()
+    chosen = _chosen(model, config, aliases, targets)
+    holders = _holders(model)
+    for name in aliases:
+        if name in chosen and not _left_out(aliases[name].names, config):
+            reason = _reason(name, aliases, holders, config)
+            if reason is None:
+                targets.modules[name] = aliases[name].module
+            else:
+                targets.problems.append(f"`{name}` {reason}. To leave it out write exclude=[{name!r}].")
+    if not targets.modules and not targets.problems:
+        targets.problems.append(_nothing_left(config))
+    _check_other_patterns(targets, config, aliases, model)
+    return targets
+
+
+@dataclass
+class Alias:
+    """A module and every name that it goes by."""
+
+    module: nn.Module
+    names: list[str]
+
+
+def aliases_in(model: nn.Module) -> dict[str, Alias]:
+    """Every module of ``model`` once, under its first clean name; adapters are no part of the user's model."""
+    found: dict[int, Alias] = {}
+    adapted = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    hidden = {id(inner) for layer in adapted for inner in layer.lora.modules()}
+    for name, module in names.named_modules(model):
+        if id(module) not in hidden:
+            found.setdefault(id(module), Alias(module, [])).names.append(name)
+    return {alias.names[0]: alias for alias in found.values()}
+
+
+def _chosen(model: nn.Module, config: LoRAConfig, aliases: dict[str, Alias], targets: Targets) -> set[str]:
+    if isinstance(config.targets, str):
+        chosen = set(preset(model, config.targets))
+        if not chosen:
+            targets.problems.append(_empty_preset(model, config.targets))
+        return chosen
+    found: set[str] = set()
+    for pattern in config.targets:
+        hits = [name for name, alias in aliases.items() if _named(alias, pattern)]
+        known = [name for name in hits if root_of(type(aliases[name].module)) is not None]
+        found |= set(known)
+        if not known:
+            targets.problems.append(_unmatched("targets", pattern, hits, aliases))
+    return found
+
+
+def _named(alias: Alias, pattern: str) -> bool:
+    return any(matches(name, pattern) for name in alias.names)
+
+
+def _left_out(all_names: Iterable[str], config: LoRAConfig) -> bool:
+    patterns = [*(config.exclude or ()), *(config.also_train or ())]
+    return any(covers(name, patterns) for name in all_names)
+
+
+def _reason(name: str, aliases: dict[str, Alias], holders: Holders, config: LoRAConfig) -> str | None:
+    module = aliases[name].module
+    parent = aliases.get(name.rpartition(".")[0])
+    reason = refusal(module, parent.module if parent else None)
+    if reason is not None:
+        return reason
+    if config.targets == "qv" and is_fused(name):
+        return f"fuses query and value in one map; to adapt all of it write targets={[name.rpartition('.')[2]]!r}"
+    if config.dropout and issubclass(swapped_class(plain_class(module)), OnWeight):
+        return f"has a forward of its own that reads its weight, where `dropout={config.dropout}` cannot act"
+    others = [held for other, held in holders[_memory(module._parameters["weight"])] if other is not module]
+    if others:
+        return f"shares its weight with `{others[0]}`: merging an adapter into one would change the other"
+    return None
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` has without adapters."""
+    return module.original_class if isinstance(module, LoRALayer) else type(module)
+
+
+Holders = dict[tuple[int, ...], list[tuple[nn.Module, str]]]
+
+
+def _holders(model: nn.Module) -> Holders:
+    found: Holders = {}
+    for name, module in names.named_modules(model):
+        for key, parameter in module._parameters.items():
+            found.setdefault(_memory(parameter), []).append((module, f"{name}.{key}"))
+    return found
+
+
+def _memory(parameter: Tensor | None) -> tuple[int, ...]:
+    """What two parameters have in common only if one is the other, as an object or as memory."""
+    if parameter is None or parameter.is_meta or is_lazy(parameter) or not parameter.data_ptr():
+        return (id(parameter),)
+    return (parameter.data_ptr(), *parameter.shape)
+
+
+def _check_other_patterns(targets: Targets, config: LoRAConfig, aliases: dict[str, Alias], model: nn.Module) -> None:
+    everything = [name for alias in aliases.values() for name in alias.names if name]
+    parameters = [name for name, _ in names.named_parameters(model)]
+    adapted = [alias for name in targets.modules for alias in aliases[name].names]
+    for argument, patterns, among in (
+        ("exclude", config.exclude, everything),
+        ("also_train", config.also_train, everything + parameters),
+        ("rank_pattern", config.rank_pattern, adapted),
+        ("alpha_pattern", config.alpha_pattern, adapted),
+    ):
+        for pattern in patterns or ():
+            if not any(matches(name, pattern) for name in among):
+                targets.problems.append(_unmatched(argument, pattern, [], aliases))
+
+
+def _unmatched(argument: str, pattern: str, hits: Sequence[str], aliases: dict[str, Alias]) -> str:
+    if hits:
+        kind = type(aliases[hits[0]].module).__name__
+        return (
+            f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that is a {kind} without a weight that LoRA "
+            f"can adapt. Name the layers in it, or all of them with {pattern + '.*'!r}."
+        )
+    candidates = [name for name, alias in aliases.items() if name and root_of(type(alias.module)) is not None]
+    close = ", ".join(f"`{name}`" for name in nearest(pattern, candidates or [name for name in aliases if name]))
+    hint = " A `re:` pattern must match the whole name." if pattern.startswith("re:") else ""
+    return f"`{argument}` has {pattern!r}, which matches no module. The nearest names are {close or 'none'}.{hint}"
+
+
+def _empty_preset(model: nn.Module, which: str) -> str:
+    linear = roles_in(model).linear
+    what = {
+        "attn": "attention block",
+        "qv": "attention block",
+        "mlp": "MLP",
+        "all": "linear layer besides output heads",
+    }
+    there = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
+    return (
+        f"`targets={which!r}` found no {what[which]} in {type(model).__name__}. Its linear layers are {there or 'none'}: "
+        f"name those to adapt in a list, as in targets={[(linear or ['conv1'])[0]]!r}."
+    )
+
+
+def _nothing_left(config: LoRAConfig) -> str:
+    return (
+        f"`targets={config.targets!r}` matched only modules that `exclude={config.exclude!r}` or "
+        f"`also_train={config.also_train!r}` take out again, so nothing is left to adapt."
+    )

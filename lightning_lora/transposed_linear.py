@@ -1,0 +1,43 @@
+"""LoRA for the linear map with a transposed weight that Hugging Face's GPT-2 calls ``Conv1D``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.layer import LoRALayer
+from lightning_lora.linear import LinearAdapter
+
+
+class TransposedLinear(LoRALayer):
+    """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
+
+    adapter_class = LinearAdapter
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """``(in, out)`` seen as ``(out, in)``."""
+        return weight.t()
+
+    @staticmethod
+    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+        """``(out, in)`` seen as ``(in, out)``."""
+        return matrix.t()
+
+    def forward(self, x: Tensor) -> Any:
+        """The frozen map, then each adapter's term."""
+        y = super().forward(x)
+        for adapter in self.lora.active():
+            y = adapter(y, x)
+        return y
+
+
+def transposed_root(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class named ``Conv1D`` that ``cls`` is or derives from, told from ``nn.Conv1d`` by its case and its bases."""
+    return next((base for base in cls.__mro__ if base.__name__ == "Conv1D" and issubclass(base, nn.Module)), None)
+
+
+def transposed_kind(root: type[nn.Module]) -> type[LoRALayer]:
+    """The adapted class for that ``Conv1D``."""
+    return type("LoRAConv1D", (TransposedLinear, root), {"original_class": root, "__module__": __name__})
