@@ -165,16 +165,11 @@ def _unmatched(argument: str, pattern: str, hits: Sequence[str], aliases: dict[s
 
 def _empty_preset(model: nn.Module, which: str) -> str:
     linear = roles_in(model).linear
-    what = {
-        "attn": "attention block",
-        "qv": "attention block",
-        "mlp": "MLP",
-        "all": "linear layer besides output heads",
-    }
+    what = {"all": "linear layer besides output heads", "mlp": "MLP"}.get(which, "attention block")
     there = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
     return (
-        f"`targets={which!r}` found no {what[which]} in {type(model).__name__}. Its linear layers are {there or 'none'}: "
-        f"name those to adapt in a list, as in targets={[(linear or ['conv1'])[0]]!r}."
+        f"`targets={which!r}` found no {what} in {type(model).__name__}. Its linear layers are {there or 'none'}. "
+        f"Name those to adapt in a list, as in targets={[(linear or ['conv1'])[0]]!r}."
     )
 
 

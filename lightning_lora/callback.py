@@ -1,0 +1,156 @@
+"""The callback: hooks of a few lines over :mod:`lightning_lora.run`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_lora.apply import remove_lora
+from lightning_lora.company import check_company, is_spawned
+from lightning_lora.config import LoRAConfig
+from lightning_lora.merge import merge_lora
+from lightning_lora.run import Run, load_best
+
+if TYPE_CHECKING:
+    CallbackBase = pl.Callback
+else:
+    try:  # the same classes exist a second time, and each Trainer takes its own
+        from pytorch_lightning import Callback as TwinCallback
+
+        CallbackBase = type("CallbackBase", (pl.Callback, TwinCallback), {})
+    except ImportError:
+        CallbackBase = pl.Callback
+
+
+class LoRACallback(CallbackBase):
+    """LoRA for the LightningModule of this Trainer (Hu et al. 2021, arXiv 2106.09685).
+
+    The module's code stays as it is. At the start of a run adapters are put on the layers that ``targets`` means and
+    everything else is frozen; the user's optimizers are restricted to the adapters; checkpoints hold adapters alone; at
+    the end of ``fit`` the adapters are merged into the weights, and the module is the plain one again.
+
+    Surprising, perhaps: after a merge ``trainer.test(model)`` runs the merged module, and ``trainer.test(model,
+    ckpt_path=...)`` takes the merge out, loads the file, runs, and leaves the module merged as it found it. A second
+    ``fit`` continues the adapters on the original base.
+
+    Args:
+        r: Rank of the update. A has shape (r, in_features), B has shape (out_features, r).
+        alpha: Numerator of the scale alpha / r in front of B A. None means alpha = r, a scale of 1.
+        targets: What to adapt. "attn" (every projection of every attention block), "qv" (query and value, the paper's
+            choice), "mlp", "all" (every linear layer but output heads), or a list of module names: suffixes
+            ("q_proj"), globs ("layers.*.q_proj") and regular expressions for the whole name ("re:.*[qv]_proj").
+        exclude: Names of modules to leave alone, with all that is inside them.
+        dropout: Probability with which the input of an adapter is dropped in training.
+        init: How A starts, "kaiming" (as nn.Linear) or "gaussian" (standard deviation 1 / r). B starts at zero.
+        rslora: Scale by alpha / sqrt(r) instead.
+        bias: Which biases train too, "none", "lora_only" (those of adapted layers) or "all".
+        also_train: Names of modules or parameters to train in full and to save with the adapters, such as a new head.
+        rank_pattern: Ranks that differ from r, by module name.
+        alpha_pattern: Alphas that differ from alpha, by module name.
+        seed: Seed of A. None takes the one that seed_everything set, else 0. The global random stream is not used.
+        lr_scale: Factor on the learning rate of the optimizer groups that hold adapters, schedulers included. LoRA
+            wants about ten times the rate of full fine-tuning.
+        merge: What to merge at the end of fit: True or "last", "best" (what the best checkpoint holds), or False.
+        name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import lightning
+        >>> trainer = lightning.Trainer(callbacks=[LoRACallback(r=8, targets="attn")], logger=False)
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float | None = None,
+        targets: list[str] | str = "attn",
+        *,
+        exclude: list[str] | None = None,
+        dropout: float = 0.0,
+        init: Literal["kaiming", "gaussian"] = "kaiming",
+        rslora: bool = False,
+        bias: Literal["none", "lora_only", "all"] = "none",
+        also_train: list[str] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        seed: int | None = None,
+        lr_scale: float = 1.0,
+        merge: bool | Literal["last", "best"] = True,
+        name: str = "default",
+    ) -> None:
+        super().__init__()
+        self.config = LoRAConfig(
+            r=r,
+            alpha=alpha,
+            targets=targets,
+            exclude=exclude,
+            dropout=dropout,
+            init=init,
+            rslora=rslora,
+            bias=bias,
+            also_train=also_train,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            seed=seed,
+            lr_scale=lr_scale,
+            merge=merge,
+            name=name,
+        )
+        self._run: Run | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The name by which Lightning knows the callback; r is not in it, as a changed r must fail, not be skipped."""
+        return f"LoRACallback[{self.config.name}]"
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Adapt the module, and wrap what the run will call."""
+        check_company(trainer, self, self.config, stage)
+        self._run = Run(trainer, pl_module, self.config, stage)
+        self._run.begin()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue a resumed run's random stream, and log the configuration."""
+        assert self._run is not None
+        self._run.keep_averages_exact()
+        self._run.restore_random_state()
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"lora": self.config.to_dict()})
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merge; the strategy is torn down, and the module is back on the CPU."""
+        if is_spawned(trainer):
+            remove_lora(pl_module)
+            rank_zero_info(
+                "Processes started by spawn or fork do not give adapters back, so nothing is merged: the module in the "
+                "starting process stays the base, and the trained adapters are in the checkpoints. Use them with "
+                "ckpt_path='best'."
+            )
+        elif self.config.merge:
+            self._merge(trainer, pl_module)
+
+    def _merge(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
+            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
+            return
+        lost = merge_lora(pl_module)
+        worst = max(lost, key=lost.__getitem__)
+        if lost[worst] > 0.01:
+            rank_zero_info(
+                f"Merged {len(lost)} layers. Rounding to the weights' dtype lost up to {lost[worst]:.1%} of the update "
+                f"(in `{worst}`); for the exact sum merge into an fp32 model."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the run."""
+        self._run = None

@@ -1,0 +1,101 @@
+"""What a Trainer may hold beside the callback, and what it may not: told before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_lora.config import LoRAConfig
+
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def is_a(thing: object, *class_names: str) -> bool:
+    """Whether ``thing`` derives from a class of one of these names.
+
+    Lightning ships every class twice, in ``lightning.pytorch`` and in ``pytorch_lightning``.
+    """
+    return any(cls.__name__ in class_names for cls in type(thing).__mro__)
+
+
+def check_company(trainer: Any, callback: Any, config: LoRAConfig, stage: str) -> None:
+    """Raise for what does not go together with the callback.
+
+    Raises:
+        MisconfigurationException: naming the part of the Trainer and what to do about it.
+    """
+    _check_strategy(trainer)
+    _check_other_adapters(trainer, callback, config)
+    _check_callbacks(trainer, callback, config)
+    if stage == "fit":
+        _check_checkpoints(trainer, config)
+
+
+def _check_strategy(trainer: Any) -> None:
+    if is_a(trainer.strategy, *SHARDED):
+        raise MisconfigurationException(
+            f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
+        )
+
+
+def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+    for other in trainer.callbacks:
+        if other is callback or not is_a(other, "LoRACallback"):
+            continue
+        if other.config.name == config.name:
+            raise MisconfigurationException(
+                f"The Trainer has two LoRACallbacks with `name={config.name!r}`. Keep one: a list in `targets` and "
+                "`rank_pattern` say all that two could."
+            )
+        raise MisconfigurationException(
+            f"The Trainer has LoRACallbacks named {config.name!r} and {other.config.name!r}, and several adapters on "
+            "one model are not supported yet. Keep one."
+        )
+
+
+def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+    before = trainer.callbacks[: trainer.callbacks.index(callback)]
+    for other in before:
+        if is_a(other, *AVERAGING):
+            name = type(other).__name__
+            raise MisconfigurationException(
+                f"{name} copies the model in its `setup`, so LoRACallback must come before it: "
+                f"callbacks=[LoRACallback(...), {name}(...)]."
+            )
+    for other in trainer.callbacks:
+        if is_a(other, "BaseFinetuning"):
+            raise MisconfigurationException(
+                f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
+                "the two; to train modules in full beside the adapters, name them in `also_train`."
+            )
+        if is_a(other, "LearningRateFinder") and config.lr_scale != 1:
+            rank_zero_warn(
+                f"LearningRateFinder sets the rate it finds in every group, where `lr_scale={config.lr_scale}` has no "
+                "effect in this run. Leave lr_scale at 1 while the finder runs."
+            )
+
+
+def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
+    if config.merge == "best" and not has_best(trainer):
+        raise MisconfigurationException(
+            "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "
+            "that tracks one. Add ModelCheckpoint(monitor=...), or use merge='last'."
+        )
+    if is_spawned(trainer) and not trainer.checkpoint_callbacks:
+        raise MisconfigurationException(
+            "Processes started by spawn or fork do not give the adapters back to this one, and without a "
+            "ModelCheckpoint they would be lost. Add one, or use strategy='ddp'."
+        )
+
+
+def has_best(trainer: Any) -> bool:
+    """Whether a callback tracks the path of the best checkpoint."""
+    return trainer.fast_dev_run or hasattr(trainer.checkpoint_callback, "best_model_path")
+
+
+def is_spawned(trainer: Any) -> bool:
+    """Whether this is a process of a launcher that starts workers from the running one, as ``ddp_spawn`` does."""
+    return is_a(trainer.strategy.launcher, "_MultiProcessingLauncher", "_XLALauncher")

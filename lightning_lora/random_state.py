@@ -1,0 +1,45 @@
+"""The random state of every rank, in the one file: a resumed run draws what the uninterrupted one would have drawn."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+State = dict[str, Any]
+
+
+def random_state(device: torch.device) -> State:
+    """The state of Python's, NumPy's and torch's generators, as data that ``weights_only=True`` loads."""
+    kind, keys, *rest = np.random.get_state()
+    state: State = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: State, device: torch.device) -> None:
+    """The reverse."""
+    kind, keys, *rest = state["numpy"]
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def of_all_ranks(state: State) -> list[State]:
+    """The states of all ranks in order; every rank must call it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, state)
+    return states

@@ -1,0 +1,117 @@
+"""Modules and data that the tests train; none of them knows of LoRA."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Block(nn.Module):
+    def __init__(self, d: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.mlp = (nn.Linear(d, d) for _ in range(5))
+        self.ln = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln(x)
+        x = x + self.o(torch.tanh(self.q(h) * self.k(h)) + self.v(h))
+        return x + self.dropout(torch.relu(self.mlp(h)))
+
+
+class Net(nn.Module):
+    def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Block(dropout=dropout), Block(dropout=dropout))
+        self.bn = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.layers(x)))
+
+
+def net(**kwargs: object) -> Net:
+    """The same network at every call, and no trace of it in the global random stream."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(**kwargs)
+
+
+class Lit(LightningModule):
+    """A classifier as people write it."""
+
+    def __init__(self, lr: float = 1e-2, **kwargs: object) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.net = net(**kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> object:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)]
+
+
+class BuiltInSetup(Lit):
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        self.lr, self.net = 1e-2, None
+
+    def setup(self, stage: str) -> None:
+        if self.net is None:
+            self.net = net()
+
+
+class BuiltInConfigureModel(Lit):
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        self.lr, self.net = 1e-2, None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = net()
+
+
+def data(seed: int = 0, n: int = 64, shuffle: bool = False) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 16, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=shuffle)
+
+
+def trainer(*callbacks: object, **kwargs: object) -> Trainer:
+    settings: dict = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 2,
+        "callbacks": list(callbacks),
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    }
+    return Trainer(**{**settings, **kwargs})
+
+
+def checkpoints(folder: object, **kwargs: object) -> ModelCheckpoint:
+    settings: dict = {"monitor": "val_loss", "save_last": True, "save_top_k": -1, "filename": "{epoch}"}
+    return ModelCheckpoint(dirpath=folder, **{**settings, **kwargs})
