@@ -1,4 +1,51 @@
-"""LoRA for any existing LightningModule, by one callback."""
+"""LoRA for any existing LightningModule, by one callback.
+
+``Trainer(callbacks=[LoRACallback(r=8, targets="attn")])`` adapts the module of any Lightning project, with no change to
+its code; ``apply_lora(model, LoRAConfig(r=8))`` does the same to any ``nn.Module``, without a trainer.
+
+The package is three rings, and a file imports from its own ring and those below.
+
+Ring 0, the method: torch and the standard library.
+
+    config               what the user asks for, validated
+    patterns             how a pattern names modules
+    names                module names as the user wrote them, whatever wraps the modules
+    kinds                which layers can be adapted, by which class, and why others cannot
+    presets              what "attn", "qv", "mlp" and "all" mean on a model
+    targets              which modules a configuration means
+    initialization       where A starts
+    op                   y + scale * B A x
+    adapter              A and B of one layer, a module of its own
+    layer                what every adapted layer is: the same object, its class swapped
+    linear               nn.Linear
+    transposed_linear    Hugging Face's Conv1D
+    embedding            nn.Embedding
+    conv                 nn.Conv1d, nn.Conv2d, nn.Conv3d
+    record               what is remembered on a module
+    freeze               what trains
+    originals            what of the base moves all the same
+    apply                apply, remove and disable
+    bits                 tensors compared by their bits
+    exact                adding delta so that it can be taken away bit for bit
+    merge                merge and unmerge
+    state                what belongs in a file
+    fingerprint          which base an adapter belongs to
+    summary              the table at the start of a run
+
+Ring 1, the world around it: one library each.
+
+    random_state         the random generators of Python, NumPy and torch
+
+Ring 2, Lightning.
+
+    company              what goes together with the callback, and what does not
+    wraps                methods replaced for the length of a run
+    optimizers           the user's optimizers, restricted
+    rates                lr_scale, through every scheduler
+    checkpoints          files of a run
+    run                  one run over a module
+    callback             LoRACallback
+"""
 
 from lightning_lora.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.callback import LoRACallback

@@ -72,7 +72,7 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
 def new_adapter(name: str, module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
     """The adapter of ``config`` for the module called ``name``, where its weight lives."""
     weight = weight_of(module)
-    out_features, in_features = cls.as_matrix(weight).shape
+    in_features, out_features = cls.features(weight)
     return cls.adapter_class(
         in_features,
         out_features,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 15  # elements worked on at once on a CPU: they stay in its cache, and one thread does them
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer: an odd factor loses no bit of a product
-_BLOCK = 1 << 22
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -23,13 +23,25 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit sum over position and bits, the same on every device; any single change changes it."""
+    """A 64-bit sum of every word by its place, the same on every device; any single change changes it."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
     words = raw.view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, words.numel(), _BLOCK):
-        block = words[start : start + _BLOCK]
-        place = torch.arange(start, start + block.numel(), device=block.device)
-        total += (block * ((2 * place + 1) * _ODD)).sum()
-    return int(total)
+    factors = _odd_numbers(BLOCK, words.device) * _ODD
+    rows = 1 if words.device.type == "cpu" else 128
+    sums = [_weighted(words[start : start + rows * BLOCK], factors) for start in range(0, words.numel(), rows * BLOCK)]
+    total = torch.cat(sums) if sums else words.new_zeros(0)
+    return int((total * _odd_numbers(total.numel(), words.device) * _ODD).sum())
+
+
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return 2 * torch.arange(count, device=device) + 1
+
+
+def _weighted(words: Tensor, factors: Tensor) -> Tensor:
+    """For each block of ``words`` the sum of its products with ``factors``; the last block may be short."""
+    if words.numel() % len(factors):
+        whole = words.numel() // len(factors) * len(factors)
+        rest = (words[whole:] * factors[: words.numel() - whole]).sum().view(1)
+        return torch.cat([_weighted(words[:whole], factors), rest]) if whole else rest
+    return (words.view(-1, len(factors)) * factors).sum(1)

@@ -152,5 +152,7 @@ class LoRACallback(CallbackBase):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the run."""
+        """Let go of the run; one that has not ended by now was only to tune a batch size or a learning rate."""
+        if self._run is not None and not self._run.ended:
+            self._run.abandoned = True
         self._run = None

@@ -36,15 +36,16 @@ def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]
 def _without(mapping: dict[Any, Any], base: set[str]) -> dict[Any, Any]:
     """``mapping`` itself where nothing in it is of the base: its class may matter to the user."""
     inner = {key: _without(value, base) for key, value in mapping.items() if isinstance(value, dict)}
-    dropped = {key for key, value in mapping.items() if isinstance(value, Tensor) and own_name(str(key)) in base}
+    dropped = {key for key, value in mapping.items() if isinstance(value, Tensor) and is_among(str(key), base)}
     if not dropped and all(value is mapping[key] for key, value in inner.items()):
         return mapping
     return {key: inner.get(key, value) for key, value in mapping.items() if key not in dropped}
 
 
-def own_name(key: str) -> str:
-    """The module's own name for a key of a state dict, also one of an ``AveragedModel`` or of DDP around it."""
-    return names.clean(key).removeprefix("module.")
+def is_among(key: str, base: set[str]) -> bool:
+    """Whether a key of a state dict of the module, or of an ``AveragedModel`` or DDP around it, is one of ``base``."""
+    name = names.clean(key)
+    return name in base or name.removeprefix("module.") in base
 
 
 class AdapterOnly:
@@ -56,10 +57,12 @@ class AdapterOnly:
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         """Drop the base's names from the missing keys."""
         trained = {id(parameter) for _, parameter in trained_parameters(module)}
-        frozen = {names.clean(n) for n, p in module.named_parameters() if id(p) not in trained}
-        if frozen <= {own_name(key) for key in incompatible.missing_keys}:
+        every = module.named_parameters(remove_duplicate=False)
+        frozen = {names.clean(name) for name, parameter in every if id(parameter) not in trained}
+        missing = incompatible.missing_keys
+        if len(frozen) == sum(is_among(key, frozen) for key in missing):
             base = base_names(module)
-            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if own_name(key) not in base]
+            missing[:] = [key for key in missing if not is_among(key, base)]
 
 
 def write(save: Callable[..., None], checkpoint: dict[str, Any], path: Any, storage_options: Any, atomic: bool) -> None:
@@ -103,21 +106,38 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
     Raises:
         ValueError: naming the first difference.
     """
-    facts = checkpoint[KEY]
-    written = LoRAConfig(**facts["config"])
+    written, trained_on = facts_in(checkpoint, path)
     other = difference(config, written)
     if other is not None:
         raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
-    wrong = other_base(facts["base"], base)
+    wrong = other_base(trained_on, base)
     if wrong is not None:
         raise ValueError(
             f"`ckpt_path={str(path)!r}` was trained on another base: {wrong}. Load the base it was trained on first."
         )
     check_state(model, checkpoint["state_dict"])
-    if not exactly_same(facts["base"], base):
+    if not exactly_same(trained_on, base):
         rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
     if written.lr_scale != config.lr_scale:
         rank_zero_warn(f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued.")
+
+
+def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:
+    """The configuration and the base that the file says its adapter has.
+
+    Raises:
+        ValueError: if it does not say, or in words of a later version.
+    """
+    try:
+        written, base = LoRAConfig(**checkpoint[KEY]["config"]), checkpoint[KEY]["base"]
+        if not isinstance(checkpoint["state_dict"], dict) or not isinstance(base, dict):
+            raise TypeError("no weights or no base")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`ckpt_path={str(path)!r}` does not say what adapter it holds ({error}): it is damaged, or was written by "
+            "a later version of lightning_lora."
+        ) from error
+    return written, base
 
 
 def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -36,16 +36,6 @@ class LoRAConv(LoRALayer):
     pointwise: Callable[..., Tensor]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    @staticmethod
-    def as_matrix(weight: Tensor) -> Tensor:
-        """``(out_channels, in_channels / groups, *kernel)`` seen as ``(out_channels, rest)``."""
-        return weight.flatten(1)
-
-    @staticmethod
-    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """The reverse."""
-        return matrix.view(weight.shape)
-
     def forward(self, x: Tensor) -> Tensor:
         """The frozen convolution, then each adapter's term."""
         y: Tensor = super().forward(x)

@@ -45,21 +45,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     original_class = nn.Embedding
     adapter_class = EmbeddingAdapter
+    transposed = True
 
     @staticmethod
     def adapter_arguments(module: nn.Module) -> dict[str, Any]:
         """The adapter knows the padding index: its column of A starts at zero, so that the padding row stays."""
         return {"padding_idx": module.padding_idx}
-
-    @staticmethod
-    def as_matrix(weight: Tensor) -> Tensor:
-        """``(num_embeddings, embedding_dim)`` seen as ``(embedding_dim, num_embeddings)``."""
-        return weight.t()
-
-    @staticmethod
-    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """The reverse."""
-        return matrix.t()
 
     def forward(self, index: Tensor) -> Tensor:
         """The frozen rows, then each adapter's term, then the norm."""
@@ -72,16 +63,17 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
         if self.max_norm is None:
-            return
+            return False
         index = torch.arange(self.num_embeddings, device=self.weight.device)
         for _ in range(8):
             before = self.weight.clone()
             torch.embedding_renorm_(self.weight, index, self.max_norm, self.norm_type)
             if torch.equal(before, self.weight):
-                return
+                break
+        return True
 
 
 def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:

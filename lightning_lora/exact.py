@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lora.adapter import Adapter
-from lightning_lora.bits import bits
+from lightning_lora.bits import BLOCK, bits
 
-_BLOCK = 1 << 20
+Factors = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -33,50 +32,77 @@ class Patch:
         return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
 
 
-def delta_blocks(adapters: Sequence[Adapter], matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``scale * B A`` summed over ``adapters``, in blocks of rows of ``matrix``, at least in fp32."""
-    out_features, in_features = matrix.shape
+@dataclass
+class Sum:
+    """A matrix after delta was added.
+
+    Args:
+        merged: the sum, rounded once to the matrix's dtype.
+        nearly: the sum without delta again, rounded: the matrix, but for a few elements.
+        lost: the share of delta's norm that rounding the sum lost.
+    """
+
+    merged: Tensor
+    nearly: Tensor
+    lost: float
+
+
+def delta_blocks(matrix: Tensor, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
+    """The sum of ``left @ right`` over ``factors``, in blocks of rows of ``matrix``, at least in fp32.
+
+    Blocks are sized for the processor's cache, and share one buffer: use each before asking for the next.
+    """
+    height, width = matrix.shape
     dtype = torch.promote_types(matrix.dtype, torch.float32)
-    pairs = [(a.A.detach().to(matrix.device, dtype), a.B.detach().to(matrix.device, dtype) * a.scale) for a in adapters]
-    rows = max(1, _BLOCK // max(1, in_features))
-    for start in range(0, out_features, rows):
-        block = slice(start, min(start + rows, out_features))
-        total = torch.zeros(block.stop - start, in_features, dtype=dtype, device=matrix.device)
-        for A, B in pairs:
-            for k in range(len(A)):
-                total += B[block, k : k + 1] * A[k : k + 1]
-        yield block, total
+    pairs = [(left.to(matrix.device, dtype), right.to(matrix.device, dtype)) for left, right in factors]
+    rows = max(1, (BLOCK if matrix.device.type == "cpu" else BLOCK * 128) // max(1, width))
+    total, product = (torch.empty(rows, width, dtype=dtype, device=matrix.device) for _ in range(2))
+    for start in range(0, height, rows):
+        block = slice(start, min(start + rows, height))
+        count = block.stop - start
+        total.zero_()
+        for left, right in pairs:
+            for k in range(len(right)):
+                torch.mul(left[block, k : k + 1], right[k : k + 1], out=product[:count])
+                total[:count] += product[:count]
+        yield block, total[:count]
 
 
 @torch.no_grad()
-def add(matrix: Tensor, adapters: Sequence[Adapter]) -> float:
-    """Add delta in place, rounding once; returns the share of delta's norm that the rounding lost."""
+def added(matrix: Tensor, factors: Factors) -> Sum:
+    """``matrix`` with the sum of ``left @ right`` added."""
+    merged, nearly = torch.empty_like(matrix), torch.empty_like(matrix)
     lost = whole = 0.0
-    for rows, delta in delta_blocks(adapters, matrix):
+    for rows, delta in delta_blocks(matrix, factors):
         exact = matrix[rows].to(delta.dtype) + delta
-        rounded = exact.to(matrix.dtype)
-        lost += float((rounded.to(delta.dtype) - exact).square().sum(dtype=torch.float64))
-        whole += float(delta.square().sum(dtype=torch.float64))
-        matrix[rows] = rounded
-    return math.sqrt(lost / whole) if whole else 0.0
+        merged[rows] = exact
+        rounded = merged[rows].to(delta.dtype)
+        nearly[rows] = rounded - delta
+        lost += _squares(rounded - exact)
+        whole += _squares(delta)
+    return Sum(merged, nearly, math.sqrt(lost / whole) if whole else 0.0)
 
 
 @torch.no_grad()
-def subtracted(matrix: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """A new matrix: ``matrix`` without delta, rounded; nearly what it was before :func:`add`."""
+def subtracted(matrix: Tensor, factors: Factors) -> Tensor:
+    """``matrix`` without the sum of ``left @ right``: nearly what it was before that was added."""
     result = torch.empty_like(matrix)
-    for rows, delta in delta_blocks(adapters, matrix):
-        result[rows] = (matrix[rows].to(delta.dtype) - delta).to(matrix.dtype)
+    for rows, delta in delta_blocks(matrix, factors):
+        result[rows] = matrix[rows].to(delta.dtype) - delta
     return result
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 @torch.no_grad()
 def patch_for(original: Tensor, nearly: Tensor) -> Patch:
     """What turns ``nearly`` into ``original``: the wrong elements, or a plain copy where that is smaller."""
-    wrong = (bits(original.contiguous()) != bits(nearly.contiguous())).flatten().nonzero().flatten()
+    wrong = (bits(original) != bits(nearly)).flatten().nonzero().flatten()
     index = wrong.to(torch.int32 if original.numel() < 2**31 else torch.int64)
     sparse = Patch(original.flatten()[wrong].cpu(), index.cpu())
-    return sparse if sparse.nbytes() < original.nbytes else Patch(original.detach().clone().cpu())
+    return sparse if sparse.nbytes() < original.nbytes else Patch(original.to("cpu", copy=True))
 
 
 @torch.no_grad()
@@ -85,6 +111,6 @@ def patched(nearly: Tensor, patch: Patch) -> Tensor:
     values = patch.values.to(nearly.device)
     if patch.index is None:
         return values
-    flat = nearly.contiguous().flatten()
+    flat = nearly.flatten()
     flat[patch.index.to(nearly.device, torch.int64)] = values
     return flat.view_as(nearly)

@@ -69,7 +69,7 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
         return kind if root in KINDS else type(kind.__name__, (Derived, kind), facts)
     if calls_super(original, root):
         return type(f"LoRA{original.__name__}", (Derived, original, kind), facts)
-    facts |= {"as_matrix": staticmethod(kind.as_matrix), "as_weight": staticmethod(kind.as_weight)}
+    facts["transposed"] = kind.transposed
     return type(f"LoRA{original.__name__}", (Derived, OnWeight, original), facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -17,24 +18,33 @@ class LoRALayer(nn.Module):
     lora: Adapters
     original_class: ClassVar[type[nn.Module]]
     adapter_class: ClassVar[type[Adapter]]
+    transposed: ClassVar[bool] = False  # whether the weight is kept as (in_features, out_features)
 
-    @staticmethod
-    def as_matrix(weight: Tensor) -> Tensor:
-        """A view of the layer's weight as the paper's W0, of shape ``(out_features, in_features)``."""
-        return weight
+    @classmethod
+    def features(cls, weight: Tensor) -> tuple[int, int]:
+        """``(in_features, out_features)`` of the paper's W0, which ``weight`` holds in this kind's own shape."""
+        first, rest = len(weight), math.prod(weight.shape[1:])
+        return (first, rest) if cls.transposed else (rest, first)
 
-    @staticmethod
-    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """The reverse: ``matrix``, of shape ``(out_features, in_features)``, in the shape of ``weight``."""
-        return matrix
+    @classmethod
+    def as_weight(cls, delta: Tensor, weight: Tensor) -> Tensor:
+        """``delta``, of shape ``(out_features, in_features)``, in the shape of ``weight``."""
+        return (delta.t() if cls.transposed else delta).reshape(weight.shape)
+
+    @classmethod
+    def factors(cls, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is delta, as the weight is kept when its first dimension makes the rows."""
+        A, B = adapter.A.detach(), adapter.B.detach() * adapter.scale
+        return (A.t(), B.t()) if cls.transposed else (B, A)
 
     @staticmethod
     def adapter_arguments(module: nn.Module) -> dict[str, Any]:
         """What this kind's adapters take beyond what all take."""
         return {}
 
-    def settle(self) -> None:
-        """Bring a weight that was just merged into the form in which the plain layer keeps it."""
+    def settle(self) -> bool:
+        """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
+        return False
 
 
 class WeightAdapter(Adapter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import exact
 from lightning_lora.adapter import Adapter, Adapters
@@ -98,25 +98,30 @@ def acting(adapters: Adapters) -> list[Adapter]:
 @torch.no_grad()
 def _merge(layer: LoRALayer) -> float:
     weight, kind = weight_of(layer).detach(), type(layer)
-    before, original = checksum(weight), kind.as_matrix(weight).clone()
-    matrix = original.clone()
-    lost = exact.add(matrix, acting(layer.lora))
-    weight.copy_(kind.as_weight(matrix, weight))
-    layer.settle()
-    nearly = exact.subtracted(kind.as_matrix(weight), acting(layer.lora))
-    patch = exact.patch_for(original, nearly)
+    before, original = checksum(weight), _rows(weight)
+    factors = [kind.factors(adapter) for adapter in acting(layer.lora)]
+    result = exact.added(original, factors)
+    weight.copy_(result.merged.view(weight.shape))
+    if layer.settle():
+        result.nearly = exact.subtracted(_rows(weight), factors)
+    patch = exact.patch_for(original, result.nearly)
     record_of(layer).merged = Merged(detach(layer), patch, checksum(weight), before)
-    return lost
+    return result.lost
 
 
 @torch.no_grad()
 def _unmerge(module: nn.Module, record: Merged) -> bool:
     weight, kind = weight_of(module).detach(), swapped_class(type(module))
-    nearly = exact.subtracted(kind.as_matrix(weight), acting(record.adapters))
-    original = kind.as_weight(exact.patched(nearly, record.patch), weight)
+    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter) for adapter in acting(record.adapters)])
+    original = exact.patched(nearly, record.patch).view(weight.shape)
     if checksum(original) != record.original:
         return False
     weight.copy_(original)
     attach(module, kind, record.adapters.to(weight.device))
     record_of(module).merged = None
     return True
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A contiguous copy of ``weight`` as a matrix, whatever its memory format."""
+    return weight.flatten(1).clone(memory_format=torch.contiguous_format)

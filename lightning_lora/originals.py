@@ -23,11 +23,11 @@ def remember(model: nn.Module) -> None:
 
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Every tensor of the base that differs from what was remembered, with that value."""
+    """Every tensor of the base that differs from what was remembered, a cast aside, with that value."""
     for _, module, record in records(model):
         own = _own(module)
         for key, original in record.originals.items():
-            if key in own and not same_bits(own[key].detach(), original):
+            if key in own and not same_bits(own[key].detach(), original.to(own[key].dtype)):
                 yield module, key, original
 
 

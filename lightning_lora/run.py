@@ -42,7 +42,7 @@ class Run:
         self.first_step = trainer.global_step
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
-        self.loaded = False
+        self.loaded = self.ended = self.abandoned = False
         self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
         self.snapshot: dict[str, Tensor] = {}
         self.stack = ExitStack()
@@ -177,9 +177,15 @@ class Run:
             original()
         finally:
             self.stack.close()
+            self.ended = True
             thaw(self.module)
-            if self.stage != "fit" or (self.interrupted and self.trainer.global_step == self.first_step):
+            if self.stage != "fit" or self.abandoned or (self.interrupted and not self.stepped):
                 self.leave_as_found()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer made a step in this run."""
+        return bool(self.trainer.global_step != self.first_step)
 
     def leave_as_found(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""

@@ -23,20 +23,24 @@ def describe(model: nn.Module) -> str:
 
 
 def _table(model: nn.Module) -> list[str]:
-    counts: dict[Row, list[int]] = {}
+    counts: dict[Row, list[tuple[str, int]]] = {}
     for name, layer in adapted_layers(model):
         for adapter in acting(layer.lora):
-            out_features, in_features = layer.as_matrix(weight_of(layer)).shape
+            in_features, out_features = layer.features(weight_of(layer))
             shape = f"{in_features} -> {out_features}"
             row = (_folded(name), layer.original_class.__name__, shape, str(adapter.r), f"{adapter.scale:g}")
-            counts.setdefault(row, []).append(sum(p.numel() for p in adapter.parameters()))
+            counts.setdefault(row, []).append((name, sum(p.numel() for p in adapter.parameters())))
     head = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable")
-    rows = [(row[0], str(len(sizes)), *row[1:], f"{sum(sizes):,}") for row, sizes in counts.items()]
-    return ["LoRA adapts", *_aligned([head, *rows])]
+    return ["LoRA adapts", *_aligned([head, *(_row(row, layers) for row, layers in counts.items())])]
+
+
+def _row(row: Row, layers: list[tuple[str, int]]) -> Row:
+    name = row[0] if len(layers) > 1 else layers[0][0] or "(the model itself)"
+    return (name, str(len(layers)), *row[1:], f"{sum(size for _, size in layers):,}")
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the model itself)"
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _aligned(rows: list[Row]) -> list[str]:

@@ -14,16 +14,7 @@ class TransposedLinear(LoRALayer):
     """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
 
     adapter_class = LinearAdapter
-
-    @staticmethod
-    def as_matrix(weight: Tensor) -> Tensor:
-        """``(in, out)`` seen as ``(out, in)``."""
-        return weight.t()
-
-    @staticmethod
-    def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """``(out, in)`` seen as ``(in, out)``."""
-        return matrix.t()
+    transposed = True
 
     def forward(self, x: Tensor) -> Any:
         """The frozen map, then each adapter's term."""

@@ -1,0 +1,54 @@
+"""Every example runs as its first lines say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+pytest.importorskip("mlxtend")
+pytest.importorskip("matplotlib")
+
+
+def run(folder: Path, script: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=240, check=False, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def accuracy(text: str, row: str) -> float:
+    return float(re.search(rf"{row} +([\d.]+)", text)[1])
+
+
+@pytest.mark.slow
+def test_flipped_digits(tmp_path):
+    text = run(tmp_path, "flipped_digits.py", "--out", tmp_path / "picture.png")
+    plain, before = accuracy(text, "MNIST, the plain model"), accuracy(text, "flipped digits, the plain model")
+    after, merged = (
+        accuracy(text, "flipped digits, with the adapters"),
+        accuracy(text, "flipped digits, adapters merged"),
+    )
+    assert plain > 91 and before < plain - 2.5, "the mirrored digits are missed"
+    assert after > before + 2 and merged == pytest.approx(after, abs=0.11)
+    assert "235,146     6,248" in text
+    assert (tmp_path / "picture.png").stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    config = EXAMPLES / "config.yaml"
+    quick = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
+    run(tmp_path, "cli.py", "fit", "--data.flip", "false", "--trainer.default_root_dir", "runs/base", *quick)
+    text = run(tmp_path, "cli.py", "fit", "--config", config, "--model.base", "runs/base", *quick)
+    assert "6,248 trainable parameters, 2.66% of the base's 235,146" in text
+    adapter = ["--model.base", "runs/base", "--ckpt_path", "runs/lora/last.ckpt"]
+    text = run(tmp_path, "cli.py", "test", "--config", config, *adapter, *quick)
+    assert float(re.search(r"accuracy\s+│\s+([\d.]+)", text)[1]) > 0.7

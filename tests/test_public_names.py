@@ -1,0 +1,78 @@
+"""The public surface, and what importing the package may not do."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import lightning_lora
+
+NAMES = [
+    "LoRACallback",
+    "LoRAConfig",
+    "apply_lora",
+    "disable_lora",
+    "load_lora_state_dict",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
+    "remove_lora",
+    "unmerge_lora",
+]
+ROOT = Path(__file__).parent.parent
+
+
+def test_all():
+    assert sorted(lightning_lora.__all__) == sorted(NAMES)
+    assert all(callable(getattr(lightning_lora, name)) for name in NAMES)
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for name in NAMES:
+        assert ">>>" in inspect.getdoc(getattr(lightning_lora, name)), name
+
+
+def test_the_callback_takes_what_the_configuration_takes():
+    callback = inspect.signature(lightning_lora.LoRACallback).parameters
+    config = inspect.signature(lightning_lora.LoRAConfig).parameters
+    assert {name: p.default for name, p in callback.items()} == {name: p.default for name, p in config.items()}
+    described = re.findall(r"^ {4}(\w+): ", inspect.getdoc(lightning_lora.LoRACallback).split("Args:")[1], re.MULTILINE)
+    assert described[: len(callback)] == list(callback)
+
+
+def test_the_version_is_the_changelog_s():
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert newest == declared == lightning_lora.__version__
+
+
+def test_import_patches_nothing_and_sets_nothing():
+    script = """
+import os, torch, lightning, lightning.pytorch, pytorch_lightning
+from torch import nn
+watched = [nn.Module, nn.Linear, nn.Embedding, nn.Conv2d, lightning.pytorch.LightningModule, lightning.pytorch.Trainer,
+           lightning.pytorch.Callback, pytorch_lightning.Trainer, torch.optim.Optimizer]
+def facts():
+    return [dict(vars(cls)) for cls in watched], dict(os.environ), torch.get_rng_state().tolist()
+before = facts()
+import lightning_lora
+assert facts() == before
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_entry_point_adapts_every_model_on_the_machine():
+    groups = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory")
+    for group in groups:
+        assert not [e for e in entry_points(group=group) if "lightning_lora" in e.value]
+    assert "callbacks_factory" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_package_is_typed():
+    assert (Path(lightning_lora.__file__).parent / "py.typed").exists()
