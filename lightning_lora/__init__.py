@@ -23,6 +23,7 @@ Ring 0, the method: torch and the standard library.
     conv                 nn.Conv1d, nn.Conv2d, nn.Conv3d
     record               what is remembered on a module
     freeze               what trains
+    loading              base checkpoints load into an adapted model
     originals            what of the base moves all the same
     apply                apply, remove and disable
     bits                 tensors compared by their bits

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ class Adapter(nn.Module):
         dropout: probability of dropping an input of A, in training.
         init: how A starts.
         seed: of A's generator.
+        padding_idx: the column of A that stays zero, for an embedding.
         device: where A and B are made.
     """
 
@@ -44,11 +44,12 @@ class Adapter(nn.Module):
         dropout: float = 0.0,
         init: str = "kaiming",
         seed: int = 0,
+        padding_idx: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.r, self.alpha, self.scale = r, alpha, scale
-        self.dropout, self.init, self.seed = dropout, init, seed
+        self.dropout, self.init, self.seed, self.padding_idx = dropout, init, seed, padding_idx
         self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32, device=device))
         if not self.A.is_meta:
@@ -58,6 +59,8 @@ class Adapter(nn.Module):
     def reset_parameters(self) -> None:
         """A from its own generator, B zero: the layer starts as the base."""
         self.A.copy_(initial_A(self.r, self.A.shape[1], self.init, self.seed))
+        if self.padding_idx is not None:
+            self.A[:, self.padding_idx] = 0
         self.B.zero_()
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -73,19 +76,14 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,
         # not cast there and back: a resumed run must see them bit for bit.
-        before = {name: parameter.data for name, parameter in self.named_parameters()}
+        before = [(p.data, None if p.grad is None else p.grad.detach()) for p in (self.A, self.B)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, parameter in self.named_parameters():
-            if parameter.dtype != before[name].dtype:
-                parameter.data = before[name].to(parameter.device)
+        for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
+            if parameter.dtype != data.dtype:
+                parameter.grad = None
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # A file without any adapter of this name is a base checkpoint: it loads into an adapted model as into a plain
-        # one. A file that lacks only some of them is refused as usual.
-        tails = tuple(f"{'.'.join(prefix.split('.')[-3:])}{matrix}" for matrix in ("A", "B"))  # lora.<name>.A
-        if any(f".{key}".endswith(tuple(f".{tail}" for tail in tails)) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Adapters(nn.ModuleDict):

@@ -14,6 +14,7 @@ from lightning_lora.freeze import freeze, thaw
 from lightning_lora.initialization import seed_of
 from lightning_lora.kinds import swapped_class
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, weight_of
+from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.merge import unmerge_lora
 from lightning_lora.originals import moved, put_back, remember
 from lightning_lora.record import config_of, forget, is_merged, record_of
@@ -67,6 +68,7 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
             attach(module, cls, Adapters({config.name: new_adapter(name, module, cls, config)}))
     record_of(model).config = config
     freeze(model, config)
+    accept_base(model)
 
 
 def new_adapter(name: str, module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
@@ -99,13 +101,19 @@ def difference(one: LoRAConfig, other: LoRAConfig) -> str | None:
     """The first argument in which two configurations mean different adapters, as ``r=4 instead of r=8``."""
     first, second = one.to_dict(), other.to_dict()
     for key in IDENTITY:
-        if (first[key] or None) != (second[key] or None) and not _same_alpha(key, one, other):
+        if _ordered(first[key]) != _ordered(second[key]) and not (key == "alpha" and _same_alpha(one, other)):
             return f"`{key}={second[key]!r}` instead of `{key}={first[key]!r}`"
     return None
 
 
-def _same_alpha(key: str, one: LoRAConfig, other: LoRAConfig) -> bool:
-    return key == "alpha" and (one.alpha or one.r) == (other.alpha or other.r)
+def _ordered(value: object) -> object:
+    """Of patterns the first that matches counts, so that their order matters; none are as good as an empty list."""
+    return (list(value.items()) if isinstance(value, dict) else value) or None
+
+
+def _same_alpha(one: LoRAConfig, other: LoRAConfig) -> bool:
+    """``alpha=None`` is each layer's rank: a number only where all layers have the same."""
+    return not one.rank_pattern and not other.rank_pattern and (one.alpha or one.r) == (other.alpha or other.r)
 
 
 def check_same(model: nn.Module, config: LoRAConfig) -> None:
@@ -145,6 +153,7 @@ def remove_lora(model: nn.Module) -> None:
     put_back(model)
     for _, layer in list(adapted_layers(model)):
         detach(layer)
+    be_strict(model)
     thaw(model)
     forget(model)
 

@@ -23,7 +23,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit sum of every word by its place, the same on every device; any single change changes it."""
+    """A 64-bit sum over words and their places, the same on every device; a change of any one word changes it."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
     words = raw.view(torch.int64)
@@ -31,7 +31,7 @@ def checksum(tensor: Tensor) -> int:
     rows = 1 if words.device.type == "cpu" else 128
     sums = [_weighted(words[start : start + rows * BLOCK], factors) for start in range(0, words.numel(), rows * BLOCK)]
     total = torch.cat(sums) if sums else words.new_zeros(0)
-    return int((total * _odd_numbers(total.numel(), words.device) * _ODD).sum())
+    return int(_mixed(total, _odd_numbers(total.numel(), words.device) * _ODD).sum())
 
 
 def _odd_numbers(count: int, device: torch.device) -> Tensor:
@@ -39,9 +39,15 @@ def _odd_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _weighted(words: Tensor, factors: Tensor) -> Tensor:
-    """For each block of ``words`` the sum of its products with ``factors``; the last block may be short."""
+    """For each block of ``words`` the sum of its mixed products with ``factors``; the last block may be short."""
     if words.numel() % len(factors):
         whole = words.numel() // len(factors) * len(factors)
-        rest = (words[whole:] * factors[: words.numel() - whole]).sum().view(1)
+        rest = _mixed(words[whole:], factors[: words.numel() - whole]).sum().view(1)
         return torch.cat([_weighted(words[:whole], factors), rest]) if whole else rest
-    return (words.view(-1, len(factors)) * factors).sum(1)
+    return _mixed(words.view(-1, len(factors)), factors).sum(1)
+
+
+def _mixed(words: Tensor, factors: Tensor) -> Tensor:
+    """Products folded on themselves, one to one: without the fold two words of opposite sign could change places."""
+    products = words * factors
+    return products ^ (products >> 32)

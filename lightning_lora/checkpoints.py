@@ -144,7 +144,7 @@ def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Give the weights in the file the keys of ``model``, and buffers that had not moved then their first values."""
     real = {names.clean(key): key for key in model.state_dict()}
     owners = {id(module): name for name, module in names.named_modules(model)}
-    still = {f"{owners[id(m)]}.{key}".removeprefix("."): value for m, key, value in moved(model) if key in m._buffers}
+    still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
     for weights in WEIGHTS:
         if weights in checkpoint:
             state = {**still, **checkpoint[weights]}

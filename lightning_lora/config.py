@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from lightning_lora.adapter import Adapters
 from lightning_lora.patterns import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
@@ -74,9 +75,9 @@ class LoRAConfig:
         _check_targets(self.targets)
         _check_patterns("exclude", self.exclude)
         _check_patterns("also_train", self.also_train)
-        for key, rank in (self.rank_pattern or {}).items():
+        for key, rank in _checked_mapping("rank_pattern", self.rank_pattern):
             _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in (self.alpha_pattern or {}).items():
+        for key, alpha in _checked_mapping("alpha_pattern", self.alpha_pattern):
             _check_positive(f"alpha_pattern[{key!r}]", alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a probability in [0, 1), but got {self.dropout!r}.")
@@ -88,8 +89,7 @@ class LoRAConfig:
             raise TypeError(f"`rslora` must be a bool, but got {self.rslora!r}.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {self.name!r}.")
+        _check_name(self.name)
 
     def rank_for(self, name: str) -> int:
         """Rank of the adapter of the module ``name``."""
@@ -107,7 +107,7 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +150,22 @@ def _check_targets(targets: Any) -> None:
     _check_patterns("targets", targets)
     if not targets:
         raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
+
+
+def _checked_mapping(argument: str, value: Any) -> list[tuple[str, Any]]:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"`{argument}` must be a dict from module names to numbers, but got {value!r}.")
+    _check_patterns(argument, None if value is None else list(value))
+    return list((value or {}).items())
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {name!r}.")
+    if hasattr(Adapters(), name):
+        raise ValueError(
+            f"`name` must not be an attribute of nn.ModuleDict, which holds the adapters, but got {name!r}."
+        )
 
 
 def _check_patterns(argument: str, patterns: Any) -> None:

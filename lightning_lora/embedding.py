@@ -15,17 +15,6 @@ from lightning_lora.layer import LoRALayer
 class EmbeddingAdapter(Adapter):
     """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has nothing to drop."""
 
-    def __init__(self, *args: Any, padding_idx: int | None = None, **kwargs: Any) -> None:
-        self.padding_idx = padding_idx
-        super().__init__(*args, **kwargs)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """As any adapter, but the padding index has no delta."""
-        super().reset_parameters()
-        if self.padding_idx is not None:
-            self.A[:, self.padding_idx] = 0
-
     def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool) -> Tensor:
         """The rows ``y`` of shape ``(..., embedding_dim)`` with the term for ``index`` of shape ``(...)``.
 
@@ -49,7 +38,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     @staticmethod
     def adapter_arguments(module: nn.Module) -> dict[str, Any]:
-        """The adapter knows the padding index: its column of A starts at zero, so that the padding row stays."""
+        """The padding index has no delta, as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
     def forward(self, index: Tensor) -> Tensor:

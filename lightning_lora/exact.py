@@ -76,9 +76,8 @@ def added(matrix: Tensor, factors: Factors) -> Sum:
     for rows, delta in delta_blocks(matrix, factors):
         exact = matrix[rows].to(delta.dtype) + delta
         merged[rows] = exact
-        rounded = merged[rows].to(delta.dtype)
-        nearly[rows] = rounded - delta
-        lost += _squares(rounded - exact)
+        nearly[rows] = merged[rows].to(delta.dtype) - delta
+        lost += _squares(merged[rows].double() - matrix[rows].double() - delta.double())
         whole += _squares(delta)
     return Sum(merged, nearly, math.sqrt(lost / whole) if whole else 0.0)
 

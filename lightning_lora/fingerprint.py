@@ -9,7 +9,7 @@ from lightning_lora import names
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import trained_parameters
 
-Fingerprint = dict[str, list[int]]
+Fingerprint = dict[str, list[int | None]]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -21,9 +21,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return {name: _sums(p.detach()) for name, p in names.named_parameters(model) if id(p) not in trained}
 
 
-def _sums(tensor: Tensor) -> list[int]:
+def _sums(tensor: Tensor) -> list[int | None]:
     if tensor.is_meta or not tensor.is_floating_point():
-        return [0, 0, *tensor.shape]
+        return [None, None, *tensor.shape]
     return [checksum(tensor.to(torch.bfloat16)), checksum(tensor), *tensor.shape]
 
 
@@ -35,7 +35,7 @@ def other_base(expected: Fingerprint, found: Fingerprint) -> str | None:
         (rounded, _, *shape), (rounded_here, _, *shape_here) = expected[name], found[name]
         if shape != shape_here:
             return f"`{name}` had shape {tuple(shape)} and has {tuple(shape_here)} here"
-        if rounded and rounded_here and rounded != rounded_here:
+        if rounded is not None and rounded_here is not None and rounded != rounded_here:
             return f"`{name}` has other values"
     return None
 

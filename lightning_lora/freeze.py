@@ -47,7 +47,7 @@ def thaw(model: nn.Module) -> None:
 
 def asked_for(name: str, key: str, module: nn.Module, config: LoRAConfig) -> bool:
     """Whether the parameter ``key`` of the module ``name`` trains beside the adapters."""
-    full = f"{name}.{key}" if name else key
+    full = names.join(name, key)
     if covers(full, config.also_train or ()):
         return True
     if not key.endswith("bias"):

@@ -69,21 +69,21 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
         return kind if root in KINDS else type(kind.__name__, (Derived, kind), facts)
     if calls_super(original, root):
         return type(f"LoRA{original.__name__}", (Derived, original, kind), facts)
-    facts["transposed"] = kind.transposed
+    facts |= {"transposed": kind.transposed, "adapter_arguments": staticmethod(kind.adapter_arguments)}
     return type(f"LoRA{original.__name__}", (Derived, OnWeight, original), facts)
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
-    """Whether every forward between ``cls`` and ``root`` hands on to the next by ``super().forward``."""
+    """Whether every forward between ``cls`` and ``root`` hands on by ``super().forward`` and reads no weight itself."""
     between = cls.__mro__[: cls.__mro__.index(root)]
     forwards = [vars(owner)["forward"] for owner in between if "forward" in vars(owner)]
-    hands_on = all({"super", "forward"} <= set(_names_in(forward)) for forward in forwards)
+    hands_on = all({"super", "forward"} <= (used := _names_in(f)) and "weight" not in used for f in forwards)
     return hands_on and not any("_conv_forward" in vars(owner) for owner in between)
 
 
-def _names_in(function: Any) -> tuple[str, ...]:
+def _names_in(function: Any) -> set[str]:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code.co_names if code is not None else ()
+    return set(code.co_names) if code is not None else set()
 
 
 def refusal(module: nn.Module, parent: nn.Module | None = None) -> str | None:

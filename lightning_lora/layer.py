@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
@@ -32,9 +33,11 @@ class LoRALayer(nn.Module):
         return (delta.t() if cls.transposed else delta).reshape(weight.shape)
 
     @classmethod
-    def factors(cls, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is delta, as the weight is kept when its first dimension makes the rows."""
-        A, B = adapter.A.detach(), adapter.B.detach() * adapter.scale
+    def factors(cls, adapter: Adapter, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is delta, its rows the first dimension of ``weight``, at least in fp32."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A, B = (matrix.detach().to(weight.device, dtype) for matrix in (adapter.A, adapter.B))
+        B = B * adapter.scale
         return (A.t(), B.t()) if cls.transposed else (B, A)
 
     @staticmethod
@@ -52,7 +55,10 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor, kind: type[LoRALayer]) -> Tensor:
         """The sum, of the shape and dtype of ``weight``; A and B get their gradients through it."""
-        delta = (self.scale * self.B) @ self.A  # (out_features, in_features)
+        A: Tensor = self.A
+        if self.padding_idx is not None:
+            A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
+        delta = (self.scale * self.B) @ A  # (out_features, in_features)
         return (weight + kind.as_weight(delta, weight)).to(weight.dtype)
 
 

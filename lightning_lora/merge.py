@@ -11,7 +11,9 @@ from lightning_lora.bits import checksum
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import swapped_class
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, weight_of
-from lightning_lora.record import Merged, config_of, forget, is_merged, merged_layers, record_of
+from lightning_lora.loading import accept_base, be_strict
+from lightning_lora.names import join
+from lightning_lora.record import Merged, forget, holders, is_merged, merged_layers, record_of
 
 
 def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
@@ -44,10 +46,12 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     for name, layer in layers:
         if weight_of(layer).is_meta:
             raise ValueError(
-                f"`{name}.weight` is on the meta device, without values to merge into: load the base first."
+                f"`{join(name, 'weight')}` is on the meta device, without values to merge into: load the base first."
             )
     lost = {name: _merge(layer) for name, layer in layers}
-    thaw(model)
+    for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
+        thaw(holder)
+        be_strict(holder)
     if not undo:
         forget(model)
     return lost
@@ -75,8 +79,8 @@ def unmerge_lora(model: nn.Module) -> None:
     for name, module, record in merged:
         if checksum(weight_of(module)) != record.checksum:
             raise ValueError(
-                f"`{name}.weight` is not what the merge left there: it was changed, cast or loaded since, so the base "
-                "cannot be restored. Nothing was changed. To go on from these weights call "
+                f"`{join(name, 'weight')}` is not what the merge left there: it was changed, cast or loaded since, "
+                "so the base cannot be restored. Nothing was changed. To go on from these weights call "
                 "`merge_lora(model, undo=False)`."
             )
     for position, (name, module, record) in enumerate(merged):
@@ -84,10 +88,10 @@ def unmerge_lora(model: nn.Module) -> None:
             for _, done, _ in merged[:position]:
                 assert isinstance(done, LoRALayer)
                 _merge(done)
-            raise ValueError(f"`{name}.weight` does not fit its merge record. Nothing was changed.")
-    config = config_of(model)
-    if merged and config is not None:
-        freeze(model, config)
+            raise ValueError(f"`{join(name, 'weight')}` does not fit its merge record. Nothing was changed.")
+    for holder, config in holders(model):
+        freeze(holder, config)
+        accept_base(holder)
 
 
 def acting(adapters: Adapters) -> list[Adapter]:
@@ -99,7 +103,7 @@ def acting(adapters: Adapters) -> list[Adapter]:
 def _merge(layer: LoRALayer) -> float:
     weight, kind = weight_of(layer).detach(), type(layer)
     before, original = checksum(weight), _rows(weight)
-    factors = [kind.factors(adapter) for adapter in acting(layer.lora)]
+    factors = [kind.factors(adapter, weight) for adapter in acting(layer.lora)]
     result = exact.added(original, factors)
     weight.copy_(result.merged.view(weight.shape))
     if layer.settle():
@@ -112,7 +116,7 @@ def _merge(layer: LoRALayer) -> float:
 @torch.no_grad()
 def _unmerge(module: nn.Module, record: Merged) -> bool:
     weight, kind = weight_of(module).detach(), swapped_class(type(module))
-    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter) for adapter in acting(record.adapters)])
+    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter, weight) for adapter in acting(record.adapters)])
     original = exact.patched(nearly, record.patch).view(weight.shape)
     if checksum(original) != record.original:
         return False

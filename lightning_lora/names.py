@@ -19,6 +19,11 @@ def clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def join(module: str, key: str) -> str:
+    """The name of what a module holds under ``key``; the model itself has the empty name."""
+    return f"{module}.{key}" if module else key
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under its clean name; one that is used under two names comes twice, a wrapper not at all."""
     for name, module in model.named_modules(remove_duplicate=False):
@@ -40,4 +45,4 @@ def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if buffer is None or key in module._non_persistent_buffers_set or id(buffer) in seen:
                 continue
             seen.add(id(buffer))
-            yield clean(f"{name}.{key}" if name else key), buffer
+            yield clean(join(name, key)), buffer

@@ -24,8 +24,10 @@ def remember(model: nn.Module) -> None:
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Every tensor of the base that differs from what was remembered, a cast aside, with that value."""
+    seen: set[int] = set()
     for _, module, record in records(model):
-        own = _own(module)
+        own = {key: tensor for key, tensor in _own(module).items() if id(tensor) not in seen}
+        seen |= {id(tensor) for tensor in own.values()}
         for key, original in record.originals.items():
             if key in own and not same_bits(own[key].detach(), original.to(own[key].dtype)):
                 yield module, key, original

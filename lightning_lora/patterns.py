@@ -51,9 +51,14 @@ def covers(name: str, patterns: Iterable[str]) -> bool:
     return any(matches(head, pattern) for pattern in patterns for head in heads)
 
 
+def _folded(name: str) -> str:
+    """``name`` with its numbers as stars, unless it is nothing else."""
+    return name if name.replace(".", "").isdigit() else re.sub(r"\b\d+\b", "*", name)
+
+
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The ``names`` that look most like ``pattern``, numbers in them folded so that one layer stands for all."""
-    folded = {re.sub(r"\b\d+\b", "*", name): name for name in names}
+    folded = {_folded(name): name for name in names}
     tails: dict[str, str] = {}
     for short in folded:
         for tail in (short, short.split(".")[-1]):

@@ -86,7 +86,12 @@ def prune(model: nn.Module) -> None:
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
     """The configuration that ``model``, or a part of it, was adapted with."""
-    return next((record.config for _, _, record in records(model) if record.config is not None), None)
+    return next((config for _, config in holders(model)), None)
+
+
+def holders(model: nn.Module) -> list[tuple[nn.Module, LoRAConfig]]:
+    """The modules in ``model`` that were adapted, ``model`` itself or parts of it, with their configurations."""
+    return [(module, record.config) for _, module, record in records(model) if record.config is not None]
 
 
 def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Merged]]:

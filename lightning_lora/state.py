@@ -29,7 +29,7 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     holders += [(name, merged.adapters) for name, _, merged in merged_layers(model)]
     for name, adapters in holders:
         for key, parameter in adapters.named_parameters():
-            yield f"{name}.lora.{key}".removeprefix("."), parameter
+            yield names.join(name, f"lora.{key}"), parameter
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -45,9 +45,17 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(lora_state_dict(model))
         ['lora.default.A', 'lora.default.B']
     """
-    state = keep_adapter(model, model.state_dict())
-    merged = [name for name, _, _ in merged_layers(model)]
-    return state | {name: value.detach() for name, value in lora_parameters(model) if merged}
+    return keep_adapter(model, model.state_dict()) | _merged_state(model)
+
+
+def _merged_state(model: nn.Module) -> dict[str, Tensor]:
+    adapters = {id(module): merged.adapters for _, module, merged in merged_layers(model)}
+    return {
+        names.join(name, f"lora.{key}"): parameter.detach()
+        for name, module in names.named_modules(model)
+        if id(module) in adapters
+        for key, parameter in adapters[id(module)].named_parameters()
+    }
 
 
 def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,21 +104,39 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: naming the first key that is missing, unknown or of another shape.
     """
     own = {names.clean(key): value for key, value in model.state_dict().items()}
-    base = {name for name, _ in names.named_buffers(model)} | base_names(model)
-    missing = [key for key in own if key not in base and key not in state]
-    unknown = [key for key in state if key not in own]
+    frozen = base_names(model) - buffer_names(model)
+    needed = own.keys() - frozen - buffer_names(model)
+    missing = [key for key in own if key in needed and key not in state]
+    unknown = [key for key in state if key not in own or key in frozen]
     if missing or unknown:
-        what = f"lacks `{missing[0]}`" if missing else f"has `{unknown[0]}`, which this model has not"
+        what = (
+            f"has `{unknown[0]}`, which {'is frozen' if unknown[0] in frozen else 'this model has not'}"
+            if unknown
+            else ""
+        )
+        what = f"lacks `{missing[0]}`" if missing else what
         raise ValueError(
             f"The adapter does not fit the model: it {what} ({len(missing)} missing, {len(unknown)} unknown). Were "
             "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
         )
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape != own[key].shape:
-            raise ValueError(
-                f"The adapter does not fit the model: `{key}` has shape {tuple(value.shape)}, but the model needs "
-                f"{tuple(own[key].shape)}. Was `r` the same when it was made?"
-            )
+        if isinstance(own[key], Tensor):
+            _check_shape(key, value, own[key])
+
+
+def _check_shape(key: str, value: Any, own: Tensor) -> None:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    if shape != tuple(own.shape):
+        what = f"has shape {shape}" if shape is not None else f"is a {type(value).__name__}"
+        raise ValueError(
+            f"The adapter does not fit the model: `{key}` {what}, but the model needs {tuple(own.shape)}. "
+            "Was `r` the same when it was made?"
+        )
+
+
+def buffer_names(model: nn.Module) -> set[str]:
+    """The names of all buffers, under every alias."""
+    return {names.clean(name) for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def _chosen(model: nn.Module, config: LoRAConfig, aliases: dict[str, Alias], tar
     found: set[str] = set()
     for pattern in config.targets:
         hits = [name for name, alias in aliases.items() if _named(alias, pattern)]
-        known = [name for name in hits if root_of(type(aliases[name].module)) is not None]
+        known = [name for name in hits if _known(aliases[name])]
         found |= set(known)
         if not known:
             targets.problems.append(_unmatched("targets", pattern, hits, aliases))
@@ -117,22 +117,22 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return module.original_class if isinstance(module, LoRALayer) else type(module)
 
 
-Holders = dict[tuple[int, ...], list[tuple[nn.Module, str]]]
+Holders = dict[tuple[int, bool], list[tuple[nn.Module, str]]]
 
 
 def _holders(model: nn.Module) -> Holders:
     found: Holders = {}
     for name, module in names.named_modules(model):
         for key, parameter in module._parameters.items():
-            found.setdefault(_memory(parameter), []).append((module, f"{name}.{key}"))
+            found.setdefault(_memory(parameter), []).append((module, names.join(name, key)))
     return found
 
 
-def _memory(parameter: Tensor | None) -> tuple[int, ...]:
+def _memory(parameter: Tensor | None) -> tuple[int, bool]:
     """What two parameters have in common only if one is the other, as an object or as memory."""
     if parameter is None or parameter.is_meta or is_lazy(parameter) or not parameter.data_ptr():
-        return (id(parameter),)
-    return (parameter.data_ptr(), *parameter.shape)
+        return (id(parameter), False)
+    return (parameter.data_ptr(), True)
 
 
 def _check_other_patterns(targets: Targets, config: LoRAConfig, aliases: dict[str, Alias], model: nn.Module) -> None:
@@ -152,15 +152,23 @@ def _check_other_patterns(targets: Targets, config: LoRAConfig, aliases: dict[st
 
 def _unmatched(argument: str, pattern: str, hits: Sequence[str], aliases: dict[str, Alias]) -> str:
     if hits:
-        kind = type(aliases[hits[0]].module).__name__
-        return (
-            f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that is a {kind} without a weight that LoRA "
-            f"can adapt. Name the layers in it, or all of them with {pattern + '.*'!r}."
-        )
-    candidates = [name for name, alias in aliases.items() if name and root_of(type(alias.module)) is not None]
+        inside = f" Name the layers in it, or all of them with {pattern + '.*'!r}."
+        advice = inside if _holds_known(hits[0], aliases) else ""
+        why = refusal(aliases[hits[0]].module)
+        return f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that {why}.{advice}"
+    candidates = [name for name, alias in aliases.items() if name and _known(alias)]
     close = ", ".join(f"`{name}`" for name in nearest(pattern, candidates or [name for name in aliases if name]))
     hint = " A `re:` pattern must match the whole name." if pattern.startswith("re:") else ""
     return f"`{argument}` has {pattern!r}, which matches no module. The nearest names are {close or 'none'}.{hint}"
+
+
+def _known(alias: Alias) -> bool:
+    return root_of(type(alias.module)) is not None
+
+
+def _holds_known(container: str, aliases: dict[str, Alias]) -> bool:
+    inside = [alias.module for name, alias in aliases.items() if name.startswith(f"{container}.") and _known(alias)]
+    return any(refusal(module, aliases[container].module) is None for module in inside)
 
 
 def _empty_preset(model: nn.Module, which: str) -> str:

@@ -105,6 +105,7 @@ def test_what_moved_before_the_second_time_is_still_taken_back():
     apply_lora(model, LoRAConfig(r=2, targets=["body.*"], also_train=["head"]))
     remove_lora(model)
     assert_same_values(model, base)
+    assert flags(model) == flags(net())
 
 
 SAME = [

@@ -164,6 +164,15 @@ def test_the_loss_by_rounding_is_reported_for_each_layer():
         assert 0.05 < lost[name] < 1
 
 
+def test_the_product_of_an_fp64_base_is_made_in_fp64():
+    model = adapted(40, 30, dtype=torch.float64, r=3, alpha=1.0)  # a scale of 1 / 3, which no float holds
+    layer = model[0]
+    A, B = (matrix.detach().double() for matrix in (layer.lora.default.A, layer.lora.default.B))
+    expected = layer.weight.detach() + B @ A / 3
+    merge_lora(model)
+    oracles.assert_close(layer.weight, expected, torch.float64)
+
+
 def test_no_loss_is_reported_where_nothing_is_to_be_lost():
     model = adapted(4, 3, dtype=torch.bfloat16, size=0.0)
     before = snapshot(model)

@@ -123,7 +123,7 @@ UNMATCHED = [
     ({"targets": ["q_porj"]}, r"The nearest names are `layers\.\*\.attn\.q_proj`"),
     ({"targets": ["re:q_proj"]}, r"nearest names are `layers.*q_proj`.* A `re:` pattern must match the whole name\."),
     ({"targets": ["norm"]}, r"`targets` has 'norm', which names `layers\.0\.norm`, but that is a LayerNorm"),
-    ({"targets": ["attn"]}, r"that is a Attention without a weight .*Name the layers in it, or .* 'attn\.\*'"),
+    ({"targets": ["attn"]}, r"that is a Attention; LoRA adapts .*Name the layers in it, or .* 'attn\.\*'"),
     ({"targets": "all", "exclude": ["haed"]}, r"`exclude` has 'haed', which matches no module.*`head`"),
     ({"targets": "all", "also_train": ["haed"]}, r"`also_train` has 'haed', which matches no module.*`head`"),
     ({"targets": "qv", "rank_pattern": {"k_proj": 2}}, r"`rank_pattern` has 'k_proj', which matches no"),
