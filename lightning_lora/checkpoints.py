@@ -60,6 +60,8 @@ class AdapterOnly:
         every = module.named_parameters(remove_duplicate=False)
         frozen = {names.clean(name) for name, parameter in every if id(parameter) not in trained}
         missing = incompatible.missing_keys
+        if len(missing) == len(module.state_dict()):
+            return
         if len(frozen) == sum(is_among(key, frozen) for key in missing):
             base = base_names(module)
             missing[:] = [key for key in missing if not is_among(key, base)]
