@@ -68,7 +68,7 @@ class LoRAConfig:
     name: str = "default"
 
     def __post_init__(self) -> None:
-        """Check every argument; everything else may then rely on it."""
+        """Check every argument and keep copies of lists; everything else may then rely on it."""
         _check_rank("r", self.r)
         if self.alpha is not None:
             _check_positive("alpha", self.alpha)
@@ -90,6 +90,8 @@ class LoRAConfig:
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
         _check_name(self.name)
+        for field in fields(self):
+            object.__setattr__(self, field.name, _own_copy(getattr(self, field.name)))
 
     def rank_for(self, name: str) -> int:
         """Rank of the adapter of the module ``name``."""
@@ -110,10 +112,14 @@ class LoRAConfig:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def _own_copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
-    return list(value) if isinstance(value, (list, tuple)) else value
+    return list(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else _own_copy(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -77,7 +77,8 @@ def added(matrix: Tensor, factors: Factors) -> Sum:
         exact = matrix[rows].to(delta.dtype) + delta
         merged[rows] = exact
         nearly[rows] = merged[rows].to(delta.dtype) - delta
-        lost += _squares(merged[rows].double() - matrix[rows].double() - delta.double())
+        rounding = merged[rows].double() - matrix[rows].double() - delta.double()
+        lost += _squares(rounding.nan_to_num_(0, 0, 0))  # a weight that is no number lost nothing
         whole += _squares(delta)
     return Sum(merged, nearly, math.sqrt(lost / whole) if whole else 0.0)
 

@@ -36,5 +36,5 @@ def initial_A(r: int, in_features: int, init: str, seed: int) -> Tensor:
     shape = (r, in_features)
     if init == "gaussian":
         return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0, 1 / r, generator=generator)
-    bound = 1 / math.sqrt(in_features)
+    bound = 1 / math.sqrt(max(1, in_features))
     return torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)

@@ -95,7 +95,7 @@ def refusal(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     if root_of(type(module)) is None:
         return f"is a {type(module).__name__}; LoRA adapts Linear, Embedding, Conv1d/2d/3d and Hugging Face's Conv1D"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"lies in a nn.{type(parent).__name__}, which reads its weights directly and would pass the adapter by"
+        return f"lies in a {type(parent).__name__}, which reads its weights directly and would pass the adapter by"
     return _refused_weight(module)
 
 

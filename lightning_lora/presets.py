@@ -67,7 +67,10 @@ def roles_in(model: nn.Module) -> Roles:
     linear = [name for name, module in modules.items() if is_linear(module)]
     owners = _attention_owners(linear)
     attention = _attention(linear, owners, modules)
+    convolutions = [name for name, module in modules.items() if is_convolution(module)]
     heads = _heads([name for name in linear if name not in attention], modules)
+    if convolutions and len(linear) == 1:  # the one linear layer of a convolutional network is its output
+        heads |= set(linear)
     mlp = _mlp([name for name in linear if name not in attention | heads], owners)
     whole = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
     return Roles(
@@ -76,7 +79,7 @@ def roles_in(model: nn.Module) -> Roles:
         fused=[name for name in modules if name in whole or (name in attention and _leaf_is(name, FUSED))],
         mlp=mlp,
         heads=[name for name in linear if name in heads],
-        convolutions=[name for name, module in modules.items() if is_convolution(module)],
+        convolutions=convolutions,
     )
 
 

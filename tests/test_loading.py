@@ -39,18 +39,18 @@ def test_a_base_checkpoint_loads_strictly_and_leaves_the_adapters(wrapped):
 def test_a_file_that_lacks_one_thing_is_refused(lost):
     state = adapted().state_dict()
     del state[lost]
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{lost}"'):
+    with pytest.raises(RuntimeError, match=rf'Missing key.*"{lost}"'):
         adapted().load_state_dict(state)
 
 
 def test_a_file_that_lacks_the_adapters_of_one_layer_is_refused():
     state = {key: value for key, value in adapted().state_dict().items() if not key.startswith("layers.0.q.lora")}
-    with pytest.raises(RuntimeError, match="layers.0.q.lora.default.B"):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.q\.lora\.default\.B"):
         adapted().load_state_dict(state)
 
 
 def test_an_empty_file_lacks_everything():
-    with pytest.raises(RuntimeError, match="layers.0.q.lora.default.A"):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.q\.lora\.default\.A"):
         adapted().load_state_dict({})
 
 

@@ -156,7 +156,7 @@ CHOSEN = [
     (named_mlp, "mlp", ["fc1", "fc2"]),
     (convolutions, "all", ["0", "2.0"]),
     (convolutions, "attn", []),
-    (resnet, "all", ["fc"]),
+    (resnet, "all", ["conv1"]),
     (headed, "all", ["body", "head.0", "heads.sex.0"]),
     (explorer, "all", ["exploration", "header", "quality", "vote"]),
     (explorer, "attn", []),
@@ -361,3 +361,10 @@ def test_presets_on_an_encoder_and_decoder_of_hugging_face():
     assert preset(model, "mlp") == first + second
     assert preset(model, "all") == own + first + cross + second
     assert preset(model, "qv") == [name for name in own + cross if name[-1] in "qv"]
+
+
+def test_all_on_a_convolutional_network_with_one_linear_layer_is_its_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    assert preset(model, "all") == ["0", "2"]
+    model.append(nn.Linear(2, 2))
+    assert preset(model, "all") == ["4", "5"]
