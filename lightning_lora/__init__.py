@@ -39,7 +39,8 @@ Ring 1, the world around it: one library each.
 
 Ring 2, Lightning.
 
-    company              what goes together with the callback, and what does not
+    lightnings           lightning.pytorch and pytorch_lightning
+    compatibility        what goes together with the callback, and what does not
     wraps                methods replaced for the length of a run
     optimizers           the user's optimizers, restricted
     rates                lr_scale, through every scheduler

@@ -91,6 +91,10 @@ class Adapters(nn.ModuleDict):
 
     enabled: bool = True
 
+    def every(self) -> list[Adapter]:
+        """All of them."""
+        return [module for module in self.values() if isinstance(module, Adapter)]
+
     def active(self) -> list[Adapter]:
         """Those that act now."""
-        return [module for module in self.values() if isinstance(module, Adapter)] if self.enabled else []
+        return self.every() if self.enabled else []

@@ -51,10 +51,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         unmerge_lora(model)
     targets = find_targets(model, config)
     targets.check()
-    bare = config_of(model) is None
     inject(model, targets, config)
-    if bare:
-        remember(model)
+    remember(model)
     return list(targets.modules)
 
 
@@ -65,32 +63,32 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
             _renew_dropout(module, config)
         else:
             cls = swapped_class(type(module))
-            attach(module, cls, Adapters({config.name: new_adapter(name, module, cls, config)}))
+            attach(module, cls, Adapters({config.name: new_adapter(targets.names[name], module, cls, config)}))
     record_of(model).config = config
     freeze(model, config)
     accept_base(model)
 
 
-def new_adapter(name: str, module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
-    """The adapter of ``config`` for the module called ``name``, where its weight lives."""
+def new_adapter(known_as: list[str], module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
+    """The adapter of ``config`` for a module with all its names, where its weight lives."""
     weight = weight_of(module)
     in_features, out_features = cls.features(weight)
     return cls.adapter_class(
         in_features,
         out_features,
-        r=config.rank_for(name),
-        alpha=config.alpha_for(name),
-        scale=config.scale_for(name),
+        r=config.rank_for(*known_as),
+        alpha=config.alpha_for(*known_as),
+        scale=config.scale_for(*known_as),
         dropout=config.dropout,
         init=config.init,
-        seed=seed_of(config.seed, name, config.name),
+        seed=seed_of(config.seed, known_as[0], config.name),
         device=weight.device,
         **cls.adapter_arguments(module),
     )
 
 
 def _renew_dropout(layer: LoRALayer, config: LoRAConfig) -> None:
-    for adapter in layer.lora.active():
+    for adapter in layer.lora.every():
         adapter.dropout = config.dropout
 
 
@@ -151,6 +149,11 @@ def remove_lora(model: nn.Module) -> None:
     if is_merged(model):
         unmerge_lora(model)
     put_back(model)
+    drop_adapters(model)
+
+
+def drop_adapters(model: nn.Module) -> None:
+    """Take live adapters off, and every trace of them; the values of the rest stay as they are."""
     for _, layer in list(adapted_layers(model)):
         detach(layer)
     be_strict(model)
@@ -195,5 +198,5 @@ def _swap_originals(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]
         tensor = {**module._parameters, **module._buffers}[key]
         assert tensor is not None
         trained.append((tensor, tensor.data))
-        tensor.data = original.to(tensor.device)
+        tensor.data = original.to(tensor.device, tensor.dtype, copy=True)
     return trained

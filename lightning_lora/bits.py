@@ -12,14 +12,15 @@ _ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer: an odd 
 
 def bits(tensor: Tensor) -> Tensor:
     """``tensor`` seen as integers of its width."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+    return tensor.detach().view(_INTEGERS.get(tensor.element_size(), torch.uint8))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and every bit, wherever they live."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(bits(one.contiguous()), bits(other.to(one.device).contiguous()))
+    one, other = one.detach().reshape(-1), other.detach().to(one.device).reshape(-1)
+    return torch.equal(bits(one), bits(other))
 
 
 def checksum(tensor: Tensor) -> int:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.apply import remove_lora
-from lightning_lora.company import check_company, is_spawned
+from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
+from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
 from lightning_lora.merge import merge_lora
 from lightning_lora.run import Run, load_best
-
-if TYPE_CHECKING:
-    CallbackBase = pl.Callback
-else:
-    try:  # the same classes exist a second time, and each Trainer takes its own
-        from pytorch_lightning import Callback as TwinCallback
-
-        CallbackBase = type("CallbackBase", (pl.Callback, TwinCallback), {})
-    except ImportError:
-        CallbackBase = pl.Callback
 
 
 class LoRACallback(CallbackBase):
@@ -43,7 +32,7 @@ class LoRACallback(CallbackBase):
             choice), "mlp", "all" (every linear layer but output heads), or a list of module names: suffixes
             ("q_proj"), globs ("layers.*.q_proj") and regular expressions for the whole name ("re:.*[qv]_proj").
         exclude: Names of modules to leave alone, with all that is inside them.
-        dropout: Probability with which the input of an adapter is dropped in training.
+        dropout: Probability with which the input of an adapter is dropped in training; embeddings have none.
         init: How A starts, "kaiming" (as nn.Linear) or "gaussian" (standard deviation 1 / r). B starts at zero.
         rslora: Scale by alpha / sqrt(r) instead.
         bias: Which biases train too, "none", "lora_only" (those of adapted layers) or "all".
@@ -112,7 +101,7 @@ class LoRACallback(CallbackBase):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt the module, and wrap what the run will call."""
-        check_company(trainer, self, self.config, stage)
+        check_compatibility(trainer, self, self.config, stage)
         self._run = Run(trainer, pl_module, self.config, stage)
         self._run.begin()
 
@@ -143,8 +132,8 @@ class LoRACallback(CallbackBase):
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
             return
         lost = merge_lora(pl_module)
-        worst = max(lost, key=lost.__getitem__)
-        if lost[worst] > 0.01:
+        worst = max(lost, key=lost.__getitem__, default="")
+        if lost.get(worst, 0) > 0.01:
             rank_zero_info(
                 f"Merged {len(lost)} layers. Rounding to the weights' dtype lost up to {lost[worst]:.1%} of the update "
                 f"(in `{worst}`); for the exact sum merge into an fp32 model."

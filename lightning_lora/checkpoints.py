@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import names
 from lightning_lora.apply import difference
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, exactly_same, other_base
-from lightning_lora.freeze import trained_parameters
+from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.originals import moved
-from lightning_lora.state import base_names, check_state, keep_adapter
+from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names
 
 KEY = "lightning_lora"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
@@ -29,52 +28,52 @@ def facts(config: LoRAConfig, base: Fingerprint) -> dict[str, Any]:
 
 
 def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """``checkpoint`` without a tensor of the base, however deep: averaging callbacks keep whole models in theirs."""
-    return dict(_without(checkpoint, base_names(model)))
+    """``checkpoint`` without the base: averaging callbacks put whole models there, beside and inside their state."""
+    frozen, base = frozen_names(model), base_names(model)
+    places = {key: value for key, value in checkpoint.items() if key in (*WEIGHTS, "callbacks")}
+    return {**checkpoint, **_without(places, frozen, base)}
 
 
-def _without(mapping: dict[Any, Any], base: set[str]) -> dict[Any, Any]:
-    """``mapping`` itself where nothing in it is of the base: its class may matter to the user."""
-    inner = {key: _without(value, base) for key, value in mapping.items() if isinstance(value, dict)}
-    dropped = {key for key, value in mapping.items() if isinstance(value, Tensor) and is_among(str(key), base)}
+def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
+    """``mapping`` itself where no state of a whole model is in it: what else it holds is the user's."""
+    own_name = own_names(mapping, frozen)
+    inner = {key: _without(value, frozen, base) for key, value in mapping.items() if isinstance(value, dict)}
+    dropped = {key for key, name in own_name.items() if name in base}
     if not dropped and all(value is mapping[key] for key, value in inner.items()):
         return mapping
     return {key: inner.get(key, value) for key, value in mapping.items() if key not in dropped}
 
 
-def is_among(key: str, base: set[str]) -> bool:
-    """Whether a key of a state dict of the module, or of an ``AveragedModel`` or DDP around it, is one of ``base``."""
-    name = names.clean(key)
-    return name in base or name.removeprefix("module.") in base
+def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
+    """The module's own names for the keys of a state dict of it, or of an ``AveragedModel`` or DDP around it.
+
+    Empty unless every name that is ``needed`` is among them.
+    """
+    clean = {key: names.clean(key) for key in keys if isinstance(key, str)}
+    inner = {key: name.removeprefix("module.") for key, name in clean.items()}
+    return next((found for found in (clean, inner) if needed and needed <= set(found.values())), {})
 
 
 class AdapterOnly:
     """A ``load_state_dict`` post-hook: a file without any frozen parameter is an adapter's, and lacks none of them.
 
-    One that has some of them and lacks others stays as wrong as it was.
+    One that has some of them and lacks others stays as wrong as it was. Averaging callbacks load files by themselves,
+    into the module and into the copies that they made of it.
     """
 
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         """Drop the base's names from the missing keys."""
-        trained = {id(parameter) for _, parameter in trained_parameters(module)}
-        every = module.named_parameters(remove_duplicate=False)
-        frozen = {names.clean(name) for name, parameter in every if id(parameter) not in trained}
-        missing = incompatible.missing_keys
-        if len(missing) == len(module.state_dict()):
-            return
-        if len(frozen) == sum(is_among(key, frozen) for key in missing):
+        own_name = own_names(incompatible.missing_keys, frozen_names(module))
+        if len(incompatible.missing_keys) < len(nn.Module.state_dict(module)):
             base = base_names(module)
-            missing[:] = [key for key in missing if not is_among(key, base)]
+            incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own_name.get(k) not in base]
 
 
-def write(save: Callable[..., None], checkpoint: dict[str, Any], path: Any, storage_options: Any, atomic: bool) -> None:
+def write_beside(save: Callable[..., None], checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
     """Save beside the file and put it in its place: a kill in mid-write leaves the old one.
 
     Lightning's own write goes through the system's temporary folder, from where another disk is a copy.
     """
-    if not atomic or "://" in str(path):
-        save(checkpoint, path, storage_options=storage_options)
-        return
     part = f"{path}.{os.getpid()}.part"
     save(checkpoint, part, storage_options=storage_options)
     if Path(part).exists():  # rank zero alone writes
@@ -94,6 +93,12 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+        if any(".lora." in key for key in state):
+            raise ValueError(
+                f"`ckpt_path={str(path)!r}` holds the base and live adapters together: it was saved outside a run. "
+                "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
+            )
         raise ValueError(
             f"`ckpt_path={str(path)!r}` is a full checkpoint, without adapters. LoRACallback loads adapters only; "
             "to start from these weights load them into the module as its base: "
@@ -117,7 +122,6 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
         raise ValueError(
             f"`ckpt_path={str(path)!r}` was trained on another base: {wrong}. Load the base it was trained on first."
         )
-    check_state(model, checkpoint["state_dict"])
     if not exactly_same(trained_on, base):
         rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
     if written.lr_scale != config.lr_scale:
@@ -144,7 +148,7 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
 
 def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Give the weights in the file the keys of ``model``, and buffers that had not moved then their first values."""
-    real = {names.clean(key): key for key in model.state_dict()}
+    real = {names.clean(key): key for key in nn.Module.state_dict(model)}
     owners = {id(module): name for name, module in names.named_modules(model)}
     still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
     for weights in WEIGHTS:
@@ -152,6 +156,21 @@ def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
             state = {**still, **checkpoint[weights]}
             checkpoint[weights] = {real.get(key, key): value for key, value in state.items()}
     return checkpoint
+
+
+def check_complete(checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Raise if the file about to be written lacks adapters: nobody could use it.
+
+    Raises:
+        ValueError: naming the hook that can have removed them.
+    """
+    needed = needed_names(model)
+    if len(checkpoint.get("state_dict", ())) < len(needed):
+        gone = next(key for key in needed if key not in checkpoint.get("state_dict", ()))
+        raise ValueError(
+            f"The checkpoint to be written lacks `{gone}`: an `on_save_checkpoint` of {type(model).__name__} or of a "
+            "callback removed it. Leave entries of the state dict that belong to adapters in place."
+        )
 
 
 def adapter_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:

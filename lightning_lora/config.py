@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,7 +30,8 @@ class LoRAConfig:
         alpha: numerator of the scale ``alpha / r``; ``None`` means ``alpha = r``, a scale of 1.
         targets: a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``) or a list of patterns.
         exclude: patterns of modules to leave alone, with all that is inside them.
-        dropout: probability with which the input of the adapter, not of the layer, is dropped in training.
+        dropout: probability with which the input of the adapter, not of the layer, is dropped in training. An
+            embedding's adapter has none: its input is one index.
         init: ``"kaiming"`` (A as the weight of ``nn.Linear``) or ``"gaussian"`` (A normal with standard deviation
             ``1 / r``); B is zero, so the model starts as the base.
         rslora: scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
@@ -79,7 +81,9 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in _checked_mapping("alpha_pattern", self.alpha_pattern):
             _check_positive(f"alpha_pattern[{key!r}]", alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout):
+            raise TypeError(f"`dropout` must be a number, but got {self.dropout!r}.")
+        if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a probability in [0, 1), but got {self.dropout!r}.")
         _check_choice("init", self.init, INITS)
         _check_choice("bias", self.bias, BIASES)
@@ -93,19 +97,19 @@ class LoRAConfig:
         for field in fields(self):
             object.__setattr__(self, field.name, _own_copy(getattr(self, field.name)))
 
-    def rank_for(self, name: str) -> int:
-        """Rank of the adapter of the module ``name``."""
-        return first_match(name, self.rank_pattern or {}, self.r)
+    def rank_for(self, *names: str) -> int:
+        """Rank of the adapter of the module with these names."""
+        return first_match(names, self.rank_pattern or {}, self.r)
 
-    def alpha_for(self, name: str) -> float:
-        """Alpha of the adapter of the module ``name``: its pattern's, else ``alpha``, else its rank."""
-        rank = self.rank_for(name)
-        return first_match(name, self.alpha_pattern or {}, float(rank if self.alpha is None else self.alpha))
+    def alpha_for(self, *names: str) -> float:
+        """Alpha of the adapter of the module with these names: its pattern's, else ``alpha``, else its rank."""
+        rank = self.rank_for(*names)
+        return first_match(names, self.alpha_pattern or {}, float(rank if self.alpha is None else self.alpha))
 
-    def scale_for(self, name: str) -> float:
-        """Factor in front of ``B A`` for the module ``name``."""
-        rank = self.rank_for(name)
-        return self.alpha_for(name) / (math.sqrt(rank) if self.rslora else rank)
+    def scale_for(self, *names: str) -> float:
+        """Factor in front of ``B A`` for the module with these names."""
+        rank = self.rank_for(*names)
+        return self.alpha_for(*names) / (math.sqrt(rank) if self.rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
@@ -182,3 +186,12 @@ def _check_patterns(argument: str, patterns: Any) -> None:
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern or pattern == "re:":
             raise TypeError(f"`{argument}` must hold module names as non-empty strings, but got {pattern!r}.")
+        if pattern.startswith("re:"):
+            _check_expression(argument, pattern)
+
+
+def _check_expression(argument: str, pattern: str) -> None:
+    try:
+        re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"`{argument}` has {pattern!r}, which is not a regular expression: {error}.") from error

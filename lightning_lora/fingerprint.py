@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: two sums for every frozen parameter, one of which survives a cast."""
+"""Which base an adapter was trained on: sums of every frozen parameter, two of which survive a cast."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Fingerprint = dict[str, list[int | None]]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """For each frozen parameter: its sum after rounding to bf16, its exact sum, and its shape.
+    """For each frozen parameter: its sums after rounding to bf16 and to fp16, its exact sum, and its shape.
 
-    The same base loaded in fp32 and in bf16 agrees in the first. A quantized parameter is known by its shape alone.
+    The same base loaded in fp32 and in bf16 agrees in the first, in fp32 and in fp16 in the second. A quantized
+    parameter is known by its shape alone.
     """
     trained = {id(parameter) for _, parameter in trained_parameters(model)}
     return {name: _sums(p.detach()) for name, p in names.named_parameters(model) if id(p) not in trained}
@@ -23,19 +24,23 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def _sums(tensor: Tensor) -> list[int | None]:
     if tensor.is_meta or not tensor.is_floating_point():
-        return [None, None, *tensor.shape]
-    return [checksum(tensor.to(torch.bfloat16)), checksum(tensor), *tensor.shape]
+        return [None, None, None, *tensor.shape]
+    sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
+    exact = sums[tensor.dtype] if tensor.dtype in sums else checksum(tensor)
+    return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]
 
 
 def other_base(expected: Fingerprint, found: Fingerprint) -> str | None:
-    """What tells that ``found`` is another base than ``expected``; ``None`` where it is the same to bf16."""
+    """What tells that ``found`` is another base than ``expected``; ``None`` where it is the same but for a cast."""
     for name in (*expected, *found):
         if name not in found or name not in expected:
             return f"`{name}` is only in {'the file' if name in expected else 'the model'}"
-        (rounded, _, *shape), (rounded_here, _, *shape_here) = expected[name], found[name]
+        (*rounded, _), shape = expected[name][:3], expected[name][3:]
+        (*rounded_here, _), shape_here = found[name][:3], found[name][3:]
         if shape != shape_here:
             return f"`{name}` had shape {tuple(shape)} and has {tuple(shape_here)} here"
-        if rounded is not None and rounded_here is not None and rounded != rounded_here:
+        known = None not in (*rounded, *rounded_here)
+        if known and not any(one == other for one, other in zip(rounded, rounded_here, strict=True)):
             return f"`{name}` has other values"
     return None
 

@@ -28,7 +28,7 @@ def freeze(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def enforce(model: nn.Module) -> None:
-    """Set ``requires_grad`` of every parameter by what was decided: those of adapters stay as they are."""
+    """Set ``requires_grad`` of every parameter by what was decided."""
     wanted = {id(parameter) for _, parameter in trained_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
@@ -43,6 +43,11 @@ def thaw(model: nn.Module) -> None:
                 parameter.requires_grad_(flag)
         record.found.clear()
     prune(model)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether ``model``, or a part of it, is frozen by :func:`freeze` now."""
+    return any(record.found for _, _, record in records(model))
 
 
 def asked_for(name: str, key: str, module: nn.Module, config: LoRAConfig) -> bool:

@@ -86,12 +86,21 @@ def _names_in(function: Any) -> set[str]:
     return set(code.co_names) if code is not None else set()
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether ``module`` keeps the weights of many experts in one parameter of three dimensions."""
+    if "expert" not in type(module).__name__.lower():
+        return False
+    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
+
+
 def refusal(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` where it can."""
     if isinstance(module, LoRALayer):
         return None
     if isinstance(module, nn.MultiheadAttention):
         return "is a nn.MultiheadAttention, which reads its weights directly and would pass the adapters by"
+    if holds_experts(module):
+        return "keeps the weights of all its experts in one parameter, which is not supported yet"
     if root_of(type(module)) is None:
         return f"is a {type(module).__name__}; LoRA adapts Linear, Embedding, Conv1d/2d/3d and Hugging Face's Conv1D"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -106,7 +115,7 @@ def _refused_weight(module: nn.Module) -> str | None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "has no shape yet (a lazy module): run one batch through the model first"
     if weight.dtype not in DTYPES:
-        return f"has a weight of {weight.dtype}, and LoRA needs a floating-point one"
+        return f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64"
     if "forward" in vars(module):
         return "has a `forward` set on the instance, which would pass the adapter by"
     if hasattr(module, "lora"):

@@ -25,7 +25,7 @@ class BaseCheckpoint:
             if isinstance(layer, LoRALayer)
             for key, _ in layer.lora.named_parameters()
         }
-        missing = [key for key in incompatible.missing_keys if ends_in(key, own)]
+        missing = {key for key in incompatible.missing_keys if ends_in(key, own)}
         if len(missing) == len(own) and len(incompatible.missing_keys) < len(module.state_dict()):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import exact
-from lightning_lora.adapter import Adapter, Adapters
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import swapped_class
@@ -53,6 +52,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         thaw(holder)
         be_strict(holder)
     if not undo:
+        thaw(model)
         forget(model)
     return lost
 
@@ -77,7 +77,7 @@ def unmerge_lora(model: nn.Module) -> None:
     if not merged and not list(adapted_layers(model)):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
     for name, module, record in merged:
-        if checksum(weight_of(module)) != record.checksum:
+        if checksum(weight_of(module)) not in (record.checksum, record.original):
             raise ValueError(
                 f"`{join(name, 'weight')}` is not what the merge left there: it was changed, cast or loaded since, "
                 "so the base cannot be restored. Nothing was changed. To go on from these weights call "
@@ -94,16 +94,11 @@ def unmerge_lora(model: nn.Module) -> None:
         accept_base(holder)
 
 
-def acting(adapters: Adapters) -> list[Adapter]:
-    """The adapters that go into the weight."""
-    return [adapter for adapter in adapters.values() if isinstance(adapter, Adapter)]
-
-
 @torch.no_grad()
 def _merge(layer: LoRALayer) -> float:
     weight, kind = weight_of(layer).detach(), type(layer)
     before, original = checksum(weight), _rows(weight)
-    factors = [kind.factors(adapter, weight) for adapter in acting(layer.lora)]
+    factors = [kind.factors(adapter, weight) for adapter in layer.lora.every()]
     result = exact.added(original, factors)
     weight.copy_(result.merged.view(weight.shape))
     if layer.settle():
@@ -116,14 +111,21 @@ def _merge(layer: LoRALayer) -> float:
 @torch.no_grad()
 def _unmerge(module: nn.Module, record: Merged) -> bool:
     weight, kind = weight_of(module).detach(), swapped_class(type(module))
-    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter, weight) for adapter in acting(record.adapters)])
+    if checksum(weight) == record.original:  # the base was loaded over the merge
+        _reattach(module, record)
+        return True
+    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter, weight) for adapter in record.adapters.every()])
     original = exact.patched(nearly, record.patch).view(weight.shape)
     if checksum(original) != record.original:
         return False
     weight.copy_(original)
-    attach(module, kind, record.adapters.to(weight.device))
-    record_of(module).merged = None
+    _reattach(module, record)
     return True
+
+
+def _reattach(module: nn.Module, record: Merged) -> None:
+    attach(module, swapped_class(type(module)), record.adapters.to(weight_of(module).device))
+    record_of(module).merged = None
 
 
 def _rows(weight: Tensor) -> Tensor:

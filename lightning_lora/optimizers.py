@@ -5,17 +5,17 @@ The number of groups stays: schedulers hold one value for each, and break when o
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import names
-from lightning_lora.company import is_a
-from lightning_lora.freeze import trained_parameters
+from lightning_lora.compatibility import is_a
+from lightning_lora.freeze import adapter_parameters, trained_parameters
 from lightning_lora.layer import adapted_layers
+from lightning_lora.lightnings import MisconfigurationException
 
 Group = dict[str, Any]
 
@@ -85,17 +85,14 @@ def _seed_state(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in optimizer.state:
-                arguments = {key: group.get(key, value) for key, value in optimizer.defaults.items()}
+                known = inspect.signature(type(optimizer)).parameters
+                arguments = {key: group.get(key, value) for key, value in optimizer.defaults.items() if key in known}
                 fresh = type(optimizer)([parameter], **arguments)
-                optimizer.state[parameter] = fresh.state[parameter]
+                if parameter in fresh.state:
+                    optimizer.state[parameter] = fresh.state[parameter]
 
 
 def holds_adapters(group: Group, model: nn.Module) -> bool:
     """Whether the group trains an adapter."""
-    adapters = {id(p) for _, layer in adapted_layers(model) for p in layer.lora.parameters()}
+    adapters = adapter_parameters(model)
     return any(id(parameter) in adapters for parameter in group["params"])
-
-
-def same_optimizer(one: Any, other: torch.optim.Optimizer) -> bool:
-    """Whether a scheduler's optimizer is ``other``, wrapped or not."""
-    return one is other or getattr(one, "_optimizer", None) is other

@@ -13,23 +13,25 @@ from lightning_lora.record import record_of, records
 
 
 def remember(model: nn.Module) -> None:
-    """Keep a copy, on the CPU, of everything that may move, as it is now."""
+    """Keep a copy, on the CPU, of everything that may move, as it is now; what was kept before stays as it was."""
     for _, module in names.named_modules(model):
-        trained = record_of(module).trained
-        tensors = {key: tensor for key, tensor in _own(module).items() if key in trained or key in module._buffers}
-        record_of(module).originals = {
-            key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items() if not tensor.is_meta
-        }
+        record = record_of(module)
+        for key, tensor in _own(module).items():
+            may_move = key in record.trained or key in module._buffers
+            if may_move and not tensor.is_meta and key not in record.originals:
+                record.originals[key] = tensor.detach().to("cpu", copy=True)
 
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Every tensor of the base that differs from what was remembered, a cast aside, with that value."""
     seen: set[int] = set()
     for _, module, record in records(model):
-        own = {key: tensor for key, tensor in _own(module).items() if id(tensor) not in seen}
-        seen |= {id(tensor) for tensor in own.values()}
+        own = _own(module)
         for key, original in record.originals.items():
-            if key in own and not same_bits(own[key].detach(), original.to(own[key].dtype)):
+            if key not in own or id(own[key]) in seen:
+                continue
+            seen.add(id(own[key]))
+            if not same_bits(own[key].detach(), original.to(own[key].dtype)):
                 yield module, key, original
 
 

@@ -21,27 +21,16 @@ def matches(name: str, pattern: str) -> bool:
         (True, True)
     """
     if pattern.startswith("re:"):
-        return compiled(pattern).fullmatch(name) is not None
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
     if any(character in pattern for character in "*?["):
         return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """The regular expression behind ``re:``.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        return re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}.") from error
-
-
-def first_match(name: str, patterns: Mapping[str, Value], default: Value) -> Value:
-    """The value of the first pattern that matches ``name``."""
-    return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
+def first_match(names: Iterable[str], patterns: Mapping[str, Value], default: Value) -> Value:
+    """The value of the first pattern that matches one of ``names``."""
+    found = (value for pattern, value in patterns.items() if any(matches(name, pattern) for name in names))
+    return next(found, default)
 
 
 def covers(name: str, patterns: Iterable[str]) -> bool:
@@ -51,18 +40,18 @@ def covers(name: str, patterns: Iterable[str]) -> bool:
     return any(matches(head, pattern) for pattern in patterns for head in heads)
 
 
-def _folded(name: str) -> str:
-    """``name`` with its numbers as stars, unless it is nothing else."""
-    return name if name.replace(".", "").isdigit() else re.sub(r"\b\d+\b", "*", name)
+def folded(name: str) -> str:
+    """``name`` with its numbers as stars, unless it is nothing else: one layer stands for all."""
+    return name if name.replace(".", "").isdigit() else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The ``names`` that look most like ``pattern``, numbers in them folded so that one layer stands for all."""
-    folded = {_folded(name): name for name in names}
+    stars = {folded(name): name for name in names}
     tails: dict[str, str] = {}
-    for short in folded:
+    for short in stars:
         for tail in (short, short.split(".")[-1]):
             tails.setdefault(tail, short)
     close = difflib.get_close_matches(pattern.removeprefix("re:"), tails, n=count * 2, cutoff=0.4)
     found = list(dict.fromkeys(tails[tail] for tail in close))[:count]
-    return found or list(folded)[:count]
+    return found or list(stars)[:count]

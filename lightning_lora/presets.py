@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.kinds import root_of
+from lightning_lora.kinds import holds_experts, root_of
 
 
 def _words(words: str) -> re.Pattern[str]:
@@ -32,6 +32,8 @@ MLP = re.compile(
     r"|(?:up|gate|down|gate_up)_proj|dense_(?:h_to_4h|4h_to_h)|experts?|shared_experts?|moe",
     re.IGNORECASE,
 )
+EXPERTS = re.compile(r"\w*experts?", re.IGNORECASE)
+ROUTER = re.compile(r"(?:\w+_)?(?:gate|router)", re.IGNORECASE)
 HEAD = re.compile(
     r"(?:\w+_)?heads?|cls|classifiers?|score|logits|qa_outputs|embed_out|predictions?|vocab_projector"
     r"|output_projection",
@@ -45,7 +47,9 @@ class Roles:
 
     linear: list[str]
     attention: list[str]
-    fused: list[str]
+    whole: set[str]
+    experts: list[str]
+    routers: list[str]
     mlp: list[str]
     heads: list[str]
     convolutions: list[str]
@@ -55,10 +59,11 @@ def preset(model: nn.Module, which: str) -> list[str]:
     """The names that the preset ``which`` chooses in ``model``; none where it has no such part."""
     roles = roles_in(model)
     if which == "qv":
-        return [name for name in roles.attention if _leaf_is(name, QUERY, VALUE) or name in roles.fused]
+        return [name for name in roles.attention if _leaf_is(name, QUERY, VALUE, FUSED) or name in roles.whole]
     if which == "all":
-        return [name for name in roles.linear if name not in set(roles.heads)] or roles.convolutions
-    return roles.attention if which == "attn" else roles.mlp
+        out = set(roles.heads) | set(roles.routers)
+        return [name for name in roles.linear if name not in out] + roles.experts or roles.convolutions
+    return roles.attention if which == "attn" else roles.mlp + roles.experts
 
 
 def roles_in(model: nn.Module) -> Roles:
@@ -71,12 +76,17 @@ def roles_in(model: nn.Module) -> Roles:
     heads = _heads([name for name in linear if name not in attention], modules)
     if convolutions and len(linear) == 1:  # the one linear layer of a convolutional network is its output
         heads |= set(linear)
-    mlp = _mlp([name for name in linear if name not in attention | heads], owners)
+    routers = [name for name in linear if _leaf_is(name, ROUTER) and _has_experts(_parent(name), modules)]
+    rest = attention | heads | set(routers)
+    mlp = _mlp([name for name in linear if name not in rest], owners)
     whole = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    either = attention | whole
     return Roles(
         linear=linear,
-        attention=[name for name in modules if name in attention | whole and not _inside(name, whole)],
-        fused=[name for name in modules if name in whole or (name in attention and _leaf_is(name, FUSED))],
+        attention=[name for name in modules if name in either and not _inside(name, whole)],
+        whole=whole,
+        experts=[name for name, module in modules.items() if holds_experts(module)],
+        routers=routers,
         mlp=mlp,
         heads=[name for name in linear if name in heads],
         convolutions=convolutions,
@@ -97,6 +107,10 @@ def is_linear(module: nn.Module) -> bool:
 def is_convolution(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution."""
     return root_of(type(module)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _has_experts(parent: str, modules: dict[str, nn.Module]) -> bool:
+    return any(EXPERTS.fullmatch(child) for child in modules[parent]._modules)
 
 
 def _unique(model: nn.Module) -> dict[str, nn.Module]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.lightnings import MisconfigurationException
 from lightning_lora.optimizers import holds_adapters
 
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -49,7 +49,8 @@ def _scale_scheduler(scheduler: Any, scale: float, scaled: dict[int, bool]) -> N
     for name in SCHEDULER_RATES:
         rates = getattr(scheduler, name, None)
         if isinstance(rates, list) and len(rates) == len(groups):
-            rates[:] = [r * scale if scaled[id(group)] else r for r, group in zip(rates, groups, strict=True)]
+            new = [rate * scale if scaled[id(group)] else rate for rate, group in zip(rates, groups, strict=True)]
+            setattr(scheduler, name, new)  # not in place: SequentialLR shares its list with an inner scheduler
     if getattr(scheduler, "eta_min", 0):
         _scale_floor(scheduler, scale, [scaled[id(group)] for group in groups if group["params"]])
 

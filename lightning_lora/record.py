@@ -71,6 +71,18 @@ def records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
             yield names.clean(name), module, module.__dict__[_ATTRIBUTE]
 
 
+def all_records(model: nn.Module) -> dict[str, Record]:
+    """Every record in ``model`` by its module's name."""
+    return {name: record for name, _, record in records(model)}
+
+
+def place_again(model: nn.Module, kept: dict[str, Record]) -> None:
+    """Give the records in ``kept`` to modules that lost them, because another module was put in their place."""
+    for name, module in names.named_modules(model):
+        if name in kept:
+            module.__dict__.setdefault(_ATTRIBUTE, kept[name])
+
+
 def forget(model: nn.Module) -> None:
     """Take every record off."""
     for _, module, _ in list(records(model)):

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.overrides import is_overridden
 from torch import Tensor, distributed, nn
 
 from lightning_lora import checkpoints, random_state
-from lightning_lora.apply import check_same, inject, remove_lora
+from lightning_lora.apply import check_same, drop_adapters, inject
+from lightning_lora.bits import same_bits
+from lightning_lora.compatibility import best_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, fingerprint
-from lightning_lora.freeze import freeze, thaw
+from lightning_lora.freeze import freeze, is_frozen, thaw
+from lightning_lora.layer import adapted_layers
+from lightning_lora.lightnings import rank_zero_info, rank_zero_warn
 from lightning_lora.merge import merge_lora, unmerge_lora
+from lightning_lora.names import clean
 from lightning_lora.optimizers import restrict
 from lightning_lora.originals import remember
 from lightning_lora.rates import scale_rates
-from lightning_lora.record import config_of, is_merged
-from lightning_lora.state import keep_adapter, load_lora_state_dict, lora_state_dict
+from lightning_lora.record import Record, all_records, config_of, is_merged, place_again
+from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
 from lightning_lora.summary import describe
 from lightning_lora.targets import find_targets
 from lightning_lora.wraps import wrap
@@ -39,18 +44,21 @@ class Run:
     def __init__(self, trainer: Any, module: Any, config: LoRAConfig, stage: str) -> None:
         self.trainer, self.module, self.config, self.stage = trainer, module, config, stage
         self.strategy = trainer.strategy
-        self.first_step = trainer.global_step
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
         self.loaded = self.ended = self.abandoned = False
         self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
-        self.snapshot: dict[str, Tensor] = {}
+        self.found_frozen = is_frozen(module)
+        self.snapshot: dict[str, Any] = {}
+        self.records: dict[str, Record] = {}
+        self.plain_files: set[str] = set()
         self.stack = ExitStack()
 
     def begin(self) -> None:
         """Adapt the module; a merged one runs as it is, unless a file is loaded."""
         check_same(self.module, self.config)
         wrap(self.stack, self.strategy, "teardown", self.end)
+        wrap(self.stack, self.strategy, "save_checkpoint", self.save)
         wrap(self.stack, self.strategy, "load_checkpoint", self.load)
         self.stack.callback(self.module.register_load_state_dict_post_hook(checkpoints.AdapterOnly()).remove)
         if not self.found_merged or self.stage == "fit":
@@ -60,7 +68,7 @@ class Run:
         """Adapt what exists, and wrap what is called between here and the end."""
         self.unmerge()
         wrap(self.stack, self.strategy, "lightning_module_state_dict", self.module_state)
-        wrap(self.stack, self.strategy, "save_checkpoint", self.save)
+        wrap(self.stack, self.strategy, "load_model_state_dict", self.load_module_state)
         wrap(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
         # What exists is adapted now, so that callbacks which copy the module in their `setup` see the adapters.
@@ -72,27 +80,32 @@ class Run:
     def unmerge(self) -> None:
         """Take a merge out, and keep what is needed to put it back."""
         if is_merged(self.module):
-            self.snapshot = {key: value.clone() for key, value in lora_state_dict(self.module).items()}
+            self.snapshot = deepcopy(lora_state_dict(self.module))
             unmerge_lora(self.module)
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The user's hook, after which the model is whole: adapt what it made, and say what is adapted."""
         result = original(*args, **kwargs)
-        targets = find_targets(self.module, self.config)
-        targets.check()
-        inject(self.module, targets, self.config)
-        if self.found_bare:
-            remember(self.module)
+        self.inject()
         if self.stage == "fit":
             self.base = fingerprint(self.module)
             rank_zero_info(describe(self.module))
         return result
+
+    def inject(self) -> None:
+        """Adapt all that the configuration means, or raise."""
+        targets = find_targets(self.module, self.config)
+        targets.check()
+        inject(self.module, targets, self.config)
+        remember(self.module)
+        self.records = all_records(self.module)
 
     def configure_optimizers(self, original: Any) -> Any:
         """The user's optimizers, made as without LoRA, then restricted."""
         from lightning.pytorch.core.optimizer import _configure_optimizers
 
         self.restore_random_state()
+        place_again(self.module, self.records)  # converting to SyncBatchNorm puts new modules in place of old ones
         thaw(self.module)
         try:
             result = original()
@@ -108,11 +121,21 @@ class Run:
         return result
 
     def module_state(self, original: Any) -> dict[str, Any]:
-        """The adapters' part of the module's state."""
-        return keep_adapter(self.module, original())
+        """The adapters, whatever a ``state_dict`` of the user's own would leave out."""
+        return lora_state_dict(self.module)
 
-    def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """The reverse: all of it, or an error before anything is loaded."""
+        load_lora_state_dict(self.module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
+        self.loaded = True
+
+    def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
         """Every save ends here, weights-only ones and those of other callbacks too."""
+        if is_merged(self.module):  # while it is evaluated as it is
+            self.plain_files.add(str(filepath))
+            return original(checkpoint, filepath, storage_options=storage_options)
+        self.base = self.base or fingerprint(self.module)
+        checkpoints.check_complete(checkpoint, self.module)
         checkpoint = checkpoints.without_base(checkpoint, self.module)
         checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.base)
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
@@ -122,8 +145,9 @@ class Run:
             }
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
-        atomic = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
-        checkpoints.write(original, checkpoint, filepath, storage_options, atomic)
+        if type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath):
+            return checkpoints.write_beside(original, checkpoint, filepath, storage_options)
+        return original(checkpoint, filepath, storage_options=storage_options)  # the user's own may write anywhere
 
     def _random_states(self) -> list[random_state.State]:
         own = random_state.random_state(self.strategy.root_device)
@@ -132,13 +156,15 @@ class Run:
 
     def load(self, original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Check the file before Lightning loads it."""
+        if str(checkpoint_path) in self.plain_files:
+            return dict(original(checkpoint_path, weights_only=weights_only))
         checkpoint = checkpoints.read(original, checkpoint_path, weights_only)
-        if is_merged(self.module):
+        if not any(True for _ in adapted_layers(self.module)):  # merged, or built anew in `setup`
             self.adapt()
+            self.inject()
         self.base = self.base or fingerprint(self.module)
         checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.base)
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
-        self.loaded = True
         return checkpoints.fit_to(checkpoint, self.module)
 
     def keep_averages_exact(self) -> None:
@@ -178,22 +204,27 @@ class Run:
         finally:
             self.stack.close()
             self.ended = True
-            thaw(self.module)
-            if self.stage != "fit" or self.abandoned or (self.interrupted and not self.stepped):
+            place_again(self.module, self.records)
+            if not self.found_frozen:
+                thaw(self.module)
+            if self.stage != "fit" or self.abandoned or (self.interrupted and self.untrained()):
                 self.leave_as_found()
 
-    @property
-    def stepped(self) -> bool:
-        """Whether an optimizer made a step in this run."""
-        return bool(self.trainer.global_step != self.first_step)
+    def untrained(self) -> bool:
+        """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
+        if self.found_merged:
+            now = {name: parameter.detach() for name, parameter in lora_parameters(self.module)}
+            return all(same_bits(self.snapshot[name], value) for name, value in now.items() if name in self.snapshot)
+        return not any(bool(parameter.any()) for name, parameter in lora_parameters(self.module) if name.endswith("B"))
 
     def leave_as_found(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""
-        if self.found_merged and not is_merged(self.module):
+        live = any(True for _ in adapted_layers(self.module))
+        if self.found_merged and live and self.snapshot:
             load_lora_state_dict(self.module, self.snapshot)
             merge_lora(self.module)
-        elif self.found_bare and (self.stage == "fit" or not self.loaded):
-            remove_lora(self.module)
+        elif self.found_bare and (self.stage == "fit" or self.abandoned or not self.loaded):
+            drop_adapters(self.module)
 
 
 def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
@@ -209,7 +240,7 @@ def overrides(module: nn.Module, method: str) -> bool:
 
 def load_best(trainer: Any, module: nn.Module) -> bool:
     """Load the adapters of the best checkpoint, with all that its file holds; ``False`` where there is none."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    path = getattr(best_checkpoints(trainer), "best_model_path", "")
     if not path:
         return False
     checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(

@@ -12,7 +12,7 @@ from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import adapted_layers
 from lightning_lora.originals import moved
-from lightning_lora.record import merged_layers, records
+from lightning_lora.record import is_merged, merged_layers, records
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -36,7 +36,11 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """What an adapter file holds, under the model's own names.
 
     Adapters, ``also_train`` modules, the biases that train, and buffers that changed since :func:`apply_lora` (the
-    statistics of BatchNorm move though it is frozen). No frozen parameter is in it.
+    statistics of BatchNorm move though it is frozen). No frozen parameter is in it. As in torch's ``state_dict`` the
+    tensors are the model's own memory: clone them to keep them while training goes on.
+
+    Raises:
+        ValueError: if ``model`` has no adapters.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -45,7 +49,14 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(lora_state_dict(model))
         ['lora.default.A', 'lora.default.B']
     """
-    return keep_adapter(model, model.state_dict()) | _merged_state(model)
+    if not has_adapters(model):
+        raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
+    return keep_adapter(model, whole_state(model)) | _merged_state(model)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether ``model`` has adapters, live or merged."""
+    return any(True for _ in adapted_layers(model)) or is_merged(model)
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -58,20 +69,30 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of ``model`` under clean names, whatever a ``state_dict`` of the user's own would leave out."""
+    return {names.clean(key): value for key, value in nn.Module.state_dict(model).items()}
+
+
 def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a state dict of ``model`` that belong in an adapter file, under clean names."""
     base = base_names(model)
     return {names.clean(key): value for key, value in state.items() if names.clean(key) not in base}
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """The names, under every alias, of the parameters that do not train."""
+    keep = {id(parameter) for _, parameter in trained_parameters(model)}
+    every = model.named_parameters(remove_duplicate=False)
+    return {names.clean(name) for name, parameter in every if id(parameter) not in keep}
+
+
 def base_names(model: nn.Module) -> set[str]:
     """The names, under every alias, of what is no part of an adapter: frozen parameters and unchanged buffers."""
-    keep = {id(parameter) for _, parameter in trained_parameters(model)}
     changed = {id(module._buffers.get(key)) for module, key, _ in moved(model)}
     known = {id(module._buffers.get(key)) for _, module, record in records(model) for key in record.originals}
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in keep}
-    unchanged = {n for n, b in model.named_buffers(remove_duplicate=False) if id(b) in known - changed}
-    return {names.clean(name) for name in frozen | unchanged}
+    every = model.named_buffers(remove_duplicate=False)
+    return frozen_names(model) | {names.clean(name) for name, buffer in every if id(buffer) in known - changed}
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -103,20 +124,14 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key that is missing, unknown or of another shape.
     """
-    own = {names.clean(key): value for key, value in model.state_dict().items()}
-    frozen = base_names(model) - buffer_names(model)
-    needed = own.keys() - frozen - buffer_names(model)
-    missing = [key for key in own if key in needed and key not in state]
+    own, frozen = whole_state(model), frozen_names(model)
+    missing = [key for key in needed_names(model) if key not in state]
     unknown = [key for key in state if key not in own or key in frozen]
     if missing or unknown:
-        what = (
-            f"has `{unknown[0]}`, which {'is frozen' if unknown[0] in frozen else 'this model has not'}"
-            if unknown
-            else ""
-        )
-        what = f"lacks `{missing[0]}`" if missing else what
+        found = [f"lacks `{key}`" for key in missing]
+        found += [f"has `{key}`, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown]
         raise ValueError(
-            f"The adapter does not fit the model: it {what} ({len(missing)} missing, {len(unknown)} unknown). Were "
+            f"The adapter does not fit the model: it {found[0]} ({len(missing)} missing, {len(unknown)} unknown). Were "
             "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
         )
     for key, value in state.items():
@@ -134,6 +149,12 @@ def _check_shape(key: str, value: Any, own: Tensor) -> None:
         )
 
 
+def needed_names(model: nn.Module) -> list[str]:
+    """The names that every adapter of ``model`` has: all that trains, and what is neither parameter nor buffer."""
+    no_need = frozen_names(model) | buffer_names(model)
+    return [key for key in whole_state(model) if key not in no_need]
+
+
 def buffer_names(model: nn.Module) -> set[str]:
     """The names of all buffers, under every alias."""
     return {names.clean(name) for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -141,10 +162,9 @@ def buffer_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+    name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
-        if key in module._buffers:
+        if key in module._buffers and names.join(name_of[id(module)], key) not in state:
             module._buffers[key].copy_(original)  # type: ignore[union-attr]
-    own = {names.clean(key): value for key, value in model.state_dict().items()}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            own[key].copy_(value)
+    real = {names.clean(key): key for key in nn.Module.state_dict(model)}
+    nn.Module.load_state_dict(model, {real[key]: value for key, value in state.items()}, strict=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import LoRALayer, adapted_layers, weight_of
-from lightning_lora.merge import acting
+from lightning_lora.patterns import folded
 from lightning_lora.presets import roles_in
 from lightning_lora.state import lora_parameters
 
@@ -25,10 +24,10 @@ def describe(model: nn.Module) -> str:
 def _table(model: nn.Module) -> list[str]:
     counts: dict[Row, list[tuple[str, int]]] = {}
     for name, layer in adapted_layers(model):
-        for adapter in acting(layer.lora):
+        for adapter in layer.lora.every():
             in_features, out_features = layer.features(weight_of(layer))
             shape = f"{in_features} -> {out_features}"
-            row = (_folded(name), layer.original_class.__name__, shape, str(adapter.r), f"{adapter.scale:g}")
+            row = (folded(name), layer.original_class.__name__, shape, str(adapter.r), f"{adapter.scale:g}")
             counts.setdefault(row, []).append((name, sum(p.numel() for p in adapter.parameters())))
     head = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable")
     return ["LoRA adapts", *_aligned([head, *(_row(row, layers) for row, layers in counts.items())])]
@@ -37,10 +36,6 @@ def _table(model: nn.Module) -> list[str]:
 def _row(row: Row, layers: list[tuple[str, int]]) -> Row:
     name = row[0] if len(layers) > 1 else layers[0][0] or "(the model itself)"
     return (name, str(len(layers)), *row[1:], f"{sum(size for _, size in layers):,}")
-
-
-def _folded(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _aligned(rows: list[Row]) -> list[str]:
@@ -55,7 +50,7 @@ def _also_trained(model: nn.Module) -> list[str]:
     beside = {name: p.numel() for name, p in trained_parameters(model) if id(p) not in own}
     modules: dict[str, int] = {}
     for name, size in beside.items():
-        modules[_folded(name)] = modules.get(_folded(name), 0) + size
+        modules[folded(name)] = modules.get(folded(name), 0) + size
     listed = ", ".join(f"{name} ({size:,})" for name, size in list(modules.items())[:6])
     more = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
     return [f"and trains in full: {listed}{more}"] if modules else []
@@ -85,7 +80,8 @@ def _frozen_heads(model: nn.Module) -> list[str]:
 def output_heads(model: nn.Module) -> list[str]:
     """The linear maps that give the output: known by their name, or the last one that is in no block."""
     roles = roles_in(model)
-    last = [name for name in roles.linear if name not in {*roles.attention, *roles.mlp}][-1:]
+    blocks = {*roles.attention, *roles.mlp}
+    last = [name for name in roles.linear if name not in blocks][-1:]
     return roles.heads or [name for name in last if name == roles.linear[-1]]
 
 

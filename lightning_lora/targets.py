@@ -12,15 +12,16 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.kinds import refusal, root_of, swapped_class
 from lightning_lora.layer import LoRALayer, OnWeight
-from lightning_lora.patterns import covers, matches, nearest
+from lightning_lora.patterns import covers, folded, matches, nearest
 from lightning_lora.presets import is_fused, preset, roles_in
 
 
 @dataclass
 class Targets:
-    """The modules to adapt by first clean name, and why others that were named cannot be."""
+    """The modules to adapt by first clean name, all their names, and why others that were named cannot be."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def check(self) -> None:
@@ -43,7 +44,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         if name in chosen and not _left_out(aliases[name].names, config):
             reason = _reason(name, aliases, holders, config)
             if reason is None:
-                targets.modules[name] = aliases[name].module
+                targets.modules[name], targets.names[name] = aliases[name].module, aliases[name].names
             else:
                 targets.problems.append(f"`{name}` {reason}. To leave it out write exclude=[{name!r}].")
     if not targets.modules and not targets.problems:
@@ -103,7 +104,8 @@ def _reason(name: str, aliases: dict[str, Alias], holders: Holders, config: LoRA
     if reason is not None:
         return reason
     if config.targets == "qv" and is_fused(name):
-        return f"fuses query and value in one map; to adapt all of it write targets={[name.rpartition('.')[2]]!r}"
+        leaf = name.rpartition(".")[2]
+        return f"fuses several of query, key and value in one map; to adapt all of it write targets={[leaf]!r}"
     if config.dropout and issubclass(swapped_class(plain_class(module)), OnWeight):
         return f"has a forward of its own that reads its weight, where `dropout={config.dropout}` cannot act"
     others = [held for other, held in holders[_memory(module._parameters["weight"])] if other is not module]
@@ -136,18 +138,23 @@ def _memory(parameter: Tensor | None) -> tuple[int, bool]:
 
 
 def _check_other_patterns(targets: Targets, config: LoRAConfig, aliases: dict[str, Alias], model: nn.Module) -> None:
-    everything = [name for alias in aliases.values() for name in alias.names if name]
+    modules = [name for alias in aliases.values() for name in alias.names if name]
     parameters = [name for name, _ in names.named_parameters(model)]
-    adapted = [alias for name in targets.modules for alias in aliases[name].names]
     for argument, patterns, among in (
-        ("exclude", config.exclude, everything),
-        ("also_train", config.also_train, everything + parameters),
-        ("rank_pattern", config.rank_pattern, adapted),
-        ("alpha_pattern", config.alpha_pattern, adapted),
+        ("exclude", config.exclude, modules),
+        ("also_train", config.also_train, modules + parameters),
     ):
-        for pattern in patterns or ():
-            if not any(matches(name, pattern) for name in among):
-                targets.problems.append(_unmatched(argument, pattern, [], aliases))
+        missing = [pattern for pattern in patterns or () if not any(matches(name, pattern) for name in among)]
+        targets.problems += [_unmatched(argument, pattern, [], aliases) for pattern in missing]
+    adapted = [name for all_names in targets.names.values() for name in all_names]
+    for argument, ranks in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        missing = [pattern for pattern in ranks or () if not any(matches(name, pattern) for name in adapted)]
+        targets.problems += [_unadapted(argument, pattern, adapted) for pattern in missing]
+
+
+def _unadapted(argument: str, pattern: str, adapted: list[str]) -> str:
+    close = ", ".join(f"`{name}`" for name in nearest(pattern, adapted))
+    return f"`{argument}` has {pattern!r}, which matches no adapted module. The nearest of those are {close or 'none'}."
 
 
 def _unmatched(argument: str, pattern: str, hits: Sequence[str], aliases: dict[str, Alias]) -> str:
@@ -172,12 +179,14 @@ def _holds_known(container: str, aliases: dict[str, Alias]) -> bool:
 
 
 def _empty_preset(model: nn.Module, which: str) -> str:
-    linear = roles_in(model).linear
+    linear = list(dict.fromkeys(folded(name) for name in roles_in(model).linear))
     what = {"all": "linear layer besides output heads", "mlp": "MLP"}.get(which, "attention block")
     there = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
+    example = (linear or ["conv1"])[-1].rpartition(".")[2]
+    everything = " Or take targets='all'." if linear and which != "all" else ""
     return (
         f"`targets={which!r}` found no {what} in {type(model).__name__}. Its linear layers are {there or 'none'}. "
-        f"Name those to adapt in a list, as in targets={[(linear or ['conv1'])[0]]!r}."
+        f"Name those to adapt in a list, as in targets={[example]!r}.{everything}"
     )
 
 

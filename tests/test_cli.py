@@ -45,6 +45,13 @@ class ShortCLI(LightningCLI):
         parser.add_lightning_class_args(lightning_lora.LoRACallback, "lora")
 
 
+class MonitoringCLI(ShortCLI):
+    def instantiate_trainer(self, **kwargs):
+        made = super().instantiate_trainer(**kwargs)
+        made.checkpoint_callback.monitor = "val_loss"
+        return made
+
+
 def cli(folder: Path, *arguments: str, cls=LightningCLI, **kwargs: object) -> LightningCLI:
     kwargs.setdefault("save_config_callback", None)
     return cls(Plain, Data, args=[*arguments, *COMMON, f"--trainer.default_root_dir={folder}"], **kwargs)
@@ -72,7 +79,7 @@ def test_flags(tmp_path, path):
 
 def test_short_arguments_with_lists_and_dicts(tmp_path):
     lora = ["--lora.r=4", '--lora.targets=["q", "layers.1.mlp"]', '--lora.rank_pattern={"mlp": 2}', "--lora.merge=best"]
-    made = cli(tmp_path, "fit", *lora, "--lora.also_train=[head]", "--lora.alpha=8", cls=ShortCLI)
+    made = cli(tmp_path, "fit", *lora, "--lora.also_train=[head]", "--lora.alpha=8", cls=MonitoringCLI)
     config = callback(made).config
     assert (config.r, config.targets, config.rank_pattern) == (4, ["q", "layers.1.mlp"], {"mlp": 2})
     assert (config.merge, config.also_train, config.alpha) == ("best", ["head"], 8)

@@ -11,11 +11,11 @@ from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora, unme
 from lightning_lora.fingerprint import exactly_same, fingerprint, other_base
 
 
-def test_it_names_every_frozen_parameter_with_two_sums_and_a_shape():
+def test_it_names_every_frozen_parameter_with_three_sums_and_a_shape():
     found = fingerprint(net())
     assert list(found) == [name for name, _ in net().named_parameters()]
-    assert found["body.0.weight"][2:] == [6, 4]
-    assert len(found["scale"]) == 3
+    assert found["body.0.weight"][3:] == [6, 4]
+    assert len(found["scale"]) == 4
     assert json.loads(json.dumps(found)) == found
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lightning_lora import LoRAConfig
 from lightning_lora.patterns import covers, first_match, matches, nearest
 
 few = settings(deadline=None, max_examples=60)
@@ -85,16 +86,17 @@ def test_a_glob_matches_the_name_and_its_tails_only(name, data):
     assert not matches(name, "x" + ".".join(tail) + "*")
 
 
-def test_a_broken_regular_expression_is_named():
-    with pytest.raises(ValueError, match=r"`re:\(q` is not a regular expression: missing \)"):
-        matches(NAME, "re:(q")
+@pytest.mark.parametrize("argument", ["targets", "exclude", "also_train"])
+def test_a_broken_regular_expression_is_refused_with_its_argument(argument):
+    with pytest.raises(ValueError, match=rf"`{argument}` has 're:\(q', which is not a regular expression: missing \)"):
+        LoRAConfig(**{argument: ["re:(q"]})
 
 
 def test_the_first_pattern_that_matches_counts():
-    assert first_match(NAME, {"k_proj": 1, "attn.*": 2, "q_proj": 3}, 4) == 2
-    assert first_match(NAME, {"q_proj": 3, "attn.*": 2}, 4) == 3
-    assert first_match(NAME, {"k_proj": 1}, 4) == 4
-    assert first_match(NAME, {}, None) is None
+    assert first_match([NAME], {"k_proj": 1, "attn.*": 2, "q_proj": 3}, 4) == 2
+    assert first_match([NAME], {"q_proj": 3, "attn.*": 2}, 4) == 3
+    assert first_match([NAME], {"k_proj": 1}, 4) == 4
+    assert first_match([NAME], {}, None) is None
 
 
 @pytest.mark.parametrize(

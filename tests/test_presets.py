@@ -1,6 +1,7 @@
 """What the presets choose, against lists written by hand."""
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
@@ -188,7 +189,9 @@ def test_what_a_preset_chooses_is_what_is_adapted_and_nothing_else_trains(make, 
 )
 def test_qv_on_a_fused_map_is_refused_by_name_with_the_way_out(make, name):
     leaf = name.rpartition(".")[2]
-    with pytest.raises(ValueError, match=rf"`{name}` fuses query and value in one map; .* write targets=\['{leaf}'\]"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` fuses several of query, key and value in one map; .* write targets=\['{leaf}'\]"
+    ):
         apply_lora(make(), LoRAConfig(targets="qv"))
     assert apply_lora(make(), LoRAConfig(targets=[leaf])) == [name]
 
@@ -368,3 +371,29 @@ def test_all_on_a_convolutional_network_with_one_linear_layer_is_its_convolution
     assert preset(model, "all") == ["0", "2"]
     model.append(nn.Linear(2, 2))
     assert preset(model, "all") == ["4", "5"]
+
+
+class TinyExperts(nn.Module):
+    """Experts in one parameter of three dimensions, as transformers keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 4))
+
+
+def sparse():
+    attention = linears("q_proj", "k_proj", "v_proj", "o_proj")
+    return module(
+        layers=nn.ModuleList([module(attn=attention, mlp=module(gate=nn.Linear(4, 4), experts=TinyExperts()))])
+    )
+
+
+@pytest.mark.parametrize("which", ["mlp", "all"])
+def test_fused_experts_are_refused_by_name_and_not_passed_by(which):
+    with pytest.raises(
+        ValueError, match=r"`layers\.0\.mlp\.experts` keeps the weights of all its experts in one parameter"
+    ):
+        apply_lora(sparse(), LoRAConfig(targets=which))
+    attention = [f"layers.0.attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    assert preset(sparse(), "attn") == attention
+    assert apply_lora(sparse(), LoRAConfig(targets="all", exclude=["experts"])) == attention, "and no router"

@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
+
 import lightning_lora
 
 NAMES = [
@@ -62,6 +64,22 @@ before = facts()
 import lightning_lora
 assert facts() == before
 assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
+def test_import_leaves_the_logger_that_the_user_may_have_silenced(first):
+    script = f"""
+import {first}
+from lightning_utilities.core import rank_zero
+before = rank_zero.log
+assert before.name.startswith("{first}")
+import lightning_lora, lightning.pytorch, pytorch_lightning
+assert rank_zero.log is before
+assert issubclass(lightning_lora.LoRACallback, lightning.pytorch.Callback)
+assert issubclass(lightning_lora.LoRACallback, pytorch_lightning.Callback)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -61,6 +61,13 @@ def test_imports_point_downward(stem):
             assert top in sys.stdlib_module_names or top in LIBRARIES[ring[stem]], f"{stem} imports {top}"
 
 
+def test_one_file_imports_lightning():
+    lightning = {
+        stem for stem, path in FILES.items() if any(n.startswith(("lightning.", "pytorch_")) for n in imports(path))
+    }
+    assert lightning == {"lightnings", "run"}, "`run` inside a function, when Lightning is there"
+
+
 def test_no_circle():
     graph = {
         stem: {n.split(".")[1] for n in imports(path) if n.startswith("lightning_lora.")}

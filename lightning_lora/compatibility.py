@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from lightning_lora.config import LoRAConfig
+from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
 
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -21,7 +19,7 @@ def is_a(thing: object, *class_names: str) -> bool:
     return any(cls.__name__ in class_names for cls in type(thing).__mro__)
 
 
-def check_company(trainer: Any, callback: Any, config: LoRAConfig, stage: str) -> None:
+def check_compatibility(trainer: Any, callback: Any, config: LoRAConfig, stage: str) -> None:
     """Raise for what does not go together with the callback.
 
     Raises:
@@ -79,10 +77,10 @@ def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
 
 
 def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
-    if config.merge == "best" and not has_best(trainer):
+    if config.merge == "best" and not trainer.fast_dev_run and best_checkpoints(trainer) is None:
         raise MisconfigurationException(
             "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "
-            "that tracks one. Add ModelCheckpoint(monitor=...), or use merge='last'."
+            "with a `monitor`. Add ModelCheckpoint(monitor=...), or use merge='last'."
         )
     if is_spawned(trainer) and not trainer.checkpoint_callbacks:
         raise MisconfigurationException(
@@ -91,9 +89,9 @@ def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
         )
 
 
-def has_best(trainer: Any) -> bool:
-    """Whether a callback tracks the path of the best checkpoint."""
-    return trainer.fast_dev_run or hasattr(trainer.checkpoint_callback, "best_model_path")
+def best_checkpoints(trainer: Any) -> Any | None:
+    """The first checkpoint callback that monitors a metric: without one its best is only its last."""
+    return next((callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)), None)
 
 
 def is_spawned(trainer: Any) -> bool:
