@@ -126,8 +126,14 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _inside(name: str, containers: Iterable[str]) -> bool:
-    return any(name.startswith(f"{container}.") or container == "" != name for container in containers)
+def _around(name: str) -> list[str]:
+    """The names of all that ``name`` lies in, the model itself first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in range(len(parts))]
+
+
+def _inside(name: str, containers: set[str]) -> bool:
+    return any(container in containers for container in _around(name))
 
 
 def _leaf_is(name: str, *patterns: re.Pattern[str]) -> bool:
@@ -163,11 +169,15 @@ def _attention(linear: list[str], owners: list[str], modules: dict[str, nn.Modul
         return bool(ATTENTION.search(leaf) or ATTENTION.search(kind))
 
     found: set[str] = set()
+    within: dict[str, list[str]] = {}
+    for name in linear:
+        for container in _around(name):
+            within.setdefault(container, []).append(name)
     for owner in owners:
-        found |= _members(linear, owner, _anything if called_attention(owner) else _projection)
+        found |= _members(within[owner], owner, _anything if called_attention(owner) else _projection)
         around = _parent(owner)  # BERT keeps the output map beside the owner, in a module that is called attention
         if owner and around and called_attention(around):
-            found |= _members(linear, around, _output)
+            found |= _members(within[around], around, _output)
     return found
 
 
@@ -183,8 +193,8 @@ def _output(tokens: list[str]) -> bool:
     return _any_token(tokens, OUTPUT)
 
 
-def _members(linear: list[str], container: str, belongs: Callable[[list[str]], bool]) -> set[str]:
-    inside = {name: _tokens(name, container) for name in linear if _inside(name, [container])}
+def _members(within: list[str], container: str, belongs: Callable[[list[str]], bool]) -> set[str]:
+    inside = {name: _tokens(name, container) for name in within}
     return {name for name, tokens in inside.items() if belongs(tokens) and not _any_token(tokens, MLP)}
 
 

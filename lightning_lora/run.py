@@ -238,7 +238,7 @@ def overrides(module: nn.Module, method: str) -> bool:
     return bool(is_overridden(method, module, parent))
 
 
-def load_best(trainer: Any, module: nn.Module) -> bool:
+def load_best(trainer: Any, module: Any) -> bool:
     """Load the adapters of the best checkpoint, with all that its file holds; ``False`` where there is none."""
     path = getattr(best_checkpoints(trainer), "best_model_path", "")
     if not path:
@@ -246,5 +246,6 @@ def load_best(trainer: Any, module: nn.Module) -> bool:
     checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(
         path, map_location=torch.device("cpu"), weights_only=False
     )
+    module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
     load_lora_state_dict(module, checkpoints.adapter_of(checkpoint, module))
     return True

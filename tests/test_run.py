@@ -101,6 +101,8 @@ def test_hooks_may_rename_but_not_drop_adapters(tmp_path):
     _, path = fitted(Renames, tmp_path)
     assert all(key.startswith("my.") for key in load(path)["state_dict"])
     trainer(LoRACallback(r=4)).test(Renames(), data(2), ckpt_path=path, verbose=False)
+    module, _ = fitted(Renames, tmp_path / "best", merge="best")
+    assert types(module) == types(Renames())
     with pytest.raises(
         ValueError, match=r"lacks `net\.layers\.0\.q\.lora\.default\.A`: an `on_save_checkpoint` of Drops"
     ):
@@ -377,3 +379,27 @@ def test_a_second_exception_does_not_hide_the_first():
     with pytest.raises(ValueError, match="first"):
         trainer(LoRACallback(r=4), Break(ValueError("first"), 1), max_epochs=1).fit(module, data())
     assert len(dict(lora_parameters(module))) == 16
+
+
+class InEval(Lit):
+    """Holds its network in eval mode, as Hugging Face's `from_pretrained` hands it over."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.eval()
+
+
+class Modes(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen = {module.lora.default.training for module in pl_module.net.modules() if hasattr(module, "lora")}
+        x = data().dataset.tensors[0]
+        with torch.random.fork_rng():
+            self.same = torch.equal(pl_module(x), pl_module(x))
+
+
+@pytest.mark.parametrize(("cls", "training"), [(InEval, False), (Lit, True)])
+def test_adapters_follow_the_mode_of_their_layers(cls, training):
+    modes = Modes()
+    trainer(LoRACallback(r=4, dropout=0.5), modes).fit(cls(), data())
+    assert modes.seen == {training}
+    assert modes.same != training, "dropout acts in training and not in eval"
