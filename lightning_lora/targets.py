@@ -31,7 +31,8 @@ class Targets:
             ValueError: if a module that was named cannot be adapted, or a pattern matched nothing.
         """
         if self.problems:
-            raise ValueError("\n".join(self.problems))
+            more = f"\n({len(self.problems) - 5} more like these)" if len(self.problems) > 5 else ""
+            raise ValueError("\n".join(self.problems[:5]) + more)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:

@@ -34,7 +34,7 @@ def test_ranks_train_merge_and_test_alike(tmp_path):
     results = [torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1)]
     for rank, result in enumerate(results):
         assert result["rank"] == rank
-        assert result["equal"] and result["still equal"]
+        assert result["equal"] and result["still equal"] and result["drawn alike"]
         assert result["keys"] == list(Lit().state_dict())
         assert result["best"] == result["fresh"] == results[0]["best"]
     saved = load(Path(results[0]["path"]))["state_dict"]

@@ -289,3 +289,9 @@ def test_naming_a_multihead_attention_is_not_answered_by_advice_that_fails():
     model = nn.Sequential()
     model.add_module("attn", nn.MultiheadAttention(4, 2))
     assert "attn.*" not in problem(model, targets=["attn"])
+
+
+def test_many_problems_are_told_by_the_first_five():
+    model = nn.ModuleList(nn.MultiheadAttention(4, 2) for _ in range(9))
+    told = problem(model, targets="attn")
+    assert told.count("reads its weights directly") == 5 and told.endswith("(4 more like these)")

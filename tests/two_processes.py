@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,10 +27,12 @@ class RankSeeds(Lit):
             torch.manual_seed(100 + self.global_rank)
 
 
-class A(Callback):
-    def on_fit_start(self, trainer, pl_module):
-        # before DDP's broadcast could have made them equal they were drawn by each rank
-        self.A = torch.cat([p.detach().flatten() for n, p in pl_module.named_parameters() if n.endswith(".A")])
+class DrawnA(Callback):
+    """A as each rank drew it, before DDP sends the first rank's to all."""
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self.A = torch.cat([p.detach().flatten() for n, p in pl_module.named_parameters() if n.endswith(".A")])
 
 
 def all_equal(tensor: torch.Tensor) -> bool:
@@ -42,9 +45,9 @@ def flat(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def run(folder: Path, epochs: int, ckpt: object = None, make=RankSeeds, **kwargs: object):
+def run(folder: Path, epochs: int, ckpt: object = None, make=RankSeeds, more: tuple = (), **kwargs: object):
     files = checkpoints(folder)
-    runner = trainer(LoRACallback(r=4, dropout=0.1, **kwargs), files, max_epochs=epochs, **TWO)
+    runner = trainer(LoRACallback(r=4, dropout=0.1, **kwargs), *more, files, max_epochs=epochs, **TWO)
     module = make()
     runner.fit(module, data(), data(1), ckpt_path=ckpt)
     return runner, module, files
@@ -52,8 +55,11 @@ def run(folder: Path, epochs: int, ckpt: object = None, make=RankSeeds, **kwargs
 
 def train(folder: Path) -> None:
     """Fit, merge on both ranks, test the best; equal ranks, and a fresh module tests the same."""
-    runner, module, files = run(folder / "fit", 2)
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    drawn = DrawnA()
+    runner, module, files = run(folder / "fit", 2, more=(drawn,))
     result = {"keys": list(module.state_dict()), "equal": all_equal(flat(module)), "rank": runner.global_rank}
+    result["drawn alike"] = all_equal(drawn.A)
     best = runner.test(module, data(2), ckpt_path="best", verbose=False)
     result["still equal"] = all_equal(flat(module))
     fresh = trainer(LoRACallback(r=4), **TWO).test(RankSeeds(), data(2), ckpt_path=files.best_model_path, verbose=False)
