@@ -6,8 +6,8 @@ Train a base on MNIST, then adapt it to the flipped digits with the callback in 
     python examples/cli.py fit --config examples/config.yaml --model.base runs/base
     python examples/cli.py test --config examples/config.yaml --model.base runs/base --ckpt_path runs/lora/last.ckpt
 
-The callback can be given by flags instead: `--trainer.callbacks+=LoRACallback --trainer.callbacks.r 8`. What its
-arguments are says `python examples/cli.py fit --trainer.callbacks.help LoRACallback`.
+Flags do the same: `--trainer.callbacks+=LoRACallback --trainer.callbacks.targets all`. What the callback takes is told
+by `python examples/cli.py fit --trainer.callbacks.help LoRACallback`.
 """
 
 from __future__ import annotations

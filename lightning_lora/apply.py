@@ -36,6 +36,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises:
         ValueError: if a target cannot be found or adapted, or ``model`` was adapted by another configuration.
+        TypeError: if ``config`` is no LoRAConfig.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
 
@@ -46,6 +47,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.lora.default.A', '0.lora.default.B', '2.lora.default.A', '2.lora.default.B']
     """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(
+            f"`config` must be a LoRAConfig, but got a {type(config).__name__}. A callback has one, its `.config`."
+        )
     check_same(model, config)
     if is_merged(model):
         unmerge_lora(model)

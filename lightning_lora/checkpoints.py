@@ -125,7 +125,10 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
     if not exactly_same(trained_on, base):
         rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
     if written.lr_scale != config.lr_scale:
-        rank_zero_warn(f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued.")
+        rank_zero_warn(
+            f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
+            f"lr_scale={config.lr_scale} has no effect."
+        )
 
 
 def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:

@@ -45,8 +45,8 @@ def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> No
             continue
         if other.config.name == config.name:
             raise MisconfigurationException(
-                f"The Trainer has two LoRACallbacks with `name={config.name!r}`. Keep one: a list in `targets` and "
-                "`rank_pattern` say all that two could."
+                f"The Trainer has two LoRACallbacks named {config.name!r}, and a model takes one adapter for now. Keep "
+                "one: a list in `targets` and `rank_pattern` say all that two could."
             )
         raise MisconfigurationException(
             f"The Trainer has LoRACallbacks named {config.name!r} and {other.config.name!r}, and several adapters on "

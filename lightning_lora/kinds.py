@@ -98,7 +98,9 @@ def refusal(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     if isinstance(module, LoRALayer):
         return None
     if isinstance(module, nn.MultiheadAttention):
-        return "is a nn.MultiheadAttention, which reads its weights directly and would pass the adapters by"
+        return (
+            "is a nn.MultiheadAttention, which reads its weights directly and would pass adapters by: not supported yet"
+        )
     if holds_experts(module):
         return "keeps the weights of all its experts in one parameter, which is not supported yet"
     if root_of(type(module)) is None:

@@ -114,6 +114,8 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         merged = list(merged_layers(model))
         do = "call `unmerge_lora(model)` first" if merged else "call `apply_lora` with its configuration first"
         raise ValueError(f"The model has no {'live ' if merged else ''}adapters to load into: {do}.")
+    if isinstance(state.get("state_dict"), Mapping):
+        raise ValueError("`state` is a whole checkpoint: pass its entry 'state_dict'.")
     check_state(model, state)
     _load(model, state)
 
@@ -143,9 +145,10 @@ def _check_shape(key: str, value: Any, own: Tensor) -> None:
     shape = tuple(value.shape) if isinstance(value, Tensor) else None
     if shape != tuple(own.shape):
         what = f"has shape {shape}" if shape is not None else f"is a {type(value).__name__}"
+        cause = "`r`" if key.endswith((".A", ".B")) else "the size of the model"
         raise ValueError(
             f"The adapter does not fit the model: `{key}` {what}, but the model needs {tuple(own.shape)}. "
-            "Was `r` the same when it was made?"
+            f"Was {cause} the same when it was made?"
         )
 
 

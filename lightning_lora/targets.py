@@ -41,13 +41,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     targets = Targets()
     chosen = _chosen(model, config, aliases, targets)
     holders = _holders(model)
+    refused: dict[str, list[str]] = {}
     for name in aliases:
         if name in chosen and not _left_out(aliases[name].names, config):
             reason = _reason(name, aliases, holders, config)
             if reason is None:
                 targets.modules[name], targets.names[name] = aliases[name].module, aliases[name].names
             else:
-                targets.problems.append(f"`{name}` {reason}. To leave it out write exclude=[{name!r}].")
+                refused.setdefault(reason, []).append(name)
+    targets.problems += [_refused(reason, same, bool(targets.modules)) for reason, same in refused.items()]
     if not targets.modules and not targets.problems:
         targets.problems.append(_nothing_left(config))
     _check_other_patterns(targets, config, aliases, model)
@@ -108,7 +110,7 @@ def _reason(name: str, aliases: dict[str, Alias], holders: Holders, config: LoRA
         leaf = name.rpartition(".")[2]
         return f"fuses several of query, key and value in one map; to adapt all of it write targets={[leaf]!r}"
     if config.dropout and issubclass(swapped_class(plain_class(module)), OnWeight):
-        return f"has a forward of its own that reads its weight, where `dropout={config.dropout}` cannot act"
+        return f"has a forward that reads its weight, where `dropout={config.dropout}` cannot act: set dropout=0"
     others = [held for other, held in holders[_memory(module._parameters["weight"])] if other is not module]
     if others:
         return f"shares its weight with `{others[0]}`: merging an adapter into one would change the other"
@@ -180,19 +182,25 @@ def _holds_known(container: str, aliases: dict[str, Alias]) -> bool:
 
 
 def _empty_preset(model: nn.Module, which: str) -> str:
-    linear = list(dict.fromkeys(folded(name) for name in roles_in(model).linear))
+    names_of = roles_in(model).linear
+    linear = list(dict.fromkeys(folded(name) for name in names_of))
     what = {"all": "linear layer besides output heads", "mlp": "MLP"}.get(which, "attention block")
     there = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
-    example = (linear or ["conv1"])[-1].rpartition(".")[2]
-    everything = " Or take targets='all'." if linear and which != "all" else ""
+    example = (names_of or ["conv1"])[-1].rpartition(".")[2]
+    everything = "Take targets='all', or name" if linear and which != "all" else "Name"
     return (
         f"`targets={which!r}` found no {what} in {type(model).__name__}. Its linear layers are {there or 'none'}. "
-        f"Name those to adapt in a list, as in targets={[example]!r}.{everything}"
+        f"{everything} those to adapt in a list, as in targets={[example]!r}."
     )
+
+
+def _refused(reason: str, same: list[str], others: bool) -> str:
+    """One sentence for all modules that are refused for one reason, and how to go on if there are others."""
+    more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
+    leave = list(dict.fromkeys(same if len(same) < 4 else map(folded, same)))
+    return f"`{same[0]}`{more} {reason}." + (f" To leave it out write exclude={leave!r}." if others else "")
 
 
 def _nothing_left(config: LoRAConfig) -> str:
-    return (
-        f"`targets={config.targets!r}` matched only modules that `exclude={config.exclude!r}` or "
-        f"`also_train={config.also_train!r}` take out again, so nothing is left to adapt."
-    )
+    by = [f"`{key}={value!r}`" for key in ("exclude", "also_train") if (value := getattr(config, key))]
+    return f"`targets={config.targets!r}` matched only modules that {' or '.join(by)} take out again: nothing is left."

@@ -36,7 +36,11 @@ def refused(words: str, *callbacks: object, error=MisconfigurationException, **k
 
 
 def test_two_callbacks():
-    refused("two LoRACallbacks with `name='default'`. Keep one", LoRACallback(), LoRACallback(r=2))
+    refused(
+        "two LoRACallbacks named 'default', and a model takes one adapter for now. Keep one",
+        LoRACallback(),
+        LoRACallback(r=2),
+    )
     refused("several adapters on one model are not supported yet", LoRACallback(), LoRACallback(name="other"))
 
 
