@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -282,6 +283,22 @@ def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
     runner.fit(module, data())
     assert target.read_bytes() == spy.first
     assert load(target)["state_dict"].keys() == ADAPTERS
+
+
+def test_a_new_file_is_put_in_the_place_of_the_old_one_and_not_written_over_it(tmp_path):
+    target, held = tmp_path / "run.ckpt", tmp_path / "held"
+
+    class SaveTwice(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(target)
+            if not held.exists():
+                os.link(target, held)
+                self.first = held.read_bytes()
+
+    spy = SaveTwice()
+    trainer(LoRACallback(r=4), spy).fit(Lit(), data())
+    assert held.read_bytes() == spy.first != target.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"run.ckpt", "held"}
 
 
 # ---------------------------------------------------------------- company

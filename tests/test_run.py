@@ -187,9 +187,16 @@ class NewBatchNorm(SingleDeviceStrategy):
         self.replace(self.lightning_module)
 
 
+class LooksAtFlags(Lit):
+    def configure_optimizers(self):
+        self.required = {p.requires_grad for p in self.parameters()}
+        return super().configure_optimizers()
+
+
 def test_modules_that_a_strategy_replaces_keep_what_is_known_of_them(tmp_path):
-    files, module = checkpoints(tmp_path), Lit(batch_norm=True)
+    files, module = checkpoints(tmp_path), LooksAtFlags(batch_norm=True)
     trainer(LoRACallback(r=4), files, strategy=NewBatchNorm("cpu")).fit(module, data(), data(1))
+    assert module.required == {True}, "while the user's code makes the optimizer"
     assert all(p.requires_grad for p in module.parameters())
     assert not {
         key for key in load(files.last_model_path)["state_dict"] if key in BASE | {"net.bn.weight", "net.bn.bias"}
