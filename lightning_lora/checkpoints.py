@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.originals import moved
-from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names
+from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names, real_keys
 
 KEY = "lightning_lora"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
@@ -151,7 +151,7 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
 
 def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Give the weights in the file the keys of ``model``, and buffers that had not moved then their first values."""
-    real = {names.clean(key): key for key in nn.Module.state_dict(model)}
+    real = real_keys(model)
     owners = {id(module): name for name, module in names.named_modules(model)}
     still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
     for weights in WEIGHTS:

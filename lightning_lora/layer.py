@@ -103,6 +103,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield names.clean(name), module
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``model`` has live adapters."""
+    return any(True for _ in adapted_layers(model))
+
+
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The weight that a layer of a known kind has."""
     weight = module.weight

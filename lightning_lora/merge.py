@@ -9,7 +9,7 @@ from lightning_lora import exact
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import swapped_class
-from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, weight_of
+from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, weight_of
 from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.names import join
 from lightning_lora.record import Merged, forget, holders, is_merged, merged_layers, record_of
@@ -74,7 +74,7 @@ def unmerge_lora(model: nn.Module) -> None:
         True
     """
     merged = list(merged_layers(model))
-    if not merged and not list(adapted_layers(model)):
+    if not merged and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
     for name, module, record in merged:
         if checksum(weight_of(module)) not in (record.checksum, record.original):

@@ -17,7 +17,7 @@ from lightning_lora.compatibility import best_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.freeze import freeze, is_frozen, thaw
-from lightning_lora.layer import adapted_layers
+from lightning_lora.layer import is_adapted
 from lightning_lora.lightnings import rank_zero_info, rank_zero_warn
 from lightning_lora.merge import merge_lora, unmerge_lora
 from lightning_lora.names import clean
@@ -159,7 +159,7 @@ class Run:
         if str(checkpoint_path) in self.plain_files:
             return dict(original(checkpoint_path, weights_only=weights_only))
         checkpoint = checkpoints.read(original, checkpoint_path, weights_only)
-        if not any(True for _ in adapted_layers(self.module)):  # merged, or built anew in `setup`
+        if not is_adapted(self.module):  # merged, or built anew in `setup`
             self.adapt()
             self.inject()
         self.base = self.base or fingerprint(self.module)
@@ -219,8 +219,7 @@ class Run:
 
     def leave_as_found(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""
-        live = any(True for _ in adapted_layers(self.module))
-        if self.found_merged and live and self.snapshot:
+        if self.found_merged and is_adapted(self.module) and self.snapshot:
             load_lora_state_dict(self.module, self.snapshot)
             merge_lora(self.module)
         elif self.found_bare and (self.stage == "fit" or self.abandoned or not self.loaded):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
-from lightning_lora.layer import adapted_layers
+from lightning_lora.layer import adapted_layers, is_adapted
 from lightning_lora.originals import moved
 from lightning_lora.record import is_merged, merged_layers, records
 
@@ -56,7 +56,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether ``model`` has adapters, live or merged."""
-    return any(True for _ in adapted_layers(model)) or is_merged(model)
+    return is_adapted(model) or is_merged(model)
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -72,6 +72,11 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """The state dict of ``model`` under clean names, whatever a ``state_dict`` of the user's own would leave out."""
     return {names.clean(key): value for key, value in nn.Module.state_dict(model).items()}
+
+
+def real_keys(model: nn.Module) -> dict[str, str]:
+    """The keys that the state dict of ``model`` has now, whatever wraps its modules, by clean name."""
+    return {names.clean(key): key for key in nn.Module.state_dict(model)}
 
 
 def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +115,8 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
         >>> load_lora_state_dict(other, lora_state_dict(one))
     """
-    if not list(adapted_layers(model)):
-        merged = list(merged_layers(model))
+    if not is_adapted(model):
+        merged = is_merged(model)
         do = "call `unmerge_lora(model)` first" if merged else "call `apply_lora` with its configuration first"
         raise ValueError(f"The model has no {'live ' if merged else ''}adapters to load into: {do}.")
     if isinstance(state.get("state_dict"), Mapping):
@@ -169,5 +174,5 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
             module._buffers[key].copy_(original)  # type: ignore[union-attr]
-    real = {names.clean(key): key for key in nn.Module.state_dict(model)}
+    real = real_keys(model)
     nn.Module.load_state_dict(model, {real[key]: value for key, value in state.items()}, strict=False)
