@@ -10,9 +10,7 @@ Ring 0, the method: torch and the standard library.
     config               what the user asks for, validated
     patterns             how a pattern names modules
     names                module names as the user wrote them, whatever wraps the modules
-    kinds                which layers can be adapted, by which class, and why others cannot
-    presets              what "attn", "qv", "mlp" and "all" mean on a model
-    targets              which modules a configuration means
+    part                 which matrix of a layer a pair adapts: a parameter, some of its rows, a stack for experts
     initialization       where A starts
     op                   y + scale * B A x
     adapter              A and B of one layer, a module of its own
@@ -20,7 +18,21 @@ Ring 0, the method: torch and the standard library.
     linear               nn.Linear
     transposed_linear    Hugging Face's Conv1D
     embedding            nn.Embedding
+    embedding_bag        nn.EmbeddingBag
     conv                 nn.Conv1d, nn.Conv2d, nn.Conv3d
+    transposed_conv      nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+    bilinear             nn.Bilinear
+    on_weight            W0 + scale * B A in place of the weight, while code that is not ours reads it
+    attention            nn.MultiheadAttention
+    transformer          the fast paths of nn.TransformerEncoder and its layers
+    recurrent            nn.LSTM, nn.GRU, nn.RNN and their cells
+    experts              the same sum for many experts, never built
+    on_read              any parameter by name, wherever it is read
+    kinds                which layers can be adapted, by which class, and why others cannot
+    fused                which rows of a fused projection are query, key and value
+    presets              what "attn", "qv", "mlp" and "all" mean on a model
+    choice               what presets and patterns choose
+    targets              which matrices a configuration means, and what is wrong with it
     record               what is remembered on a module
     freeze               what trains
     loading              base checkpoints load into an adapted model

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.initialization import initial_A
+from lightning_lora.part import Part
 
 
 class Adapter(nn.Module):
@@ -27,6 +28,9 @@ class Adapter(nn.Module):
         init: how A starts.
         seed: of A's generator.
         padding_idx: the column of A that stays zero, for an embedding.
+        part: which matrix of the layer the pair adapts.
+        stack: ``(experts,)`` for a pair of each expert's own: A is ``(experts, r, in_features)``, B
+            ``(experts, out_features, r)``.
         device: where A and B are made.
     """
 
@@ -45,20 +49,23 @@ class Adapter(nn.Module):
         init: str = "kaiming",
         seed: int = 0,
         padding_idx: int | None = None,
+        part: Part = Part(),  # noqa: B008 - frozen
+        stack: tuple[int, ...] = (),
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.r, self.alpha, self.scale = r, alpha, scale
         self.dropout, self.init, self.seed, self.padding_idx = dropout, init, seed, padding_idx
-        self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32, device=device))
+        self.part = part
+        self.A = nn.Parameter(torch.empty(*stack, r, in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(*stack, out_features, r, dtype=torch.float32, device=device))
         if not self.A.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A from its own generator, B zero: the layer starts as the base."""
-        self.A.copy_(initial_A(self.r, self.A.shape[1], self.init, self.seed))
+        self.A.copy_(initial_A(self.A.shape, self.init, self.seed))
         if self.padding_idx is not None:
             self.A[:, self.padding_idx] = 0
         self.B.zero_()
@@ -67,11 +74,25 @@ class Adapter(nn.Module):
         """``x`` with the adapter's dropout."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; gradients pass."""
+        A: Tensor = self.A
+        if self.padding_idx is not None:  # as in the plain layer, the padding index gets no gradient
+            A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
+        return self.part.factors(A, self.scale * self.B, weight)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (matrix.to(dtype) for matrix in self.factors(weight))
+        return (weight + (left @ right).view(weight.shape)).to(weight.dtype)
+
     def extra_repr(self) -> str:
         """Shape and scale, for ``print(model)``."""
-        out_features, r = self.B.shape
+        out_features, r = self.B.shape[-2:]
+        experts = f"{len(self.A)} x " if self.A.dim() == 3 else ""
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"{self.A.shape[1]} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
+        return f"{experts}{self.A.shape[-1]} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,
@@ -86,15 +107,30 @@ class Adapter(nn.Module):
         return self
 
 
+class Parts(nn.ModuleDict):
+    """The pairs of one adapter on a layer that has several matrices, by the names of those."""
+
+
 class Adapters(nn.ModuleDict):
     """The adapters of one layer by name; while not ``enabled`` the layer gives the base's output."""
 
     enabled: bool = True
 
     def every(self) -> list[Adapter]:
-        """All of them."""
-        return [module for module in self.values() if isinstance(module, Adapter)]
+        """All pairs."""
+        found: list[Adapter] = []
+        for module in self.values():
+            pairs = module.values() if isinstance(module, Parts) else [module]
+            found += pairs  # type: ignore[arg-type]
+        return found
 
     def active(self) -> list[Adapter]:
         """Those that act now."""
         return self.every() if self.enabled else []
+
+    def by_weight(self) -> dict[str, list[Adapter]]:
+        """All pairs by the parameter that they adapt."""
+        found: dict[str, list[Adapter]] = {}
+        for adapter in self.every():
+            found.setdefault(adapter.part.key, []).append(adapter)
+        return found

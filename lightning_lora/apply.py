@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lightning_lora.adapter import Adapter, Adapters
+from lightning_lora.adapter import Adapter, Adapters, Parts
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.initialization import seed_of
-from lightning_lora.kinds import swapped_class
-from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, weight_of
+from lightning_lora.kinds import class_for, host_of, swapped_class
+from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.merge import unmerge_lora
+from lightning_lora.names import join
 from lightning_lora.originals import moved, put_back, remember
+from lightning_lora.part import Part
 from lightning_lora.record import config_of, forget, is_merged, record_of
 from lightning_lora.targets import Targets, find_targets
 
@@ -63,21 +67,37 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     """Adapt those of ``targets`` that are not yet adapted, and freeze the rest."""
+    holders = parameter_holders(model)
     for name, module in targets.modules.items():
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRALayer) and module.lora.every():
             _renew_dropout(module, config)
-        else:
-            cls = swapped_class(type(module))
-            attach(module, cls, Adapters({config.name: new_adapter(targets.names[name], module, cls, config)}))
+            continue
+        parts = targets.parts[name]
+        cls = class_for(module, parts)
+        attach(module, cls, Adapters({config.name: new_adapters(targets.names[name], module, parts, cls, config)}))
+        record_of(module).shared |= {part.key for part in parts if holders[memory_of(module, part.key)] > 1}
+    attach_hosts(model)
     record_of(model).config = config
     freeze(model, config)
     accept_base(model)
 
 
-def new_adapter(known_as: list[str], module: nn.Module, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
-    """The adapter of ``config`` for a module with all its names, where its weight lives."""
-    weight = weight_of(module)
-    in_features, out_features = cls.features(weight)
+def new_adapters(
+    known_as: list[str], module: nn.Module, parts: list[Part], cls: type[LoRALayer], config: LoRAConfig
+) -> Adapter | Parts:
+    """The pair of ``config`` for a module with all its names, or one for each of its ``parts``."""
+    if not parts[0].name:
+        return new_adapter(known_as, module, parts[0], cls, config)
+    named = {part.name: [join(name, part.name) for name in known_as] for part in parts}
+    return Parts({part.name: new_adapter(named[part.name], module, part, cls, config) for part in parts})
+
+
+def new_adapter(
+    known_as: list[str], module: nn.Module, part: Part, cls: type[LoRALayer], config: LoRAConfig
+) -> Adapter:
+    """The pair of ``config`` for one matrix with all its names, where its weight lives."""
+    weight = parameter_of(module, part.key)
+    in_features, out_features = part.features(weight)
     return cls.adapter_class(
         in_features,
         out_features,
@@ -87,9 +107,33 @@ def new_adapter(known_as: list[str], module: nn.Module, cls: type[LoRALayer], co
         dropout=config.dropout,
         init=config.init,
         seed=seed_of(config.seed, known_as[0], config.name),
+        part=part,
+        stack=part.stack(weight),
         device=weight.device,
         **cls.adapter_arguments(module),
     )
+
+
+def attach_hosts(model: nn.Module) -> None:
+    """Swap the modules that read the weights of adapted layers inside, so that they see the adapters."""
+    for module in list(model.modules()):
+        host = host_of(type(module))
+        if host is not None and not isinstance(module, LoRALayer) and is_adapted(module):
+            attach(module, swapped_class(type(module)), Adapters())
+
+
+def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
+    """How many modules have each parameter, as an object or as memory."""
+    owners = {id(module): module for module in model.modules()}
+    return Counter(memory_of(module, key) for module in owners.values() for key in module._parameters)
+
+
+def memory_of(module: nn.Module, key: str) -> tuple[int, bool]:
+    """What two parameters have in common only if one is the other, as an object or as memory."""
+    parameter = module._parameters[key]
+    if parameter is None or parameter.is_meta or is_lazy(parameter) or not parameter.data_ptr():
+        return (id(parameter), False)
+    return (parameter.data_ptr(), True)
 
 
 def _renew_dropout(layer: LoRALayer, config: LoRAConfig) -> None:

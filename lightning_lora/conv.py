@@ -1,4 +1,4 @@
-"""LoRA for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, whatever their stride, padding, dilation and groups."""
+"""LoRA for convolutions of every kind, whatever their stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.layer import LoRALayer, weight_of
+from lightning_lora.layer import LoRALayer, parameter_of
 
 Convolve = Callable[[Tensor, Tensor, None], Tensor]
 
@@ -21,7 +21,7 @@ class ConvAdapter(Adapter):
 
     def forward(self, y: Tensor, x: Tensor, layer: LoRAConv) -> Tensor:
         """The output ``y`` with the term for the input ``x``."""
-        kernel = weight_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
+        kernel = parameter_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
         A = self.A.to(x.dtype).view(-1, *kernel).repeat(layer.groups, *[1] * len(kernel))
         B = (self.scale * self.B).to(x.dtype).view(*self.B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)

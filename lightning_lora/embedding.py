@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer
+from lightning_lora.part import Part
 
 
 class EmbeddingAdapter(Adapter):
@@ -34,7 +35,11 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     original_class = nn.Embedding
     adapter_class = EmbeddingAdapter
-    transposed = True
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix, a row for each index."""
+        return [Part(transposed=True)]
 
     @staticmethod
     def adapter_arguments(module: nn.Module) -> dict[str, Any]:
@@ -51,18 +56,23 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             y = adapter(y, index, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
-    @torch.no_grad()
     def settle(self) -> bool:
-        """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
-        if self.max_norm is None:
-            return False
-        index = torch.arange(self.num_embeddings, device=self.weight.device)
-        for _ in range(8):
-            before = self.weight.clone()
-            torch.embedding_renorm_(self.weight, index, self.max_norm, self.norm_type)
-            if torch.equal(before, self.weight):
-                break
-        return True
+        """Cut long rows, where there is a ``max_norm``."""
+        return settle(self)
+
+
+@torch.no_grad()
+def settle(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
+    """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
+    if layer.max_norm is None:
+        return False
+    index = torch.arange(layer.num_embeddings, device=layer.weight.device)
+    for _ in range(8):
+        before = layer.weight.clone()
+        torch.embedding_renorm_(layer.weight, index, layer.max_norm, layer.norm_type)
+        if torch.equal(before, layer.weight):
+            break
+    return True
 
 
 def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:

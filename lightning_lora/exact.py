@@ -40,11 +40,13 @@ class Sum:
         merged: the sum, rounded once to the matrix's dtype.
         nearly: the sum without delta again, rounded: the matrix, but for a few elements.
         lost: the share of delta's norm that rounding the sum lost.
+        size: delta's norm.
     """
 
     merged: Tensor
     nearly: Tensor
     lost: float
+    size: float
 
 
 def delta_blocks(matrix: Tensor, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
@@ -80,7 +82,7 @@ def added(matrix: Tensor, factors: Factors) -> Sum:
         rounding = merged[rows].double() - matrix[rows].double() - delta.double()
         lost += _squares(rounding.nan_to_num_(0, 0, 0))  # a weight that is no number lost nothing
         whole += _squares(delta)
-    return Sum(merged, nearly, math.sqrt(lost / whole) if whole else 0.0)
+    return Sum(merged, nearly, math.sqrt(lost / whole) if whole else 0.0, math.sqrt(whole))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -11,6 +12,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layer import LoRALayer, adapted_layers
 from lightning_lora.patterns import covers
 from lightning_lora.record import prune, record_of, records
+
+BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
 
 def freeze(model: nn.Module, config: LoRAConfig) -> None:
@@ -55,9 +58,10 @@ def asked_for(name: str, key: str, module: nn.Module, config: LoRAConfig) -> boo
     full = names.join(name, key)
     if covers(full, config.also_train or ()):
         return True
-    if not key.endswith("bias"):
+    if not BIAS.fullmatch(key):
         return False
-    return config.bias == "all" or (config.bias == "lora_only" and isinstance(module, LoRALayer))
+    adapted = isinstance(module, LoRALayer) and bool(module.lora.every())
+    return config.bias == "all" or (config.bias == "lora_only" and adapted)
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,19 +23,18 @@ def seed_of(seed: int | None, layer: str, adapter: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def initial_A(r: int, in_features: int, init: str, seed: int) -> Tensor:
-    """A as it starts, of shape ``(r, in_features)`` in fp32 on the CPU, from a generator of its own.
+def initial_A(shape: Sequence[int], init: str, seed: int) -> Tensor:
+    """A as it starts, in fp32 on the CPU, from a generator of its own.
 
     Args:
-        r: rank.
-        in_features: length of the input vectors.
+        shape: ``(r, in_features)``, or ``(experts, r, in_features)``.
         init: ``"kaiming"``: uniform in +-1/sqrt(in_features), as the weight of ``nn.Linear``; ``"gaussian"``: normal
             with standard deviation 1/r. The paper (section 4.1) says only "random Gaussian".
         seed: of the generator; the global random stream is neither read nor moved.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (r, in_features)
+    r, in_features = shape[-2:]
     if init == "gaussian":
-        return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0, 1 / r, generator=generator)
+        return torch.empty(*shape, device="cpu", dtype=torch.float32).normal_(0, 1 / r, generator=generator)
     bound = 1 / math.sqrt(max(1, in_features))
-    return torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    return torch.empty(*shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)

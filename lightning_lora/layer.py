@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.adapter import Adapter, Adapters
+from lightning_lora.part import Part
 
 
 class LoRALayer(nn.Module):
@@ -19,66 +18,24 @@ class LoRALayer(nn.Module):
     lora: Adapters
     original_class: ClassVar[type[nn.Module]]
     adapter_class: ClassVar[type[Adapter]]
-    transposed: ClassVar[bool] = False  # whether the weight is kept as (in_features, out_features)
 
     @classmethod
-    def features(cls, weight: Tensor) -> tuple[int, int]:
-        """``(in_features, out_features)`` of the paper's W0, which ``weight`` holds in this kind's own shape."""
-        first, rest = len(weight), math.prod(weight.shape[1:])
-        return (first, rest) if cls.transposed else (rest, first)
-
-    @classmethod
-    def as_weight(cls, delta: Tensor, weight: Tensor) -> Tensor:
-        """``delta``, of shape ``(out_features, in_features)``, in the shape of ``weight``."""
-        return (delta.t() if cls.transposed else delta).reshape(weight.shape)
-
-    @classmethod
-    def factors(cls, adapter: Adapter, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is delta, its rows the first dimension of ``weight``, at least in fp32."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        A, B = (matrix.detach().to(weight.device, dtype) for matrix in (adapter.A, adapter.B))
-        B = B * adapter.scale
-        return (A.t(), B.t()) if cls.transposed else (B, A)
+    def parts(cls, module: nn.Module) -> list[Part]:
+        """The matrices of a ``module`` of this kind that naming it means."""
+        return [Part()]
 
     @staticmethod
     def adapter_arguments(module: nn.Module) -> dict[str, Any]:
         """What this kind's adapters take beyond what all take."""
         return {}
 
+    def put(self, key: str, value: Tensor) -> None:
+        """Put ``value`` where the layer's code finds its parameter ``key``."""
+        self._parameters[key] = value  # type: ignore[assignment]
+
     def settle(self) -> bool:
         """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
         return False
-
-
-class WeightAdapter(Adapter):
-    """Adds ``scale * B A`` to the weight itself, for layers whose forward is not ours."""
-
-    def forward(self, weight: Tensor, kind: type[LoRALayer]) -> Tensor:
-        """The sum, of the shape and dtype of ``weight``; A and B get their gradients through it."""
-        A: Tensor = self.A
-        if self.padding_idx is not None:
-            A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
-        delta = (self.scale * self.B) @ A  # (out_features, in_features)
-        return (weight + kind.as_weight(delta, weight)).to(weight.dtype)
-
-
-class OnWeight(LoRALayer):
-    """For classes whose own forward reads ``self.weight``: it finds ``W0 + scale * B A`` there while it runs."""
-
-    adapter_class = WeightAdapter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward, on the sum."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        total: Tensor = weight
-        for adapter in self.lora.active():
-            total = adapter(total, type(self))
-        self._parameters["weight"] = total  # type: ignore[assignment]
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._parameters["weight"] = weight
 
 
 def attach(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
@@ -108,8 +65,8 @@ def is_adapted(model: nn.Module) -> bool:
     return any(True for _ in adapted_layers(model))
 
 
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """The weight that a layer of a known kind has."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+def parameter_of(module: nn.Module, key: str = "weight") -> nn.Parameter:
+    """The parameter ``key`` itself, where reading the attribute may give its sum with delta."""
+    parameter = module._parameters[key]
+    assert parameter is not None
+    return parameter

@@ -14,7 +14,7 @@ class LinearAdapter(Adapter):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
-        return add_low_rank(y, self.dropped(x), self.A, self.B, self.scale)
+        return add_low_rank(y, self.dropped(x), self.A, self.part.placed(self.B, y.shape[-1]), self.scale)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -25,6 +25,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
+        x = x.contiguous()  # A's product would copy it anyway, and torch's for a frozen weight differs without
         y = super().forward(x)
         for adapter in self.lora.active():
             y = adapter(y, x)

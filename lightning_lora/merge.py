@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import exact
+from lightning_lora.adapter import Adapter
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import freeze, thaw
-from lightning_lora.kinds import swapped_class
-from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, weight_of
+from lightning_lora.kinds import class_for
+from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.names import join
-from lightning_lora.record import Merged, forget, holders, is_merged, merged_layers, record_of
+from lightning_lora.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
 
 
 def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
@@ -43,10 +47,12 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     if not layers and not is_merged(model):
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
     for name, layer in layers:
-        if weight_of(layer).is_meta:
-            raise ValueError(
-                f"`{join(name, 'weight')}` is on the meta device, without values to merge into: load the base first."
-            )
+        for key in layer.lora.by_weight():
+            if parameter_of(layer, key).is_meta:
+                raise ValueError(
+                    f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
+                )
+    _tell_of_shared(layers)
     lost = {name: _merge(layer) for name, layer in layers}
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
         thaw(holder)
@@ -77,57 +83,108 @@ def unmerge_lora(model: nn.Module) -> None:
     if not merged and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
     for name, module, record in merged:
-        if checksum(weight_of(module)) not in (record.checksum, record.original):
-            raise ValueError(
-                f"`{join(name, 'weight')}` is not what the merge left there: it was changed, cast or loaded since, "
-                "so the base cannot be restored. Nothing was changed. To go on from these weights call "
-                "`merge_lora(model, undo=False)`."
-            )
+        for key, weight in record.weights.items():
+            if checksum(parameter_of(module, key)) not in (weight.checksum, weight.original):
+                raise ValueError(
+                    f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, "
+                    "so the base cannot be restored. Nothing was changed. To go on from these weights call "
+                    "`merge_lora(model, undo=False)`."
+                )
     for position, (name, module, record) in enumerate(merged):
         if not _unmerge(module, record):
             for _, done, _ in merged[:position]:
                 assert isinstance(done, LoRALayer)
                 _merge(done)
-            raise ValueError(f"`{join(name, 'weight')}` does not fit its merge record. Nothing was changed.")
+            raise ValueError(
+                f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
+            )
     for holder, config in holders(model):
         freeze(holder, config)
         accept_base(holder)
 
 
-@torch.no_grad()
 def _merge(layer: LoRALayer) -> float:
-    weight, kind = weight_of(layer).detach(), type(layer)
-    before, original = checksum(weight), _rows(weight)
-    factors = [kind.factors(adapter, weight) for adapter in layer.lora.every()]
-    result = exact.added(original, factors)
-    weight.copy_(result.merged.view(weight.shape))
-    if layer.settle():
-        result.nearly = exact.subtracted(_rows(weight), factors)
-    patch = exact.patch_for(original, result.nearly)
-    record_of(layer).merged = Merged(detach(layer), patch, checksum(weight), before)
-    return result.lost
+    merged, sums = {}, []
+    for key, adapters in layer.lora.by_weight().items():
+        if key in record_of(layer).shared:
+            own = parameter_of(layer, key)
+            setattr(layer, key, nn.Parameter(own.detach().clone(), own.requires_grad))
+            merged[key], parts = _merge_into(layer, key, adapters)
+            merged[key].shared = own
+        else:
+            merged[key], parts = _merge_into(layer, key, adapters)
+        sums += parts
+    record_of(layer).merged = Merged(detach(layer), merged)
+    size = math.hypot(*(part.size for part in sums))
+    return math.hypot(*(part.lost * part.size for part in sums)) / size if size else 0.0
 
 
 @torch.no_grad()
+def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.Sum]]:
+    weight, matrices_of = parameter_of(layer, key).detach(), adapters[0].part.matrices
+    before, originals, factors = checksum(weight), matrices_of(weight), _factors(adapters, weight)
+    sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
+    weight.copy_(torch.stack([part.merged for part in sums]).view(weight.shape))
+    if layer.settle():
+        for part, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
+            part.nearly = exact.subtracted(matrix, pairs)
+    patches = [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]
+    return MergedWeight(patches, checksum(weight), before), sums
+
+
+def _factors(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
+    """For each matrix in ``weight`` the factors of every adapter's delta, at least in fp32."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    found: list[list[tuple[Tensor, Tensor]]] = []
+    for adapter in adapters:
+        A, B = (matrix.detach().to(weight.device, dtype) for matrix in (adapter.A, adapter.B))
+        left, right = adapter.part.factors(A, adapter.scale * B, weight)
+        found.append(
+            list(zip(*(side if side.dim() == 3 else side.unsqueeze(0) for side in (left, right)), strict=True))
+        )
+    return [list(pairs) for pairs in zip(*found, strict=True)]
+
+
 def _unmerge(module: nn.Module, record: Merged) -> bool:
-    weight, kind = weight_of(module).detach(), swapped_class(type(module))
-    if checksum(weight) == record.original:  # the base was loaded over the merge
-        _reattach(module, record)
-        return True
-    nearly = exact.subtracted(_rows(weight), [kind.factors(adapter, weight) for adapter in record.adapters.every()])
-    original = exact.patched(nearly, record.patch).view(weight.shape)
-    if checksum(original) != record.original:
+    restored = {key: _restored(module, key, record) for key in record.weights}
+    if any(weight is None for weight in restored.values()):
         return False
-    weight.copy_(original)
-    _reattach(module, record)
+    for key, weight in restored.items():
+        shared = record.weights[key].shared
+        if shared is not None:
+            setattr(module, key, shared)
+        elif weight is not None:
+            parameter_of(module, key).detach().copy_(weight)
+    adapters = record.adapters
+    for key, pairs in adapters.by_weight().items():
+        for adapter in pairs:
+            adapter.to(parameter_of(module, key).device)
+    attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
+    record_of(module).merged = None
     return True
 
 
-def _reattach(module: nn.Module, record: Merged) -> None:
-    attach(module, swapped_class(type(module)), record.adapters.to(weight_of(module).device))
-    record_of(module).merged = None
+@torch.no_grad()
+def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
+    """The parameter ``key`` as it was before the merge, or ``None`` if that cannot be had."""
+    weight, merged = parameter_of(module, key).detach(), record.weights[key]
+    if merged.shared is not None:
+        return merged.shared if checksum(merged.shared) == merged.original else None
+    if checksum(weight) == merged.original:  # the base was loaded over the merge
+        return weight.clone()
+    adapters = record.adapters.by_weight()[key]
+    pairs = zip(adapters[0].part.matrices(weight), _factors(adapters, weight), merged.patches, strict=True)
+    matrices = [exact.patched(exact.subtracted(matrix, factors), patch) for matrix, factors, patch in pairs]
+    original = torch.stack(matrices).view(weight.shape)
+    return original if checksum(original) == merged.original else None
 
 
-def _rows(weight: Tensor) -> Tensor:
-    """A contiguous copy of ``weight`` as a matrix, whatever its memory format."""
-    return weight.flatten(1).clone(memory_format=torch.contiguous_format)
+def _tell_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:
+    for name, layer in layers:
+        for key in record_of(layer).shared & layer.lora.by_weight().keys():
+            warnings.warn(
+                f"`{join(name, key)}` was shared with another module, and merged it is a parameter of its own. A model "
+                "into which the merged weights are loaded must not tie the two (`tie_word_embeddings=False` in "
+                "transformers).",
+                stacklevel=3,
+            )

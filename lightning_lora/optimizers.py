@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora import names
 from lightning_lora.compatibility import is_a
 from lightning_lora.freeze import adapter_parameters, trained_parameters
-from lightning_lora.layer import adapted_layers
+from lightning_lora.layer import adapted_layers, parameter_of
 from lightning_lora.lightnings import MisconfigurationException
 
 Group = dict[str, Any]
@@ -61,7 +61,12 @@ def _wanted(optimizers: list[Optimizer], model: nn.Module) -> dict[int, list[nn.
     for group in groups:
         for parameter in group["params"]:
             holding.setdefault(id(parameter), []).append(group)
-    weight = {id(p): layer.weight for _, layer in adapted_layers(model) for p in layer.lora.parameters()}
+    weight = {
+        id(p): parameter_of(layer, adapter.part.key)
+        for _, layer in adapted_layers(model)
+        for adapter in layer.lora.every()
+        for p in adapter.parameters()
+    }
     wanted: dict[int, list[nn.Parameter]] = {id(group): [] for group in groups}
     for _, parameter in trained_parameters(model):
         beside = holding.get(id(weight.get(id(parameter))), [])

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.kinds import holds_experts, root_of
+from lightning_lora.kinds import is_linear, root_of
+from lightning_lora.on_read import holds_experts
 
 
 def _words(words: str) -> re.Pattern[str]:
@@ -55,15 +56,17 @@ class Roles:
     convolutions: list[str]
 
 
-def preset(model: nn.Module, which: str) -> list[str]:
-    """The names that the preset ``which`` chooses in ``model``; none where it has no such part."""
+def preset(model: nn.Module, which: str) -> dict[str, tuple[str, ...] | None]:
+    """The names that the preset ``which`` chooses in ``model``, each with the matrices to take if that is not all."""
     roles = roles_in(model)
     if which == "qv":
-        return [name for name in roles.attention if _leaf_is(name, QUERY, VALUE, FUSED) or name in roles.whole]
+        chosen = [name for name in roles.attention if _leaf_is(name, QUERY, VALUE, FUSED) or name in roles.whole]
+        return {name: ("q", "v") if is_fused(name) or name in roles.whole else None for name in chosen}
     if which == "all":
         out = set(roles.heads) | set(roles.routers)
-        return [name for name in roles.linear if name not in out] + roles.experts or roles.convolutions
-    return roles.attention if which == "attn" else roles.mlp + roles.experts
+        found = {*roles.linear, *roles.attention, *roles.experts} - out
+        return dict.fromkeys([name for name in _unique(model) if name in found] or roles.convolutions)
+    return dict.fromkeys(roles.attention if which == "attn" else roles.mlp + roles.experts)
 
 
 def roles_in(model: nn.Module) -> Roles:
@@ -80,10 +83,10 @@ def roles_in(model: nn.Module) -> Roles:
     rest = attention | heads | set(routers)
     mlp = _mlp([name for name in linear if name not in rest], owners)
     whole = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
-    either = attention | whole
+    either = attention | whole | {names.join(name, "out_proj") for name in whole}
     return Roles(
         linear=linear,
-        attention=[name for name in modules if name in either and not _inside(name, whole)],
+        attention=[name for name in modules if name in either],
         whole=whole,
         experts=[name for name, module in modules.items() if holds_experts(module)],
         routers=routers,
@@ -96,12 +99,6 @@ def roles_in(model: nn.Module) -> Roles:
 def is_fused(name: str) -> bool:
     """Whether the name says that the map holds query, key or value in one."""
     return _leaf_is(name, FUSED)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a plain linear map: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
-    root = root_of(type(module))
-    return root is not None and (root is nn.Linear or root.__name__ == "Conv1D")
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -20,20 +20,33 @@ _ATTRIBUTE = "_lightning_lora"
 
 
 @dataclass
+class MergedWeight:
+    """What undoes the merge into one parameter.
+
+    Args:
+        patches: for each matrix in it, the elements that subtracting delta does not give back.
+        checksum: of the merged weight.
+        original: checksum of the weight before the merge.
+        shared: the parameter that was there, where other modules have it too; the merged one is the layer's own.
+    """
+
+    patches: list[Patch]
+    checksum: int
+    original: int
+    shared: nn.Parameter | None = None
+
+
+@dataclass
 class Merged:
-    """An adapted layer's adapters after they went into its weight.
+    """An adapted layer's adapters after they went into its weights.
 
     Args:
         adapters: A and B, private to the record.
-        patch: the elements that subtracting delta does not give back.
-        checksum: of the merged weight.
-        original: checksum of the weight before the merge.
+        weights: what was done to each parameter.
     """
 
     adapters: Adapters
-    patch: Patch
-    checksum: int
-    original: int
+    weights: dict[str, MergedWeight]
 
 
 @dataclass
@@ -44,6 +57,7 @@ class Record:
         config: on the module that ``apply_lora`` was called with.
         found: ``requires_grad`` as found, while the module is frozen.
         trained: the base's parameters that train beside the adapters.
+        shared: parameters that other modules have too, so that a merge must not change them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
     """
@@ -51,6 +65,7 @@ class Record:
     config: LoRAConfig | None = None
     found: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
 
@@ -92,7 +107,7 @@ def forget(model: nn.Module) -> None:
 def prune(model: nn.Module) -> None:
     """Take off the records that say nothing."""
     for _, module, record in list(records(model)):
-        if not (record.config or record.found or record.trained or record.originals or record.merged):
+        if record == Record():
             del module.__dict__[_ATTRIBUTE]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
-from lightning_lora.layer import LoRALayer, adapted_layers, weight_of
+from lightning_lora.layer import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.patterns import folded
 from lightning_lora.presets import roles_in
 from lightning_lora.state import lora_parameters
@@ -25,10 +25,12 @@ def _table(model: nn.Module) -> list[str]:
     counts: dict[Row, list[tuple[str, int]]] = {}
     for name, layer in adapted_layers(model):
         for adapter in layer.lora.every():
-            in_features, out_features = layer.features(weight_of(layer))
+            part = adapter.part
+            in_features, out_features = part.features(parameter_of(layer, part.key))
             shape = f"{in_features} -> {out_features}"
-            row = (folded(name), layer.original_class.__name__, shape, str(adapter.r), f"{adapter.scale:g}")
-            counts.setdefault(row, []).append((name, sum(p.numel() for p in adapter.parameters())))
+            own = names.join(name, part.name) if part.name else name
+            row = (folded(own), layer.original_class.__name__, shape, str(adapter.r), f"{adapter.scale:g}")
+            counts.setdefault(row, []).append((own, sum(p.numel() for p in adapter.parameters())))
     head = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable")
     return ["LoRA adapts", *_aligned([head, *(_row(row, layers) for row, layers in counts.items())])]
 

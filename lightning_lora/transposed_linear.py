@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from lightning_lora.layer import LoRALayer
 from lightning_lora.linear import LinearAdapter
+from lightning_lora.part import Part
 
 
 class TransposedLinear(LoRALayer):
     """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
 
     adapter_class = LinearAdapter
-    transposed = True
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix, kept the other way round."""
+        return [Part(transposed=True)]
 
     def forward(self, x: Tensor) -> Any:
         """The frozen map, then each adapter's term."""

@@ -38,7 +38,7 @@ def adapted(model=None, **arguments):
 
 
 def test_kaiming_is_uniform_as_the_weight_of_a_linear_layer():
-    A = initial_A(64, 400, "kaiming", seed=0)
+    A = initial_A((64, 400), "kaiming", seed=0)
     bound = 1 / math.sqrt(400)
     assert 0.99 * bound < A.abs().max() <= bound
     assert A.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)  # of a uniform distribution
@@ -48,7 +48,7 @@ def test_kaiming_is_uniform_as_the_weight_of_a_linear_layer():
 
 
 def test_gaussian_has_standard_deviation_one_over_r():
-    A = initial_A(16, 4000, "gaussian", seed=0)
+    A = initial_A((16, 4000), "gaussian", seed=0)
     assert A.std() == pytest.approx(1 / 16, rel=0.01)
     assert A.mean().abs() < 1e-3
     assert (A.abs() > 3 / 16).float().mean() == pytest.approx(0.0027, rel=0.3)  # tails that a uniform one has not
@@ -56,13 +56,13 @@ def test_gaussian_has_standard_deviation_one_over_r():
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_a_is_fp32_on_the_cpu_of_shape_r_by_in(init, default_dtype):
-    expected = initial_A(3, 7, init, seed=5)
+    expected = initial_A((3, 7), init, seed=5)
     default_dtype(torch.float64)
     with torch.device("meta"):
-        A = initial_A(3, 7, init, seed=5)
+        A = initial_A((3, 7), init, seed=5)
     assert (A.shape, A.dtype, A.device.type) == ((3, 7), torch.float32, "cpu")
     assert oracles.same_bits(A, expected)
-    assert not torch.equal(A, initial_A(3, 7, init, seed=6))
+    assert not torch.equal(A, initial_A((3, 7), init, seed=6))
 
 
 def test_b_is_zero_and_a_is_not():

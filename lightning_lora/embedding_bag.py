@@ -1,0 +1,72 @@
+"""LoRA for ``nn.EmbeddingBag``: a bag's sum or mean of rows, and so of the rows of A."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.embedding import settle
+from lightning_lora.layer import LoRALayer
+from lightning_lora.on_weight import sum_of
+from lightning_lora.part import Part
+
+
+class EmbeddingBagAdapter(Adapter):
+    """Adds ``scale * B`` times the bag of the columns of A."""
+
+    def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
+        """The bags ``y`` of shape ``(bags, embedding_dim)`` with their terms; the padding index has none."""
+        hidden = layer.bags(self.A.t(), index, offsets, None if weights is None else weights.float())  # (bags, r)
+        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
+
+
+class LoRAEmbeddingBag(LoRALayer, nn.EmbeddingBag):
+    """An ``nn.EmbeddingBag`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``.
+
+    The largest of rows is no sum of anything, nor are rows cut to ``max_norm``: with these the whole sum is built.
+    """
+
+    original_class = nn.EmbeddingBag
+    adapter_class = EmbeddingBagAdapter
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix, a row for each index."""
+        return [Part(transposed=True)]
+
+    @staticmethod
+    def adapter_arguments(module: nn.Module) -> dict[str, Any]:
+        """The padding index has no delta, as it has no gradient."""
+        return {"padding_idx": module.padding_idx}
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """The frozen bags, then each adapter's term."""
+        if self.lora.active() and (self.mode == "max" or self.max_norm is not None):
+            total = sum_of(self, "weight")
+            return self.bags(total, input, offsets, per_sample_weights, self.max_norm, self.norm_type)
+        y = super().forward(input, offsets, per_sample_weights)
+        for adapter in self.lora.active():
+            y = adapter(y, self, input, offsets, per_sample_weights)
+        return y
+
+    def bags(self, weight: Tensor, index: Tensor, offsets: Any, weights: Any, *norm: Any) -> Tensor:
+        """The bags of the rows of ``weight``, whose gradient is dense."""
+        kept = dict(zip(("max_norm", "norm_type"), norm, strict=False))
+        return F.embedding_bag(
+            index,
+            weight,
+            offsets,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            mode=self.mode,
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+            **kept,
+        )
+
+    def settle(self) -> bool:
+        """As for the plain embedding."""
+        return settle(self)

@@ -1,0 +1,195 @@
+"""Which rows of a map that fuses query, key and value are which.
+
+They lie one after the other, or head by head, and no name or shape tells. So the code of the attention block is asked:
+it is run on a stand-in whose fused map gives the number of each row instead of a value, up to where those numbers would
+be computed with. What it then calls query, key and value are their rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import pairwise, product
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.kinds import is_linear, parts_of
+from lightning_lora.layer import parameter_of
+from lightning_lora.part import Part, Rows
+
+FUSED_PARTS = ("q", "k", "v")
+WORDS = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
+MOVES = {
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "__get__",
+}
+MOVES |= {
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unbind",
+    "narrow",
+    "select",
+    "__getitem__",
+    "contiguous",
+}
+MOVES |= {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "detach"}
+MOVES |= {"dim", "size", "numel", "stride", "is_contiguous", "repeat_interleave", "index_select", "expand_as"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type_as"}  # a cast would round the numbers
+SCALES = {"mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
+
+
+class Stop(Exception):  # noqa: N818 - no error
+    """The rows would be computed with: they are where they belong."""
+
+
+class RowNumbers(Tensor):
+    """A tensor that may be moved around and cut, but not computed with."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Called for every function of torch that gets one."""
+        name = getattr(func, "__name__", "")
+        if name in MOVES:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if name in CASTS:
+            return args[0]
+        if name in SCALES and not any(isinstance(value, Tensor) and value.dim() for value in args[1:]):
+            return args[0]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            raise Stop(*args[:3])
+        raise Stop
+
+
+class Numbering(nn.Module):
+    """Stands in for the fused map."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The number of each row, in every place."""
+        numbers = torch.arange(self.out_features, dtype=torch.float32, device="cpu")
+        return numbers.expand(*x.shape[:-1], -1).clone().as_subclass(RowNumbers)
+
+
+class Inert(nn.Module):
+    """Stands in for everything else: a map gives zeros of its width, anything else what it gets."""
+
+    def __init__(self, out_features: int | None) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rows that come here are about to be computed with."""
+        if isinstance(x, RowNumbers) and self.out_features is not None:
+            raise Stop
+        return x if self.out_features is None else x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Part] | str:
+    """The parts ``q``, ``k`` and ``v`` of the map ``leaf`` of ``owner``, as far as it has them; or why not."""
+    (whole,) = parts_of(layer)
+    out_features = whole.whole(parameter_of(layer))[1]
+    for found in _attempts(owner, leaf, layer) if owner is not None else ():
+        rows = {name: _as_rows(sorted(numbers), out_features) for name, numbers in found.items()}
+        count = sum(len(numbers) for numbers in found.values())
+        apart = count == len(set().union(*found.values())) == out_features
+        if apart and len(rows) > 1 and None not in rows.values():
+            return [Part("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
+    return (
+        "fuses query, key and value, and which of its rows are which cannot be told by running the code around it; to "
+        f"adapt all of it write targets={[leaf]!r}"
+    )
+
+
+def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[str, set[int]]]:
+    """What the code of ``owner`` calls which rows, for inputs of several shapes: what it takes is not known."""
+    (whole,) = parts_of(layer)
+    in_features, out_features = whole.whole(parameter_of(layer))
+    for shape, given in product([(1, 2), (2,), (1, 2, 2)], ["first", "required", "all"]):
+        stand_in = _stand_in(owner, leaf, out_features)
+        arguments = _arguments(owner, torch.zeros(*shape, in_features, device="cpu"), given)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                type(owner).forward(stand_in, **arguments)
+            except Exception as error:  # whatever it is, it came after the rows were cut, or it did not
+                named = _named_rows(error.__traceback__, stand_in)
+                yield named or _rows_of(zip(FUSED_PARTS, error.args, strict=False) if isinstance(error, Stop) else [])
+
+
+def _stand_in(owner: nn.Module, leaf: str, out_features: int) -> nn.Module:
+    """A copy of ``owner`` with nothing of its own inside but its settings, parameters and copies of its buffers."""
+    other: nn.Module = object.__new__(type(owner))
+    other.__dict__.update(owner.__dict__)
+    inside = {
+        name: Inert(parts_of(module)[0].whole(parameter_of(module))[1] if is_linear(module) else None)
+        for name, module in owner._modules.items()
+        if module is not None
+    }
+    other.__dict__["_modules"] = {**owner._modules, **inside, leaf: Numbering(out_features)}
+    other.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
+    return other
+
+
+def _arguments(owner: nn.Module, x: Tensor, given: str) -> dict[str, Any]:
+    known = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    named = [one for one in known if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    arguments: dict[str, Any] = {}
+    for place, one in enumerate(named):
+        if place == 0 or given == "all" or (given == "required" and one.default is one.empty):
+            arguments[one.name] = x
+        elif one.default is one.empty:
+            arguments[one.name] = None
+    return arguments
+
+
+def _named_rows(traceback: TracebackType | None, stand_in: nn.Module) -> dict[str, set[int]]:
+    """The rows in the local variables of the methods of ``stand_in`` that are called query, key and value."""
+    found: dict[str, set[int]] = {}
+    while traceback is not None:
+        variables = traceback.tb_frame.f_locals
+        if variables.get("self") is stand_in:
+            for part, rows in _rows_of((_role(name), value) for name, value in variables.items()).items():
+                found.setdefault(part, set()).update(rows)
+        traceback = traceback.tb_next
+    return found
+
+
+def _role(variable: str) -> str:
+    """``q`` for ``query_states``; nothing for ``qkv`` and ``query_key_value``."""
+    words = set(variable.lower().split("_"))
+    roles = [role for role, synonyms in WORDS.items() if words & synonyms]
+    return roles[0] if len(roles) == 1 else ""
+
+
+def _rows_of(named: Any) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for name, value in named:
+        if name and isinstance(value, RowNumbers):
+            found.setdefault(name, set()).update(map(int, value.as_subclass(Tensor).flatten().tolist()))
+    return found
+
+
+def _as_rows(numbers: list[int], out_features: int) -> Rows | None:
+    """``numbers`` as the same run of rows in each of some equal blocks, if they are that."""
+    starts = [numbers[0], *(other for one, other in pairwise(numbers) if other != one + 1)]
+    length, size = len(numbers) // len(starts), out_features // len(starts)
+    rows = Rows(starts[0], starts[0] + length, len(starts))
+    expected = [start + place for start in range(rows.start, out_features, size) for place in range(length)]
+    return rows if numbers == expected and rows.stop <= size else None
