@@ -29,7 +29,9 @@ Ring 0, the method: torch and the standard library.
     experts              the same sum for many experts, never built
     on_read              any parameter by name, wherever it is read
     kinds                which layers can be adapted, by which class, and why others cannot
+    raw_reads            whether code around a layer reads its weight instead of calling it
     fused                which rows of a fused projection are query, key and value
+    roles                what the maps of a model do: attention, MLP, experts, routers, output heads
     presets              what "attn", "qv", "mlp" and "all" mean on a model
     choice               what presets and patterns choose
     targets              which matrices a configuration means, and what is wrong with it

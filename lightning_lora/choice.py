@@ -12,7 +12,8 @@ from lightning_lora.fused import FUSED_PARTS
 from lightning_lora.kinds import is_known, is_linear, parts_of
 from lightning_lora.layer import LoRALayer
 from lightning_lora.patterns import matches
-from lightning_lora.presets import is_fused, preset
+from lightning_lora.presets import preset
+from lightning_lora.roles import is_fused
 
 
 @dataclass

@@ -8,8 +8,9 @@ be computed with. What it then calls query, key and value are their rows.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise, product
 from types import TracebackType
 from typing import Any
@@ -48,8 +49,10 @@ MOVES |= {
 }
 MOVES |= {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "detach"}
 MOVES |= {"dim", "size", "numel", "stride", "is_contiguous", "repeat_interleave", "index_select", "expand_as"}
+SHAPES = [(1, 64), (64,), (1, 8, 8)]  # of the input but for its features
+STATES = re.compile(r".*(?:states|context|memory)")
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as"}  # a cast would round the numbers
-SCALES = {"mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
+SCALES = {"clamp", "clip", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
 
 
 class Stop(Exception):  # noqa: N818 - no error
@@ -118,43 +121,54 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Pa
 
 
 def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[str, set[int]]]:
-    """What the code of ``owner`` calls which rows, for inputs of several shapes: what it takes is not known."""
+    """What the code of ``owner`` calls which rows, tried on inputs of several shapes: what it takes is not known."""
     (whole,) = parts_of(layer)
     in_features, out_features = whole.whole(parameter_of(layer))
-    for shape, given in product([(1, 2), (2,), (1, 2, 2)], ["first", "required", "all"]):
-        stand_in = _stand_in(owner, leaf, out_features)
-        arguments = _arguments(owner, torch.zeros(*shape, in_features, device="cpu"), given)
+    for method, keep, shape, given in product(
+        _methods(owner, leaf), [False, True], SHAPES, ["first", "required", "states"]
+    ):
+        stand_in = _stand_in(owner, leaf, out_features, keep)
+        arguments = _arguments(method, torch.zeros(*shape, in_features, device="cpu"), given)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                type(owner).forward(stand_in, **arguments)
+                method(stand_in, **arguments)
             except Exception as error:  # whatever it is, it came after the rows were cut, or it did not
                 named = _named_rows(error.__traceback__, stand_in)
                 yield named or _rows_of(zip(FUSED_PARTS, error.args, strict=False) if isinstance(error, Stop) else [])
 
 
-def _stand_in(owner: nn.Module, leaf: str, out_features: int) -> nn.Module:
-    """A copy of ``owner`` with nothing of its own inside but its settings, parameters and copies of its buffers."""
+def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
+    """The forward of ``owner``, and other methods of its that read ``leaf``."""
+    others = [value for cls in type(owner).__mro__ for value in vars(cls).values() if inspect.isfunction(value)]
+    return [type(owner).forward, *(method for method in others if leaf in method.__code__.co_names)]
+
+
+def _stand_in(owner: nn.Module, leaf: str, out_features: int, keep: bool) -> nn.Module:
+    """A copy of ``owner`` whose linear maps are stand-ins, and the other modules in it unless they are to be kept."""
     other: nn.Module = object.__new__(type(owner))
     other.__dict__.update(owner.__dict__)
-    inside = {
-        name: Inert(parts_of(module)[0].whole(parameter_of(module))[1] if is_linear(module) else None)
-        for name, module in owner._modules.items()
-        if module is not None
-    }
-    other.__dict__["_modules"] = {**owner._modules, **inside, leaf: Numbering(out_features)}
+    inside: dict[str, nn.Module | None] = dict(owner._modules)
+    for name, module in owner._modules.items():
+        if module is not None and is_linear(module):
+            inside[name] = Inert(parts_of(module)[0].whole(parameter_of(module))[1])
+        elif module is not None and not keep:
+            inside[name] = Inert(None)
+    other.__dict__["_modules"] = {**inside, leaf: Numbering(out_features)}
     other.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
     return other
 
 
-def _arguments(owner: nn.Module, x: Tensor, given: str) -> dict[str, Any]:
-    known = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+def _arguments(method: Callable[..., Any], x: Tensor, given: str) -> dict[str, Any]:
+    """``x`` for the first argument only, for all that are required, or for other states too; None for what is left."""
+    known = list(inspect.signature(method).parameters.values())[1:]
     named = [one for one in known if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     arguments: dict[str, Any] = {}
     for place, one in enumerate(named):
-        if place == 0 or given == "all" or (given == "required" and one.default is one.empty):
+        required = one.default is one.empty
+        if place == 0 or (given != "first" and required) or (given == "states" and STATES.fullmatch(one.name)):
             arguments[one.name] = x
-        elif one.default is one.empty:
+        elif required:
             arguments[one.name] = None
     return arguments
 

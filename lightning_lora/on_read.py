@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,7 +24,8 @@ class ReadAdapter(Adapter):
     def forward(self, weight: Tensor) -> Tensor | StackedSum:
         """``weight + scale * B A``, through which A and B get their gradients."""
         if not self.part.stacked:
-            return self.added_to(weight)
+            total = self.added_to(weight)
+            return total if torch.is_grad_enabled() else total.requires_grad_()  # as in on_weight.summed
         left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
         return StackedSum(weight, left, right)
 

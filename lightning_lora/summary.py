@@ -10,7 +10,7 @@ from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.patterns import folded
-from lightning_lora.presets import roles_in
+from lightning_lora.roles import roles_in
 from lightning_lora.state import lora_parameters
 
 Row = tuple[str, ...]

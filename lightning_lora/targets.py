@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,12 +11,13 @@ from lightning_lora import names
 from lightning_lora.choice import Alias, Choice, aliases_in, by_name, by_preset, matrix_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fused import fused_parts
-from lightning_lora.kinds import class_for, is_known, parts_of, refusal, refused_parameter
+from lightning_lora.kinds import class_for, is_known, is_linear, parts_of, refusal, refused_parameter
 from lightning_lora.on_read import ReadAdapter, readable_part
 from lightning_lora.on_weight import WeightAdapter
 from lightning_lora.part import Part
 from lightning_lora.patterns import covers, folded, matches, nearest
-from lightning_lora.presets import roles_in
+from lightning_lora.raw_reads import is_read_raw
+from lightning_lora.roles import roles_in
 
 
 @dataclass
@@ -101,6 +102,8 @@ def _parts(name: str, choice: Choice, aliases: dict[str, Alias], config: LoRACon
             if isinstance(cut, str):
                 return cut
             parts = cut
+        if is_linear(alias.module) and is_read_raw(name, {other: each.module for other, each in aliases.items()}):
+            parts = [replace(part, read=True) for part in parts]
     kept = [part for part in parts if choice.only is None or part.name in choice.only]
     return [
         part for part in kept if not part.name or not _left_out([names.join(n, part.name) for n in alias.names], config)

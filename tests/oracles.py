@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SCALE = 2.0  # a power of two: exact in every dtype
@@ -190,9 +190,9 @@ def adapt(model, r=3, scale=SCALE, **arguments):
 def train_by_hand(model, size=0.3, seed=1):
     """Give every adapter a B as after some training."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        for adapter in getattr(module, "lora", {}).values():
-            adapter.B.data = size * torch.randn(adapter.B.shape, generator=generator)
+    for name, parameter in lora_parameters(model):
+        if name.endswith(".B"):
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
 
 
 def product(layer, dtype=torch.float64):

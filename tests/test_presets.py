@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.presets import is_fused, preset
+from lightning_lora.presets import preset
+from lightning_lora.roles import is_fused
 
 
 def module(**children):
@@ -306,7 +307,7 @@ def t5_names():
 HUGGINGFACE = [
     (hf_bert, *bert_names("bert"), ["bert.pooler.dense"]),
     (hf_bert_mlm, *bert_names("bert"), ["cls.predictions.transform.dense"]),
-    (hf_roberta, *bert_names("roberta"), ["classifier.dense"]),
+    (hf_roberta, *bert_names("roberta"), []),
     (hf_gpt2, prefixed("transformer.h.0.attn", "c_attn c_proj"), prefixed("transformer.h.0.mlp", "c_fc c_proj"), []),
     (
         hf_llama,

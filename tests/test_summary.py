@@ -50,7 +50,7 @@ def test_the_sizes_are_those_of_a_count_by_hand():
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), ["2"]),
         (
             nn.ModuleDict({"body": nn.Linear(2, 2), "classifier": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))}),
-            ["classifier.1"],
+            ["classifier.0", "classifier.1"],
         ),
         (nn.Conv2d(3, 8, 3), []),
     ],
