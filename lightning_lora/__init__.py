@@ -29,6 +29,7 @@ Ring 0, the method: torch and the standard library.
     experts              the same sum for many experts, never built
     on_read              any parameter by name, wherever it is read
     kinds                which layers can be adapted, by which class, and why others cannot
+    source               the source of the user's classes
     raw_reads            whether code around a layer reads its weight instead of calling it
     fused                which rows of a fused projection are query, key and value
     roles                what the maps of a model do: attention, MLP, experts, routers, output heads
@@ -37,6 +38,7 @@ Ring 0, the method: torch and the standard library.
     targets              which matrices a configuration means, and what is wrong with it
     record               what is remembered on a module
     freeze               what trains
+    checkpointing        reentrant activation checkpointing behind frozen layers
     loading              base checkpoints load into an adapted model
     originals            what of the base moves all the same
     apply                apply, remove and disable
@@ -45,6 +47,8 @@ Ring 0, the method: torch and the standard library.
     merge                merge and unmerge
     state                what belongs in a file
     fingerprint          which base an adapter belongs to
+    table                rows of adapted matrices as text
+    plan                 the dry run
     summary              the table at the start of a run
 
 Ring 1, the world around it: one library each.
@@ -59,6 +63,7 @@ Ring 2, Lightning.
     optimizers           the user's optimizers, restricted
     rates                lr_scale, through every scheduler
     checkpoints          files of a run
+    liveness             adapters that do not run, or get no gradient
     run                  one run over a module
     callback             LoRACallback
 """
@@ -67,6 +72,7 @@ from lightning_lora.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.merge import merge_lora, unmerge_lora
+from lightning_lora.plan import plan_lora
 from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
 
 __version__ = "0.1.0"
@@ -79,6 +85,7 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "plan_lora",
     "remove_lora",
     "unmerge_lora",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapter import Adapter, Adapters, Parts
+from lightning_lora.checkpointing import leave_graphs, start_graphs
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.initialization import seed_of
@@ -80,6 +81,7 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     record_of(model).config = config
     freeze(model, config)
     accept_base(model)
+    start_graphs(model)
 
 
 def new_adapters(
@@ -206,6 +208,7 @@ def drop_adapters(model: nn.Module) -> None:
     for _, layer in list(adapted_layers(model)):
         detach(layer)
     be_strict(model)
+    leave_graphs(model)
     thaw(model)
     forget(model)
 

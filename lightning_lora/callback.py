@@ -7,6 +7,7 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from lightning_lora.apply import remove_lora
+from lightning_lora.checkpointing import start_graphs
 from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
 from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
@@ -44,6 +45,7 @@ class LoRACallback(CallbackBase):
             wants about ten times the rate of full fine-tuning.
         merge: What to merge at the end of fit: True or "last", "best" (what the best checkpoint holds), or False.
         name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
+        liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -72,6 +74,7 @@ class LoRACallback(CallbackBase):
         lr_scale: float = 1.0,
         merge: bool | Literal["last", "best"] = True,
         name: str = "default",
+        liveness: bool = True,
     ) -> None:
         super().__init__()
         self.config = LoRAConfig(
@@ -90,6 +93,7 @@ class LoRACallback(CallbackBase):
             lr_scale=lr_scale,
             merge=merge,
             name=name,
+            liveness=liveness,
         )
         self._run: Run | None = None
 
@@ -109,10 +113,35 @@ class LoRACallback(CallbackBase):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue a resumed run's random stream, and log the configuration."""
         assert self._run is not None
+        start_graphs(pl_module)  # checkpointing may have been switched on since
         self._run.keep_averages_exact()
         self._run.restore_random_state()
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": self.config.to_dict()})
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the adapters in the first steps."""
+        if self._run is not None and self.config.liveness:
+            self._run.watch(trainer.optimizers)
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """At each optimizer's first step, name the adapters without a gradient."""
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.check_step(optimizer, trainer.optimizers)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the adapters in the first evaluation."""
+        if self._run is not None and self._run.liveness is not None and not self._run.liveness.evaluated:
+            self._run.liveness.watch()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the adapters that did not run in it."""
+        if self._run is not None and self._run.liveness is not None and not self._run.liveness.evaluated:
+            self._run.liveness.check_evaluation()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

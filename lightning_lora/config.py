@@ -43,6 +43,7 @@ class LoRAConfig:
         lr_scale: factor on the learning rate of optimizer groups that hold adapters. Read by the callback.
         merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``. Read by the callback.
         name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
+        liveness: check that every adapter runs and gets a gradient. Read by the callback.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -68,6 +69,7 @@ class LoRAConfig:
     lr_scale: float = 1.0
     merge: bool | str = True
     name: str = "default"
+    liveness: bool = True
 
     def __post_init__(self) -> None:
         """Check every argument and keep copies of lists; everything else may then rely on it."""
@@ -89,8 +91,9 @@ class LoRAConfig:
         _check_choice("bias", self.bias, BIASES)
         _check_choice("merge", self.merge, MERGES)
         _check_positive("lr_scale", self.lr_scale)
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"`rslora` must be a bool, but got {self.rslora!r}.")
+        for argument in ("rslora", "liveness"):
+            if not isinstance(getattr(self, argument), bool):
+                raise TypeError(f"`{argument}` must be a bool, but got {getattr(self, argument)!r}.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
         _check_name(self.name)

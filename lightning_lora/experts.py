@@ -126,7 +126,7 @@ def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
         if isinstance(x, StackedSum):
             return NotImplemented
         more = -weight.left.shape[-1] % 8  # the kernels want rows of whole 16 bytes
-        left, right = F.pad(weight.left, (0, more)), F.pad(weight.right, (0, 0, 0, more))
+        left, right = F.pad(weight.left, (0, more)), F.pad(weight.right.mT, (0, more)).mT
         hidden = product(x, left, *args, **kwargs)
         return product(x, weight.weight, *args, **kwargs) + product(hidden, right, *args, **kwargs)
 

@@ -25,7 +25,8 @@ def freeze(model: nn.Module, config: LoRAConfig) -> None:
                 continue
             record = record_of(module)
             record.found.setdefault(key, parameter.requires_grad)
-            if asked_for(name, key, module, config) and parameter.is_floating_point():
+            adapted = isinstance(module, LoRALayer) and bool(module.lora.every())
+            if asked_for(names.join(name, key), adapted, config) and parameter.is_floating_point():
                 record.trained.add(key)
     enforce(model)
 
@@ -53,14 +54,12 @@ def is_frozen(model: nn.Module) -> bool:
     return any(record.found for _, _, record in records(model))
 
 
-def asked_for(name: str, key: str, module: nn.Module, config: LoRAConfig) -> bool:
-    """Whether the parameter ``key`` of the module ``name`` trains beside the adapters."""
-    full = names.join(name, key)
-    if covers(full, config.also_train or ()):
+def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
+    """Whether the base's parameter ``name``, of a layer that is adapted or not, trains beside the adapters."""
+    if covers(name, config.also_train or ()):
         return True
-    if not BIAS.fullmatch(key):
+    if not BIAS.fullmatch(name.rpartition(".")[2]):
         return False
-    adapted = isinstance(module, LoRALayer) and bool(module.lora.every())
     return config.bias == "all" or (config.bias == "lora_only" and adapted)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import exact
 from lightning_lora.adapter import Adapter
 from lightning_lora.bits import checksum
+from lightning_lora.checkpointing import leave_graphs, start_graphs
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import class_for
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
@@ -57,6 +58,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
         thaw(holder)
         be_strict(holder)
+        leave_graphs(holder)
     if not undo:
         thaw(model)
         forget(model)
@@ -101,6 +103,7 @@ def unmerge_lora(model: nn.Module) -> None:
     for holder, config in holders(model):
         freeze(holder, config)
         accept_base(holder)
+        start_graphs(holder)
 
 
 def _merge(layer: LoRALayer) -> float:

@@ -19,6 +19,7 @@ from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.freeze import freeze, is_frozen, thaw
 from lightning_lora.layer import is_adapted
 from lightning_lora.lightnings import rank_zero_info, rank_zero_warn
+from lightning_lora.liveness import Liveness
 from lightning_lora.merge import merge_lora, unmerge_lora
 from lightning_lora.names import clean
 from lightning_lora.optimizers import restrict
@@ -52,6 +53,7 @@ class Run:
         self.snapshot: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
         self.plain_files: set[str] = set()
+        self.liveness: Liveness | None = None
         self.stack = ExitStack()
 
     def begin(self) -> None:
@@ -119,6 +121,14 @@ class Run:
         if self.config.lr_scale != 1:
             scale_rates(optimizers, schedulers, self.config.lr_scale, self.module)
         return result
+
+    def watch(self, optimizers: list[Any]) -> None:
+        """Check from here on that the adapters are alive."""
+        if self.liveness is not None:  # a tuner has run before
+            self.liveness.close()
+        self.liveness = Liveness(self.module)
+        self.stack.callback(self.liveness.close)
+        self.liveness.check_held(optimizers)
 
     def module_state(self, original: Any) -> dict[str, Any]:
         """The adapters, whatever a ``state_dict`` of the user's own would leave out."""

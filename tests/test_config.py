@@ -111,6 +111,7 @@ def test_defaults_are_those_of_the_design():
         "lr_scale": 1.0,
         "merge": True,
         "name": "default",
+        "liveness": True,
     }
 
 

@@ -22,6 +22,7 @@ NAMES = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "plan_lora",
     "remove_lora",
     "unmerge_lora",
 ]

@@ -1,0 +1,114 @@
+"""A weight that the code around its layer reads, instead of calling the layer, is adapted where it is read."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
+from lightning_lora.raw_reads import is_read_raw
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"deep": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.called(F.linear(x, self.fc.weight, self.fc.bias)) @ self.inner.deep.weight.t()
+
+
+class Asks(nn.Module):
+    """Wants to know about the weight, and handles it, but computes nothing with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.fc.weight)
+
+    def tie_weights(self, other):
+        self.fc.weight = other.weight
+
+    def get_norm(self):
+        return self.fc.weight.norm()
+
+    def forward(self, x):
+        if isinstance(self.fc.weight, torch.Tensor) and x.dtype != self.fc.weight.dtype:
+            x = x.to(self.fc.weight.device)
+        return self.fc(x)
+
+
+class Derived(Reads):
+    """Reads by what it inherits."""
+
+
+class OtherMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.mixed(x)
+
+    def mixed(self, x):
+        return x * self.fc.weight.sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(Reads, {"fc", "inner.deep"}), (Derived, {"fc", "inner.deep"}), (Asks, set()), (OtherMethod, {"fc"})],
+)
+def test_what_is_read(make, expected):
+    model = nn.Sequential(nn.Identity(), make())
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    assert {name.removeprefix("1.") for name in linear if is_read_raw(name, modules)} == expected
+
+
+@pytest.mark.parametrize("make", [Reads, Derived, OtherMethod])
+def test_what_is_read_is_the_sum(make):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    model = make()
+    plain, parameters = copy.deepcopy(model), dict(model.named_parameters())
+    apply_lora(model, LoRAConfig(r=2, alpha=4, targets="all"))
+    assert oracles.same_bits(model(x), plain(x))
+    assert all(dict(model.named_parameters())[name] is parameter for name, parameter in parameters.items())
+    oracles.train_by_hand(model)
+    expected = copy.deepcopy(plain)
+    for name, layer in expected.named_modules():
+        if isinstance(layer, nn.Linear):
+            pair = model.get_submodule(name).lora.default
+            layer.weight.data += 2 * pair.B.detach() @ pair.A.detach()
+    found = model(x)
+    oracles.assert_close(found, expected(x), torch.float32)
+    found.square().sum().backward()
+    assert all(matrix.grad.any() for _, matrix in lora_parameters(model))
+    assert all(parameter.grad is None for parameter in parameters.values())
+    oracles.assert_close(oracles.saved_and_loaded(model)(x), found, torch.float32)
+    merge_lora(model)
+    assert all(type(one) is type(other) for one, other in zip(model.modules(), plain.modules(), strict=True))
+    oracles.assert_close(model(x), found, torch.float32)
+    unmerge_lora(model)
+    for name, parameter in parameters.items():
+        assert oracles.same_bits(parameter, dict(plain.named_parameters())[name])
+
+
+def test_dropout_is_refused_where_the_input_is_not_to_be_had():
+    with pytest.raises(ValueError, match=r"`fc` .*has code that reads its weight, where `dropout=0.1` cannot act"):
+        apply_lora(Reads(), LoRAConfig(targets=["fc"], dropout=0.1))
+    apply_lora(Reads(), LoRAConfig(targets=["called"], dropout=0.1))
+
+
+def test_a_class_without_source_is_taken_as_it_is():
+    names = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return x * self.fc.weight.sum()", names)
+    model = names["Made"]()
+    model.fc = nn.Linear(2, 2)
+    assert not is_read_raw("fc", dict(model.named_modules()))
