@@ -82,10 +82,16 @@ class Adapter(nn.Module):
         return self.part.factors(A, self.scale * self.B, weight)
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        left, right = (matrix.to(dtype) for matrix in self.factors(weight))
-        return (weight + (left @ right).view(weight.shape)).to(weight.dtype)
+        """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B.
+
+        The sum asks for a gradient in inference too: torch may make another product of one that does not (see
+        :func:`lightning_lora.op.frozen_linear`).
+        """
+        dtype, grad = torch.promote_types(weight.dtype, torch.float32), torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            left, right = (matrix.to(dtype) for matrix in self.factors(weight))
+            total = (weight + (left @ right).view(weight.shape)).to(weight.dtype)
+        return total.requires_grad_()
 
     def extra_repr(self) -> str:
         """Shape and scale, for ``print(model)``."""

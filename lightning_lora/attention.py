@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_lora.layer import LoRALayer
 from lightning_lora.linear import LinearAdapter
 from lightning_lora.on_weight import acts, may_sum, summed
+from lightning_lora.op import frozen_linear
 from lightning_lora.part import Part, Rows
 
 
@@ -67,12 +68,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return output.transpose(0, 1) if self.batch_first else output, weights
 
     def sequence_first(self, *inputs: Tensor) -> list[Tensor]:
-        """The inputs as ``(length, batch, features)``; those that were one object stay one."""
-        turned: dict[int, Tensor] = {}
-        for x in inputs:
-            if id(x) not in turned:
-                batched = x if x.dim() == 3 else x.unsqueeze(1)
-                turned[id(x)] = batched.transpose(0, 1) if self.batch_first and x.dim() == 3 else batched
+        """The inputs as ``(length, batch, features)``; those of a batch that were one object stay one, as in torch."""
+        if inputs[0].dim() == 2:
+            return [x.unsqueeze(1) for x in inputs]
+        turned = {id(x): x.transpose(0, 1) if self.batch_first else x for x in inputs}
         return [turned[id(x)] for x in inputs]
 
     def mask(self, query: Tensor, key: Tensor, padding: Tensor | None, pairs: Tensor | None) -> Tensor | None:
@@ -81,7 +80,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         masks = []
         if pairs is not None:
             _check("attn_mask", pairs, (targets, sources), (batch * self.num_heads, targets, sources))
-            masks.append(additive(pairs, query.dtype).view(-1, targets, sources))
+            masks.append(additive(pairs if pairs.dim() == 3 else pairs.unsqueeze(0), query.dtype))
         if padding is not None:
             padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
             _check("key_padding_mask", padding, (batch, sources))
@@ -96,18 +95,19 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def frozen_projection(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The base's maps, in as few products as torch makes of them: other ones would differ in the last bits."""
-        bias, turned = self.in_proj_bias, {id(x): x.contiguous() for x in (query, key, value)}
-        query, key, value = turned[id(query)], turned[id(key)], turned[id(value)]
+        bias = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            return tuple(F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+            return tuple(frozen_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
         thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
         sizes = [count * self.embed_dim for count in thirds]
         split = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
         inputs = (query, key, value)[: len(sizes)]
-        maps = zip(inputs, torch.split(self.in_proj_weight, sizes), split, strict=True)
-        return tuple(part.contiguous() for each in maps for part in torch.split(F.linear(*each), self.embed_dim, -1))
+        maps = [
+            frozen_linear(*each) for each in zip(inputs, torch.split(self.in_proj_weight, sizes), split, strict=True)
+        ]
+        return tuple(part.contiguous() for y in maps for part in torch.split(y, self.embed_dim, -1))
 
     def adapted(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """``y`` with the term of each adapter of the part ``name`` for the input ``x``."""
@@ -127,9 +127,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """``softmax(q k^T / sqrt(head_dim) + mask) v`` as ``(targets, batch, heads, head_dim)``."""
-        q, k, v = (x.view(-1, self.num_heads, *x.shape[1:]) for x in (q, k, v))
+        q, k, v = (self.by_head(x) for x in (q, k, v))
         if mask is not None:
-            mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(-1, self.num_heads, *mask.shape[1:])
+            mask = mask.unsqueeze(0) if len(mask) == 1 else self.by_head(mask)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).permute(2, 0, 1, 3)
 
@@ -139,7 +139,11 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         output = torch.bmm(weights, v).transpose(0, 1)  # (targets, batch * heads, head_dim)
-        return output, weights.view(-1, self.num_heads, *weights.shape[1:])
+        return output, self.by_head(weights)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """``(batch * heads, ...)`` as ``(batch, heads, ...)``."""
+        return x.view(len(x) // self.num_heads, self.num_heads, *x.shape[1:])
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

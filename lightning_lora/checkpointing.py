@@ -61,7 +61,7 @@ def is_reentrant(module: nn.Module) -> bool:
 
 @cache
 def _calls_checkpoint(cls: Any) -> bool:
-    return any(_reenters(node) for method in computing_methods(cls) for node in ast.walk(method))
+    return any(_reenters(node) for method in computing_methods(cls, CHECKPOINTS) for node in ast.walk(method))
 
 
 def _reenters(node: ast.AST) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,8 @@ class EmbeddingBagAdapter(Adapter):
 
     def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
         """The bags ``y`` of shape ``(bags, embedding_dim)`` with their terms; the padding index has none."""
-        hidden = layer.bags(self.A.t(), index, offsets, None if weights is None else weights.float())  # (bags, r)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        hidden = layer.bags(self.A.t().to(dtype), index, offsets, None if weights is None else weights.to(dtype))
         return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
 
 

@@ -50,7 +50,8 @@ MOVES |= {
 MOVES |= {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "detach"}
 MOVES |= {"dim", "size", "numel", "stride", "is_contiguous", "repeat_interleave", "index_select", "expand_as"}
 SHAPES = [(1, 64), (64,), (1, 8, 8)]  # of the input but for its features
-STATES = re.compile(r".*(?:states|context|memory)")
+SIZES = {"size": (8, 8), "shape": (8, 8), "h": 8, "w": 8, "height": 8, "width": 8}
+STATES = re.compile(r".*(?:states|context|memory|global)")
 CASTS = {"to", "float", "half", "bfloat16", "double", "type_as"}  # a cast would round the numbers
 SCALES = {"clamp", "clip", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
 
@@ -77,17 +78,36 @@ class RowNumbers(Tensor):
         raise Stop
 
 
+class NumberingWeight(Tensor):
+    """Stands in for the weight of the fused map, for code that reads that."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Only the linear map of it is known."""
+        if func is not torch.nn.functional.linear:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        x, weight = [*args, *(value for key, value in (kwargs or {}).items() if key in ("input", "weight"))][:2]
+        return numbered(x, len(weight))
+
+
 class Numbering(nn.Module):
     """Stands in for the fused map."""
 
-    def __init__(self, out_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
         self.out_features = out_features
+        self.weight = torch.zeros(out_features, in_features, device="cpu").as_subclass(NumberingWeight)
+        self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The number of each row, in every place."""
-        numbers = torch.arange(self.out_features, dtype=torch.float32, device="cpu")
-        return numbers.expand(*x.shape[:-1], -1).clone().as_subclass(RowNumbers)
+        return numbered(x, self.out_features)
+
+
+def numbered(x: Tensor, out_features: int) -> Tensor:
+    """The number of each row instead of the values of the map of ``x``."""
+    numbers = torch.arange(out_features, dtype=torch.float32, device="cpu")
+    return numbers.expand(*x.shape[:-1], -1).clone().as_subclass(RowNumbers)
 
 
 class Inert(nn.Module):
@@ -127,7 +147,7 @@ def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[st
     for method, keep, shape, given in product(
         _methods(owner, leaf), [False, True], SHAPES, ["first", "required", "states"]
     ):
-        stand_in = _stand_in(owner, leaf, out_features, keep)
+        stand_in = _stand_in(owner, leaf, Numbering(out_features, in_features), keep)
         arguments = _arguments(method, torch.zeros(*shape, in_features, device="cpu"), given)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,7 +164,7 @@ def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
     return [type(owner).forward, *(method for method in others if leaf in method.__code__.co_names)]
 
 
-def _stand_in(owner: nn.Module, leaf: str, out_features: int, keep: bool) -> nn.Module:
+def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> nn.Module:
     """A copy of ``owner`` whose linear maps are stand-ins, and the other modules in it unless they are to be kept."""
     other: nn.Module = object.__new__(type(owner))
     other.__dict__.update(owner.__dict__)
@@ -154,7 +174,7 @@ def _stand_in(owner: nn.Module, leaf: str, out_features: int, keep: bool) -> nn.
             inside[name] = Inert(parts_of(module)[0].whole(parameter_of(module))[1])
         elif module is not None and not keep:
             inside[name] = Inert(None)
-    other.__dict__["_modules"] = {**inside, leaf: Numbering(out_features)}
+    other.__dict__["_modules"] = {**inside, leaf: numbering}
     other.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
     return other
 
@@ -163,14 +183,16 @@ def _arguments(method: Callable[..., Any], x: Tensor, given: str) -> dict[str, A
     """``x`` for the first argument only, for all that are required, or for other states too; None for what is left."""
     known = list(inspect.signature(method).parameters.values())[1:]
     named = [one for one in known if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    arguments: dict[str, Any] = {}
-    for place, one in enumerate(named):
-        required = one.default is one.empty
-        if place == 0 or (given != "first" and required) or (given == "states" and STATES.fullmatch(one.name)):
-            arguments[one.name] = x
-        elif required:
-            arguments[one.name] = None
-    return arguments
+    return {
+        one.name: x if place == 0 else _argument(one, x, given)
+        for place, one in enumerate(named)
+        if place == 0 or one.default is one.empty or (given == "states" and STATES.fullmatch(one.name))
+    }
+
+
+def _argument(one: inspect.Parameter, x: Tensor, given: str) -> Any:
+    last = one.name.lower().rpartition("_")[2]
+    return SIZES.get(last) if last in SIZES or given == "first" else x
 
 
 def _named_rows(traceback: TracebackType | None, stand_in: nn.Module) -> dict[str, set[int]]:

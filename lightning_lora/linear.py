@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer
-from lightning_lora.op import add_low_rank
+from lightning_lora.op import add_low_rank, frozen_linear
 
 
 class LinearAdapter(Adapter):
@@ -25,8 +25,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
-        x = x.contiguous()  # A's product would copy it anyway, and torch's for a frozen weight differs without
-        y = super().forward(x)
+        y = frozen_linear(x, self.weight, self.bias)
         for adapter in self.lora.active():
             y = adapter(y, x)
         return y

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -24,8 +23,7 @@ class ReadAdapter(Adapter):
     def forward(self, weight: Tensor) -> Tensor | StackedSum:
         """``weight + scale * B A``, through which A and B get their gradients."""
         if not self.part.stacked:
-            total = self.added_to(weight)
-            return total if torch.is_grad_enabled() else total.requires_grad_()  # as in on_weight.summed
+            return self.added_to(weight)
         left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
         return StackedSum(weight, left, right)
 

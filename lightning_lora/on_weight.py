@@ -47,8 +47,7 @@ def summed(module: nn.Module) -> Iterator[None]:
     originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
     try:
         for layer, key, _ in originals:
-            # Of a product with a weight that asks for no gradient torch may make another one, with other last bits.
-            layer.put(key, sum_of(layer, key).requires_grad_())
+            layer.put(key, sum_of(layer, key))
         for layer in layers:
             layer.lora.enabled = False
         yield

@@ -1,9 +1,26 @@
-"""The op of the method: the low-rank term added to what the frozen layer gave."""
+"""The ops of the method: the frozen map, and the low-rank term added to it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``W0 x + b`` with the bits that torch gives for a weight that trains.
+
+    Of strided input with three or more dimensions ``torch.nn.functional.linear`` makes another product when the weight
+    asks for no gradient: one for each batch, where it makes a single one of a copy. A's product needs that copy anyway.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)``.
+    """
+    if x.dim() < 3 or x.is_contiguous():
+        return F.linear(x, weight, bias)
+    y = F.linear(x.contiguous(), weight)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

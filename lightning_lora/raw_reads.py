@@ -7,7 +7,7 @@ code reads is then the sum (:mod:`lightning_lora.on_read`).
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -20,11 +20,11 @@ FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_g
 QUESTIONS = {"isinstance", "hasattr", "id", "type"}
 
 
-def is_read_raw(name: str, modules: dict[str, nn.Module]) -> bool:
+def is_read_raw(name: str, module_at: Callable[[str], nn.Module | None]) -> bool:
     """Whether the code of a module that ``name`` lies in reads ``self.<...>.weight`` of it."""
     parts = name.split(".")
     for length in range(len(parts)):
-        cls: Any = type(modules.get(".".join(parts[:length])))
+        cls: Any = type(module_at(".".join(parts[:length])))
         if ".".join(parts[length:]) in paths_read(cls):
             return True
     return False
@@ -33,10 +33,10 @@ def is_read_raw(name: str, modules: dict[str, nn.Module]) -> bool:
 @cache
 def paths_read(cls: Any) -> frozenset[str]:
     """The modules, as paths from ``self``, whose weights the methods of the class ``cls`` read."""
-    return frozenset(path for method in computing_methods(cls) for path in _paths_in(method))
+    return frozenset(path for method in computing_methods(cls, ["weight"]) for path in _paths_in(method))
 
 
-def _paths_in(method: ast.FunctionDef) -> Iterator[str]:
+def _paths_in(method: ast.AST) -> Iterator[str]:
     asked = {id(node) for outer in ast.walk(method) for node in _asked_about(outer)}
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):

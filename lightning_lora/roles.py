@@ -26,12 +26,12 @@ def _words(words: str) -> re.Pattern[str]:
 QUERY = _words("q|query|queries")
 KEY = _words("k|key|keys")
 VALUE = _words("v|value|values")
-FUSED = _words("qkv|q_k_v|query_key_value|kv|key_value|qk|c_attn")
+FUSED = _words("qkv|q_k_v|query_key_value|queries_keys_values|kv|key_value|keys_values|qk|c_attn")
 IN_ATTENTION = re.compile(r"(?:in|att|attn)_proj")  # fused too, where it lies in a module that is called attention
 OUTPUT = _words("o|out|output|post|c_proj|dense|proj|projection|fc_out|attn_out")
 ATTENTION = re.compile(r"att(?:n|ention)", re.IGNORECASE)
 MLP = re.compile(
-    r"mlps?|mlp_.*|\w+_mlp|ffn?|ffns|feed_?forward.*|denserelu.*|fc\d+|lin\d+|linear\d+|w\d+|wi(?:_\d+)?|c_fc|intermediate"
+    r"mlps?|mlp_.*|\w+_mlp|ffn?|ffns|feed_?forward.*|denserelu.*|fc\d+|lin\d+|linear(?:\d+|_up|_down)|w\d+|wi(?:_\d+)?|c_fc|intermediate"
     r"|pwconv\d+|(?:up|gate|down|gate_up)_proj|dense_(?:h_to_4h|4h_to_h)|experts?|shared_experts?|moe",
     re.IGNORECASE,
 )
@@ -40,7 +40,7 @@ EXPERTS = re.compile(r"\w*experts?", re.IGNORECASE)
 ROUTER = re.compile(r"(?:\w+_)?(?:gate|router)", re.IGNORECASE)
 CLASSIFIER = re.compile(r"(?!pre_)(?:\w+_)?classifiers?", re.IGNORECASE)
 HEAD = re.compile(
-    r"(?:\w+_)?heads?|cls|(?!pre_)(?:\w+_)?classifiers?|score|logits|qa_outputs|embed_out|predictions?|vocab_projector"
+    r"(?:\w+_)?heads?|head_dist|cls|(?!pre_)(?:\w+_)?classifiers?|score|logits|qa_outputs|embed_out|predictions?|vocab_projector"
     r"|output_projection",
     re.IGNORECASE,
 )
@@ -142,7 +142,14 @@ def _inside(name: str, containers: set[str]) -> bool:
 
 
 def _leaf_is(name: str, *patterns: re.Pattern[str]) -> bool:
-    return any(pattern.fullmatch(name.rpartition(".")[2]) for pattern in patterns)
+    return any(pattern.fullmatch(stem(name).rpartition(".")[2]) for pattern in patterns)
+
+
+def stem(name: str) -> str:
+    """The name that says what a map is for: a map and its norm may lie in a module that is called so (LeViT)."""
+    head, _, last = name.rpartition(".")
+    wrapped = last in ("linear", "ln") and head and not head.rpartition(".")[2].isdigit()
+    return stem(head) if wrapped else name
 
 
 def _tokens(name: str, container: str) -> list[str]:
@@ -163,7 +170,7 @@ def _called(name: str, pattern: re.Pattern[str], modules: dict[str, nn.Module] |
 def _attention_owners(linear: list[str], modules: dict[str, nn.Module]) -> list[str]:
     children: dict[str, list[str]] = {}
     for name in linear:
-        children.setdefault(_parent(name), []).append(name)
+        children.setdefault(_parent(stem(name)), []).append(name)
 
     def has(leaves: list[str], *patterns: re.Pattern[str]) -> bool:
         return any(_leaf_is(leaf, *patterns) for leaf in leaves)
@@ -240,7 +247,7 @@ def _mlp(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) ->
     """The maps that are called so, and what else lies in the blocks that repeat around attention."""
     called = {name for name in linear if _any_token(name.split("."), MLP) or _follows_intermediate(name, modules)}
     blocks = {block for owner in owners if (block := _numbered(owner))}
-    nameless = {around for owner in owners if not _numbered(owner) for around in _around(owner)[-2:]} - {""}
+    nameless = {around for owner in owners if not _numbered(owner) for around in (owner, *_around(owner)[-2:])} - {""}
     if not blocks:  # one block without a number, or none
         return [name for name in linear if name in called or _inside(name, {_parent(owner) for owner in owners} - {""})]
     return [

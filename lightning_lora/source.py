@@ -6,7 +6,8 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType
 
 LIBRARIES = ("torch.", "lightning", "pytorch_lightning", "builtins")
 # Methods that handle a module without computing an output.
@@ -15,16 +16,28 @@ HANDLING = re.compile(
 )
 
 
-def computing_methods(cls: type) -> Iterator[ast.FunctionDef]:
-    """The methods with which ``cls``, of the user's or of a library of models, computes its outputs."""
+def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
+    """The methods with which ``cls``, of the user's or of a library of models, computes, and that use any of ``words``.
+
+    What a method uses is told by its code; only then is its source read and parsed.
+    """
+    wanted = set(words)
     for base in cls.__mro__:
-        if not base.__module__.startswith(LIBRARIES):
-            yield from (method for method in _methods_in(base) if not HANDLING.fullmatch(method.name))
+        if base.__module__.startswith(LIBRARIES):
+            continue
+        for name, value in vars(base).items():
+            function = inspect.unwrap(value) if callable(value) else None
+            if inspect.isfunction(function) and not HANDLING.fullmatch(name) and wanted & _names_in(function.__code__):
+                yield from _parsed(function)
 
 
-def _methods_in(cls: type) -> Iterator[ast.FunctionDef]:
+def _names_in(code: CodeType) -> set[str]:
+    inside = (const for const in code.co_consts if isinstance(const, CodeType))
+    return set(code.co_names).union(*map(_names_in, inside))
+
+
+def _parsed(function: FunctionType) -> Iterator[ast.AST]:
     try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, TypeError, SyntaxError):  # a class without a file
+        yield ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # a function without a file
         return
-    yield from (node for node in getattr(definition, "body", ()) if isinstance(node, ast.FunctionDef))

@@ -17,7 +17,7 @@ from lightning_lora.on_weight import WeightAdapter
 from lightning_lora.part import Part
 from lightning_lora.patterns import covers, folded, matches, nearest
 from lightning_lora.raw_reads import is_read_raw
-from lightning_lora.roles import roles_in
+from lightning_lora.roles import roles_in, stem
 
 
 @dataclass
@@ -97,12 +97,14 @@ def _parts(name: str, choice: Choice, aliases: dict[str, Alias], config: LoRACon
             return reason
         parts = parts_of(alias.module)
         if choice.only is not None and not any(part.name for part in parts):
-            owner = aliases.get(name.rpartition(".")[0])
-            cut = fused_parts(owner.module if owner else None, name.rpartition(".")[2], alias.module)
+            around, _, leaf = stem(name).rpartition(".")
+            cut = fused_parts(aliases[around].module if around in aliases else None, leaf, alias.module)
             if isinstance(cut, str):
                 return cut
             parts = cut
-        if is_linear(alias.module) and is_read_raw(name, {other: each.module for other, each in aliases.items()}):
+        if is_linear(alias.module) and is_read_raw(
+            name, lambda other: aliases[other].module if other in aliases else None
+        ):
             parts = [replace(part, read=True) for part in parts]
     kept = [part for part in parts if choice.only is None or part.name in choice.only]
     return [

