@@ -76,7 +76,6 @@ CASES = {
 }
 every_case = pytest.mark.parametrize("name", CASES)
 DENSE = [name for name in CASES if "frequency" not in name]
-FP64 = pytest.mark.xfail(reason="the bags of A are summed in fp32 also where the base is fp64")
 
 
 def build(name):
@@ -132,7 +131,7 @@ def test_start_is_the_plain_layers_bit_for_bit(name):
         assert same_bits(model.eval().layer(*inputs, **weights), plain.eval().layer(*inputs, **weights))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[FP64] if "fp64" in name else []) for name in CASES])
+@every_case
 def test_output_is_that_of_the_weight_with_the_product_added(name):
     plain, model, inputs, weights = trained(name)
     wanted = expected(plain, *leaves(model), inputs, weights)
