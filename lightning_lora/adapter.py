@@ -87,11 +87,16 @@ class Adapter(nn.Module):
         The sum asks for a gradient in inference too: torch may make another product of one that does not (see
         :func:`lightning_lora.op.frozen_linear`).
         """
-        dtype, grad = torch.promote_types(weight.dtype, torch.float32), torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return self._sum(weight)
+        grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            left, right = (matrix.to(dtype) for matrix in self.factors(weight))
-            total = (weight + (left @ right).view(weight.shape)).to(weight.dtype)
-        return total.requires_grad_()
+            return self._sum(weight).requires_grad_()
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (matrix.to(dtype) for matrix in self.factors(weight))
+        return (weight + (left @ right).view(weight.shape)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """Shape and scale, for ``print(model)``."""

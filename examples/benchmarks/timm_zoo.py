@@ -17,9 +17,10 @@ The expectations come from timm's source; they know nothing of lightning_lora.
 
 A pointwise convolution is no linear map. Names are folded: every part that is a number is `*`, and the count says how
 many modules have that folded name. Where experts could disagree, a `Doubt` says about what: there, either answer will
-do. Each preset is then tried in fp32, in eval mode, on two images: it starts as the base, bit for bit; with a random B
-every adapter has a gradient and the output moves; merged it is the same, and only what was adapted changed;
-unmerged it has every bit of the base. The exit status is 1 if anything differs.
+do. Each preset is then tried in fp32, in eval mode, on two images: it starts as the base, bit for bit (on a GPU to
+1e-6: which product is made there depends on what asks for gradients); with a random B every adapter has a gradient and
+the output moves; merged it is the same, and only what was adapted changed; unmerged it has every bit of the base. The
+exit status is 1 if anything differs.
 """
 
 import argparse
@@ -43,6 +44,7 @@ import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
 
 PRESETS = ("attn", "qv", "mlp", "all")
+START = {"cpu": 0.0, "cuda": 1e-6}
 TOLERANCE = {"cpu": 1e-5, "cuda": 5e-5}
 Counts = dict[str, int]
 
@@ -593,7 +595,8 @@ def randomize(model: nn.Module) -> None:
 
 def idle(model: nn.Module, images: Tensor) -> list[str]:
     """The matrices that got no gradient."""
-    model(images).square().sum().backward()
+    with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no gradients in eval mode
+        model(images).square().sum().backward()
     return [name for name, matrix in lora_parameters(model) if matrix.grad is None or not matrix.grad.any()]
 
 
@@ -611,7 +614,8 @@ def wrong_numbers(case: Case, preset: str, model: nn.Module, base: nn.Module, im
     """What an adapted `model` computes that it should not; `base` is the model before."""
     frozen = copy.deepcopy(base).requires_grad_(False)  # torch may take another product for a weight without gradient
     plain, start = output(base, images), output(model, images)
-    if not (same_bits(start, plain) or same_bits(start, output(frozen, images))):
+    same = same_bits(start, plain) or same_bits(start, output(frozen, images))
+    if not (same or distance(start, plain) < START[images.device.type]):
         yield f"starts {distance(start, plain):.0e} away from the base"
     randomize(model)
     without = idle(model, images)
