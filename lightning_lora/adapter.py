@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class Adapter(nn.Module):
             return self._sum(weight)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            return self._sum(weight).requires_grad_()
+            total = self._sum(weight)
+            return total if grad else total.requires_grad_()
 
     def _sum(self, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -118,8 +119,25 @@ class Adapter(nn.Module):
         return self
 
 
-class Parts(nn.ModuleDict):
+class Pairs(nn.Module):
     """The pairs of one adapter on a layer that has several matrices, by the names of those."""
+
+    def __init__(self, pairs: Mapping[str, Adapter]) -> None:
+        super().__init__()
+        self._modules.update(pairs)  # not by add_module: a parameter may be called as a method of nn.Module is
+
+    def __getitem__(self, name: str) -> Adapter:
+        """The pair of the matrix ``name``."""
+        pair = self._modules[name]
+        assert isinstance(pair, Adapter)
+        return pair
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def items(self) -> Iterator[tuple[str, Adapter]]:
+        """Names and pairs."""
+        return ((name, self[name]) for name in self)
 
 
 class Adapters(nn.ModuleDict):
@@ -131,7 +149,7 @@ class Adapters(nn.ModuleDict):
         """All pairs."""
         found: list[Adapter] = []
         for module in self.values():
-            pairs = module.values() if isinstance(module, Parts) else [module]
+            pairs = module._modules.values() if isinstance(module, Pairs) else [module]
             found += pairs  # type: ignore[arg-type]
         return found
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.adapter import Adapter, Adapters, Parts
+from lightning_lora.adapter import Adapter, Adapters, Pairs
 from lightning_lora.checkpointing import leave_graphs, start_graphs
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import freeze, thaw
 from lightning_lora.initialization import seed_of
 from lightning_lora.kinds import class_for, host_of, swapped_class
-from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
+from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of, resting
 from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.merge import unmerge_lora
 from lightning_lora.names import join
@@ -69,13 +69,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     """Adapt those of ``targets`` that are not yet adapted, and freeze the rest."""
     holders = parameter_holders(model)
+    made = {name: _made(name, targets, config) for name, module in targets.modules.items() if not _has_pairs(module)}
     for name, module in targets.modules.items():
-        if isinstance(module, LoRALayer) and module.lora.every():
+        if name not in made:
             _renew_dropout(module, config)
             continue
+        attach(module, *made[name])
         parts = targets.parts[name]
-        cls = class_for(module, parts)
-        attach(module, cls, Adapters({config.name: new_adapters(targets.names[name], module, parts, cls, config)}))
         record_of(module).shared |= {part.key for part in parts if holders[memory_of(module, part.key)] > 1}
     attach_hosts(model)
     record_of(model).config = config
@@ -84,14 +84,24 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     start_graphs(model)
 
 
+def _has_pairs(module: nn.Module) -> bool:
+    return isinstance(module, LoRALayer) and bool(module.lora.every())
+
+
+def _made(name: str, targets: Targets, config: LoRAConfig) -> tuple[type[LoRALayer], Adapters]:
+    module, parts = targets.modules[name], targets.parts[name]
+    cls = class_for(module, parts)
+    return cls, Adapters({config.name: new_adapters(targets.names[name], module, parts, cls, config)})
+
+
 def new_adapters(
     known_as: list[str], module: nn.Module, parts: list[Part], cls: type[LoRALayer], config: LoRAConfig
-) -> Adapter | Parts:
+) -> Adapter | Pairs:
     """The pair of ``config`` for a module with all its names, or one for each of its ``parts``."""
     if not parts[0].name:
         return new_adapter(known_as, module, parts[0], cls, config)
-    named = {part.name: [join(name, part.name) for name in known_as] for part in parts}
-    return Parts({part.name: new_adapter(named[part.name], module, part, cls, config) for part in parts})
+    named = {part.name: [join(name, part.name) for name in known_as] + known_as for part in parts}
+    return Pairs({part.name: new_adapter(named[part.name], module, part, cls, config) for part in parts})
 
 
 def new_adapter(
@@ -100,7 +110,7 @@ def new_adapter(
     """The pair of ``config`` for one matrix with all its names, where its weight lives."""
     weight = parameter_of(module, part.key)
     in_features, out_features = part.features(weight)
-    return cls.adapter_class(
+    return cls.lora_adapter_class(
         in_features,
         out_features,
         r=config.rank_for(*known_as),
@@ -112,7 +122,7 @@ def new_adapter(
         part=part,
         stack=part.stack(weight),
         device=weight.device,
-        **cls.adapter_arguments(module),
+        **cls.lora_arguments(module),
     )
 
 
@@ -138,8 +148,8 @@ def memory_of(module: nn.Module, key: str) -> tuple[int, bool]:
     return (parameter.data_ptr(), True)
 
 
-def _renew_dropout(layer: LoRALayer, config: LoRAConfig) -> None:
-    for adapter in layer.lora.every():
+def _renew_dropout(layer: nn.Module, config: LoRAConfig) -> None:
+    for adapter in layer.lora.every() if isinstance(layer, LoRALayer) else []:
         adapter.dropout = config.dropout
 
 
@@ -228,18 +238,13 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     """
     if is_merged(model):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `disable_lora`.")
-    layers = [layer for _, layer in adapted_layers(model)]
-    if not layers:
+    if not is_adapted(model):
         raise ValueError("The model has no adapters to disable: call `apply_lora` first.")
-    flags = [layer.lora.enabled for layer in layers]
     trained = _swap_originals(model)
-    for layer in layers:
-        layer.lora.enabled = False
     try:
-        yield
+        with resting(model):
+            yield
     finally:
-        for layer, flag in zip(layers, flags, strict=True):
-            layer.lora.enabled = flag
         for tensor, data in trained:
             tensor.data = data
 

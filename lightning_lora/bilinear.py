@@ -22,8 +22,8 @@ class BilinearAdapter(Adapter):
 class LoRABilinear(LoRALayer, nn.Bilinear):
     """An ``nn.Bilinear`` with adapters."""
 
-    original_class = nn.Bilinear
-    adapter_class = BilinearAdapter
+    lora_original_class = nn.Bilinear
+    lora_adapter_class = BilinearAdapter
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""

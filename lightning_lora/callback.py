@@ -134,13 +134,13 @@ class LoRACallback(CallbackBase):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the adapters in the first evaluation."""
-        if self._run is not None and self._run.liveness is not None and not self._run.liveness.evaluated:
-            self._run.liveness.watch()
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.begin_evaluation()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that did not run in it."""
-        if self._run is not None and self._run.liveness is not None and not self._run.liveness.evaluated:
+        if self._run is not None and self._run.liveness is not None:
             self._run.liveness.check_evaluation()
 
     @override

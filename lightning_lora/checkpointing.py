@@ -25,7 +25,7 @@ class GraphStart:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A copy, as code that goes on in place may not do that to the start of a graph."""
         starts = isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
-        return output.requires_grad_().clone() if starts and torch.is_grad_enabled() else output
+        return output.detach().requires_grad_().clone() if starts and torch.is_grad_enabled() else output
 
 
 def start_graphs(model: nn.Module) -> None:

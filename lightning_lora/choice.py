@@ -109,10 +109,10 @@ def _parameters_named(aliases: dict[str, Alias], pattern: str) -> dict[str, Choi
 def _add(chosen: dict[str, Choice], name: str, choice: Choice) -> None:
     """What is chosen whole stays whole."""
     known = chosen.setdefault(name, choice)
-    if known is not choice and known.only is not None and choice.only is not None:
-        known.only |= choice.only
-    elif known is not choice and known.parameters:
-        known.parameters += [key for key in choice.parameters if key not in known.parameters]
+    if known is choice or (known.only is None and not known.parameters):
+        return
+    known.only = (known.only or set()) | choice.only if choice.only is not None else known.only
+    known.parameters += [key for key in choice.parameters if key not in known.parameters]
 
 
 def _matches(all_names: Iterable[str], pattern: str) -> bool:

@@ -13,7 +13,7 @@ Convolve = Callable[[Tensor, Tensor, None], Tensor]
 
 
 class ConvAdapter(Adapter):
-    """Adds a convolution with A, of r channels in each group, followed by a pointwise one with B.
+    """Adds a convolution with A, of r channels in each group, followed by a lora_pointwise one with B.
 
     A is ``(r, in_channels / groups * kernel)`` and B ``(out_channels, r)``, so that ``B A`` has the shape of the weight
     seen as a matrix, for any number of groups.
@@ -25,41 +25,41 @@ class ConvAdapter(Adapter):
         A = self.A.to(x.dtype).view(-1, *kernel).repeat(layer.groups, *[1] * len(kernel))
         B = (self.scale * self.B).to(x.dtype).view(*self.B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)
-        return y + layer.pointwise(hidden, B, groups=layer.groups).to(y.dtype)
+        return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
 
 
 class LoRAConv(LoRALayer):
     """What the three have in common."""
 
-    adapter_class = ConvAdapter
+    lora_adapter_class = ConvAdapter
     groups: int
-    pointwise: Callable[..., Tensor]
+    lora_pointwise: Callable[..., Tensor]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The frozen convolution, then each adapter's term."""
-        y: Tensor = super().forward(x)
+        y: Tensor = super().forward(input)
         for adapter in self.lora.active():
-            y = adapter(y, x, self)
+            y = adapter(y, input, self)
         return y
 
 
 class LoRAConv1d(LoRAConv, nn.Conv1d):
     """An ``nn.Conv1d`` with adapters."""
 
-    original_class = nn.Conv1d
-    pointwise = staticmethod(nn.functional.conv1d)
+    lora_original_class = nn.Conv1d
+    lora_pointwise = staticmethod(nn.functional.conv1d)
 
 
 class LoRAConv2d(LoRAConv, nn.Conv2d):
     """An ``nn.Conv2d`` with adapters."""
 
-    original_class = nn.Conv2d
-    pointwise = staticmethod(nn.functional.conv2d)
+    lora_original_class = nn.Conv2d
+    lora_pointwise = staticmethod(nn.functional.conv2d)
 
 
 class LoRAConv3d(LoRAConv, nn.Conv3d):
     """An ``nn.Conv3d`` with adapters."""
 
-    original_class = nn.Conv3d
-    pointwise = staticmethod(nn.functional.conv3d)
+    lora_original_class = nn.Conv3d
+    lora_pointwise = staticmethod(nn.functional.conv3d)

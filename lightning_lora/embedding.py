@@ -33,36 +33,36 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     by changing the rows of its weight in place; here the frozen weight stays as it is.
     """
 
-    original_class = nn.Embedding
-    adapter_class = EmbeddingAdapter
+    lora_original_class = nn.Embedding
+    lora_adapter_class = EmbeddingAdapter
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """One matrix, a row for each index."""
         return [Part(transposed=True)]
 
     @staticmethod
-    def adapter_arguments(module: nn.Module) -> dict[str, Any]:
+    def lora_arguments(module: nn.Module) -> dict[str, Any]:
         """The padding index has no delta, as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The frozen rows, then each adapter's term, then the norm."""
         if self.max_norm is None:
-            y = super().forward(index)
+            y = super().forward(input)
         else:
-            y = F.embedding(index, self.weight, self.padding_idx, sparse=self.sparse)
+            y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         for adapter in self.lora.active():
-            y = adapter(y, index, self.scale_grad_by_freq)
+            y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
-    def settle(self) -> bool:
+    def lora_settle(self) -> bool:
         """Cut long rows, where there is a ``max_norm``."""
-        return settle(self)
+        return renormalise(self)
 
 
 @torch.no_grad()
-def settle(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
+def renormalise(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
     """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
     if layer.max_norm is None:
         return False

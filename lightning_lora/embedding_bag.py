@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.embedding import settle
+from lightning_lora.embedding import renormalise
 from lightning_lora.layer import LoRALayer
 from lightning_lora.on_weight import sum_of
 from lightning_lora.part import Part
@@ -21,7 +21,8 @@ class EmbeddingBagAdapter(Adapter):
     def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
         """The bags ``y`` of shape ``(bags, embedding_dim)`` with their terms; the padding index has none."""
         dtype = torch.promote_types(y.dtype, torch.float32)
-        hidden = layer.bags(self.A.t().to(dtype), index, offsets, None if weights is None else weights.to(dtype))
+        weights = None if weights is None else weights.to(dtype)
+        hidden = bags(layer, self.A.t().to(dtype), index, offsets, weights)  # (bags, r)
         return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
 
 
@@ -31,44 +32,47 @@ class LoRAEmbeddingBag(LoRALayer, nn.EmbeddingBag):
     The largest of rows is no sum of anything, nor are rows cut to ``max_norm``: with these the whole sum is built.
     """
 
-    original_class = nn.EmbeddingBag
-    adapter_class = EmbeddingBagAdapter
+    lora_original_class = nn.EmbeddingBag
+    lora_adapter_class = EmbeddingBagAdapter
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """One matrix, a row for each index."""
         return [Part(transposed=True)]
 
     @staticmethod
-    def adapter_arguments(module: nn.Module) -> dict[str, Any]:
+    def lora_arguments(module: nn.Module) -> dict[str, Any]:
         """The padding index has no delta, as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """The frozen bags, then each adapter's term."""
-        if self.lora.active() and (self.mode == "max" or self.max_norm is not None):
-            total = sum_of(self, "weight")
-            return self.bags(total, input, offsets, per_sample_weights, self.max_norm, self.norm_type)
+        if self.max_norm is not None or (self.mode == "max" and self.lora.active()):
+            total = sum_of(self, "weight") if self.lora.active() else self.weight.clone()  # torch cuts rows in place
+            return bags(self, total, input, offsets, per_sample_weights, self.max_norm)
         y = super().forward(input, offsets, per_sample_weights)
         for adapter in self.lora.active():
             y = adapter(y, self, input, offsets, per_sample_weights)
         return y
 
-    def bags(self, weight: Tensor, index: Tensor, offsets: Any, weights: Any, *norm: Any) -> Tensor:
-        """The bags of the rows of ``weight``, whose gradient is dense."""
-        kept = dict(zip(("max_norm", "norm_type"), norm, strict=False))
-        return F.embedding_bag(
-            index,
-            weight,
-            offsets,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            mode=self.mode,
-            per_sample_weights=weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=self.padding_idx,
-            **kept,
-        )
-
-    def settle(self) -> bool:
+    def lora_settle(self) -> bool:
         """As for the plain embedding."""
-        return settle(self)
+        return renormalise(self)
+
+
+def bags(
+    layer: LoRAEmbeddingBag, weight: Tensor, index: Tensor, offsets: Any, weights: Any, max_norm: float | None = None
+) -> Tensor:
+    """The bags of the rows of ``weight``, whose gradient is dense, as ``layer`` makes them."""
+    return F.embedding_bag(
+        index,
+        weight,
+        offsets,
+        max_norm=max_norm,
+        norm_type=layer.norm_type,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
+        mode=layer.mode,
+        per_sample_weights=weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )

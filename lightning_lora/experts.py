@@ -37,7 +37,7 @@ class StackedSum:
         """Called by torch for every function of its that gets such a sum."""
         known = LINEAR.get(func)
         if known is not None:
-            result = known(*args, **(kwargs or {}))
+            result = known(*args, **(kwargs or {})) if _expected(kwargs) else NotImplemented
             if result is not NotImplemented:
                 return result
         args = [_total(value) for value in args]
@@ -48,7 +48,8 @@ class StackedSum:
 
     def __getitem__(self, index: Any) -> Any:
         """Some of the experts; any other part is a plain tensor."""
-        if self.weight.dim() == 3 and not isinstance(index, tuple) and index is not None and index is not Ellipsis:
+        plain = isinstance(index, (int, slice, list)) or (isinstance(index, Tensor) and index.dim() < 2)
+        if self.weight.dim() == 3 and plain:
             return self._each(lambda matrices: matrices[index])
         return self.total()[index]
 
@@ -59,10 +60,7 @@ class StackedSum:
         return (self[index] for index in range(len(self)))
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return self.weight @ x + self.left @ (self.right @ x)
-
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        return x @ self.weight + (x @ self.left) @ self.right
+        return torch.matmul(self, x)  # type: ignore[arg-type]
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """The matrices turned; other dimensions of a plain tensor."""
@@ -79,7 +77,10 @@ class StackedSum:
         """The matrices turned."""
         return self.transpose(-1, -2)
 
-    T = mT
+    @property
+    def T(self) -> Any:
+        """All dimensions the other way round."""
+        return self.mT if self.weight.dim() == 2 else self.total().permute(2, 1, 0)
 
     def to(self, *args: Any, **kwargs: Any) -> StackedSum:
         """In another dtype or on another device."""
@@ -90,12 +91,19 @@ class StackedSum:
         return self._each(Tensor.contiguous)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "left", "right"):  # not yet there, in a copy
+            raise AttributeError(name)
         # Shape, dtype, device and the like are the weight's; whatever gives values is asked of the sum.
         return getattr(self.weight if name in DESCRIBES else self.total(), name)
 
 
 DESCRIBES = {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "layout", "element_size", "data_ptr"}
 DESCRIBES |= {"is_cuda", "is_meta", "is_nested", "is_contiguous", "is_floating_point"}
+
+
+def _expected(kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether what is given by name is none of the factors."""
+    return set(kwargs or {}) <= {"bias", "offs", "out_dtype"}
 
 
 def _total(value: Any) -> Any:
@@ -113,6 +121,8 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
 def _product(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
     def multiply(one: Any, other: Any) -> Any:
         if isinstance(one, StackedSum) and isinstance(other, StackedSum):
+            return NotImplemented
+        if 1 in (one.dim(), other.dim()):
             return NotImplemented
         if isinstance(one, StackedSum):
             return product(one.weight, other) + product(one.left, product(one.right, other))
@@ -150,6 +160,16 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     low_rank = torch.einsum(",".join(term for term, _ in ordered) + f"->{output}", *(operand for _, operand in ordered))
     return torch.einsum(equation, *(total.weight if at == place else o for at, o in enumerate(flat))) + low_rank
 
+
+def _on_total(name: str) -> Callable[..., Any]:
+    def operate(total: StackedSum, *others: Any) -> Any:
+        return getattr(total.total(), name)(*map(_total, others))
+
+    return operate
+
+
+for _operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "pow", "lt", "gt"):
+    setattr(StackedSum, f"__{_operator}__", _on_total(f"__{_operator}__"))
 
 LINEAR: dict[Any, Callable[..., Any]] = {F.linear: _linear, torch.einsum: _einsum}
 LINEAR |= {product: _product(product) for product in (torch.matmul, torch.mm, torch.bmm)}

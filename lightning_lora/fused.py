@@ -7,6 +7,7 @@ be computed with. What it then calls query, key and value are their rows.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lightning_lora.kinds import is_linear, parts_of
 from lightning_lora.layer import parameter_of
 from lightning_lora.part import Part, Rows
+from lightning_lora.source import HANDLING, is_library, names_in
 
 FUSED_PARTS = ("q", "k", "v")
 WORDS = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
@@ -74,7 +76,9 @@ class RowNumbers(Tensor):
         if name in SCALES and not any(isinstance(value, Tensor) and value.dim() for value in args[1:]):
             return args[0]
         if func is torch.nn.functional.scaled_dot_product_attention:
-            raise Stop(*args[:3])
+            raise Stop(
+                *[*args, *(value for key, value in (kwargs or {}).items() if key in ("query", "key", "value"))][:3]
+            )
         raise Stop
 
 
@@ -96,7 +100,7 @@ class Numbering(nn.Module):
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
         self.out_features = out_features
-        self.weight = torch.zeros(out_features, in_features, device="cpu").as_subclass(NumberingWeight)
+        self.weight = torch.zeros(1, 1, device="cpu").expand(out_features, in_features).as_subclass(NumberingWeight)
         self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Pa
     """The parts ``q``, ``k`` and ``v`` of the map ``leaf`` of ``owner``, as far as it has them; or why not."""
     (whole,) = parts_of(layer)
     out_features = whole.whole(parameter_of(layer))[1]
-    for found in _attempts(owner, leaf, layer) if owner is not None else ():
+    for found in filter(None, _attempts(owner, leaf, layer) if owner is not None else ()):
         rows = {name: _as_rows(sorted(numbers), out_features) for name, numbers in found.items()}
         count = sum(len(numbers) for numbers in found.values())
         apart = count == len(set().union(*found.values())) == out_features
@@ -148,33 +152,48 @@ def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[st
         _methods(owner, leaf), [False, True], SHAPES, ["first", "required", "states"]
     ):
         stand_in = _stand_in(owner, leaf, Numbering(out_features, in_features), keep)
-        arguments = _arguments(method, torch.zeros(*shape, in_features, device="cpu"), given)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                method(stand_in, **arguments)
-            except Exception as error:  # whatever it is, it came after the rows were cut, or it did not
-                named = _named_rows(error.__traceback__, stand_in)
-                yield named or _rows_of(zip(FUSED_PARTS, error.args, strict=False) if isinstance(error, Stop) else [])
+        yield _attempt(method, stand_in, torch.zeros(*shape, in_features, device="cpu"), given)
+
+
+def _attempt(method: Callable[..., Any], stand_in: nn.Module, x: Tensor, given: str) -> dict[str, set[int]]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            method(stand_in, **_arguments(method, x, given))
+        except Exception as error:  # whatever it is, it came after the rows were cut, or it did not
+            named = _named_rows(error.__traceback__, stand_in)
+            used = _rows_of(zip(FUSED_PARTS, error.args, strict=False)) if isinstance(error, Stop) else {}
+            agree = all(named.get(part, rows) == rows for part, rows in used.items())
+            return {**named, **used} if agree else {}
+    return {}
 
 
 def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
-    """The forward of ``owner``, and other methods of its that read ``leaf``."""
-    others = [value for cls in type(owner).__mro__ for value in vars(cls).values() if inspect.isfunction(value)]
-    return [type(owner).forward, *(method for method in others if leaf in method.__code__.co_names)]
+    """The forward of ``owner``, and other methods of the user's that compute with ``leaf``."""
+    bases = [cls for cls in type(owner).__mro__ if not is_library(cls)]
+    methods = {name: value for cls in reversed(bases) for name, value in vars(cls).items() if inspect.isfunction(value)}
+    others = [method for name, method in methods.items() if name != "forward" and not HANDLING.fullmatch(name)]
+    return [type(owner).forward, *(method for method in others if leaf in names_in(method.__code__))]
 
 
 def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> nn.Module:
     """A copy of ``owner`` whose linear maps are stand-ins, and the other modules in it unless they are to be kept."""
     other: nn.Module = object.__new__(type(owner))
-    other.__dict__.update(owner.__dict__)
+    for key, value in owner.__dict__.items():  # caches are copied, so that no row number stays in them
+        other.__dict__[key] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
     inside: dict[str, nn.Module | None] = dict(owner._modules)
     for name, module in owner._modules.items():
         if module is not None and is_linear(module):
             inside[name] = Inert(parts_of(module)[0].whole(parameter_of(module))[1])
         elif module is not None and not keep:
             inside[name] = Inert(None)
+        elif module is not None:
+            inside[name] = copy.deepcopy(module).eval()
     other.__dict__["_modules"] = {**inside, leaf: numbering}
+    other.__dict__["training"] = False
+    other.__dict__["_parameters"] = {
+        key: None if p is None else p.detach().clone() for key, p in owner._parameters.items()
+    }
     other.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
     return other
 
@@ -218,12 +237,14 @@ def _rows_of(named: Any) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for name, value in named:
         if name and isinstance(value, RowNumbers):
-            found.setdefault(name, set()).update(map(int, value.as_subclass(Tensor).flatten().tolist()))
+            found.setdefault(name, set()).update(map(int, torch.unique(value.as_subclass(Tensor)).tolist()))
     return found
 
 
 def _as_rows(numbers: list[int], out_features: int) -> Rows | None:
     """``numbers`` as the same run of rows in each of some equal blocks, if they are that."""
+    if not numbers:
+        return None
     starts = [numbers[0], *(other for one, other in pairwise(numbers) if other != one + 1)]
     length, size = len(numbers) // len(starts), out_features // len(starts)
     rows = Rows(starts[0], starts[0] + length, len(starts))

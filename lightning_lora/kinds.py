@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lightning_lora.on_read import OnRead, expert_keys, holds_experts, readable_
 from lightning_lora.on_weight import OnWeight
 from lightning_lora.part import Part
 from lightning_lora.recurrent import LoRACell, LoRARecurrent
+from lightning_lora.source import HANDLING, names_in
 from lightning_lora.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
 from lightning_lora.transposed_conv import LoRAConvTranspose1d, LoRAConvTranspose2d, LoRAConvTranspose3d
 from lightning_lora.transposed_linear import transposed_kind, transposed_root
@@ -53,20 +54,21 @@ HOSTS: dict[type[nn.Module], type[LoRALayer]] = {
 Keys = tuple[str, ...]
 # One class for all layers of a class: torch.compile guards on it.
 _SWAPPED: dict[tuple[type[nn.Module], Keys], type[LoRALayer]] = {}
-WEIGHTS = {"weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+WEIGHTS = {"getattr", "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+COMPUTED = "computes its weight (a parametrization or weight norm): remove that first"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Derived(LoRALayer):
     """Mixed into classes made at run time: they have no importable name, so what is pickled is the class they adapt."""
 
-    keys: Keys = ()
+    lora_keys: ClassVar[Keys] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the original class."""
-        rebuild, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
+        rebuild, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
         if rebuild is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return (_new, (self.original_class, self.keys, *arguments[1:]), *rest)
+            return (_new, (self.lora_original_class, self.lora_keys, *arguments[1:]), *rest)
         return (rebuild, arguments, *rest)
 
 
@@ -87,7 +89,7 @@ def host_of(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` has without adapters."""
-    return module.original_class if isinstance(module, LoRALayer) else type(module)
+    return module.lora_original_class if isinstance(module, LoRALayer) else type(module)
 
 
 def swapped_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:
@@ -98,7 +100,7 @@ def swapped_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]
     put there.
     """
     if (original, keys) not in _SWAPPED:
-        _SWAPPED[original, keys] = _derive_reading(original, keys) if keys else _derive(original)
+        _SWAPPED.setdefault((original, keys), _derive_reading(original, keys) if keys else _derive(original))
     return _SWAPPED[original, keys]
 
 
@@ -112,27 +114,29 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
     root, host = root_of(original), host_of(original)
     if root is None or (host is not None and calls_super(original, root)):
         assert host is not None
-        return HOSTS[host] if original is host else _derived(original, original, HOSTS[host])
+        return HOSTS[host] if original is host else _derived(original, [original, HOSTS[host]])
     kind = KINDS[root] if root in KINDS else transposed_kind(root)
-    if vars(kind).get("original_class") is original and root in KINDS:
+    if vars(kind).get("lora_original_class") is original and root in KINDS:
         return kind
     if issubclass(kind, OnWeight):
-        return _derived(original, kind, original)
+        return _derived(original, [kind, original])
     if original is root:
-        return _derived(original, kind)
+        return _derived(original, [kind])
     if calls_super(original, root):
-        return _derived(original, original, kind)
-    facts = {"parts": kind.parts, "adapter_arguments": staticmethod(kind.adapter_arguments)}
-    return _derived(original, OnWeight, original, **facts)
+        return _derived(original, [original, kind])
+    facts = {"lora_parts": kind.lora_parts, "lora_arguments": staticmethod(kind.lora_arguments)}
+    return _derived(original, [OnWeight, original], facts)
 
 
-def _derived(original: type[nn.Module], *bases: type[nn.Module], **facts: Any) -> type[LoRALayer]:
-    facts |= {"original_class": original, "__module__": __name__}
-    return type(f"LoRA{original.__name__}", (Derived, *bases), facts)
+def _derived(
+    original: type[nn.Module], bases: list[type[nn.Module]], facts: dict[str, Any] | None = None
+) -> type[LoRALayer]:
+    own = {**(facts or {}), "lora_original_class": original, "__module__": __name__}
+    return type(f"LoRA{original.__name__}", (Derived, *bases), own)
 
 
 def _derive_reading(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
-    return _derived(original, OnRead, original, keys=keys, **{key: reading(key) for key in keys})
+    return _derived(original, [OnRead, original], {"lora_keys": keys, **{key: reading(key) for key in keys}})
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
@@ -140,18 +144,20 @@ def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
     between = cls.__mro__[: cls.__mro__.index(root)]
     forwards = [vars(owner)["forward"] for owner in between if "forward" in vars(owner)]
     hands_on = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHTS for f in forwards)
-    return hands_on and not any("_conv_forward" in vars(owner) for owner in between)
+    others = (value for owner in between for name, value in vars(owner).items() if not HANDLING.fullmatch(name))
+    reads = any(_names_in(getattr(value, "fget", value)) & WEIGHTS for value in others)
+    return hands_on and not reads and not any("_conv_forward" in vars(owner) for owner in between)
 
 
 def _names_in(function: Any) -> set[str]:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return set(code.co_names) if code is not None else set()
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return names_in(code) if code is not None else set()
 
 
 def parts_of(module: nn.Module) -> list[Part]:
     """The matrices of ``module`` that naming it means."""
     if root_of(plain_class(module)) is not None:
-        return swapped_class(plain_class(module)).parts(module)
+        return swapped_class(plain_class(module)).lora_parts(module)
     return [readable_part(module, key) for key in expert_keys(module)] if holds_experts(module) else []
 
 
@@ -163,24 +169,27 @@ def is_known(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a plain linear map: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
     root = root_of(plain_class(module))
-    return root is not None and (root is nn.Linear or root.__name__ == "Conv1D")
+    return root is not None and (root is nn.Linear or root is transposed_root(root))
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` where it can."""
-    if isinstance(module, LoRALayer):
+    if isinstance(module, LoRALayer) and module.lora.every():
         return None
     if not is_known(module):
         return (
-            f"is a {type(module).__name__}; LoRA adapts torch's linear, embedding, convolution, bilinear, recurrent "
-            "and attention layers, Hugging Face's Conv1D, experts in one parameter, and any matrix that is named itself"
+            f"is a {plain_class(module).__name__}; LoRA adapts torch's linear, embedding, convolution, bilinear, "
+            "recurrent and attention layers, Hugging Face's Conv1D, experts in one parameter, and any matrix that is "
+            "named itself"
         )
     if "forward" in vars(module):
         return "has a `forward` set on the instance, which would pass the adapter by"
-    if hasattr(module, "lora"):
+    if plain_class(module).__call__ is not nn.Module.__call__:
+        return "has a `__call__` of its own, which may pass the adapter by"
+    if hasattr(module, "lora") and not isinstance(module, LoRALayer):
         return "has an attribute `lora` of its own, where the adapter would go"
-    if "parametrizations" in module._modules:
-        return "computes its weight (a parametrization or weight norm): remove that first"
+    if "parametrizations" in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
+        return COMPUTED
     return _refused_weights(module, [part.key for part in parts_of(module)])
 
 
@@ -201,7 +210,7 @@ def _refused_weights(module: nn.Module, keys: list[str]) -> str | None:
 
 def _refused_weight(weight: nn.Parameter | None) -> str | None:
     if weight is None:
-        return "computes its weight (a parametrization or weight norm): remove that first"
+        return COMPUTED
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "has no shape yet (a lazy module): run one batch through the model first"
     if weight.dtype not in DTYPES:

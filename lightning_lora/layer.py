@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,24 +17,24 @@ class LoRALayer(nn.Module):
     """Base of the swapped classes: each kind of layer derives from it and from the class of torch that it adapts."""
 
     lora: Adapters
-    original_class: ClassVar[type[nn.Module]]
-    adapter_class: ClassVar[type[Adapter]]
+    lora_original_class: ClassVar[type[nn.Module]]
+    lora_adapter_class: ClassVar[type[Adapter]]
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """The matrices of a ``module`` of this kind that naming it means."""
         return [Part()]
 
     @staticmethod
-    def adapter_arguments(module: nn.Module) -> dict[str, Any]:
+    def lora_arguments(module: nn.Module) -> dict[str, Any]:
         """What this kind's adapters take beyond what all take."""
         return {}
 
-    def put(self, key: str, value: Tensor) -> None:
+    def lora_put(self, key: str, value: Tensor) -> None:
         """Put ``value`` where the layer's code finds its parameter ``key``."""
         self._parameters[key] = value  # type: ignore[assignment]
 
-    def settle(self) -> bool:
+    def lora_settle(self) -> bool:
         """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
         return False
 
@@ -41,15 +42,16 @@ class LoRALayer(nn.Module):
 def attach(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
     """Turn ``module`` into an adapted layer; the object, its parameters, keys and hooks stay."""
     adapters.train(module.training)
-    module.__class__ = cls
+    module._modules.pop("lora", None)
     module.add_module("lora", adapters)
+    module.__class__ = cls
 
 
 def detach(layer: LoRALayer) -> Adapters:
     """Give ``layer`` its class back and return the adapters that it had."""
     adapters = layer.lora
     del layer.lora
-    layer.__class__ = layer.original_class  # type: ignore[assignment]
+    layer.__class__ = layer.lora_original_class  # type: ignore[assignment]
     return adapters
 
 
@@ -58,6 +60,20 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield names.clean(name), module
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """While it lasts no adapter of ``model`` acts."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    flags = [layer.lora.enabled for layer in layers]
+    for layer in layers:
+        layer.lora.enabled = False
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer.lora.enabled = flag
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -20,12 +20,12 @@ class LinearAdapter(Adapter):
 class LoRALinear(LoRALayer, nn.Linear):
     """An ``nn.Linear`` with adapters: ``W0 x + b + scale * B A x``."""
 
-    original_class = nn.Linear
-    adapter_class = LinearAdapter
+    lora_original_class = nn.Linear
+    lora_adapter_class = LinearAdapter
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
-        y = frozen_linear(x, self.weight, self.bias)
+        y = frozen_linear(input, self.weight, self.bias)
         for adapter in self.lora.active():
-            y = adapter(y, x)
+            y = adapter(y, input)
         return y

@@ -6,6 +6,7 @@ adapters afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,31 +33,25 @@ class Liveness:
 
     def __init__(self, module: nn.Module) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self.weights: dict[str, str] = {}
         for name, layer in adapted_layers(module):
             for adapter in layer.lora.every():
-                self.adapters[join(name, adapter.part.name) if adapter.part.name else name] = adapter
-        self.ran: dict[int, int] = {}
+                called = join(name, adapter.part.name) if adapter.part.name else name
+                self.adapters[called], self.weights[called] = adapter, join(name, adapter.part.key)
+        self.trained: dict[int, int] = {}
+        self.evaluated: dict[int, int] | None = None
+        self.evaluation_checked = self.stepped = False
         self.checked: set[int] = set()
         self.stack = ExitStack()
         self.watches = not any(map(_is_compiled, module.modules()))
-        self.evaluated = False
-        self.watch()
+        self.watch(self.trained)
 
-    def watch(self) -> None:
-        """Note from now on which adapters run; compiled code is left alone, where only gradients tell."""
+    def watch(self, ran: dict[int, int]) -> None:
+        """Note in ``ran`` from now on which adapters run; compiled code is left alone, where only gradients tell."""
         self.close()
-        self.ran = {}
-        if self.watches:
-            for adapter in self.adapters.values():
-                for method in ("forward", "added_to"):
-                    wrap(self.stack, adapter, method, self._noting(adapter))
-
-    def _noting(self, adapter: Adapter) -> Any:
-        def note(original: Any, *args: Any, **kwargs: Any) -> Any:
-            self.ran[id(adapter)] = RAN if torch.is_grad_enabled() else self.ran.get(id(adapter), WITHOUT_GRADIENTS)
-            return original(*args, **kwargs)
-
-        return note
+        for adapter in self.adapters.values() if self.watches else ():
+            for method in ("forward", "added_to"):
+                wrap(self.stack, adapter, method, _noting(adapter, ran))
 
     def check_held(self, optimizers: list[Optimizer]) -> None:
         """Raise if an adapter is in no optimizer.
@@ -68,30 +63,32 @@ class Liveness:
         missing = [name for name, adapter in self.adapters.items() if id(adapter.B) not in held]
         if missing and held:
             raise MisconfigurationException(
-                f"{listed(missing)} no optimizer holds, so it would never train. Something took it out of the groups "
-                "after `configure_optimizers`: let LoRACallback come after that callback, or name it in `exclude`."
+                f"No optimizer holds the adapter of {listed(missing)}, so it would never train. Something took it out "
+                "of the groups after `configure_optimizers`: let LoRACallback come after that callback, or name the "
+                "layer in `exclude`."
             )
 
     def check_step(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
-        """At the first step of ``optimizer``, one of ``optimizers``: name the adapters in it that got no gradient.
+        """At the first step of ``optimizer`` that has any gradient: name the adapters in it that got none.
 
         Raises:
             MisconfigurationException: if no adapter in it got one.
         """
-        if id(optimizer) in self.checked:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if id(optimizer) in self.checked or all(parameter.grad is None for parameter in parameters):
             return
         self.checked.add(id(optimizer))
         self._check_dropout()
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = set(map(id, parameters))
         inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.B) in held}
         dead = {name: adapter for name, adapter in inside.items() if adapter.B.grad is None}
         if dead and len(dead) == len(inside):
             raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
         if dead:
-            rank_zero_warn(
-                f"{len(dead)} of {len(inside)} adapters got no gradient at the first step. {self._causes(dead)}"
-            )
-        if self.checked >= set(map(id, optimizers)):
+            told = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
+            rank_zero_warn(f"{told} {self._causes(dead)}")
+        self.stepped = self.checked >= set(map(id, optimizers))
+        if self.stepped:
             self.close()
 
     def _check_dropout(self) -> None:
@@ -103,32 +100,47 @@ class Liveness:
                 "`__init__` if that is not meant."
             )
 
+    def begin_evaluation(self) -> None:
+        """Watch the first one."""
+        if self.evaluated is None:
+            self.evaluated = {}
+            self.watch(self.evaluated)
+
     def check_evaluation(self) -> None:
         """After the first evaluation: name the adapters that ran in training and not in it."""
-        idle = [name for name, adapter in self.adapters.items() if id(adapter) not in self.ran]
-        self.evaluated = True
+        if self.evaluated is None or self.evaluation_checked:
+            return
+        idle = [name for name, adapter in self.adapters.items() if id(adapter) not in self.evaluated]
+        self.evaluation_checked = True
         self.close()
-        if self.watches and idle and len(idle) < len(self.adapters):
+        if not self.stepped:
+            self.watch(self.trained)
+        if idle and self.watches:
             rank_zero_warn(
-                f"{listed(idle)} did not run in the first evaluation, while other adapters did: what is measured there "
-                "may be the base. Either evaluation takes another branch, or code reads the weight and not the layer; "
-                f"for that name the weight itself, as in targets=[{join(idle[0], 'weight')!r}]."
+                f"{listed(idle)} did not run in the first evaluation. If evaluation takes another branch, as a GAN's "
+                "does, this is as it should be; if code reads the weight and not the layer, the base is measured: "
+                f"name the weight itself, {self._advice(idle)}."
             )
 
     def close(self) -> None:
         """Leave the adapters as they were."""
         self.stack.close()
 
+    def _advice(self, names: list[str]) -> str:
+        return f"targets={[self.weights[name] for name in names[:4]]!r}" + (" and so on" if len(names) > 4 else "")
+
     def _causes(self, dead: dict[str, Adapter]) -> str:
-        idle = [name for name, adapter in dead.items() if id(adapter) not in self.ran and self.watches]
-        hidden = [name for name, adapter in dead.items() if self.ran.get(id(adapter)) == WITHOUT_GRADIENTS]
+        if not self.watches:
+            return f"{listed(list(dead))} did not run, or the loss does not depend on it: compiled code hides which."
+        idle = [name for name, adapter in dead.items() if id(adapter) not in self.trained]
+        hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter)) == WITHOUT_GRADIENTS]
         cut = [name for name in dead if name not in idle and name not in hidden]
         found = []
         if idle:
             found.append(
                 f"{listed(idle)} did not run: it lies in a branch that this batch did not take, or code reads its "
-                f"weight and not the layer. Name the weight itself, targets=[{join(idle[0], 'weight')!r}], or leave it "
-                "out with `exclude`."
+                f"weight and not the layer. Name the weight itself, {self._advice(idle)}, or leave it out with "
+                "`exclude`."
             )
         if hidden:
             found.append(
@@ -138,6 +150,14 @@ class Liveness:
         if cut:
             found.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
         return " ".join(found)
+
+
+def _noting(adapter: Adapter, ran: dict[int, int]) -> Callable[..., Any]:
+    def note(original: Any, *args: Any, **kwargs: Any) -> Any:
+        ran[id(adapter)] = RAN if torch.is_grad_enabled() else ran.get(id(adapter), WITHOUT_GRADIENTS)
+        return original(*args, **kwargs)
+
+    return note
 
 
 def _is_compiled(module: nn.Module) -> bool:

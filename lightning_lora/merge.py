@@ -55,6 +55,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
                 )
     _tell_of_shared(layers)
     lost = {name: _merge(layer) for name, layer in layers}
+    lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
         thaw(holder)
         be_strict(holder)
@@ -128,7 +129,7 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     before, originals, factors = checksum(weight), matrices_of(weight), _factors(adapters, weight)
     sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
     weight.copy_(torch.stack([part.merged for part in sums]).view(weight.shape))
-    if layer.settle():
+    if layer.lora_settle():
         for part, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
             part.nearly = exact.subtracted(matrix, pairs)
     patches = [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]

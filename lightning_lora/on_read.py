@@ -1,7 +1,8 @@
 """LoRA on a parameter that any code may read: whoever asks for the attribute gets the sum.
 
-As in ``torch.nn.utils.parametrize`` a property of the swapped class answers, but the parameter stays where it
-was, under its own name.
+Each read builds the sum (experts' sums are not built), and what is written into it is lost: write into the parameter.
+As in ``torch.nn.utils.parametrize`` a property of the swapped class answers, but the parameter stays where it was,
+under its own name.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ReadAdapter(Adapter):
 class OnRead(LoRALayer):
     """Mixed into the class of the module that holds the parameter."""
 
-    adapter_class = ReadAdapter
+    lora_adapter_class = ReadAdapter
 
 
 def reading(key: str) -> Any:
@@ -45,7 +46,7 @@ def reading(key: str) -> Any:
         return weight
 
     def write(module: OnRead, value: Any) -> None:
-        nn.Module.register_parameter(module, key, value)
+        module._parameters[key] = value  # torch's own setattr registers a Parameter without coming here
 
     return property(read, write)
 

@@ -7,7 +7,8 @@ for inference.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer, parameter_of
 
+_ONE_AT_A_TIME = RLock()  # another thread would take the sums for the weights
 PRECISE = (torch.float32, torch.float64)
 
 
@@ -30,12 +32,10 @@ class WeightAdapter(Adapter):
 class OnWeight(LoRALayer):
     """For classes whose own forward reads their parameters: it finds the sums there while it runs."""
 
-    adapter_class = WeightAdapter
+    lora_adapter_class = WeightAdapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward, on the sums."""
-        if not self.lora.active():
-            return super().forward(*args, **kwargs)
         with summed(self):
             return super().forward(*args, **kwargs)
 
@@ -43,19 +43,20 @@ class OnWeight(LoRALayer):
 @contextmanager
 def summed(module: nn.Module) -> Iterator[None]:
     """While it lasts, adapted layers in ``module`` have their sums in place of their weights, and no adapters."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active()]
-    originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
-    try:
-        for layer, key, _ in originals:
-            layer.put(key, sum_of(layer, key))
-        for layer in layers:
-            layer.lora.enabled = False
-        yield
-    finally:
-        for layer, key, weight in originals:
-            layer.put(key, weight)
-        for layer in layers:
-            layer.lora.enabled = True
+    with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
+        layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active()]
+        originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
+        try:
+            for layer, key, _ in originals:
+                layer.lora_put(key, sum_of(layer, key))
+            for layer in layers:
+                layer.lora.enabled = False
+            yield
+        finally:
+            for layer, key, weight in originals:
+                layer.lora_put(key, weight)
+            for layer in layers:
+                layer.lora.enabled = True
 
 
 def sum_of(layer: LoRALayer, key: str) -> Tensor:

@@ -47,7 +47,9 @@ class Plan:
 
     def to_yaml(self) -> str:
         """One line for each matrix, to edit and give back: ``targets=yaml.safe_load(text)``, or in a config file."""
-        lines = [f"- {self._pattern(row.name)!r}  # {row.kind} {row.shape}, r={row.r}" for row in self.rows]
+        patterns = [self._pattern(row.name).replace("'", "''") for row in self.rows]
+        described = zip(patterns, self.rows, strict=True)
+        lines = [f"- '{pattern}'  # {row.kind} {row.shape}, r={row.r}" for pattern, row in described]
         size = sum(row.parameters for row in self.rows)
         return "\n".join([f"# {len(self.rows)} matrices, {size:,} parameters", *lines, ""])
 
@@ -90,7 +92,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
 def _row(name: str, part: Part, targets: Targets, config: LoRAConfig) -> Row:
     module = targets.modules[name]
     weight = parameter_of(module, part.key)
-    known_as = [names.join(own, part.name) if part.name else own for own in targets.names[name]]
+    known_as = [names.join(own, part.name) for own in targets.names[name] if part.name] + targets.names[name]
     r, (in_features, out_features) = config.rank_for(*known_as), part.features(weight)
     count = len(weight) if part.stacked else 1
     shape = f"{in_features} -> {out_features}"

@@ -12,7 +12,7 @@ class LoRACell(OnWeight):
     """Mixed into a recurrent cell: the weight of the input and that of the state are adapted apart."""
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """Every weight matrix, by torch's own name for it."""
         matrices = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
         return [Part(key, key) for key, parameter in matrices if parameter.dim() == 2]
@@ -24,7 +24,7 @@ class LoRARecurrent(LoRACell):
     _flat_weights: list[Tensor]
     _flat_weights_names: list[str]
 
-    def put(self, key: str, value: Tensor) -> None:
+    def lora_put(self, key: str, value: Tensor) -> None:
         """In that list too."""
-        super().put(key, value)
+        super().lora_put(key, value)
         self._flat_weights[self._flat_weights_names.index(key)] = value

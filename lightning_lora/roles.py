@@ -72,9 +72,10 @@ def roles_in(model: nn.Module) -> Roles:
     heads = _heads([name for name in linear if name not in attention], [*owners, *whole], modules)
     if convolutions and len(linear) == 1:  # the one linear layer of a convolutional network is its output
         heads |= set(linear)
-    rest = attention | heads | set(routers)
+    outputs = {names.join(name, "out_proj") for name in whole}
+    rest = attention | outputs | heads | set(routers)
     experts = [name for name, module in modules.items() if holds_experts(module)]
-    either = attention | whole | {names.join(name, "out_proj") for name in whole}
+    either = attention | whole | outputs
     either |= {name for name in experts if _inside(name, set(owners))}
     return Roles(
         linear=linear,

@@ -17,7 +17,7 @@ from lightning_lora.compatibility import best_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.freeze import freeze, is_frozen, thaw
-from lightning_lora.layer import is_adapted
+from lightning_lora.layer import is_adapted, resting
 from lightning_lora.lightnings import rank_zero_info, rank_zero_warn
 from lightning_lora.liveness import Liveness
 from lightning_lora.merge import merge_lora, unmerge_lora
@@ -110,7 +110,8 @@ class Run:
         place_again(self.module, self.records)  # converting to SyncBatchNorm puts new modules in place of old ones
         thaw(self.module)
         try:
-            result = original()
+            with resting(self.module):  # parameters that are adapted where they are read are themselves here
+                result = original()
         finally:
             freeze(self.module, self.config)
         if result is None:

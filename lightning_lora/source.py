@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 
-LIBRARIES = ("torch.", "lightning", "pytorch_lightning", "builtins")
-# Methods that handle a module without computing an output.
-HANDLING = re.compile(
-    r".*(?:init|reset|tie|load|save|prune|resize|export|freeze|repr|get_|set_|quant|decay|optim|enable|disable).*"
+LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_lora", "builtins"}
+WORDS = (
+    "init|initialize|reset|tie|load|save|prune|resize|export|freeze|repr|set|quantize|decay|optimizers?|enable|disable"
 )
+HANDLING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")  # methods that handle a module and compute no output
+
+
+def is_library(cls: type) -> bool:
+    """Whether ``cls`` is neither the user's nor of a library of models."""
+    return cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
@@ -23,21 +27,23 @@ def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
     """
     wanted = set(words)
     for base in cls.__mro__:
-        if base.__module__.startswith(LIBRARIES):
+        if is_library(base):
             continue
         for name, value in vars(base).items():
             function = inspect.unwrap(value) if callable(value) else None
-            if inspect.isfunction(function) and not HANDLING.fullmatch(name) and wanted & _names_in(function.__code__):
+            if inspect.isfunction(function) and not HANDLING.fullmatch(name) and wanted & names_in(function.__code__):
                 yield from _parsed(function)
 
 
-def _names_in(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
+    """The names that ``code`` and the functions in it use."""
     inside = (const for const in code.co_consts if isinstance(const, CodeType))
-    return set(code.co_names).union(*map(_names_in, inside))
+    return set(code.co_names).union(*map(names_in, inside))
 
 
 def _parsed(function: FunctionType) -> Iterator[ast.AST]:
     try:
-        yield ast.parse(textwrap.dedent(inspect.getsource(function)))
+        source = inspect.getsource(function)
+        yield ast.parse(f"if True:\n{source}" if source[:1].isspace() else source)
     except (OSError, TypeError, SyntaxError):  # a function without a file
         return

@@ -33,7 +33,7 @@ def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
     shape = f"{in_features} -> {out_features}"
     return Row(
         names.join(name, part.name) if part.name else name,
-        layer.original_class.__name__,
+        layer.lora_original_class.__name__,
         f"{len(adapter.A)} x {shape}" if part.stacked else shape,
         adapter.r,
         adapter.scale,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -11,7 +11,7 @@ from lightning_lora import names
 from lightning_lora.choice import Alias, Choice, aliases_in, by_name, by_preset, matrix_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fused import fused_parts
-from lightning_lora.kinds import class_for, is_known, is_linear, parts_of, refusal, refused_parameter
+from lightning_lora.kinds import class_for, is_known, parts_of, refusal, refused_parameter
 from lightning_lora.on_read import ReadAdapter, readable_part
 from lightning_lora.on_weight import WeightAdapter
 from lightning_lora.part import Part
@@ -67,9 +67,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         reason = parts if isinstance(parts, str) else _reason(parts, aliases[name].module, config)
         if reason is not None:
             refused.setdefault(reason, []).append(name)
-        elif parts:
+        elif parts and not isinstance(parts, str):
             targets.modules[name], targets.names[name] = aliases[name].module, aliases[name].names
-            targets.parts[name], targets.why[name] = list(parts), chosen[name].why  # type: ignore[arg-type]
+            targets.parts[name], targets.why[name] = parts, chosen[name].why
     targets.problems += [_refused(reason, same, bool(targets.modules)) for reason, same in refused.items()]
     if not targets.modules and not targets.problems:
         targets.problems.append(_nothing_left(config))
@@ -85,45 +85,68 @@ def _left_out(all_names: Iterable[str], config: LoRAConfig) -> bool:
 def _parts(name: str, choice: Choice, aliases: dict[str, Alias], config: LoRAConfig) -> list[Part] | str:
     """The matrices that were chosen in the module ``name``, or why they cannot be had."""
     alias = aliases[name]
+    if choice.parameters and choice.only is not None:
+        return f"is named by its parameter `{choice.parameters[0]}` and by matrices in it: keep one of the two"
     if choice.parameters:
-        reasons = [(key, refused_parameter(alias.module, key)) for key in choice.parameters]
-        for key, reason in reasons:
-            if reason is not None:
-                return f"holds `{key}`, which {reason}"
-        parts = [readable_part(alias.module, key) for key in choice.parameters]
+        parts = _named_parameters(alias.module, choice.parameters)
     else:
         reason = refusal(alias.module)
-        if reason is not None:
-            return reason
-        parts = parts_of(alias.module)
-        if choice.only is not None and not any(part.name for part in parts):
-            around, _, leaf = stem(name).rpartition(".")
-            cut = fused_parts(aliases[around].module if around in aliases else None, leaf, alias.module)
-            if isinstance(cut, str):
-                return cut
-            parts = cut
-        if is_linear(alias.module) and is_read_raw(
-            name, lambda other: aliases[other].module if other in aliases else None
-        ):
-            parts = [replace(part, read=True) for part in parts]
+        parts = reason if reason is not None else _parts_of_layer(name, choice, aliases, config)
+    if isinstance(parts, str):
+        return parts
     kept = [part for part in parts if choice.only is None or part.name in choice.only]
-    return [
-        part for part in kept if not part.name or not _left_out([names.join(n, part.name) for n in alias.names], config)
-    ]
+    return [part for part in kept if not part.name or not _left_out(_full_names(alias, part), config)]
+
+
+def _full_names(alias: Alias, part: Part) -> list[str]:
+    return [names.join(name, part.name) for name in alias.names]
+
+
+def _named_parameters(module: nn.Module, keys: list[str]) -> list[Part] | str:
+    for key in keys:
+        reason = refused_parameter(module, key)
+        if reason is not None:
+            return f"holds `{key}`, which {reason}"
+    return [readable_part(module, key) for key in keys]
+
+
+def _parts_of_layer(name: str, choice: Choice, aliases: dict[str, Alias], config: LoRAConfig) -> list[Part] | str:
+    """All matrices of a layer: a fused map is cut where only some of its rows are wanted."""
+    module, parts = aliases[name].module, parts_of(aliases[name].module)
+    fused = not any(part.name for part in parts)
+    left_out = [full for full in matrix_names(aliases[name]) if covers(full, config.exclude or ())]
+    if fused and (choice.only is not None or left_out):
+        around, _, leaf = stem(name).rpartition(".")
+        cut = fused_parts(aliases[around].module if around in aliases else None, leaf, module)
+        if isinstance(cut, str):
+            return cut
+        parts = cut
+    raw = [key for key in dict.fromkeys(part.key for part in parts) if is_read_raw(name, key, _module_at(aliases))]
+    if raw and any(part.name for part in parts) and not fused:
+        return (
+            f"is called as a layer, and code around it reads its `{raw[0]}` too: to adapt it wherever it is read name "
+            f"the parameter, targets={[names.join(name, raw[0])]!r}"
+        )
+    return [replace(part, read=True) for part in parts] if raw else parts
+
+
+def _module_at(aliases: dict[str, Alias]) -> Callable[[str], nn.Module | None]:
+    return lambda name: aliases[name].module if name in aliases else None
 
 
 def _reason(parts: list[Part], module: nn.Module, config: LoRAConfig) -> str | None:
     kind = class_for(module, parts)
-    if config.dropout and issubclass(kind.adapter_class, (ReadAdapter, WeightAdapter)):
+    if config.dropout and issubclass(kind.lora_adapter_class, (ReadAdapter, WeightAdapter)):
         return f"has code that reads its weight, where `dropout={config.dropout}` cannot act: set dropout=0"
     return None
 
 
 def _check_other_patterns(targets: Targets, config: LoRAConfig, aliases: dict[str, Alias], model: nn.Module) -> None:
-    modules = [name for alias in aliases.values() for name in [*alias.names, *matrix_names(alias)] if name]
+    modules = [name for alias in aliases.values() for name in alias.names if name]
+    matrices = [name for alias in aliases.values() for name in matrix_names(alias)]
     parameters = [name for name, _ in names.named_parameters(model)]
     for argument, patterns, among in (
-        ("exclude", config.exclude, modules),
+        ("exclude", config.exclude, modules + matrices + parameters),
         ("also_train", config.also_train, modules + parameters),
     ):
         missing = [pattern for pattern in patterns or () if not any(matches(name, pattern) for name in among)]

@@ -25,56 +25,56 @@ class TransposedConvAdapter(Adapter):
         kernel = parameter_of(layer).shape[1:]  # (out_channels / groups, *kernel_size)
         ones = [1] * (len(kernel) - 1)
         A = self.A.to(x.dtype).view(self.r, layer.groups, -1).transpose(0, 1)  # (groups, r, in_channels / groups)
-        hidden = layer.pointwise(self.dropped(x), A.reshape(layer.groups * self.r, -1, *ones), groups=layer.groups)
+        hidden = layer.lora_pointwise(self.dropped(x), A.reshape(layer.groups * self.r, -1, *ones), groups=layer.groups)
         B = (self.scale * self.B).to(x.dtype).t().reshape(self.r, *kernel).repeat(layer.groups, *[1] * len(kernel))
         place = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
-        return y + layer.transposed_convolution(hidden, B, None, *place).to(y.dtype)
+        return y + layer.lora_transposed(hidden, B, None, *place).to(y.dtype)
 
 
 class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
     """What the three have in common."""
 
-    adapter_class = TransposedConvAdapter
-    pointwise: Callable[..., Tensor]
-    transposed_convolution: Callable[..., Tensor]
+    lora_adapter_class = TransposedConvAdapter
+    lora_pointwise: Callable[..., Tensor]
+    lora_transposed: Callable[..., Tensor]
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """One matrix: torch keeps the weight of a transposed convolution as ``(in_channels, ...)``."""
         return [Part(transposed=True)]
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Any:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
         """The frozen transposed convolution, then each adapter's term."""
-        y = super().forward(x, output_size)
+        y = super().forward(input, output_size)
         if self.lora.active():
             dimensions = len(self.kernel_size)
             stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
             kept: Any = list(self.padding)  # numbers: a transposed convolution has no padding by name
-            padding = self._output_padding(x, output_size, stride, kept, kernel, dimensions, dilation)
+            padding = self._output_padding(input, output_size, stride, kept, kernel, dimensions, dilation)
             for adapter in self.lora.active():
-                y = adapter(y, x, self, padding)
+                y = adapter(y, input, self, padding)
         return y
 
 
 class LoRAConvTranspose1d(LoRAConvTranspose, nn.ConvTranspose1d):
     """An ``nn.ConvTranspose1d`` with adapters."""
 
-    original_class = nn.ConvTranspose1d
-    pointwise = staticmethod(F.conv1d)
-    transposed_convolution = staticmethod(F.conv_transpose1d)
+    lora_original_class = nn.ConvTranspose1d
+    lora_pointwise = staticmethod(F.conv1d)
+    lora_transposed = staticmethod(F.conv_transpose1d)
 
 
 class LoRAConvTranspose2d(LoRAConvTranspose, nn.ConvTranspose2d):
     """An ``nn.ConvTranspose2d`` with adapters."""
 
-    original_class = nn.ConvTranspose2d
-    pointwise = staticmethod(F.conv2d)
-    transposed_convolution = staticmethod(F.conv_transpose2d)
+    lora_original_class = nn.ConvTranspose2d
+    lora_pointwise = staticmethod(F.conv2d)
+    lora_transposed = staticmethod(F.conv_transpose2d)
 
 
 class LoRAConvTranspose3d(LoRAConvTranspose, nn.ConvTranspose3d):
     """An ``nn.ConvTranspose3d`` with adapters."""
 
-    original_class = nn.ConvTranspose3d
-    pointwise = staticmethod(F.conv3d)
-    transposed_convolution = staticmethod(F.conv_transpose3d)
+    lora_original_class = nn.ConvTranspose3d
+    lora_pointwise = staticmethod(F.conv3d)
+    lora_transposed = staticmethod(F.conv_transpose3d)

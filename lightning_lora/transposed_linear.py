@@ -14,10 +14,10 @@ from lightning_lora.part import Part
 class TransposedLinear(LoRALayer):
     """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
 
-    adapter_class = LinearAdapter
+    lora_adapter_class = LinearAdapter
 
     @classmethod
-    def parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
         """One matrix, kept the other way round."""
         return [Part(transposed=True)]
 
@@ -36,4 +36,4 @@ def transposed_root(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 def transposed_kind(root: type[nn.Module]) -> type[LoRALayer]:
     """The adapted class for that ``Conv1D``."""
-    return type("LoRAConv1D", (TransposedLinear, root), {"original_class": root, "__module__": __name__})
+    return type("LoRAConv1D", (TransposedLinear, root), {"lora_original_class": root, "__module__": __name__})

@@ -118,7 +118,7 @@ def test_it_can_be_switched_off():
 
 def test_an_adapter_that_evaluation_passes_by_is_named():
     (told,) = fit(module("raw_in_evaluation"))
-    assert told.startswith("`net.second` did not run in the first evaluation, while other adapters did")
+    assert told.startswith("`net.second` did not run in the first evaluation. If evaluation takes another branch")
 
 
 class Thief(Callback):
@@ -132,7 +132,9 @@ def test_an_adapter_in_no_optimizer_is_an_error_before_the_first_step():
     model = module("plain")
     callback = LoRACallback(r=2, targets=["first", "second"])
     trainer = models.trainer(Thief(), callback, max_epochs=1)
-    with pytest.raises(MisconfigurationException, match=r"`net.second` no optimizer holds, so it would never train"):
+    with pytest.raises(
+        MisconfigurationException, match=r"No optimizer holds the adapter of `net.second`, so it would never train"
+    ):
         trainer.fit(model, models.data())
 
 
@@ -160,6 +162,17 @@ def test_each_optimizer_is_checked_at_its_own_first_step():
     (told,) = fit(model, targets=["q", "k", "v", "other"], merge=False)
     assert told.startswith("`other` did not run in the first evaluation"), "as is so"
     assert all(matrix.any() for name, matrix in lora_parameters(model))
+
+
+class SkipsFirst(Lit):
+    """Its first batch gives no loss."""
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) if index else None
+
+
+def test_a_step_without_any_gradient_is_not_the_first():
+    assert fit(SkipsFirst(), targets="attn") == []
 
 
 class Evaluated(Lit):
