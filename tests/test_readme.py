@@ -29,7 +29,7 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
         "test_loader": data(2),
         "example_input": data(3).dataset.tensors[0][:2],
     }
-    assert len(blocks("python")) == 7
+    assert len(blocks("python")) == 8
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["names"] == ["0", "2"]
@@ -60,5 +60,5 @@ def test_there_are_exactly_two():
 
 
 def test_every_file_that_is_named_is_there():
-    for name in re.findall(r"`((?:examples|lightning_lora)/[\w/.]+)", README):
+    for name in re.findall(r"`((?:examples|lightning_lora)/[\w/.-]+)", README):
         assert (ROOT / name).exists(), name
