@@ -64,7 +64,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         if name not in chosen or _left_out(aliases[name].names, config):
             continue
         parts = _parts(name, chosen[name], aliases, config)
-        reason = parts if isinstance(parts, str) else _reason(parts, aliases[name].module, config)
+        reason = parts if isinstance(parts, str) else _reason(parts, aliases[name].module, config) if parts else None
         if reason is not None:
             refused.setdefault(reason, []).append(name)
         elif parts and not isinstance(parts, str):

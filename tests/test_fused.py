@@ -197,3 +197,46 @@ def test_what_cannot_be_told_is_refused_with_the_way_out(owner):
     ):
         apply_lora(model, LoRAConfig(targets="qv"))
     assert apply_lora(model, LoRAConfig(targets=["qkv"])) == ["attn.qkv"]
+
+
+class Caching(Thirds):
+    """Keeps what it computed, and what it made for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.masks = [], {}
+        self.bn = nn.BatchNorm1d(DIM)
+
+    def reset_parameters(self):
+        self.qkv.weight.data.zero_()
+
+    def cut(self, y, batch, length):
+        self.bn(torch.ones(2, DIM))
+        q, k, v = super().cut(y, batch, length)
+        self.seen.append(k)
+        self.masks[length] = torch.ones(length)
+        return q, k, v
+
+
+def test_nothing_of_it_stays_in_the_module():
+    model = nn.ModuleDict({"attn": Caching()})
+    before = oracles.snapshot(model)
+    apply_lora(model, LoRAConfig(r=2, targets="qv"))
+    assert model.attn.seen == [] and model.attn.masks == {}
+    assert all(oracles.same_bits(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_part_can_be_left_out_of_a_whole():
+    model, _ = build("by-head")
+    apply_lora(model, LoRAConfig(r=2, targets=["qkv"], exclude=["qkv.k"]))
+    assert list(model.attn.qkv.lora.default) == ["q", "v"]
+
+
+def test_names_that_the_function_contradicts_tell_nothing():
+    class Swapped(Inline):
+        def forward(self, x):
+            k, q, v = self.qkv(x).chunk(3, -1)
+            return self.proj(F.scaled_dot_product_attention(k, q, v))
+
+    with pytest.raises(ValueError, match="cannot be told"):
+        apply_lora(nn.ModuleDict({"attn": Swapped()}), LoRAConfig(targets="qv"))

@@ -58,6 +58,17 @@ def test_its_yaml_means_the_same(config):
     assert [row.name for row in again.rows] == [row.name for row in plan.rows]
 
 
+def test_a_name_that_is_the_tail_of_another_is_written_so_that_it_means_one():
+    model = nn.ModuleDict(
+        {"0": nn.Linear(2, 2), "b": nn.ModuleDict({"0": nn.Linear(2, 2), "c": nn.ModuleDict({"0": nn.Linear(2, 2)})})}
+    )
+    for names in (["re:0"], [r"re:b\.0"], [r"re:b\.c\.0"]):
+        plan = plan_lora(model, LoRAConfig(targets=names))
+        again = plan_lora(model, LoRAConfig(targets=yaml.safe_load(plan.to_yaml())))
+        assert [row.name for row in again.rows] == [row.name for row in plan.rows]
+        assert len(plan.rows) == 1
+
+
 def test_an_edited_yaml_means_less():
     lines = plan_lora(Odd(), CONFIGS[0]).to_yaml().splitlines()
     fewer = yaml.safe_load("\n".join(line for line in lines if "lstm" not in line and "attn.k" not in line))

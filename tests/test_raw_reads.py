@@ -109,3 +109,93 @@ def test_a_class_without_source_is_taken_as_it_is():
     model = names["Made"]()
     model.fc = nn.Linear(2, 2)
     assert not is_read_raw("fc", "weight", dict(model.named_modules()).get)
+
+
+class TiedByHand(nn.Module):
+    """Uses the embedding's weight for its output, without a layer for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(9, 4)
+
+    def forward(self, index):
+        return F.linear(self.wte(index), self.wte.weight)
+
+
+class Autoencoder(nn.Module):
+    """Calls its layers on the way there, and reads them on the way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        for layer in reversed(self.layers):
+            x = F.linear(x, layer.weight.t())
+        return x
+
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(this, x):  # noqa: N805
+        mine = this.conv
+        return this.conv(x) + F.conv1d(x, getattr(mine, "weight"), padding=1)  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(TiedByHand, torch.tensor([[1, 5], [0, 8]])), (Autoencoder, torch.ones(2, 4)), (Renamed, torch.ones(2, 3, 5))],
+)
+def test_what_is_called_and_read_is_one_sum(make, x):
+    model = make()
+    apply_lora(model, LoRAConfig(r=2, targets=[r"re:wte|conv|layers\.\d"]))
+    oracles.train_by_hand(model)
+    trained = model(x)
+    merge_lora(model)
+    oracles.assert_close(model(x), trained, torch.float32)
+
+
+class ReadsItself(nn.Linear):
+    """Hands on to the forward that it inherits, and reads its weight in another method."""
+
+    def forward(self, x):
+        return super().forward(x) + self.regular()
+
+    def regular(self):
+        return self.weight.square().mean()
+
+
+def test_a_sub_class_that_reads_its_weight_elsewhere():
+    model = nn.ModuleDict({"fc": ReadsItself(4, 4)})
+    apply_lora(model, LoRAConfig(r=2, targets=["fc"]))
+    oracles.train_by_hand(model)
+    x = torch.ones(2, 4)
+    trained = model.fc(x)
+    merge_lora(model)
+    oracles.assert_close(model.fc(x), trained, torch.float32)
+
+
+class ReadsAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0] @ self.attn.in_proj_weight[:4]
+
+
+def test_an_attention_that_is_called_and_read_is_refused_with_advice_that_works():
+    with pytest.raises(ValueError, match=r"reads its `in_proj_weight` too: .* targets=\['attn.in_proj_weight'\]"):
+        apply_lora(ReadsAttention(), LoRAConfig(targets="attn"))
+    model = ReadsAttention()
+    apply_lora(model, LoRAConfig(r=2, targets=["attn.in_proj_weight"]))
+    oracles.train_by_hand(model)
+    x = torch.randn(3, 2, 4)
+    trained = model(x)
+    merge_lora(model)
+    oracles.assert_close(model(x), trained, torch.float32)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora
 from lightning_lora.targets import find_targets
 
 
@@ -279,3 +279,79 @@ def test_many_problems_are_told_by_the_first_five():
     assert told.startswith("`0` (and 8 more) has no shape yet") and "exclude" not in told
     told = problem(model, targets=["1000", "1001", "1002", "1003", "1004", "1005", "1006"])
     assert told.count("matches no module") == 5 and told.endswith("(2 more like these)")
+
+
+def two_kinds():
+    model = nn.Sequential()
+    model.add_module("mha", nn.MultiheadAttention(4, 2))
+    model.add_module("lstm", nn.LSTM(4, 4))
+    model.add_module("fc", nn.Linear(4, 4))
+    return model
+
+
+def test_a_rank_for_a_layer_is_that_of_its_matrices_unless_they_have_their_own():
+    model = two_kinds()
+    arguments = {"rank_pattern": {"mha.v": 7, "mha": 5, "lstm": 3}, "alpha_pattern": {"lstm": 6}}
+    apply_lora(model, LoRAConfig(r=2, targets=["mha", "lstm", "fc"], **arguments))
+    assert [model.mha.lora.default[name].r for name in "qkv"] == [5, 5, 7]
+    assert {pair.r for _, pair in model.lstm.lora.default.items()} == {3}
+    assert {pair.scale for _, pair in model.lstm.lora.default.items()} == {2.0}
+    assert model.fc.lora.default.r == 2
+
+
+def test_a_matrix_of_a_layer_cannot_be_trained_in_full():
+    with pytest.raises(ValueError, match=r"`also_train` has 'mha.q', which matches no module"):
+        apply_lora(two_kinds(), LoRAConfig(targets=["mha"], also_train=["mha.q"]))
+
+
+def test_a_parameter_that_is_named_and_left_out_leaves_nothing():
+    model = nn.ParameterDict({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)})
+    assert apply_lora(model, LoRAConfig(r=1, targets=["a", "b"], exclude=["a"])) == [""]
+    assert list(model.lora.default) == ["b"]
+    with pytest.raises(ValueError, match="nothing is left"):
+        apply_lora(nn.ParameterDict({"a": torch.zeros(2, 2)}), LoRAConfig(targets=["a"], exclude=["a"]))
+
+
+def test_a_parameter_and_matrices_in_it_are_not_both_named():
+    with pytest.raises(ValueError, match=r"`mha` is named by its parameter `in_proj_weight` and by matrices in it"):
+        apply_lora(two_kinds(), LoRAConfig(targets=["mha.q", "mha.in_proj_weight"]))
+
+
+class Shadowing(nn.Linear):
+    """Names of its own that adapted layers could hide, or be hidden by."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.parts, self.keys = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4))
+        self.register_buffer("mask", torch.ones(4))
+
+    def forward(self, input):
+        return self.parts(super().forward(input=input)) @ self.keys * self.mask
+
+
+@pytest.mark.parametrize("targets", [["layer"], ["layer.keys"], ["layer", "parts"]], ids=str)
+def test_names_of_the_users_are_not_hidden(targets):
+    model = nn.ModuleDict({"layer": Shadowing()})
+    x = torch.randn(2, 4)
+    before = model.layer(x)
+    apply_lora(model, LoRAConfig(r=2, targets=targets))
+    oracles.assert_close(model.layer(input=x), before, torch.float32)
+    oracles.train_by_hand(model)
+    trained = model.layer(x)
+    assert not torch.allclose(trained, before)
+    merge_lora(model)
+    oracles.assert_close(model.layer(x), trained, torch.float32)
+
+
+def test_a_parameter_may_be_called_as_a_method_of_modules_is():
+    model = nn.Module()
+    model.values = nn.Parameter(torch.ones(3, 3))
+    apply_lora(model, LoRAConfig(r=2, targets=["values"]))
+    assert model.values.shape == (3, 3)
+
+
+def test_a_recurrent_layer_with_weight_norm_is_refused():
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    with pytest.raises(ValueError, match=r"`lstm` computes its weight"):
+        apply_lora(nn.ModuleDict({"lstm": layer}), LoRAConfig(targets=["lstm"]))
