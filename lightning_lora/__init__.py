@@ -37,6 +37,7 @@ Ring 0, the method: torch and the standard library.
     choice               what presets and patterns choose
     targets              which matrices a configuration means, and what is wrong with it
     record               what is remembered on a module
+    shared               which parameters several modules have
     freeze               what trains
     checkpointing        reentrant activation checkpointing behind frozen layers
     loading              base checkpoints load into an adapted model

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapter import Adapter, Adapters, Pairs
 from lightning_lora.checkpointing import leave_graphs, start_graphs
@@ -23,6 +21,7 @@ from lightning_lora.names import join
 from lightning_lora.originals import moved, put_back, remember
 from lightning_lora.part import Part
 from lightning_lora.record import config_of, forget, is_merged, record_of
+from lightning_lora.shared import memory_of, parameter_holders
 from lightning_lora.targets import Targets, find_targets
 
 
@@ -132,20 +131,6 @@ def attach_hosts(model: nn.Module) -> None:
         host = host_of(type(module))
         if host is not None and not isinstance(module, LoRALayer) and is_adapted(module):
             attach(module, swapped_class(type(module)), Adapters())
-
-
-def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
-    """How many modules have each parameter, as an object or as memory."""
-    owners = {id(module): module for module in model.modules()}
-    return Counter(memory_of(module, key) for module in owners.values() for key in module._parameters)
-
-
-def memory_of(module: nn.Module, key: str) -> tuple[int, bool]:
-    """What two parameters have in common only if one is the other, as an object or as memory."""
-    parameter = module._parameters[key]
-    if parameter is None or parameter.is_meta or is_lazy(parameter) or not parameter.data_ptr():
-        return (id(parameter), False)
-    return (parameter.data_ptr(), True)
 
 
 def _renew_dropout(layer: nn.Module, config: LoRAConfig) -> None:

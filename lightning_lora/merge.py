@@ -54,7 +54,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
                     f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
                 )
     _tell_of_shared(layers)
-    lost = {name: _merge(layer) for name, layer in layers}
+    lost = _merge_all(layers)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
         thaw(holder)
@@ -107,17 +107,39 @@ def unmerge_lora(model: nn.Module) -> None:
         start_graphs(holder)
 
 
+def _merge_all(layers: list[tuple[str, LoRALayer]]) -> dict[str, float]:
+    """Merge every layer, or none: what was done before an error or Ctrl-C is undone."""
+    lost = {}
+    try:
+        for name, layer in layers:
+            lost[name] = _merge(layer)
+    except BaseException:
+        for _, module in layers:
+            merged = record_of(module).merged
+            if merged is not None:
+                _unmerge(module, merged)
+        raise
+    return lost
+
+
 def _merge(layer: LoRALayer) -> float:
-    merged, sums = {}, []
-    for key, adapters in layer.lora.by_weight().items():
-        if key in record_of(layer).shared:
+    merged: dict[str, MergedWeight] = {}
+    sums: list[exact.Sum] = []
+    key, shared = "", None
+    try:
+        for key, adapters in layer.lora.by_weight().items():
             own = parameter_of(layer, key)
-            setattr(layer, key, nn.Parameter(own.detach().clone(), own.requires_grad))
+            shared = own if key in record_of(layer).shared else None
+            if shared is not None:
+                setattr(layer, key, nn.Parameter(own.detach().clone(), own.requires_grad))
             merged[key], parts = _merge_into(layer, key, adapters)
-            merged[key].shared = own
-        else:
-            merged[key], parts = _merge_into(layer, key, adapters)
-        sums += parts
+            merged[key].shared = shared
+            sums += parts
+    except BaseException:
+        if shared is not None:
+            setattr(layer, key, shared)
+        _put_back(layer, Merged(layer.lora, merged))
+        raise
     record_of(layer).merged = Merged(detach(layer), merged)
     size = math.hypot(*(part.size for part in sums))
     return math.hypot(*(part.lost * part.size for part in sums)) / size if size else 0.0
@@ -128,12 +150,18 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     weight, matrices_of = parameter_of(layer, key).detach(), adapters[0].part.matrices
     before, originals, factors = checksum(weight), matrices_of(weight), _factors(adapters, weight)
     sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
-    weight.copy_(torch.stack([part.merged for part in sums]).view(weight.shape))
+    merged = torch.stack([part.merged for part in sums]).view(weight.shape)
+    record = MergedWeight(_patches(originals, sums), checksum(merged), before)
+    weight.copy_(merged)  # the last step that an error could come before
     if layer.lora_settle():
         for part, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
             part.nearly = exact.subtracted(matrix, pairs)
-    patches = [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]
-    return MergedWeight(patches, checksum(weight), before), sums
+        record.patches, record.checksum = _patches(originals, sums), checksum(weight)
+    return record, sums
+
+
+def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch]:
+    return [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]
 
 
 def _factors(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
@@ -150,6 +178,19 @@ def _factors(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
 
 
 def _unmerge(module: nn.Module, record: Merged) -> bool:
+    if not _put_back(module, record):
+        return False
+    adapters = record.adapters
+    for key, pairs in adapters.by_weight().items():
+        for adapter in pairs:
+            adapter.to(parameter_of(module, key).device)
+    attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
+    record_of(module).merged = None
+    return True
+
+
+def _put_back(module: nn.Module, record: Merged) -> bool:
+    """Give every parameter in ``record`` the value that it had before the merge: all of them, or none."""
     restored = {key: _restored(module, key, record) for key in record.weights}
     if any(weight is None for weight in restored.values()):
         return False
@@ -159,12 +200,6 @@ def _unmerge(module: nn.Module, record: Merged) -> bool:
             setattr(module, key, shared)
         elif weight is not None:
             parameter_of(module, key).detach().copy_(weight)
-    adapters = record.adapters
-    for key, pairs in adapters.by_weight().items():
-        for adapter in pairs:
-            adapter.to(parameter_of(module, key).device)
-    attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
-    record_of(module).merged = None
     return True
 
 

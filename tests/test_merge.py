@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import any_bits, assert_same_values, same_bits, snapshot
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, exact, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.record import merged_layers
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -425,3 +425,27 @@ def test_unmerging_through_a_wrapper_freezes_nothing_outside_the_adapted_part():
     merge_lora(wrapper)
     unmerge_lora(wrapper)
     assert {name: p.requires_grad for name, p in wrapper.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_merge_that_is_interrupted_leaves_everything_as_it_was(after, monkeypatch):
+    model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 3))
+    apply_lora(model, LoRAConfig(r=2, targets=["0", "1"]))
+    oracles.train_by_hand(model)
+    before, calls = snapshot(model), []
+    patch_for = exact.patch_for
+
+    def interrupted(*pair):
+        calls.append(pair)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return patch_for(*pair)
+
+    monkeypatch.setattr(exact, "patch_for", interrupted)
+    if after < 3:
+        with pytest.raises(KeyboardInterrupt):
+            merge_lora(model)
+        assert_same_values(model, before)
+        assert [len(layer.lora.every()) for layer in model] == [1, 2]
+    else:
+        assert list(merge_lora(model)) == ["0", "1"]
