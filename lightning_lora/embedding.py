@@ -26,15 +26,8 @@ class EmbeddingAdapter(Adapter):
         return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype)).to(y.dtype)
 
 
-class LoRAEmbedding(LoRALayer, nn.Embedding):
-    """An ``nn.Embedding`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``, as in PEFT.
-
-    With ``max_norm`` the sum is what is kept within the norm, as it will be after a merge. The plain layer does that
-    by changing the rows of its weight in place; here the frozen weight stays as it is.
-    """
-
-    lora_original_class = nn.Embedding
-    lora_adapter_class = EmbeddingAdapter
+class LoRALookup(LoRALayer):
+    """What an embedding and a bag of one have in common."""
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[Part]:
@@ -46,6 +39,21 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """The padding index has no delta, as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
+    def lora_settle(self) -> bool:
+        """Cut long rows, where there is a ``max_norm``."""
+        return renormalise(self)  # type: ignore[arg-type]
+
+
+class LoRAEmbedding(LoRALookup, nn.Embedding):
+    """An ``nn.Embedding`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``, as in PEFT.
+
+    With ``max_norm`` the sum is what is kept within the norm, as it will be after a merge. The plain layer does that
+    by changing the rows of its weight in place; here the frozen weight stays as it is.
+    """
+
+    lora_original_class = nn.Embedding
+    lora_adapter_class = EmbeddingAdapter
+
     def forward(self, input: Tensor) -> Tensor:
         """The frozen rows, then each adapter's term, then the norm."""
         if self.max_norm is None:
@@ -55,10 +63,6 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         for adapter in self.lora.active():
             y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
-
-    def lora_settle(self) -> bool:
-        """Cut long rows, where there is a ``max_norm``."""
-        return renormalise(self)
 
 
 @torch.no_grad()

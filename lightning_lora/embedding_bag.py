@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.embedding import renormalise
-from lightning_lora.layer import LoRALayer
+from lightning_lora.embedding import LoRALookup
 from lightning_lora.on_weight import sum_of
-from lightning_lora.part import Part
 
 
 class EmbeddingBagAdapter(Adapter):
@@ -26,7 +24,7 @@ class EmbeddingBagAdapter(Adapter):
         return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
 
 
-class LoRAEmbeddingBag(LoRALayer, nn.EmbeddingBag):
+class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
     """An ``nn.EmbeddingBag`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``.
 
     The largest of rows is no sum of anything, nor are rows cut to ``max_norm``: with these the whole sum is built.
@@ -34,16 +32,6 @@ class LoRAEmbeddingBag(LoRALayer, nn.EmbeddingBag):
 
     lora_original_class = nn.EmbeddingBag
     lora_adapter_class = EmbeddingBagAdapter
-
-    @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
-        """One matrix, a row for each index."""
-        return [Part(transposed=True)]
-
-    @staticmethod
-    def lora_arguments(module: nn.Module) -> dict[str, Any]:
-        """The padding index has no delta, as it has no gradient."""
-        return {"padding_idx": module.padding_idx}
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """The frozen bags, then each adapter's term."""
@@ -54,10 +42,6 @@ class LoRAEmbeddingBag(LoRALayer, nn.EmbeddingBag):
         for adapter in self.lora.active():
             y = adapter(y, self, input, offsets, per_sample_weights)
         return y
-
-    def lora_settle(self) -> bool:
-        """As for the plain embedding."""
-        return renormalise(self)
 
 
 def bags(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -35,14 +35,3 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter under its first clean name."""
     for name, parameter in model.named_parameters():
         yield clean(name), parameter
-
-
-def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every buffer that a state dict holds, under its first clean name."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is None or key in module._non_persistent_buffers_set or id(buffer) in seen:
-                continue
-            seen.add(id(buffer))
-            yield clean(join(name, key)), buffer

@@ -15,7 +15,7 @@ from lightning_lora.kinds import plain_class
 from lightning_lora.layer import parameter_of
 from lightning_lora.part import Part
 from lightning_lora.patterns import matches
-from lightning_lora.table import Row, beside, bytes_text, table
+from lightning_lora.table import Row, beside, bytes_text, row_of, table
 from lightning_lora.targets import Targets, find_targets
 
 
@@ -91,20 +91,9 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
 
 def _row(name: str, part: Part, targets: Targets, config: LoRAConfig) -> Row:
     module = targets.modules[name]
-    weight = parameter_of(module, part.key)
     known_as = [names.join(own, part.name) for own in targets.names[name] if part.name] + targets.names[name]
-    r, (in_features, out_features) = config.rank_for(*known_as), part.features(weight)
-    count = len(weight) if part.stacked else 1
-    shape = f"{in_features} -> {out_features}"
-    return Row(
-        known_as[0],
-        plain_class(module).__name__,
-        f"{count} x {shape}" if part.stacked else shape,
-        r,
-        config.scale_for(*known_as),
-        count * r * (in_features + out_features),
-        targets.why[name],
-    )
+    r, scale, weight = config.rank_for(*known_as), config.scale_for(*known_as), parameter_of(module, part.key)
+    return row_of(known_as[0], plain_class(module).__name__, part, weight, r, scale, targets.why[name])
 
 
 def _beside(model: nn.Module, targets: Targets, config: LoRAConfig) -> dict[str, int]:

@@ -12,7 +12,7 @@ from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.roles import roles_in
 from lightning_lora.state import lora_parameters
-from lightning_lora.table import Row, beside, bytes_text, table
+from lightning_lora.table import Row, beside, bytes_text, row_of, table
 
 
 def describe(model: nn.Module) -> str:
@@ -28,17 +28,9 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 
 def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
-    part = adapter.part
-    in_features, out_features = part.features(parameter_of(layer, part.key))
-    shape = f"{in_features} -> {out_features}"
-    return Row(
-        names.join(name, part.name) if part.name else name,
-        layer.lora_original_class.__name__,
-        f"{len(adapter.A)} x {shape}" if part.stacked else shape,
-        adapter.r,
-        adapter.scale,
-        sum(parameter.numel() for parameter in adapter.parameters()),
-    )
+    part, kind = adapter.part, layer.lora_original_class.__name__
+    own = names.join(name, part.name) if part.name else name
+    return row_of(own, kind, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
 
 
 def _also_trained(model: nn.Module) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from lightning_lora.part import Part
 from lightning_lora.patterns import folded
 
 
@@ -29,6 +32,15 @@ class Row:
     scale: float
     parameters: int
     why: str = ""
+
+
+def row_of(name: str, kind: str, part: Part, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
+    """The row of the matrix ``part`` of a layer, whose parameter is ``weight``."""
+    in_features, out_features = part.features(weight)
+    (experts,) = part.stack(weight) or (1,)
+    shape = f"{in_features} -> {out_features}"
+    described = f"{experts} x {shape}" if part.stacked else shape
+    return Row(name, kind, described, r, scale, experts * r * (in_features + out_features), why)
 
 
 def table(rows: Iterable[Row]) -> list[str]:
