@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.originals import moved
-from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names, real_keys
+from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names, own_state, real_keys
 
 KEY = "lightning_lora"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
@@ -64,7 +64,7 @@ class AdapterOnly:
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         """Drop the base's names from the missing keys."""
         own_name = own_names(incompatible.missing_keys, frozen_names(module))
-        if len(incompatible.missing_keys) < len(nn.Module.state_dict(module)):
+        if len(incompatible.missing_keys) < len(own_state(module)):
             base = base_names(module)
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own_name.get(k) not in base]
 
@@ -74,10 +74,13 @@ def write_beside(save: Callable[..., None], checkpoint: dict[str, Any], path: An
 
     Lightning's own write goes through the system's temporary folder, from where another disk is a copy.
     """
-    part = f"{path}.{os.getpid()}.part"
-    save(checkpoint, part, storage_options=storage_options)
-    if Path(part).exists():  # rank zero alone writes
-        Path(part).replace(path)
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        save(checkpoint, str(part), storage_options=storage_options)
+        if part.exists():  # rank zero alone writes
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # a full disk stays full of it
 
 
 def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict[str, Any]:

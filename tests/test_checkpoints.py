@@ -262,7 +262,7 @@ def test_the_same_base_in_bf16_is_no_other_base(file):
         trainer(LoRACallback(r=4)).test(module, data(), ckpt_path=file, verbose=False)
 
 
-def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     module, runner = Lit(), trainer(LoRACallback(r=4, merge=False), max_epochs=1)
     target = tmp_path / "run.ckpt"
 
@@ -273,7 +273,7 @@ def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
 
             def torn(checkpoint, path, storage_options=None):
                 Path(path).write_bytes(b"half")
-                raise SystemError("killed")
+                raise SystemError("the disk is full")
 
             monkeypatch.setattr(trainer.strategy.checkpoint_io, "save_checkpoint", torn)
             with pytest.raises(SystemError):
@@ -283,6 +283,7 @@ def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path, monkeypatch):
     runner.fit(module, data())
     assert target.read_bytes() == spy.first
     assert load(target)["state_dict"].keys() == ADAPTERS
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_new_file_is_put_in_the_place_of_the_old_one_and_not_written_over_it(tmp_path):
