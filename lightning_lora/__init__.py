@@ -38,6 +38,8 @@ Ring 0, the method: torch and the standard library.
     targets              which matrices a configuration means, and what is wrong with it
     record               what is remembered on a module
     shared               which parameters several modules have
+    sharded              parameters of which each rank holds a part
+    replicas             gradients of what every rank has whole, averaged
     freeze               what trains
     checkpointing        reentrant activation checkpointing behind frozen layers
     loading              base checkpoints load into an adapted model
@@ -55,6 +57,7 @@ Ring 0, the method: torch and the standard library.
 Ring 1, the world around it: one library each.
 
     random_state         the random generators of Python, NumPy and torch
+    merged_file          a merged model as one safetensors file, written tensor by tensor
 
 Ring 2, Lightning.
 
@@ -65,6 +68,8 @@ Ring 2, Lightning.
     rates                lr_scale, through every scheduler
     checkpoints          files of a run
     liveness             adapters that do not run, or get no gradient
+    strategies           what each strategy needs: FSDP1, FSDP2
+    files                between the module and its files
     run                  one run over a module
     callback             LoRACallback
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Adapters, Pairs
 from lightning_lora.checkpointing import leave_graphs, start_graphs
@@ -21,6 +21,7 @@ from lightning_lora.names import join
 from lightning_lora.originals import moved, put_back, remember
 from lightning_lora.part import Part
 from lightning_lora.record import config_of, forget, is_merged, record_of
+from lightning_lora.sharded import is_sharded, local, reshard
 from lightning_lora.shared import memory_of, parameter_holders
 from lightning_lora.targets import Targets, find_targets
 
@@ -230,15 +231,26 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         with resting(model):
             yield
     finally:
-        for tensor, data in trained:
-            tensor.data = data
+        reshard(model)
+        for tensor, value in trained:
+            _put(tensor, value)
 
 
-def _swap_originals(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _swap_originals(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    trained: list[tuple[Tensor, Tensor]] = []
+    reshard(model)
     for module, key, original in list(moved(model)):
         tensor = {**module._parameters, **module._buffers}[key]
         assert tensor is not None
-        trained.append((tensor, tensor.data))
-        tensor.data = original.to(tensor.device, tensor.dtype, copy=True)
+        trained.append((tensor, local(tensor).clone() if is_sharded(tensor) else tensor.data))
+        _put(tensor, original.to(tensor.device, tensor.dtype, copy=True))
     return trained
+
+
+@torch.no_grad()
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """Let ``tensor`` have ``value``; FSDP knows a sharded one by its memory, which must stay."""
+    if is_sharded(tensor):
+        local(tensor).copy_(value)
+    else:
+        tensor.data = value

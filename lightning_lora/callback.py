@@ -10,9 +10,11 @@ from lightning_lora.apply import remove_lora
 from lightning_lora.checkpointing import start_graphs
 from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files import export_merged, load_best
 from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
 from lightning_lora.merge import merge_lora
-from lightning_lora.run import Run, load_best
+from lightning_lora.run import Run
+from lightning_lora.strategies import holds_merge
 
 
 class LoRACallback(CallbackBase):
@@ -115,7 +117,7 @@ class LoRACallback(CallbackBase):
         assert self._run is not None
         start_graphs(pl_module)  # checkpointing may have been switched on since
         self._run.keep_averages_exact()
-        self._run.restore_random_state()
+        self._run.files.restore_random_state()
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": self.config.to_dict()})
 
@@ -159,6 +161,13 @@ class LoRACallback(CallbackBase):
     def _merge(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
+            return
+        if not holds_merge(trainer.strategy):
+            path = export_merged(trainer)
+            rank_zero_info(
+                f"Under {type(trainer.strategy).__name__} the module cannot hold merged weights: they are in {path}, "
+                "for `safetensors.torch.load_file`, and the module keeps its adapters."
+            )
             return
         lost = merge_lora(pl_module)
         worst = max(lost, key=lost.__getitem__, default="")

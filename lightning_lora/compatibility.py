@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+UNPROVEN = ("DeepSpeedStrategy", "XLAFSDPStrategy")
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -33,9 +33,19 @@ def check_compatibility(trainer: Any, callback: Any, config: LoRAConfig, stage: 
 
 
 def _check_strategy(trainer: Any) -> None:
-    if is_a(trainer.strategy, *SHARDED):
+    if is_a(trainer.strategy, *UNPROVEN):
         raise MisconfigurationException(
             f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
+        )
+    if getattr(trainer.strategy, "kwargs", {}).get("use_orig_params") is False:
+        raise MisconfigurationException(
+            "`use_orig_params=False` makes one parameter of all those in a unit, in which no adapter can find its "
+            "weight. Leave it out: Lightning's FSDPStrategy sets it to True."
+        )
+    if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
+        raise MisconfigurationException(
+            "`TransformerEnginePrecision` puts layers of its own in place of every linear layer, adapters and all, and "
+            "none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import names
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import trained_parameters
+from lightning_lora.sharded import whole_parameters
 
 Fingerprint = dict[str, list[int | None]]
 
@@ -16,10 +16,10 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """For each frozen parameter: its sums after rounding to bf16 and to fp16, its exact sum, and its shape.
 
     The same base loaded in fp32 and in bf16 agrees in the first, in fp32 and in fp16 in the second. A quantized
-    parameter is known by its shape alone.
+    parameter is known by its shape alone. Every rank must call it: sharded parameters are gathered one by one.
     """
-    trained = {id(parameter) for _, parameter in trained_parameters(model)}
-    return {name: _sums(p.detach()) for name, p in names.named_parameters(model) if id(p) not in trained}
+    trained = {name for name, _ in trained_parameters(model)}
+    return {name: _sums(value) for name, value in whole_parameters(model) if name not in trained}
 
 
 def _sums(tensor: Tensor) -> list[int | None]:

@@ -33,6 +33,8 @@ class LoRALayer(nn.Module):
     def lora_put(self, key: str, value: Tensor) -> None:
         """Put ``value`` where the layer's code finds its parameter ``key``."""
         self._parameters[key] = value  # type: ignore[assignment]
+        if key in self.__dict__:  # where FSDP1 puts it too while a unit is gathered
+            self.__dict__[key] = value
 
     def lora_settle(self) -> bool:
         """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
@@ -51,8 +53,17 @@ def detach(layer: LoRALayer) -> Adapters:
     """Give ``layer`` its class back and return the adapters that it had."""
     adapters = layer.lora
     del layer.lora
-    layer.__class__ = layer.lora_original_class  # type: ignore[assignment]
+    layer.__class__ = _plain_class(type(layer))  # type: ignore[assignment]
     return adapters
+
+
+def _plain_class(cls: type[LoRALayer]) -> type[nn.Module]:
+    """The class without adapters; where ``fully_shard`` put its own on top, the one that it would have made."""
+    if "lora_original_class" in vars(cls):
+        return cls.lora_original_class
+    unit, *_ = cls.__bases__  # FSDPModule
+    original = cls.lora_original_class
+    return type(f"FSDP{original.__name__}", (unit, original), {"__deepcopy__": cls.__deepcopy__})  # type: ignore[attr-defined]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import class_for
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.loading import accept_base, be_strict
-from lightning_lora.names import join
+from lightning_lora.names import join, named_modules, named_parameters
 from lightning_lora.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
+from lightning_lora.sharded import local, reshard, units, whole, whole_parameters
 
 
 def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
@@ -35,7 +37,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device).
+        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device) or are pieces (FSDP1).
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -44,6 +46,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         >>> merge_lora(model)
         {'': 0.0}
     """
+    reshard(model)
     layers = list(adapted_layers(model))
     if not layers and not is_merged(model):
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
@@ -53,6 +56,12 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
                 raise ValueError(
                     f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
                 )
+    if units(model):
+        raise ValueError(
+            "The model is in FSDP1 units, whose weights are pieces of flat ones and cannot take the sum. Merge on one "
+            "device, into the base and from the adapter's file; LoRACallback writes the merged weights at the end of a "
+            "run under FSDPStrategy."
+        )
     _tell_of_shared(layers)
     lost = _merge_all(layers)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
@@ -82,12 +91,13 @@ def unmerge_lora(model: nn.Module) -> None:
         >>> torch.equal(model.weight, before)
         True
     """
+    reshard(model)
     merged = list(merged_layers(model))
     if not merged and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
     for name, module, record in merged:
         for key, weight in record.weights.items():
-            if checksum(parameter_of(module, key)) not in (weight.checksum, weight.original):
+            if checksum(local(parameter_of(module, key))) not in (weight.checksum, weight.original):
                 raise ValueError(
                     f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, "
                     "so the base cannot be restored. Nothing was changed. To go on from these weights call "
@@ -147,8 +157,8 @@ def _merge(layer: LoRALayer) -> float:
 
 @torch.no_grad()
 def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.Sum]]:
-    weight, matrices_of = parameter_of(layer, key).detach(), adapters[0].part.matrices
-    before, originals, factors = checksum(weight), matrices_of(weight), _factors(adapters, weight)
+    weight, matrices_of = local(parameter_of(layer, key)), adapters[0].part.matrices
+    before, originals, factors = checksum(weight), matrices_of(weight), factors_of(adapters, parameter_of(layer, key))
     sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
     merged = torch.stack([part.merged for part in sums]).view(weight.shape)
     record = MergedWeight(_patches(originals, sums), checksum(merged), before)
@@ -164,17 +174,47 @@ def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch
     return [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]
 
 
-def _factors(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
-    """For each matrix in ``weight`` the factors of every adapter's delta, at least in fp32."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
+    """For each matrix in this rank's part of ``weight`` the factors of every adapter's delta, at least in fp32."""
+    dtype, device = torch.promote_types(weight.dtype, torch.float32), local(weight).device
     found: list[list[tuple[Tensor, Tensor]]] = []
     for adapter in adapters:
-        A, B = (matrix.detach().to(weight.device, dtype) for matrix in (adapter.A, adapter.B))
-        left, right = adapter.part.factors(A, adapter.scale * B, weight)
-        found.append(
-            list(zip(*(side if side.dim() == 3 else side.unsqueeze(0) for side in (left, right)), strict=True))
+        A, B = (whole(matrix.detach()).to(device, dtype) for matrix in (adapter.A, adapter.B))
+        left, right = (
+            side if side.dim() == 3 else side.unsqueeze(0)
+            for side in adapter.part.factors(A, adapter.scale * B, weight)
         )
+        experts, rows, columns = adapter.part.region(weight)
+        found.append([(one[rows], other[:, columns]) for one, other in zip(left[experts], right[experts], strict=True)])
     return [list(pairs) for pairs in zip(*found, strict=True)]
+
+
+@torch.no_grad()
+def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the state dict of the merged model holds, one tensor at a time; nothing in ``model`` is changed.
+
+    For weights that are gathered for a moment and put nowhere. Every rank must go through all of it.
+    """
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in named_modules(model):
+        for key, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append((join(name, key), module, key))
+    of_name = {name: holders[id(parameter)] for name, parameter in named_parameters(model)}
+    for first, value in whole_parameters(model):
+        for name, module, key in of_name[first]:
+            if not isinstance(module, Adapter):
+                yield name, _sum(value, module.lora.by_weight().get(key, []) if isinstance(module, LoRALayer) else [])
+    for name, module in named_modules(model):
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield join(name, key), buffer
+
+
+def _sum(value: Tensor, adapters: list[Adapter]) -> Tensor:
+    if not adapters:
+        return value
+    pairs = zip(adapters[0].part.matrices(value), factors_of(adapters, value), strict=True)
+    return torch.stack([exact.added(matrix, factors).merged for matrix, factors in pairs]).view(value.shape)
 
 
 def _unmerge(module: nn.Module, record: Merged) -> bool:
@@ -183,7 +223,7 @@ def _unmerge(module: nn.Module, record: Merged) -> bool:
     adapters = record.adapters
     for key, pairs in adapters.by_weight().items():
         for adapter in pairs:
-            adapter.to(parameter_of(module, key).device)
+            adapter.to(local(parameter_of(module, key)).device)
     attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
     record_of(module).merged = None
     return True
@@ -199,20 +239,22 @@ def _put_back(module: nn.Module, record: Merged) -> bool:
         if shared is not None:
             setattr(module, key, shared)
         elif weight is not None:
-            parameter_of(module, key).detach().copy_(weight)
+            local(parameter_of(module, key)).copy_(weight)
     return True
 
 
 @torch.no_grad()
 def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
     """The parameter ``key`` as it was before the merge, or ``None`` if that cannot be had."""
-    weight, merged = parameter_of(module, key).detach(), record.weights[key]
+    weight, merged = local(parameter_of(module, key)), record.weights[key]
     if merged.shared is not None:
-        return merged.shared if checksum(merged.shared) == merged.original else None
+        return merged.shared if checksum(local(merged.shared)) == merged.original else None
     if checksum(weight) == merged.original:  # the base was loaded over the merge
         return weight.clone()
     adapters = record.adapters.by_weight()[key]
-    pairs = zip(adapters[0].part.matrices(weight), _factors(adapters, weight), merged.patches, strict=True)
+    pairs = zip(
+        adapters[0].part.matrices(weight), factors_of(adapters, parameter_of(module, key)), merged.patches, strict=True
+    )
     matrices = [exact.patched(exact.subtracted(matrix, factors), patch) for matrix, factors, patch in pairs]
     original = torch.stack(matrices).view(weight.shape)
     return original if checksum(original) == merged.original else None

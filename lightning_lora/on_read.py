@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,6 +17,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.experts import StackedSum
 from lightning_lora.layer import LoRALayer, parameter_of
 from lightning_lora.part import Part
+from lightning_lora.sharded import is_sharded
 
 
 class ReadAdapter(Adapter):
@@ -39,7 +41,11 @@ def reading(key: str) -> Any:
     """The property that stands before the parameter ``key``."""
 
     def read(module: OnRead) -> Any:
+        if key not in module._parameters:
+            raise AttributeError(key)
         weight: Any = parameter_of(module, key)
+        if not _is_here(weight):
+            return weight
         for adapter in module.lora.active():
             if adapter.part.key == key:
                 weight = adapter(weight)
@@ -49,6 +55,13 @@ def reading(key: str) -> Any:
         module._parameters[key] = value  # torch's own setattr registers a Parameter without coming here
 
     return property(read, write)
+
+
+def _is_here(weight: Tensor) -> bool:
+    """Whether its values are: FSDP asks for the attribute too, to replace it, where it is a part or freed memory."""
+    if torch.compiler.is_compiling():
+        return True
+    return weight.dim() > 1 and not is_sharded(weight) and bool(weight.untyped_storage().size())
 
 
 def readable_part(module: nn.Module, key: str) -> Part:

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.bits import same_bits
 from lightning_lora.record import record_of, records
+from lightning_lora.sharded import local
 
 
 def remember(model: nn.Module) -> None:
-    """Keep a copy, on the CPU, of everything that may move, as it is now; what was kept before stays as it was."""
+    """Keep a copy, on the CPU, of everything that may move, as it is now; what was kept before stays as it was.
+
+    Of what is sharded each rank keeps its own part.
+    """
     for _, module in names.named_modules(model):
         record = record_of(module)
         for key, tensor in _own(module).items():
             may_move = key in record.trained or key in module._buffers
             if may_move and not tensor.is_meta and key not in record.originals:
-                record.originals[key] = tensor.detach().to("cpu", copy=True)
+                record.originals[key] = local(tensor).to("cpu", copy=True)
 
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -31,7 +35,7 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             if key not in own or id(own[key]) in seen:
                 continue
             seen.add(id(own[key]))
-            if not same_bits(own[key].detach(), original.to(own[key].dtype)):
+            if not same_bits(local(own[key]), original.to(own[key].dtype)):
                 yield module, key, original
 
 
@@ -39,7 +43,7 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 def put_back(model: nn.Module) -> None:
     """Give the base its own values back."""
     for module, key, original in list(moved(model)):
-        _own(module)[key].copy_(original)
+        local(_own(module)[key]).copy_(original)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.sharded import region
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -75,6 +77,24 @@ class Part:
         """Two matrices, or stacks of them, whose product is ``B A`` with the rows of :func:`matrices`."""
         B = self.placed(B, self.whole(weight)[1])
         return (A.mT, B.mT) if self.transposed else (B, A)
+
+    def region(self, weight: Tensor) -> tuple[slice, slice, slice]:
+        """Which matrices of the whole ``weight`` this rank holds, which rows of them and which columns.
+
+        Raises:
+            ValueError: if it is sharded along a dimension of a convolution's kernel.
+        """
+        here, sizes = region(weight), weight.shape
+        experts, here, sizes = (here[0], here[1:], sizes[1:]) if self.stacked else (slice(0, 1), here, sizes)
+        rows, *rest = here
+        if len(rest) == 1:
+            return experts, rows, rest[0]
+        if any(part != slice(0, size) for part, size in zip(rest, sizes[1:], strict=True)):
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} is sharded along a dimension other than the first: LoRA "
+                "merges into rows. Leave out `shard_placement_fn` for it, or keep `merge=False`."
+            )
+        return experts, rows, slice(0, math.prod(sizes[1:]))
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """Contiguous copies of the matrices that ``weight`` holds, whatever its memory format."""

@@ -7,6 +7,8 @@ from collections import Counter
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.sharded import local
+
 
 def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
     """How many modules have each parameter, as an object or as memory."""
@@ -17,6 +19,6 @@ def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
 def memory_of(module: nn.Module, key: str) -> tuple[int, bool]:
     """What two parameters have in common only if one is the other, as an object or as memory."""
     parameter = module._parameters[key]
-    if parameter is None or parameter.is_meta or is_lazy(parameter) or not parameter.data_ptr():
+    if parameter is None or parameter.is_meta or is_lazy(parameter) or not local(parameter).data_ptr():
         return (id(parameter), False)
-    return (parameter.data_ptr(), True)
+    return (local(parameter).data_ptr(), True)

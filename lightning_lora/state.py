@@ -13,6 +13,7 @@ from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import adapted_layers, is_adapted
 from lightning_lora.originals import moved
 from lightning_lora.record import is_merged, merged_layers, records
+from lightning_lora.sharded import laid_out_as, local, reshard, whole
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -51,7 +52,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
-    return keep_adapter(model, whole_state(model)) | _merged_state(model)
+    return {key: whole(value) for key, value in keep_adapter(model, own_state(model)).items()} | _merged_state(model)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -69,14 +70,27 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of ``model`` under clean names, whatever a ``state_dict`` of the user's own would leave out."""
-    return {names.clean(key): value for key, value in nn.Module.state_dict(model).items()}
+def own_state(model: nn.Module) -> dict[str, Any]:
+    """What the state dict of ``model`` holds under the keys that it has now, each tensor as this rank has it.
+
+    It is asked of every module by itself: a ``state_dict`` of the user's own may leave something out, and FSDP1 gathers
+    all of a unit's parameters in its own.
+    """
+    reshard(model)
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+    return state
+
+
+def clean_state(model: nn.Module) -> dict[str, Any]:
+    """The same under the model's own names."""
+    return {names.clean(key): value for key, value in own_state(model).items()}
 
 
 def real_keys(model: nn.Module) -> dict[str, str]:
     """The keys that the state dict of ``model`` has now, whatever wraps its modules, by clean name."""
-    return {names.clean(key): key for key in nn.Module.state_dict(model)}
+    return {names.clean(key): key for key in own_state(model)}
 
 
 def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +145,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key that is missing, unknown or of another shape.
     """
-    own, frozen = whole_state(model), frozen_names(model)
+    own, frozen = clean_state(model), frozen_names(model)
     missing = [key for key in needed_names(model) if key not in state]
     unknown = [key for key in state if key not in own or key in frozen]
     if missing or unknown:
@@ -160,7 +174,7 @@ def _check_shape(key: str, value: Any, own: Tensor) -> None:
 def needed_names(model: nn.Module) -> list[str]:
     """The names that every adapter of ``model`` has: all that trains, and what is neither parameter nor buffer."""
     no_need = frozen_names(model) | buffer_names(model)
-    return [key for key in whole_state(model) if key not in no_need]
+    return [key for key in clean_state(model) if key not in no_need]
 
 
 def buffer_names(model: nn.Module) -> set[str]:
@@ -173,6 +187,12 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
     name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
-            module._buffers[key].copy_(original)  # type: ignore[union-attr]
-    real = real_keys(model)
-    nn.Module.load_state_dict(model, {real[key]: value for key, value in state.items()}, strict=False)
+            local(module._buffers[key]).copy_(original)  # type: ignore[arg-type]
+    own = clean_state(model)
+    laid_out = {key: laid_out_as(own[key], value) for key, value in state.items()}
+    errors: list[str] = []
+    for name, module in names.named_modules(model):
+        prefix, version = f"{name}." if name else "", {"version": module._version}
+        module._load_from_state_dict(laid_out, prefix, version, False, [], [], errors)
+    if errors:
+        raise RuntimeError("\n".join(errors))

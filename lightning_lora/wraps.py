@@ -38,12 +38,17 @@ def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap(stack: ExitStack, owner: object, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace ``owner.name`` until ``stack`` closes; an attribute that was on the instance before comes back.
+    """Replace the method ``owner.name`` until ``stack`` closes.
 
     Not by ``functools.wraps``: Lightning's ``is_overridden`` looks through it.
     """
+    put(stack, owner, name, Wrapped(getattr(owner, name), replacement))
+
+
+def put(stack: ExitStack, owner: object, name: str, value: object) -> None:
+    """Let ``owner.name`` be ``value`` until ``stack`` closes, then again what was on the instance before."""
     previous = owner.__dict__.get(name, _ABSENT)
-    object.__setattr__(owner, name, Wrapped(getattr(owner, name), replacement))
+    object.__setattr__(owner, name, value)
     stack.callback(_give_back, owner, name, previous)
 
 

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from models import Lit, data, net, trainer
 
 from lightning_lora import LoRACallback, lora_parameters
@@ -62,15 +63,24 @@ def test_merge_best_without_a_checkpoint():
     refused("`merge='best'` needs a checkpoint to take the best adapters from", LoRACallback(merge="best"))
 
 
-@pytest.mark.parametrize("parent", [FSDPStrategy, ModelParallelStrategy], ids=lambda c: c.__name__)
-def test_sharded_strategies(parent):
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "XLAFSDPStrategy"])
+def test_strategies_that_nobody_tried(name):
     strategy = SingleDeviceStrategy("cpu")
-    strategy.__class__ = type(parent.__name__, (SingleDeviceStrategy,), {})
+    strategy.__class__ = type(name, (SingleDeviceStrategy,), {})
     refused(
-        rf"LoRACallback does not support {parent.__name__} yet: use strategy='auto' or 'ddp'",
-        LoRACallback(),
-        strategy=strategy,
+        rf"LoRACallback does not support {name} yet: use strategy='auto' or 'ddp'", LoRACallback(), strategy=strategy
     )
+
+
+def test_flat_parameters_of_a_whole_unit():
+    strategy = SingleDeviceStrategy("cpu")
+    strategy.kwargs = {"use_orig_params": False}
+    refused("`use_orig_params=False` makes one parameter of all.*Leave it out", LoRACallback(), strategy=strategy)
+
+
+def test_a_precision_plugin_that_puts_other_layers_in_place():
+    plugin = type("TransformerEnginePrecision", (Precision,), {})()
+    refused("`TransformerEnginePrecision` puts layers of its own", LoRACallback(), plugins=plugin)
 
 
 def test_targets_that_match_nothing():
