@@ -10,6 +10,7 @@ Ring 0, the method: torch and the standard library.
     config               what the user asks for, validated
     patterns             how a pattern names modules
     names                module names as the user wrote them, whatever wraps the modules
+    quantized            weights in few bits: no matrix to read, a map to add to
     part                 which matrix of a layer a pair adapts: a parameter, some of its rows, a stack for experts
     initialization       where A starts
     op                   y + scale * B A x
@@ -57,6 +58,7 @@ Ring 0, the method: torch and the standard library.
 Ring 1, the world around it: one library each.
 
     random_state         the random generators of Python, NumPy and torch
+    zero                 DeepSpeed's ZeRO optimizers, read and written as torch's
     merged_file          a merged model as one safetensors file, written tensor by tensor
 
 Ring 2, Lightning.
@@ -68,7 +70,8 @@ Ring 2, Lightning.
     rates                lr_scale, through every scheduler
     checkpoints          files of a run
     liveness             adapters that do not run, or get no gradient
-    strategies           what each strategy needs: FSDP1, FSDP2
+    strategies           what each strategy needs: one device and DDP, FSDP1, FSDP2
+    deepspeed            the same for DeepSpeed
     files                between the module and its files
     run                  one run over a module
     callback             LoRACallback

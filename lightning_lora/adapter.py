@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.initialization import initial_A
 from lightning_lora.part import Part
+from lightning_lora.sharded import shape_of
 
 
 class Adapter(nn.Module):
@@ -101,10 +102,10 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and scale, for ``print(model)``."""
-        out_features, r = self.B.shape[-2:]
-        experts = f"{len(self.A)} x " if self.A.dim() == 3 else ""
+        (*stack, r, in_features), (*_, out_features, _) = shape_of(self.A), shape_of(self.B)
+        experts = f"{stack[0]} x " if stack else ""
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"{experts}{self.A.shape[-1]} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
+        return f"{experts}{in_features} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,

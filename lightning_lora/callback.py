@@ -12,9 +12,8 @@ from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files import export_merged, load_best
 from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
-from lightning_lora.merge import merge_lora
+from lightning_lora.merge import merge_lora, quantized_layers
 from lightning_lora.run import Run
-from lightning_lora.strategies import holds_merge
 
 
 class LoRACallback(CallbackBase):
@@ -162,11 +161,17 @@ class LoRACallback(CallbackBase):
         if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
             return
-        if not holds_merge(trainer.strategy):
+        if self._run is not None and not self._run.seams.holds_merge:
             path = export_merged(trainer)
             rank_zero_info(
                 f"Under {type(trainer.strategy).__name__} the module cannot hold merged weights: they are in {path}, "
                 "for `safetensors.torch.load_file`, and the module keeps its adapters."
+            )
+            return
+        if quantized_layers(pl_module):
+            rank_zero_info(
+                "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
+                "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
             )
             return
         lost = merge_lora(pl_module)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
 
-UNPROVEN = ("DeepSpeedStrategy", "XLAFSDPStrategy")
+UNPROVEN = ("XLAFSDPStrategy",)
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lightning_lora import checkpoints, random_state, strategies
+from lightning_lora import checkpoints, random_state
 from lightning_lora.compatibility import best_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, fingerprint
@@ -21,7 +21,9 @@ from lightning_lora.merge import merged_values
 from lightning_lora.merged_file import write_merged
 from lightning_lora.names import clean
 from lightning_lora.record import is_merged
+from lightning_lora.sharded import units
 from lightning_lora.state import clean_state, load_lora_state_dict, lora_state_dict
+from lightning_lora.strategies import Seams
 from lightning_lora.wraps import wrap
 
 
@@ -32,11 +34,12 @@ class Files:
         trainer: the Trainer.
         module: its LightningModule.
         config: what is adapted.
+        seams: of its strategy.
         adapt: adapts a module that is merged, or was built anew.
     """
 
-    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, adapt: Callable[[], None]) -> None:
-        self.trainer, self.module, self.config, self.adapt = trainer, module, config, adapt
+    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, seams: Seams, adapt: Callable[[], None]) -> None:
+        self.trainer, self.module, self.config, self.seams, self.adapt = trainer, module, config, seams, adapt
         self.strategy = trainer.strategy
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
@@ -45,7 +48,7 @@ class Files:
 
     def open(self, stack: ExitStack) -> None:
         """Stand between them until ``stack`` closes."""
-        strategies.prepare(stack, self.strategy)
+        self.seams.open(stack)
         wrap(stack, self.strategy, "save_checkpoint", self.save)
         wrap(stack, self.strategy, "load_checkpoint", self.load)
         stack.callback(self.module.register_load_state_dict_post_hook(checkpoints.AdapterOnly()).remove)
@@ -97,15 +100,14 @@ class Files:
         """Check the file before Lightning loads it."""
         if str(checkpoint_path) in self.plain_files:
             return dict(original(checkpoint_path, weights_only=weights_only))
-        parted = strategies.shards(self.strategy)
-        read = self.strategy.checkpoint_io.load_checkpoint if parted else original
+        read = self.strategy.checkpoint_io.load_checkpoint if self.seams.shards else original
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not is_adapted(self.module):
             self.adapt()
         checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.know_base())
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
-        if parted and self.trainer.state.fn == "fit":  # which loads after `on_fit_start`, and the optimizers by itself
-            strategies.load_optimizers(self.strategy.optimizers, checkpoint.get("optimizer_states"))
+        if self.seams.shards and self.trainer.state.fn == "fit":  # which loads after `on_fit_start`
+            self.seams.load_optimizers(checkpoint)
             self.restore_random_state()
         return checkpoints.fit_to(checkpoint, self.module)
 
@@ -143,7 +145,8 @@ def load_best(trainer: Any, module: Any) -> bool:
 
 def export_merged(trainer: Any) -> Path:
     """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it."""
-    module = trainer.strategy.model  # the outermost unit
+    outermost = trainer.strategy.model
+    module = outermost if units(outermost) else trainer.lightning_module
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
     values = merged_values(module)

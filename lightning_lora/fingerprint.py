@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.bits import checksum
 from lightning_lora.freeze import trained_parameters
-from lightning_lora.sharded import whole_parameters
+from lightning_lora.sharded import shape_of, whole_parameters
 
 Fingerprint = dict[str, list[int | None]]
 
@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def _sums(tensor: Tensor) -> list[int | None]:
     if tensor.is_meta or not tensor.is_floating_point():
-        return [None, None, None, *tensor.shape]
+        return [None, None, None, *shape_of(tensor)]
     sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
     exact = sums[tensor.dtype] if tensor.dtype in sums else checksum(tensor)
     return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]

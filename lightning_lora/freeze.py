@@ -44,7 +44,7 @@ def thaw(model: nn.Module) -> None:
         for key, flag in record.found.items():
             parameter = module._parameters.get(key)
             if parameter is not None:
-                parameter.requires_grad_(flag)
+                parameter.requires_grad_(flag and (parameter.is_floating_point() or parameter.is_complex()))
         record.found.clear()
     prune(model)
 

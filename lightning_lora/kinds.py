@@ -16,10 +16,11 @@ from lightning_lora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lightning_lora.embedding import LoRAEmbedding
 from lightning_lora.embedding_bag import LoRAEmbeddingBag
 from lightning_lora.layer import LoRALayer, parameter_of
-from lightning_lora.linear import LoRALinear
+from lightning_lora.linear import LoRALinear, LoRAQuantizedLinear
 from lightning_lora.on_read import OnRead, expert_keys, holds_experts, readable_part, reading
 from lightning_lora.on_weight import OnWeight
 from lightning_lora.part import Part
+from lightning_lora.quantized import is_quantizing
 from lightning_lora.recurrent import LoRACell, LoRARecurrent
 from lightning_lora.source import HANDLING, names_in
 from lightning_lora.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
@@ -118,6 +119,8 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
     kind = KINDS[root] if root in KINDS else transposed_kind(root)
     if vars(kind).get("lora_original_class") is original and root in KINDS:
         return kind
+    if kind is LoRALinear and is_quantizing(original):
+        return _derived(original, [LoRAQuantizedLinear, original])
     if issubclass(kind, OnWeight):
         return _derived(original, [kind, original])
     if original is root:
@@ -190,6 +193,8 @@ def refusal(module: nn.Module) -> str | None:
         return "has an attribute `lora` of its own, where the adapter would go"
     if "parametrizations" in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
+    if root_of(plain_class(module)) is nn.Linear and is_quantizing(plain_class(module)):
+        return None
     return _refused_weights(module, [part.key for part in parts_of(module)])
 
 

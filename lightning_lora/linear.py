@@ -1,4 +1,4 @@
-"""LoRA for ``nn.Linear`` and its sub-classes."""
+"""LoRA for ``nn.Linear`` and its sub-classes, quantized ones too."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
         y = frozen_linear(input, self.weight, self.bias)
+        for adapter in self.lora.active():
+            y = adapter(y, input)
+        return y
+
+
+class LoRAQuantizedLinear(LoRALayer, nn.Linear):
+    """Mixed into a linear layer that keeps its weight in few bits: A and B are in fp32 beside it."""
+
+    lora_original_class = nn.Linear
+    lora_adapter_class = LinearAdapter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The class's own map, then each adapter's term."""
+        y: Tensor = super().forward(input)
         for adapter in self.lora.active():
             y = adapter(y, input)
         return y

@@ -18,6 +18,7 @@ from lightning_lora.kinds import class_for
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.loading import accept_base, be_strict
 from lightning_lora.names import join, named_modules, named_parameters
+from lightning_lora.quantized import is_quantizing
 from lightning_lora.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.sharded import local, reshard, units, whole, whole_parameters
 
@@ -37,7 +38,8 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device) or are pieces (FSDP1).
+        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device) or are pieces (FSDP1)
+            or quantized.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -56,6 +58,11 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
                 raise ValueError(
                     f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
                 )
+    for name in quantized_layers(model):
+        raise ValueError(
+            f"`{name}` is quantized, and its few bits cannot hold the sum. Merge the adapter's file into the base in "
+            "full precision, and quantize that."
+        )
     if units(model):
         raise ValueError(
             "The model is in FSDP1 units, whose weights are pieces of flat ones and cannot take the sum. Merge on one "
@@ -73,6 +80,11 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         thaw(model)
         forget(model)
     return lost
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """The adapted layers of ``model`` that cannot take the sum."""
+    return [name for name, layer in adapted_layers(model) if is_quantizing(type(layer))]
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -179,7 +191,7 @@ def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
     dtype, device = torch.promote_types(weight.dtype, torch.float32), local(weight).device
     found: list[list[tuple[Tensor, Tensor]]] = []
     for adapter in adapters:
-        A, B = (whole(matrix.detach()).to(device, dtype) for matrix in (adapter.A, adapter.B))
+        A, B = (whole(matrix).detach().to(device, dtype) for matrix in (adapter.A, adapter.B))
         left, right = (
             side if side.dim() == 3 else side.unsqueeze(0)
             for side in adapter.part.factors(A, adapter.scale * B, weight)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.sharded import region
+from lightning_lora.sharded import region, shape_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Part:
 
     def whole(self, weight: Tensor) -> tuple[int, int]:
         """``(in_features, out_features)`` of the paper's W0 that ``weight`` holds in its layer's own shape."""
-        first, *rest = weight.shape[1:] if self.stacked else weight.shape
+        shape = shape_of(weight)
+        first, *rest = shape[1:] if self.stacked else shape
         return (first, math.prod(rest)) if self.transposed else (math.prod(rest), first)
 
     def features(self, weight: Tensor) -> tuple[int, int]:

@@ -10,10 +10,11 @@ import torch
 from lightning_utilities.core.overrides import is_overridden
 from torch import Tensor, nn
 
-from lightning_lora import strategies
 from lightning_lora.apply import check_same, drop_adapters, inject
 from lightning_lora.bits import same_bits
+from lightning_lora.compatibility import is_a
 from lightning_lora.config import LoRAConfig
+from lightning_lora.deepspeed import DeepSpeed
 from lightning_lora.files import Files
 from lightning_lora.freeze import freeze, is_frozen, thaw
 from lightning_lora.layer import is_adapted, resting
@@ -26,9 +27,16 @@ from lightning_lora.rates import scale_rates
 from lightning_lora.record import Record, all_records, config_of, is_merged, place_again
 from lightning_lora.sharded import local
 from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
+from lightning_lora.strategies import FSDP1, FSDP2, Seams
 from lightning_lora.summary import describe
 from lightning_lora.targets import find_targets
 from lightning_lora.wraps import wrap
+
+SEAMS: dict[str, type[Seams]] = {
+    "FSDPStrategy": FSDP1,
+    "ModelParallelStrategy": FSDP2,
+    "DeepSpeedStrategy": DeepSpeed,
+}
 
 
 class Run:
@@ -44,7 +52,9 @@ class Run:
     def __init__(self, trainer: Any, module: Any, config: LoRAConfig, stage: str) -> None:
         self.trainer, self.module, self.config, self.stage = trainer, module, config, stage
         self.strategy = trainer.strategy
-        self.files = Files(trainer, module, config, self.adapt_merged)
+        seams = next((SEAMS[name] for name in SEAMS if is_a(trainer.strategy, name)), Seams)
+        self.seams = seams(trainer.strategy, module)
+        self.files = Files(trainer, module, config, self.seams, self.adapt_merged)
         self.ended = self.abandoned = False
         self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
         self.found_frozen = is_frozen(module)
@@ -61,6 +71,12 @@ class Run:
         if not self.found_merged or self.stage == "fit":
             self.adapt()
 
+    def convert(self) -> None:
+        """Let a plug-in that puts quantized layers in place do so before those are adapted: it drops adapters."""
+        plugin = self.trainer.precision_plugin
+        if is_a(plugin, "BitsandbytesPrecision") and config_of(self.module) is None:
+            plugin.convert_module(self.module)
+
     def adapt(self) -> None:
         """Adapt what exists, and wrap what is called between here and the end."""
         self.unmerge()
@@ -69,6 +85,8 @@ class Run:
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
         # What exists is adapted now, so that callbacks which copy the module in their `setup` see the adapters.
         late = "configure_model" if overrides(self.module, "configure_model") else "setup"
+        if late == "setup" and any(isinstance(module, nn.Linear) for module in self.module.modules()):
+            self.convert()
         if late == "setup":
             inject(self.module, find_targets(self.module, self.config), self.config)
         wrap(self.stack, self.module, late, self.complete)
@@ -83,9 +101,9 @@ class Run:
         """The user's hook, after which the model is whole: adapt what it made, and say what is adapted."""
         result = original(*args, **kwargs)
         self.inject()
-        if self.stage == "fit" or strategies.shards(self.strategy):
+        if self.stage == "fit" or self.seams.shards:
             self.files.know_base()  # while it is as the user built it
-        strategies.settle(self.stack, self.strategy, self.module)
+        self.seams.settle(self.stack)
         if self.stage == "fit":
             rank_zero_info(describe(self.module))
         return result
@@ -98,10 +116,12 @@ class Run:
     def inject(self) -> None:
         """Adapt all that the configuration means, or raise."""
         if config_of(self.module) is None:
-            strategies.check_unwrapped(self.module)
+            self.seams.check_bare()
+        self.convert()
         targets = find_targets(self.module, self.config)
         targets.check()
-        inject(self.module, targets, self.config)
+        with self.seams.injecting():
+            inject(self.module, targets, self.config)
         remember(self.module)
         self.records = all_records(self.module)
 
@@ -122,13 +142,15 @@ class Run:
             return result
         optimizers, schedulers, _ = _configure_optimizers(result)
         restrict(optimizers, self.module)
-        strategies.join_ranks(self.stack, self.strategy, self.module, optimizers)
+        self.seams.join(self.stack, optimizers, schedulers)
         if self.config.lr_scale != 1:
             scale_rates(optimizers, schedulers, self.config.lr_scale, self.module)
         return result
 
     def watch(self, optimizers: list[Any]) -> None:
         """Check from here on that the adapters are alive."""
+        if not self.seams.watches_gradients:
+            return
         if self.liveness is not None:  # a tuner has run before
             self.liveness.close()
         self.liveness = Liveness(self.module)

@@ -1,12 +1,14 @@
 """Parameters of which each rank holds a part: the part that is here, the whole, and the units that gather it.
 
-FSDP2 keeps them as ``DTensor``, FSDP1 as pieces of one flat parameter for each unit.
+FSDP2 keeps them as ``DTensor``, FSDP1 as pieces of one flat parameter for each unit, DeepSpeed's ZeRO 3 as empty
+tensors with their part in an attribute.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,14 +28,34 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
 
 
+def is_partitioned(tensor: object) -> bool:
+    """Whether ``tensor`` is a parameter of ZeRO 3 that is not gathered now."""
+    status = getattr(tensor, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of ``tensor``, in the same memory and without a gradient."""
+    if is_partitioned(tensor):
+        return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of ``tensor``; every rank must call it."""
+    if is_partitioned(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensors: Iterable[Tensor], write: bool = False) -> AbstractContextManager[None]:
+    """While it lasts, those of ``tensors`` that ZeRO 3 has partitioned are whole, to be read, or written alike."""
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    if not partitioned:
+        return nullcontext()
+    zero = sys.modules["deepspeed"].zero
+    return zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
 
 
 def laid_out_as(own: Tensor, value: Tensor) -> Tensor:
@@ -50,6 +72,12 @@ def laid_out_as(own: Tensor, value: Tensor) -> Tensor:
         shape=own.shape,
         stride=own.stride(),
     )
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of all of ``tensor``: partitioned by ZeRO 3, or packed into four bits, it has another of its own."""
+    packed = getattr(getattr(tensor, "quant_state", None), "shape", None)
+    return getattr(tensor, "ds_shape", None) or packed or tensor.shape
 
 
 def region(tensor: Tensor) -> tuple[slice, ...]:
@@ -93,7 +121,7 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((name_of.pop(id(p)), p.detach()) for p in _own_parameters(unit) if id(p) in name_of)
     for name, parameter in names.named_parameters(model):
         if id(parameter) in name_of:
-            yield name, whole(parameter.detach())
+            yield name, whole(parameter).detach()
 
 
 def _own_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:

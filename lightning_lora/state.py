@@ -12,8 +12,9 @@ from lightning_lora import names
 from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import adapted_layers, is_adapted
 from lightning_lora.originals import moved
+from lightning_lora.quantized import is_quantizing
 from lightning_lora.record import is_merged, merged_layers, records
-from lightning_lora.sharded import laid_out_as, local, reshard, whole
+from lightning_lora.sharded import gathered, laid_out_as, local, reshard, shape_of, whole
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -52,7 +53,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
-    return {key: whole(value) for key, value in keep_adapter(model, own_state(model)).items()} | _merged_state(model)
+    own = keep_adapter(model, own_state(model))
+    return {key: given(value) for key, value in own.items()} | _merged_state(model)
+
+
+def given(value: Any) -> Any:
+    """``value`` as it is given away: whole, and without a gradient."""
+    return whole(value).detach() if isinstance(value, Tensor) else value
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -79,8 +86,16 @@ def own_state(model: nn.Module) -> dict[str, Any]:
     reshard(model)
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        module._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+        _save_own(module, state, f"{name}." if name else "")
     return state
+
+
+def _save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    # What a quantized layer writes beside its weight belongs to the base.
+    save = nn.Module._save_to_state_dict if is_quantizing(type(module)) else type(module)._save_to_state_dict
+    save(module, state, prefix, True)
+    if prefix and type(module).state_dict is not nn.Module.state_dict:  # metrics add their own
+        module.state_dict(destination=state, prefix=prefix, keep_vars=True)
 
 
 def clean_state(model: nn.Module) -> dict[str, Any]:
@@ -162,11 +177,11 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _check_shape(key: str, value: Any, own: Tensor) -> None:
     shape = tuple(value.shape) if isinstance(value, Tensor) else None
-    if shape != tuple(own.shape):
+    if shape != tuple(shape_of(own)):
         what = f"has shape {shape}" if shape is not None else f"is a {type(value).__name__}"
         cause = "`r`" if key.endswith((".A", ".B")) else "the size of the model"
         raise ValueError(
-            f"The adapter does not fit the model: `{key}` {what}, but the model needs {tuple(own.shape)}. "
+            f"The adapter does not fit the model: `{key}` {what}, but the model needs {tuple(shape_of(own))}. "
             f"Was {cause} the same when it was made?"
         )
 
@@ -188,11 +203,15 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
             local(module._buffers[key]).copy_(original)  # type: ignore[arg-type]
-    own = clean_state(model)
-    laid_out = {key: laid_out_as(own[key], value) for key, value in state.items()}
+    reshard(model)
     errors: list[str] = []
     for name, module in names.named_modules(model):
-        prefix, version = f"{name}." if name else "", {"version": module._version}
-        module._load_from_state_dict(laid_out, prefix, version, False, [], [], errors)
+        own: dict[str, Any] = {}
+        _save_own(module, own, prefix := f"{name}." if name else "")
+        found = {key: laid_out_as(value, state[key]) for key, value in own.items() if key in state}
+        if found:
+            version = {"version": module._version}
+            with gathered((own[key] for key in found), write=True):
+                module._load_from_state_dict(found, prefix, version, False, [], [], errors)
     if errors:
         raise RuntimeError("\n".join(errors))

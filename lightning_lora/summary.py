@@ -11,6 +11,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.freeze import trained_parameters
 from lightning_lora.layer import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.roles import roles_in
+from lightning_lora.sharded import shape_of
 from lightning_lora.state import lora_parameters
 from lightning_lora.table import Row, beside, bytes_text, row_of, table
 
@@ -35,15 +36,17 @@ def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
 
 def _also_trained(model: nn.Module) -> list[str]:
     own = {id(parameter) for _, parameter in lora_parameters(model)}
-    return beside({name: p.numel() for name, p in trained_parameters(model) if id(p) not in own}, "and trains in full")
+    return beside(
+        {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in own}, "and trains in full"
+    )
 
 
 def _totals(model: nn.Module) -> str:
     trained = dict(trained_parameters(model))
     adapters = {id(parameter) for _, parameter in lora_parameters(model)}
-    base = sum(p.numel() for _, p in names.named_parameters(model) if id(p) not in adapters)
-    size = sum(parameter.numel() for parameter in trained.values())
-    nbytes = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
+    base = sum(shape_of(p).numel() for _, p in names.named_parameters(model) if id(p) not in adapters)
+    size = sum(shape_of(parameter).numel() for parameter in trained.values())
+    nbytes = sum(shape_of(p).numel() * p.element_size() for p in trained.values())
     return (
         f"{size:,} trainable parameters, {size / base:.2%} of the base's {base:,}; {bytes_text(nbytes)} in a checkpoint"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import traceback
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from models import Block, BuiltInConfigureModel, Lit, checkpoints, data, net, trainer
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -122,6 +123,27 @@ class LeftOut(Sharded):
             self.shard(self.net, ignored_params=ignored)
 
 
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """Lightning refuses its own class on a CPU; DeepSpeed does not."""
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+
+def deepspeed(stage: int) -> DeepSpeedStrategy:
+    strategy = CPUDeepSpeed(stage=stage, process_group_backend="gloo")
+    strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is partitioned
+    return strategy
+
+
 def fsdp1() -> FSDPStrategy:
     return CPUFSDP(auto_wrap_policy={Block})
 
@@ -143,6 +165,13 @@ RUNS = {
     "fsdp2-apply-before": (Before, fsdp2),
     "fsdp2-left-out": (LeftOut, fsdp2),
 }
+if importlib.util.find_spec("deepspeed"):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    RUNS |= {
+        "deepspeed-2": (Dropping, lambda: deepspeed(2)),
+        "deepspeed-3": (Dropping, lambda: deepspeed(3)),
+        "deepspeed-3-configure-model": (Lazy, lambda: deepspeed(3)),
+    }
 
 
 class Attention(nn.Module):
@@ -287,6 +316,9 @@ class Spy(Callback):
 
 
 def whole(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):
+        with sys.modules["deepspeed"].zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -333,6 +365,10 @@ def shapes() -> dict:
         "meta": {"fsdp1": Meta, "fsdp2": Unloaded},
     }
     made = {"ddp": lambda: "ddp", "fsdp1": lambda: CPUFSDP(auto_wrap_policy={Block, Kinds, nn.TransformerEncoderLayer})}
+    if importlib.util.find_spec("deepspeed"):
+        made |= {"deepspeed-2": lambda: deepspeed(2), "deepspeed-3": lambda: deepspeed(3)}
+        for case in ("encoder", "kinds", "bf16-true"):
+            cases[case] |= dict.fromkeys(("deepspeed-2", "deepspeed-3"), cases[case]["ddp"])
     found: dict = {}
     for case, makes in cases.items():
         for name, make in makes.items():

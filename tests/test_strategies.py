@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,8 +18,12 @@ from lightning_lora import LoRACallback
 HERE = Path(__file__).parent
 DDP = ["ddp", "ddp-static-graph", "ddp-bucket-view", "ddp-find-unused"]
 SHARDED = ["fsdp1", "fsdp1-configure-model", "fsdp2", "fsdp2-meta", "fsdp2-apply-before", "fsdp2-left-out"]
-PLAIN = [name for name in DDP + SHARDED if not name.startswith("fsdp1")]
 SHAPES = [(case, name) for case in ("encoder", "kinds", "manual", "bf16-true") for name in ("fsdp1", "fsdp2")]
+if importlib.util.find_spec("deepspeed"):
+    SHARDED += ["deepspeed-2", "deepspeed-3", "deepspeed-3-configure-model"]
+    SHAPES += [(case, f"deepspeed-{stage}") for case in ("encoder", "kinds", "bf16-true") for stage in (2, 3)]
+IN_FILE = [name for name in SHARDED if name.startswith(("fsdp1", "deepspeed-3"))]
+IN_PLACE = [name for name in DDP + SHARDED if name not in IN_FILE]
 ADAPTERS = 16
 pytestmark = pytest.mark.slow
 
@@ -66,7 +71,8 @@ def test_a_file_holds_adapters_and_what_trains_beside_them_in_the_one_form(ran, 
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
 def test_every_strategy_trains_to_the_same_adapters(ran, name):
-    exact = 0 if name != "fsdp2-left-out" else 1e-6  # a linear layer sharded by itself takes another product
+    other_product = name == "fsdp2-left-out" or name.startswith("deepspeed-3")
+    exact = 1e-6 if other_product else 0
     assert largest_difference(weights(ran, name, "four"), weights(ran, "ddp", "four")) <= exact
 
 
@@ -93,10 +99,9 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(ran, name):
 def test_a_save_gathers_nothing_of_the_base(ran, name):
     traffic = ran[1][0][name]["traffic"]
     gathered = sum(count for kind, count in traffic.items() if "gather" in kind)
-    own = (
-        0 if not name.startswith("fsdp2") else 2 + ADAPTERS * ran[1][0][name]["parted"]
-    )  # of the trained head, sharded
-    assert gathered == own
+    head = 2 * name.startswith(("fsdp2", "deepspeed-3"))  # trained and sharded
+    adapters = ADAPTERS * (ran[1][0][name]["parted"] or name.startswith("deepspeed-3"))
+    assert gathered == head + adapters
     assert not any("reduce" in kind for kind in traffic)
 
 
@@ -122,7 +127,7 @@ def test_a_file_of_any_strategy_loads_on_one_device(ran, name):
     assert alone[0]["test_loss"] == pytest.approx(noted["best"][0]["test_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_the_merge_is_the_sum_and_leaves_the_plain_model(ran, name):
     noted = ran[1][0][name]
     assert noted["keys"] == [key for key, _ in Lit().named_parameters()]
@@ -130,7 +135,7 @@ def test_the_merge_is_the_sum_and_leaves_the_plain_model(ran, name):
     torch.testing.assert_close(noted["merged"].detach(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fsdp1", "fsdp1-configure-model"])
+@pytest.mark.parametrize("name", IN_FILE)
 def test_where_the_module_cannot_hold_the_merge_it_is_written_into_a_file(ran, name):
     merged = load_file(ran[0] / name / "merged.safetensors")
     expected = written_out(ran[0] / name / "last.ckpt")
@@ -157,7 +162,8 @@ def written_out(path: Path) -> dict:
 def test_other_layers_precisions_and_loops_train_alike(ran, case, name):
     sharded, plain = ran[1][0]["shapes"][case, name], ran[1][0]["shapes"][case, "ddp"]
     assert largest_difference(sharded["start"], plain["start"]) == 0
-    assert largest_difference(sharded["end"], plain["end"]) < 1e-6
+    noise = 0.02 if name == "deepspeed-3" else 1e-6  # its own product: where all is noise, Adam makes last bits large
+    assert largest_difference(sharded["end"], plain["end"]) < noise
     assert float(sharded["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
     assert largest_difference(plain["end"], plain["start"]) > 1e-3
     assert {value.dtype for value in sharded["end"].values()} == {torch.float32}
