@@ -49,6 +49,7 @@ Ring 0, the method: torch and the standard library.
     bits                 tensors compared by their bits
     exact                adding delta so that it can be taken away bit for bit
     merge                merge and unmerge
+    merged_values        what a merged model would hold
     state                what belongs in a file
     fingerprint          which base an adapter belongs to
     table                rows of adapted matrices as text

@@ -12,7 +12,7 @@ from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files import export_merged, load_best
 from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
-from lightning_lora.merge import merge_lora, quantized_layers
+from lightning_lora.merge import merge_lora, quantized_layers, unwritable
 from lightning_lora.run import Run
 
 
@@ -161,11 +161,12 @@ class LoRACallback(CallbackBase):
         if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
             return
-        if self._run is not None and not self._run.seams.holds_merge:
-            path = export_merged(trainer)
+        where = unwritable(pl_module)
+        if where is not None and self._run is not None:
+            path = export_merged(trainer, self._run.files.know_base())
             rank_zero_info(
-                f"Under {type(trainer.strategy).__name__} the module cannot hold merged weights: they are in {path}, "
-                "for `safetensors.torch.load_file`, and the module keeps its adapters."
+                f"{where} The merged weights are in {path}, for `safetensors.torch.load_file`, and the module keeps "
+                "its adapters."
             )
             return
         if quantized_layers(pl_module):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_utilities.core.overrides import is_overridden
+from torch import nn
+
 from lightning_lora.config import LoRAConfig
 from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
 
 UNPROVEN = ("XLAFSDPStrategy",)
+SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -36,6 +40,10 @@ def _check_strategy(trainer: Any) -> None:
     if is_a(trainer.strategy, *UNPROVEN):
         raise MisconfigurationException(
             f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
+        )
+    if getattr(getattr(trainer.strategy, "sharding_strategy", None), "name", "") == "NO_SHARD":
+        raise MisconfigurationException(
+            "`sharding_strategy='NO_SHARD'` keeps every weight whole on every rank, as strategy='ddp' does: use that."
         )
     if getattr(trainer.strategy, "kwargs", {}).get("use_orig_params") is False:
         raise MisconfigurationException(
@@ -74,6 +82,7 @@ def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
                 f"callbacks=[LoRACallback(...), {name}(...)]."
             )
     for other in trainer.callbacks:
+        _check_averaging(trainer, other)
         if is_a(other, "BaseFinetuning"):
             raise MisconfigurationException(
                 f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
@@ -84,6 +93,19 @@ def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
                 f"LearningRateFinder sets the rate it finds in every group, where `lr_scale={config.lr_scale}` has no "
                 "effect in this run. Leave lr_scale at 1 while the finder runs."
             )
+
+
+def _check_averaging(trainer: Any, other: Any) -> None:
+    name, strategy = type(other).__name__, type(trainer.strategy).__name__
+    if is_a(other, *AVERAGING) and is_a(trainer.strategy, *SHARDING):
+        raise MisconfigurationException(
+            f"{name} copies the whole module, which {strategy} takes to pieces. Leave it out, or use strategy='ddp'."
+        )
+    if is_a(other, "StochasticWeightAveraging") and overrides(trainer.lightning_module, "configure_model"):
+        raise MisconfigurationException(
+            f"{name} copies the module in its `setup`, before `configure_model` has made what is adapted. Make the "
+            "model in `__init__`, or use WeightAveraging."
+        )
 
 
 def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
@@ -107,3 +129,9 @@ def best_checkpoints(trainer: Any) -> Any | None:
 def is_spawned(trainer: Any) -> bool:
     """Whether this is a process of a launcher that starts workers from the running one, as ``ddp_spawn`` does."""
     return is_a(trainer.strategy.launcher, "_MultiProcessingLauncher", "_XLALauncher")
+
+
+def overrides(module: nn.Module, method: str) -> bool:
+    """Whether the user's module has a ``method`` of its own."""
+    parent = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    return bool(is_overridden(method, module, parent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.layer import is_adapted
 from lightning_lora.lightnings import rank_zero_warn
-from lightning_lora.merge import merged_values
 from lightning_lora.merged_file import write_merged
+from lightning_lora.merged_values import merged_values
 from lightning_lora.names import clean
 from lightning_lora.record import is_merged
 from lightning_lora.sharded import units
@@ -143,8 +143,13 @@ def load_best(trainer: Any, module: Any) -> bool:
     return True
 
 
-def export_merged(trainer: Any) -> Path:
-    """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it."""
+def export_merged(trainer: Any, needed: Iterable[str]) -> Path:
+    """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it.
+
+    Args:
+        trainer: the Trainer.
+        needed: names of parameters that must be in it.
+    """
     outermost = trainer.strategy.model
     module = outermost if units(outermost) else trainer.lightning_module
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
@@ -152,7 +157,7 @@ def export_merged(trainer: Any) -> Path:
     values = merged_values(module)
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(path, clean_state(module), values)
+        write_merged(path, clean_state(module), values, needed)
     else:
         deque(values, maxlen=0)
     trainer.strategy.barrier()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from lightning_lora.freeze import freeze, thaw
 from lightning_lora.kinds import class_for
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.loading import accept_base, be_strict
-from lightning_lora.names import join, named_modules, named_parameters
+from lightning_lora.names import join
 from lightning_lora.quantized import is_quantizing
 from lightning_lora.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
-from lightning_lora.sharded import local, reshard, units, whole, whole_parameters
+from lightning_lora.sharded import is_piece, is_sharded, local, reshard, whole
 
 
 def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
@@ -63,11 +62,11 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
             f"`{name}` is quantized, and its few bits cannot hold the sum. Merge the adapter's file into the base in "
             "full precision, and quantize that."
         )
-    if units(model):
+    where = unwritable(model)
+    if where is not None:
         raise ValueError(
-            "The model is in FSDP1 units, whose weights are pieces of flat ones and cannot take the sum. Merge on one "
-            "device, into the base and from the adapter's file; LoRACallback writes the merged weights at the end of a "
-            "run under FSDPStrategy."
+            f"{where} Merge on one device, into the base and from the adapter's file; LoRACallback writes the merged "
+            "weights into one at the end of its run."
         )
     _tell_of_shared(layers)
     lost = _merge_all(layers)
@@ -85,6 +84,18 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
 def quantized_layers(model: nn.Module) -> list[str]:
     """The adapted layers of ``model`` that cannot take the sum."""
     return [name for name, layer in adapted_layers(model) if is_quantizing(type(layer))]
+
+
+def unwritable(model: nn.Module) -> str | None:
+    """Why the weights of ``model`` cannot take the sum where they are, though a file could; ``None`` where they can."""
+    for name, layer in adapted_layers(model):
+        for key in layer.lora.by_weight():
+            weight = parameter_of(layer, key)
+            if is_piece(weight):
+                return f"`{join(name, key)}` is in pieces, which FSDP1 or ZeRO 3 made of it, and cannot take the sum."
+            if is_sharded(weight) and key in record_of(layer).shared:
+                return f"`{join(name, key)}` is tied and sharded: FSDP2 would tie it again after it took the sum."
+    return None
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -172,7 +183,7 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     weight, matrices_of = local(parameter_of(layer, key)), adapters[0].part.matrices
     before, originals, factors = checksum(weight), matrices_of(weight), factors_of(adapters, parameter_of(layer, key))
     sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
-    merged = torch.stack([part.merged for part in sums]).view(weight.shape)
+    merged = _together([part.merged for part in sums], weight)
     record = MergedWeight(_patches(originals, sums), checksum(merged), before)
     weight.copy_(merged)  # the last step that an error could come before
     if layer.lora_settle():
@@ -180,6 +191,11 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
             part.nearly = exact.subtracted(matrix, pairs)
         record.patches, record.checksum = _patches(originals, sums), checksum(weight)
     return record, sums
+
+
+def _together(matrices: list[Tensor], weight: Tensor) -> Tensor:
+    """The matrices as one tensor like ``weight``; of a stack of experts this rank may hold none."""
+    return torch.stack(matrices).view(weight.shape) if matrices else weight.clone()
 
 
 def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch]:
@@ -199,34 +215,6 @@ def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
         experts, rows, columns = adapter.part.region(weight)
         found.append([(one[rows], other[:, columns]) for one, other in zip(left[experts], right[experts], strict=True)])
     return [list(pairs) for pairs in zip(*found, strict=True)]
-
-
-@torch.no_grad()
-def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the state dict of the merged model holds, one tensor at a time; nothing in ``model`` is changed.
-
-    For weights that are gathered for a moment and put nowhere. Every rank must go through all of it.
-    """
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in named_modules(model):
-        for key, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((join(name, key), module, key))
-    of_name = {name: holders[id(parameter)] for name, parameter in named_parameters(model)}
-    for first, value in whole_parameters(model):
-        for name, module, key in of_name[first]:
-            if not isinstance(module, Adapter):
-                yield name, _sum(value, module.lora.by_weight().get(key, []) if isinstance(module, LoRALayer) else [])
-    for name, module in named_modules(model):
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield join(name, key), buffer
-
-
-def _sum(value: Tensor, adapters: list[Adapter]) -> Tensor:
-    if not adapters:
-        return value
-    pairs = zip(adapters[0].part.matrices(value), factors_of(adapters, value), strict=True)
-    return torch.stack([exact.added(matrix, factors).merged for matrix, factors in pairs]).view(value.shape)
 
 
 def _unmerge(module: nn.Module, record: Merged) -> bool:
@@ -268,7 +256,7 @@ def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
         adapters[0].part.matrices(weight), factors_of(adapters, parameter_of(module, key)), merged.patches, strict=True
     )
     matrices = [exact.patched(exact.subtracted(matrix, factors), patch) for matrix, factors, patch in pairs]
-    original = torch.stack(matrices).view(weight.shape)
+    original = _together(matrices, weight)
     return original if checksum(original) == merged.original else None
 
 

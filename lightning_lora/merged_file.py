@@ -30,29 +30,39 @@ DTYPES = {
 ENTRY = 256  # bytes of the header that one tensor needs beside its name, at most
 
 
-def write_merged(path: Path, names: Iterable[str], values: Iterable[tuple[str, Tensor]]) -> None:
+def write_merged(path: Path, names: Iterable[str], values: Iterable[tuple[str, Tensor]], needed: Iterable[str]) -> None:
     """Write ``values`` into a safetensors file at ``path``, each as it comes; the file appears when it is whole.
 
     Args:
         path: where.
         names: of the tensors, or more.
         values: names and tensors, none of them kept.
+        needed: names without which the file is of no use.
+
+    Raises:
+        RuntimeError: naming the first of those that ``values`` did not give.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     room = sum(len(json.dumps(name)) + ENTRY for name in names) // 8 * 8 + 8
     header: dict[str, dict[str, object]] = {}
-    with part.open("wb") as file:
-        file.seek(8 + room)
-        for name, value in values:
-            start = file.tell() - 8 - room
-            # A copy, as FSDP1 frees the memory that it gathered, which numpy would hold on to.
-            data = value.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(data.data)
-            header[name] = {
-                "dtype": DTYPES[value.dtype],
-                "shape": list(value.shape),
-                "data_offsets": [start, start + data.nbytes],
-            }
-        file.seek(0)
-        file.write(room.to_bytes(8, "little") + json.dumps(header).encode().ljust(room))
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.seek(8 + room)
+            for name, value in values:
+                start = file.tell() - 8 - room
+                # A copy, as FSDP1 frees the memory that it gathered, which numpy would hold on to.
+                data = value.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy()
+                file.write(data.data)
+                header[name] = {
+                    "dtype": DTYPES[value.dtype],
+                    "shape": list(value.shape),
+                    "data_offsets": [start, start + data.nbytes],
+                }
+            missing = [name for name in needed if name not in header]
+            if missing:
+                raise RuntimeError(f"`{missing[0]}` could not be gathered, so the merged weights were not written.")
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + json.dumps(header).encode().ljust(room))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer, parameter_of
+from lightning_lora.sharded import units
 
 _ONE_AT_A_TIME = RLock()  # another thread would take the sums for the weights
 PRECISE = (torch.float32, torch.float64)
@@ -75,13 +76,13 @@ def acts(module: nn.Module) -> bool:
 def may_sum(module: nn.Module, x: Tensor) -> bool:
     """Whether sums serve for ``module`` now: nothing asks for gradients, no adapter drops, rounding loses no delta.
 
-    Torch's own code then runs as it will after a merge, its fast paths included; nested tensors have no other. ZeRO 3
-    looks for its own parameters in every layer that is called, so that nothing may stand in their place.
+    Torch's own code then runs as it will after a merge, its fast paths included; nested tensors have no other. Where
+    layers inside are gathered one by one, by ZeRO 3 or as FSDP1 units, their weights are not there to be summed.
     """
     if torch.is_grad_enabled():
         return False
     adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active()]
-    if any(hasattr(adapter.A, "ds_id") for adapter in adapters):
+    if any(hasattr(adapter.A, "ds_id") for adapter in adapters) or units(module):
         return False
     drops = any(adapter.training and adapter.dropout for adapter in adapters)
     return x.is_nested or (x.dtype in PRECISE and not drops and not torch.is_autocast_enabled(x.device.type))

@@ -18,7 +18,8 @@ class Replicas:
     """Averages the gradients of ``parameters`` over the ranks at the end of every backward, until it is closed.
 
     An average of averages is itself, so gradients may accumulate over several backwards, all or only the last of them
-    averaged. A parameter without a gradient on any rank keeps none.
+    averaged. A parameter without a gradient on any rank keeps none. Every rank has to come to the end of the same
+    backwards: where one of them may have no gradient for any of ``parameters``, :meth:`queue` is to be called as well.
 
     Args:
         parameters: the same on every rank, in the same order.
@@ -27,8 +28,8 @@ class Replicas:
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: Any = None) -> None:
         self.parameters, self.group = list(parameters), group
-        self.paused = self.queued = False
-        self.handles = [p.register_post_accumulate_grad_hook(self._queue) for p in self.parameters]  # type: ignore[no-untyped-call]
+        self.paused, self.queued_in = False, -1
+        self.handles = [p.register_post_accumulate_grad_hook(self.queue) for p in self.parameters]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def align(self) -> None:
@@ -50,16 +51,16 @@ class Replicas:
         finally:
             self.paused = False
 
-    def _queue(self, parameter: Tensor) -> None:
-        """At a gradient: average when this backward has ended, as FSDP ends its own."""
-        if not self.queued and not self.paused:
-            self.queued = True
+    def queue(self, gradient: Tensor) -> None:
+        """At any gradient: average when this backward has ended, as FSDP ends its own."""
+        backward = torch._C._current_graph_task_id()  # one that failed never came to its end
+        if backward != self.queued_in and not self.paused:
+            self.queued_in = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.average)
 
     @torch.no_grad()
     def average(self) -> None:
         """Average now; every rank must call it."""
-        self.queued = False
         if not self.parameters:
             return
         absent = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]

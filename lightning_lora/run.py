@@ -7,12 +7,11 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from lightning_utilities.core.overrides import is_overridden
 from torch import Tensor, nn
 
 from lightning_lora.apply import check_same, drop_adapters, inject
 from lightning_lora.bits import same_bits
-from lightning_lora.compatibility import is_a
+from lightning_lora.compatibility import is_a, overrides
 from lightning_lora.config import LoRAConfig
 from lightning_lora.deepspeed import DeepSpeed
 from lightning_lora.files import Files
@@ -79,6 +78,7 @@ class Run:
 
     def adapt(self) -> None:
         """Adapt what exists, and wrap what is called between here and the end."""
+        self.seams.check(self.found_bare)
         self.unmerge()
         self.files.take_module(self.stack)
         wrap(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
@@ -115,8 +115,7 @@ class Run:
 
     def inject(self) -> None:
         """Adapt all that the configuration means, or raise."""
-        if config_of(self.module) is None:
-            self.seams.check_bare()
+        self.seams.check(self.found_bare)
         self.convert()
         targets = find_targets(self.module, self.config)
         targets.check()
@@ -203,9 +202,3 @@ class Run:
 def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
     """The average of two equal numbers is that number."""
     return torch.where(averaged == current, averaged, average(averaged, current, count))
-
-
-def overrides(module: nn.Module, method: str) -> bool:
-    """Whether the user's module has a ``method`` of its own."""
-    parent = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
-    return bool(is_overridden(method, module, parent))

@@ -34,6 +34,11 @@ def is_partitioned(tensor: object) -> bool:
     return status is not None and status.name != "AVAILABLE"
 
 
+def is_piece(tensor: object) -> bool:
+    """Whether ``tensor`` is a parameter that FSDP1 or ZeRO 3 has taken to pieces, which no rank can write."""
+    return hasattr(tensor, "ds_id") or bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of ``tensor``, in the same memory and without a gradient."""
     if is_partitioned(tensor):
@@ -145,3 +150,11 @@ def clip_by_norm(parameters: Iterable[Tensor], limit: float) -> None:
         factor = (limit / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)  # as torch's
         for gradient in gradients:
             local(gradient).mul_(factor.to(gradient.device))
+
+
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[Tensor], limit: float) -> None:
+    """Bring every element of their gradients between ``-limit`` and ``limit``."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).clamp_(-limit, limit)

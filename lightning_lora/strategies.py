@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from lightning_lora import names
-from lightning_lora.freeze import trained_parameters
+from lightning_lora.freeze import adapter_parameters, trained_parameters
 from lightning_lora.layer import adapted_layers, parameter_of
 from lightning_lora.lightnings import MisconfigurationException
 from lightning_lora.replicas import Replicas
-from lightning_lora.sharded import clip_by_norm, is_sharded, laid_out_as, units, whole
+from lightning_lora.sharded import clip_by_norm, clip_by_value, is_piece, is_sharded, laid_out_as, units, whole
 from lightning_lora.wraps import put, wrap
 
 
@@ -30,7 +31,6 @@ class Seams:
     """
 
     shards = False  # loads after it has set the model up, optimizers and all
-    holds_merge = True
     watches_gradients = True
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
@@ -39,8 +39,8 @@ class Seams:
     def open(self, stack: ExitStack) -> None:
         """Before anything: until ``stack`` closes the strategy reads and writes one file."""
 
-    def check_bare(self) -> None:
-        """Raise if the module, which has no adapters yet, is laid out so that it cannot get any."""
+    def check(self, bare: bool) -> None:
+        """Raise if the module, ``bare`` or adapted, is laid out so that adapters cannot act in it."""
 
     def injecting(self) -> AbstractContextManager[None]:
         """Where adapters are made."""
@@ -64,21 +64,44 @@ class Sharded(Seams):
 
     shards = True
 
+    def __init__(self, strategy: Any, module: nn.Module) -> None:
+        super().__init__(strategy, module)
+        self.stepped_singly: list[dict[str, Any]] = []
+
     def open(self, stack: ExitStack) -> None:
-        """One file; and gradients are clipped by norm, which Lightning refuses for FSDP1 and torch for a mixture."""
+        """One file; and gradients are clipped, which Lightning refuses for FSDP1 by norm, and torch for a mixture."""
         plugin = self.strategy.precision_plugin
-        wrap(stack, self.strategy, "optimizer_state", _optimizer_state)
-        wrap(stack, plugin, "clip_grad_by_norm", _clip(plugin))
+        wrap(stack, self.strategy, "optimizer_state", self.optimizer_state)
+        wrap(stack, plugin, "clip_grad_by_norm", _clip(plugin, clip_by_norm))
+        wrap(stack, plugin, "clip_grad_by_value", _clip(plugin, clip_by_value))
 
     def join(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """From here on average the gradients of what is whole on every rank."""
         _check_groups(optimizers)
+        self.step_singly(optimizers)
         if distributed.get_world_size() == 1:
             return
         replicas = Replicas([p for _, p in trained_parameters(self.module) if not is_sharded(p)])
         replicas.align()
         stack.callback(replicas.close)
         wrap(stack, self.strategy, "block_backward_sync", lambda original: replicas.pause())
+        wrap(stack, self.strategy, "pre_backward", _queueing(replicas))
+
+    def step_singly(self, optimizers: list[Any]) -> None:
+        """Keep torch from stepping at once on a mixture, as it does on CUDA where nothing is said."""
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.stepped_singly = [group for group in groups if "foreach" in group and _mixes(group)]
+        for group in self.stepped_singly:
+            group["foreach"] = False
+
+    def optimizer_state(self, original: Any, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state as torch writes it, whole and on the CPU; every rank must call it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state = optimizer.state_dict()
+        for written, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            if any(group is other for other in self.stepped_singly):
+                written["foreach"] = None
+        return {**state, "state": _mapped(state["state"], lambda value: whole(value).cpu())}
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Of sharded parameters every rank takes its part.
@@ -91,35 +114,47 @@ class Sharded(Seams):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             laid_out = {key: _laid_out(value, parameters[key]) for key, value in state["state"].items()}
             optimizer.load_state_dict({**state, "state": laid_out})
+        self.step_singly(optimizers)
 
 
 class FSDP1(Sharded):
     """``FSDPStrategy``: it makes pieces of one flat parameter of all in a unit but those that it is told to ignore."""
-
-    holds_merge = False
 
     def open(self, stack: ExitStack) -> None:
         """One file, not a directory."""
         put(stack, self.strategy, "_state_dict_type", "full")
         super().open(stack)
 
-    def check_bare(self) -> None:
-        """Raise if the user has wrapped it already.
+    def check(self, bare: bool) -> None:
+        """Raise if it was wrapped before adapters could come, or its outermost unit is gone.
 
         Raises:
-            MisconfigurationException: saying how to wrap it instead.
+            MisconfigurationException: saying what to do instead.
         """
-        if units(self.module):
+        name, inside = type(self.module).__name__, {id(p) for unit in units(self.module) for p in unit.parameters()}
+        adapters = adapter_parameters(self.module)
+        pieces = {id(parameter) for parameter in self.module.parameters() if is_piece(parameter)}
+        if pieces - inside:
             raise MisconfigurationException(
-                f"{type(self.module).__name__} is wrapped in FullyShardedDataParallel already, in its "
-                "`configure_model`, and adapters can only come before that. Leave the wrapping to the strategy: "
-                "FSDPStrategy(auto_wrap_policy={YourBlock})."
+                f"{name} was set up for FSDPStrategy by an earlier run, and Lightning cannot do so twice where "
+                "parameters are outside of all wrapped blocks. Make a fresh module and give it `ckpt_path`."
+            )
+        if pieces & adapters.keys() or (bare and pieces):
+            raise MisconfigurationException(
+                f"{name} is wrapped in FullyShardedDataParallel already, by an earlier run or in its "
+                "`configure_model`, and adapters can only come before that. Make a fresh module, and leave the "
+                "wrapping to the strategy: FSDPStrategy(auto_wrap_policy={YourBlock})."
             )
 
     def settle(self, stack: ExitStack) -> None:
-        """Let it ignore what trains, which it then neither shards nor moves nor materializes."""
+        """Let it ignore what trains, which it then neither shards nor moves nor materializes, nor casts.
+
+        Raises:
+            MisconfigurationException: if something of the base trains that it should have cast.
+        """
         if units(self.module):  # by an earlier run
             return
+        self._check_casts()
         device, kwargs = self.strategy.root_device, self.strategy.kwargs
         _materialize(self.module, device)
         ours = [parameter for _, parameter in trained_parameters(self.module)]
@@ -129,6 +164,15 @@ class FSDP1(Sharded):
         ignored = [p for one in theirs for p in (one.parameters() if isinstance(one, nn.Module) else [one])]
         rest = {key: value for key, value in kwargs.items() if key != "ignored_modules"}
         put(stack, self.strategy, "kwargs", {**rest, "ignored_states": [*ignored, *ours]})
+
+    def _check_casts(self) -> None:
+        own, adapters = self.strategy.mixed_precision, adapter_parameters(self.module)
+        beside = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
+        if own is not None and own.param_dtype not in (None, torch.float32) and beside:
+            raise MisconfigurationException(
+                f"`{beside[0]}` trains beside the adapters and stays out of FSDP's units, so `mixed_precision` of the "
+                "strategy would not cast it. Use precision='bf16-mixed' instead, or leave out `also_train` and `bias`."
+            )
 
 
 class FSDP2(Sharded):
@@ -176,10 +220,21 @@ def states_in(checkpoint: Mapping[str, Any], count: int) -> list[Any]:
     return states
 
 
-def _clip(plugin: Any) -> Callable[..., None]:
+def _queueing(replicas: Replicas) -> Callable[..., Any]:
+    """Every backward of Lightning's averages, on ranks too that have no gradient for anything whole."""
+
+    def watch(original: Any, loss: Tensor) -> Any:
+        if loss.requires_grad:
+            loss.register_hook(replicas.queue)  # type: ignore[no-untyped-call]
+        return original(loss)
+
+    return watch
+
+
+def _clip(plugin: Any, clip_by: Callable[[Any, float], None]) -> Callable[..., None]:
     def clip(original: Any, optimizer: Any, clip_val: float) -> None:
         if clip_val > 0:
-            clip_by_norm(plugin.main_params(optimizer), clip_val)
+            clip_by(plugin.main_params(optimizer), clip_val)
 
     return clip
 
@@ -194,9 +249,8 @@ def _materialize(module: nn.Module, device: Any) -> None:
 
 def _check_groups(optimizers: list[Any]) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        kinds = {is_sharded(parameter) for parameter in group["params"]}
         chosen = next((key for key in ("fused", "foreach") if group.get(key)), None)
-        if len(kinds) == 2 and chosen is not None:
+        if chosen is not None and _mixes(group):
             raise MisconfigurationException(
                 f"`{chosen}=True` cannot step on sharded parameters and whole ones in one group, and adapters are "
                 "whole on every rank. Leave it out, or keep what `also_train` names out of `fully_shard` by its "
@@ -204,10 +258,9 @@ def _check_groups(optimizers: list[Any]) -> None:
             )
 
 
-def _optimizer_state(original: Any, optimizer: Any) -> dict[str, Any]:
-    """The optimizer's state as torch writes it, whole and on the CPU; every rank must call it."""
-    state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-    return {**state, "state": _mapped(state["state"], lambda value: whole(value).cpu())}
+def _mixes(group: Mapping[str, Any]) -> bool:
+    """Whether a group of an optimizer has sharded parameters and whole ones."""
+    return len({is_sharded(parameter) for parameter in group["params"]}) == 2
 
 
 def _laid_out(state: Mapping[str, Any], parameter: Tensor) -> Any:

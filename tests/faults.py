@@ -183,7 +183,7 @@ def unfinished(*folders: Path) -> list[Path]:
 def is_torn(path: Path) -> bool:
     try:
         load(path)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return True
     return False
 

@@ -20,6 +20,8 @@ from two_processes import all_equal, end
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters
 
+GPUS = torch.cuda.device_count() > 1  # then all of it runs there, through NCCL
+DEVICES = {"accelerator": "gpu" if GPUS else "cpu", "devices": 2}
 CONFIG = {"r": 4, "dropout": 0.1, "also_train": ["head"]}
 
 
@@ -85,7 +87,7 @@ class ShardedMeta(Sharded):
             with torch.device("meta"):
                 self.net = self.build()
             self.shard(self.net)
-            self.net.to_empty(device="cpu")
+            self.net.to_empty(device=self.trainer.strategy.root_device)
             values = net().state_dict()
             for key, parameter in self.net.named_parameters():
                 full = values[key]
@@ -139,13 +141,13 @@ class CPUDeepSpeed(DeepSpeedStrategy):
 
 
 def deepspeed(stage: int) -> DeepSpeedStrategy:
-    strategy = CPUDeepSpeed(stage=stage, process_group_backend="gloo")
+    strategy = DeepSpeedStrategy(stage=stage) if GPUS else CPUDeepSpeed(stage=stage, process_group_backend="gloo")
     strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or nothing here is partitioned
     return strategy
 
 
-def fsdp1() -> FSDPStrategy:
-    return CPUFSDP(auto_wrap_policy={Block})
+def fsdp1(*blocks: type) -> FSDPStrategy:
+    return (FSDPStrategy if GPUS else CPUFSDP)(auto_wrap_policy={Block, *blocks})
 
 
 def fsdp2() -> ModelParallelStrategy:
@@ -166,7 +168,7 @@ RUNS = {
     "fsdp2-left-out": (LeftOut, fsdp2),
 }
 if importlib.util.find_spec("deepspeed"):
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cuda" if GPUS else "cpu"
     RUNS |= {
         "deepspeed-2": (Dropping, lambda: deepspeed(2)),
         "deepspeed-3": (Dropping, lambda: deepspeed(3)),
@@ -312,7 +314,7 @@ class Spy(Callback):
         self.seen["state dtypes"] = {value.dtype for state in states for value in state.values()}
 
     def adapters(self, module):
-        return {name: whole(parameter).clone() for name, parameter in lora_parameters(module)}
+        return {name: whole(parameter).cpu().clone() for name, parameter in lora_parameters(module)}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ def fit(name: str, folder: Path, epochs: int = 2, ckpt: object = None, more: tup
     torch.manual_seed(distributed.get_rank() if distributed.is_initialized() else 0)
     files = checkpoints(folder)
     callbacks = (LoRACallback(**CONFIG, merge=kwargs.pop("merge", False)), files, *more)
-    settings = {"devices": 2, "strategy": strategy(), "max_epochs": epochs, "default_root_dir": str(folder)}
+    settings = {**DEVICES, "strategy": strategy(), "max_epochs": epochs, "default_root_dir": str(folder)}
     runner, module = trainer(*callbacks, **settings, **kwargs), make()
     runner.fit(module, data(), data(1), ckpt_path=ckpt)
     return runner, module, files
@@ -343,13 +345,14 @@ def train(name: str, folder: Path) -> dict:
     result["left behind"] = [key for owner in owners for key, value in vars(owner).items() if is_wrapped(value)]
     result["wrapped"], result["ignored"] = watch.wrapped, "ignored_states" in getattr(runner.strategy, "kwargs", {})
     result["keys"] = [key.replace("_fsdp_wrapped_module.", "") for key, _ in module.named_parameters()]
-    merged = [whole(parameter).flatten() for parameter in module.parameters()] if "fsdp1" not in name else []
-    result["merged"] = torch.cat(merged) if merged else None
-    result["equal"] = all_equal(result["merged"]) if merged else True
+    in_place = not name.startswith(("fsdp1", "deepspeed-3"))
+    merged = [whole(parameter).flatten().to(runner.strategy.root_device) for parameter in module.parameters()]
+    result["equal"] = all_equal(torch.cat(merged)) if in_place else True
+    result["merged"] = torch.cat(merged).cpu() if in_place else None
     result["best"] = runner.test(module, data(2), ckpt_path="best", verbose=False)
     callback = LoRACallback(**CONFIG)
     make, strategy = RUNS[name]
-    again = trainer(callback, devices=2, strategy=strategy())
+    again = trainer(callback, **DEVICES, strategy=strategy())
     result["fresh"] = again.test(make(), data(2), ckpt_path=best, verbose=False)
     result["state dtypes"] = watch.state_dtypes
     return result
@@ -364,7 +367,7 @@ def shapes() -> dict:
         "bf16-true": {"ddp": Lazy, "fsdp1": Lazy, "fsdp2": Sharded},
         "meta": {"fsdp1": Meta, "fsdp2": Unloaded},
     }
-    made = {"ddp": lambda: "ddp", "fsdp1": lambda: CPUFSDP(auto_wrap_policy={Block, Kinds, nn.TransformerEncoderLayer})}
+    made = {"ddp": lambda: "ddp", "fsdp1": lambda: fsdp1(Kinds, nn.TransformerEncoderLayer)}
     if importlib.util.find_spec("deepspeed"):
         made |= {"deepspeed-2": lambda: deepspeed(2), "deepspeed-3": lambda: deepspeed(3)}
         for case in ("encoder", "kinds", "bf16-true"):
@@ -375,8 +378,8 @@ def shapes() -> dict:
             torch.manual_seed(0)
             also_train = None if case == "bf16-true" else ["head"]  # a sharded head's gradient is rounded otherwise
             spy, lora = Spy(), LoRACallback(r=4, targets=TARGETS.get(case, "attn"), also_train=also_train, merge=False)
-            settings = {"strategy": made.get(name, fsdp2)(), "precision": case if "bf16" in case else None}
-            trainer(lora, spy, devices=2, max_epochs=1, **settings).fit(make(), data(), data(1))
+            settings = {**DEVICES, "strategy": made.get(name, fsdp2)(), "precision": case if "bf16" in case else None}
+            trainer(lora, spy, max_epochs=1, **settings).fit(make(), data(), data(1))
             found[case, name] = spy.seen
     return found
 

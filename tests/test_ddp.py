@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from models import Lit, checkpoints, data, net, trainer
+from scripts import run_script
 
 from lightning_lora import LoRACallback
 
-HERE = Path(__file__).parent
-
 
 def two_processes(case: str, folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "two_processes.py"), case, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = run_script("two_processes.py", case, folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -55,7 +55,3 @@ def test_the_configuration_is_given_back(found):
     assert one.strategy.config == {"bf16": {"enabled": False}}
     stack.close()
     assert one.strategy.config == ({} if found is None else {"bf16": found})
-
-
-def test_the_merge_is_held_where_nothing_is_partitioned():
-    assert seams(stage=2).holds_merge and not seams(stage=3).holds_merge

@@ -1,0 +1,158 @@
+"""Where sharding goes wrong in silence: tied weights, ranks without gradients or experts, a backward that failed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from models import net
+from safetensors.torch import load_file
+from scripts import run_script
+from sharded_edges import Mixture, Tied, plain
+from torch import nn
+
+from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.layer import adapted_layers
+from lightning_lora.merged_file import write_merged
+from lightning_lora.strategies import FSDP1, FSDP2, Sharded, states_in
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edges")
+    done = run_script("sharded_edges.py", folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder, torch.load(folder / "results-0.pt", weights_only=False)
+
+
+def added(saved: dict, base: dict, *layers: str) -> dict:
+    """`W + B @ A` for each of `layers`."""
+    pairs = {layer: (saved[f"{layer}.lora.default.A"], saved[f"{layer}.lora.default.B"]) for layer in layers}
+    return {f"{layer}.weight": base[f"{layer}.weight"] + B @ A for layer, (A, B) in pairs.items()}
+
+
+@pytest.mark.slow
+def test_a_tied_and_sharded_weight_is_merged_into_a_file(ran):
+    found, folder = ran[1]["tied"], ran[0] / "tied"
+    assert found["own"] == found["best"] and found["adapters"] == 6
+    assert found["own"][0]["test_loss"] == pytest.approx(found["ddp"][0]["test_loss"], rel=1e-6)
+    merged, saved = load_file(folder / "merged.safetensors"), torch.load(folder / "last.ckpt", weights_only=True)
+    base = plain(Tied).state_dict()
+    for key, value in added(saved["state_dict"], base, "net.first", "net.second", "net.layers.0.q").items():
+        torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
+    assert merged.keys() == base.keys() and torch.equal(merged["net.out.weight"], base["net.out.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one_rank", "clipped_by_value"])
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_it_trains_as_under_ddp(ran, case, name):
+    ends = ran[1][case]
+    assert all(torch.equal(ends[name][key], value) for key, value in ends["ddp"].items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_no_expert_merges_none(ran):
+    saved = torch.load(ran[0] / "experts" / "last.ckpt", weights_only=True)["state_dict"]
+    base = plain(Mixture).state_dict()
+    pair = "net.experts.lora.default.weight"
+    expected = base["net.experts.weight"] + saved[f"{pair}.B"] @ saved[f"{pair}.A"]
+    torch.testing.assert_close(ran[1]["experts"]["net.experts.weight"].detach(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_stay_equal_after_a_backward_that_failed(ran):
+    assert ran[1]["failed_backward"] == {"equal": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (
+            "fit and test",
+            "Lightning cannot do so twice where parameters are outside of all wrapped blocks. Make a fresh",
+        ),
+        ("by hand", "is wrapped in FullyShardedDataParallel already, by an earlier run or in its `configure_model`"),
+        ("validate and fit", "Leave the wrapping to the strategy: FSDPStrategy(auto_wrap_policy={YourBlock})"),
+    ],
+)
+def test_what_fsdp1_cannot_take(ran, case, words):
+    assert words.lower() in ran[1]["refused"][case].lower()
+
+
+def adapted() -> nn.Module:
+    model = net()
+    apply_lora(model, LoRAConfig(r=2, targets=["q"], also_train=["head"]))
+    return model
+
+
+def test_tensor_parallel_layers_are_refused_by_name():
+    model = adapted()
+    for _, layer in adapted_layers(model):
+        layer.weight.device_mesh = SimpleNamespace(mesh_dim_names=("data_parallel", "tensor_parallel"))
+    with pytest.raises(MisconfigurationException, match=r"`layers.0.q.weight` is split by tensor parallelism"):
+        FSDP2(None, model).settle(ExitStack())
+
+
+def test_a_cast_that_would_pass_by_what_trains():
+    half = SimpleNamespace(param_dtype=torch.bfloat16)
+    strategy = SimpleNamespace(mixed_precision=half, kwargs={}, root_device=torch.device("cpu"))
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` trains beside the adapters and stays out of"):
+        FSDP1(strategy, adapted()).settle(ExitStack())
+
+
+@pytest.mark.parametrize("name", ["ignored_modules", "ignored_states"])
+def test_what_the_user_lets_fsdp1_ignore_stays_ignored(name):
+    model = adapted()
+    theirs = [model.layers[0].mlp] if name == "ignored_modules" else iter(model.layers[0].mlp.parameters())
+    strategy = SimpleNamespace(mixed_precision=None, kwargs={name: theirs}, root_device=torch.device("cpu"))
+    stack = ExitStack()
+    FSDP1(strategy, model).settle(stack)
+    ignored = {id(parameter) for parameter in strategy.kwargs["ignored_states"]}
+    assert ignored == {id(p) for p in model.parameters() if p.requires_grad} | {
+        id(p) for p in model.layers[0].mlp.parameters()
+    }
+    assert "ignored_modules" not in strategy.kwargs
+    stack.close()
+    assert strategy.kwargs[name] is theirs
+
+
+def test_a_file_without_the_state_of_the_optimizers_or_with_that_of_others():
+    with pytest.raises(ValueError, match=r"was saved with weights only.*`save_weights_only=False`"):
+        states_in({}, 1)
+    with pytest.raises(ValueError, match="holds the state of 2 optimizers, but the module has 1: resume with"):
+        states_in({"optimizer_states": [{}, {}]}, 1)
+
+
+@pytest.mark.parametrize("choice", ["fused", "foreach"])
+def test_a_step_that_cannot_take_both_kinds(monkeypatch, choice):
+    model = adapted()
+    monkeypatch.setattr("lightning_lora.strategies.is_sharded", lambda p: p is model.head.weight)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **{choice: True})
+    with pytest.raises(MisconfigurationException, match=f"`{choice}=True` cannot step on sharded parameters and whole"):
+        Sharded(None, model).join(ExitStack(), [optimizer], [])
+
+
+def test_a_mixture_is_not_stepped_on_at_once_and_no_file_says_so(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr("lightning_lora.strategies.is_sharded", lambda p: p is model.head.weight)
+    rest = [parameter for name, parameter in model.named_parameters() if name.endswith(".A")]
+    optimizer = torch.optim.AdamW([{"params": [*rest, model.head.weight]}, {"params": [model.head.bias]}])
+    seams = Sharded(None, model)
+    seams.step_singly([optimizer])
+    assert [group["foreach"] for group in optimizer.param_groups] == [False, None]
+    assert [group["foreach"] for group in seams.optimizer_state(None, optimizer)["param_groups"]] == [None, None]
+
+
+def test_a_merged_file_is_whole_or_not_there(tmp_path):
+    path, values = tmp_path / "m.safetensors", {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
+    write_merged(path, values, iter(values.items()), values)
+    read = load_file(path)
+    assert all(torch.equal(read[name], value) for name, value in values.items())
+    with pytest.raises(RuntimeError, match="`b` could not be gathered, so the merged weights were not written"):
+        write_merged(tmp_path / "other", values, iter([("a", values["a"])]), values)
+    assert list(tmp_path.iterdir()) == [path]
