@@ -8,6 +8,7 @@ is written down as not run.
     python examples/benchmarks/strategies.py --devices 1 2 --out strategies   # and writes it to strategies_<date>.md
     python examples/benchmarks/strategies.py --devices 1 2 --tiny             # a few thousand parameters, anywhere
     python examples/benchmarks/strategies.py --devices 2 --only fsdp2 ddp     # those whose names hold one of these
+    python examples/benchmarks/strategies.py --devices 2 --profile profiles   # and where each case spends a step
 
 Each case is a process of its own for each device. A step is measured over windows of ten steps after a warm-up, the
 median of them is shown; a save is one file with the state of the optimizer, and its host memory is what all processes
@@ -69,6 +70,7 @@ CASES = {
 }
 WARM, WINDOW, WINDOWS = 10, 10, 4
 STEPS = WARM + WINDOW * WINDOWS
+PROFILED = range(3, 6)  # steps, before anything is timed
 TIMEOUT = 120  # seconds for a case
 
 
@@ -119,10 +121,14 @@ def synchronize() -> None:
 class Clock(Callback):
     """Times windows of steps, then a save and a load."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.windows, self.found = folder, [], {}
+    def __init__(self, folder: Path, profile: Path | None) -> None:
+        self.folder, self.profile, self.windows, self.found = folder, profile, [], {}
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if self.profile is not None and index == PROFILED.start:
+            synchronize()
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
         if index >= WARM and (index - WARM) % WINDOW == 0:
             synchronize()
             self.start = time.perf_counter()
@@ -130,6 +136,10 @@ class Clock(Callback):
                 torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        if self.profile is not None and index == PROFILED.stop - 1:
+            synchronize()
+            self.profiler.stop()
+            self.profile.write_text(spent(self.profiler.key_averages()))
         if index >= WARM and (index - WARM) % WINDOW == WINDOW - 1:
             synchronize()
             self.windows.append((time.perf_counter() - self.start) / WINDOW * 1000)
@@ -146,6 +156,13 @@ class Clock(Callback):
         self.found["losses"] = [round(float(loss), 4) for loss in torch.stack(module.losses).tolist()]
         adapters = [parameter.detach().flatten() for _, parameter in lora_parameters(module)]
         self.found["equal"] = all_equal(torch.cat(adapters)) if adapters and "deepspeed" not in module.kind else None
+
+
+def spent(averages: Any) -> str:
+    """Where the profiled steps spend the device's time, and where the processor's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    orders = dict.fromkeys((f"self_{device}_time_total", "self_cpu_time_total"))
+    return "\n".join(averages.table(sort_by=order, row_limit=25, max_name_column_width=60) for order in orders)
 
 
 def files(path: Path) -> list[Path]:
@@ -215,11 +232,12 @@ def strategy(kind: str) -> Any:
     return kind
 
 
-def run_case(case: str, devices: int, tiny: bool, out: Path) -> None:
+def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | None) -> None:
     """One case, in a process of its own for each device; rank zero writes what it found."""
     os.environ["STRATEGIES_DEVICES"] = str(devices)
     kind, method = case.split()
-    clock = Clock(out.parent / case.replace(" ", "-"))
+    name = f"{case.replace(' ', '-')}-{devices}-{os.environ.get('LOCAL_RANK', 0)}.txt"
+    clock = Clock(out.parent / case.replace(" ", "-"), None if profiles is None else profiles / name)
     lora = [LoRACallback(r=16, targets="all", merge=False)] if method == "lora" else []
     trainer = Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -244,7 +262,7 @@ def run_case(case: str, devices: int, tiny: bool, out: Path) -> None:
     os._exit(0)  # every rank has what it needs; process groups can hang at the end
 
 
-def measure(case: str, devices: int, tiny: bool) -> dict[str, Any]:
+def measure(case: str, devices: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The case in other processes, and what it found, or why it did not run."""
     kind = case.split()[0]
     if kind.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
@@ -254,10 +272,10 @@ def measure(case: str, devices: int, tiny: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--case", case, "--devices", str(devices), "--found", str(out)]
+        command += ["--tiny"] * arguments.tiny
+        command += [] if arguments.profile is None else ["--profile", str(arguments.profile)]
         try:
-            done = subprocess.run(
-                command + ["--tiny"] * tiny, capture_output=True, text=True, timeout=TIMEOUT, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
             return {"failed": f"did not end in {TIMEOUT} s"}
         print(f"{case} on {devices}: {done.returncode}", file=sys.stderr, flush=True)
@@ -308,11 +326,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose names hold one of these")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--out", help="where to write the table, without the date and .md")
+    parser.add_argument("--profile", type=Path, help="a folder for what each rank spends three steps on")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        return run_case(arguments.case, arguments.devices[0], arguments.tiny, arguments.found)
+        return run_case(arguments.case, arguments.devices[0], arguments.tiny, arguments.found, arguments.profile)
+    if arguments.profile is not None:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     results: dict[tuple[int, str], dict[str, Any]] = {}
     out = Path(f"{arguments.out}_{datetime.date.today()}.md") if arguments.out else None
     lines = [f"{versions()}, {datetime.date.today()}", ""]
@@ -323,7 +344,7 @@ def main() -> None:
     for devices in arguments.devices:
         for case in CASES[min(devices, 2)]:
             if any(part in case for part in arguments.only):
-                found = results[devices, case] = measure(case, devices, arguments.tiny)
+                found = results[devices, case] = measure(case, devices, arguments)
                 alone = results.get((1, f"auto {case.split()[1]}"), {}).get("ms")
                 lines.append(row(case, devices, found, alone))
                 print(lines[-1], flush=True)
