@@ -55,6 +55,9 @@ class Seams:
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Give the optimizers the state in a file, where the strategy shards."""
 
+    def merged(self) -> None:
+        """When the adapters are in the weights and no parameters any more."""
+
 
 class Sharded(Seams):
     """FSDP of either generation.
@@ -198,6 +201,10 @@ class FSDP2(Sharded):
                         "in. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), or leave the "
                         "layer out with `exclude`."
                     )
+
+    def merged(self) -> None:
+        """Let go of the optimizers: torch would look for their parameters in the module at the next save."""
+        self.strategy.optimizers = []
 
 
 def states_in(checkpoint: Mapping[str, Any], count: int) -> list[Any]:

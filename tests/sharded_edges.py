@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from models import Block, Lit, checkpoints, data, trainer
-from strategy_runs import CPUFSDP, DEVICES, Sharded, Spy, fsdp1, fsdp2, whole
+from strategy_runs import CPUFSDP, DEVICES, Sharded, Spy, fsdp1, fsdp2, is_wrapped, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from two_processes import all_equal, end
@@ -206,7 +206,53 @@ def refused(folder: Path) -> dict:
     return words
 
 
-CASES = (tied, one_rank, experts, failed_backward, clipped_by_value, refused)
+def wrong_files(folder: Path) -> dict:
+    """Files of other arguments and on another base, refused on every rank."""
+    lora, words = {"targets": ["q", "v"], "merge": False}, {}
+    fit(sharded(Failing), fsdp2(), folder=folder, lora=lora)
+    for name, make, strategy in (("fsdp1", plain, fsdp1), ("fsdp2", sharded, fsdp2)):
+        for case, r, change in (("rank", 8, 0.0), ("base", 4, 0.5)):
+            module = make(lambda change=change: shifted(Failing(), change))
+            runner = trainer(LoRACallback(r=r, **lora), **DEVICES, strategy=strategy(), max_epochs=2)
+            try:
+                runner.fit(module, data(), ckpt_path=folder / "last.ckpt")
+            except ValueError as error:
+                words[name, case] = str(error)
+    return words
+
+
+def shifted(module: nn.Module, change: float) -> nn.Module:
+    with torch.no_grad():
+        module.head.weight += change
+    return module
+
+
+def failed_run(folder: Path) -> dict:
+    """An error on every rank: nothing is left behind, and the same module fits again."""
+    found = {}
+
+    def training_step(self: Lit, batch: list[Tensor], index: int) -> Tensor:
+        if index == 2 and self.fails:
+            raise RuntimeError("planned failure")
+        return self.loss(batch)
+
+    module, strategy = sharded(Failing, training_step=training_step, fails=True), fsdp2()
+    try:
+        fit(module, strategy, folder=folder, lora={"targets": ["q", "v"]})
+    except RuntimeError as error:
+        found["error"] = str(error)
+    owners = (strategy, strategy.precision_plugin, module)
+    found["left"] = [key for owner in owners for key, value in vars(owner).items() if is_wrapped(value)]
+    found["directories"] = strategy._save_distributed_checkpoint
+    module.fails = False
+    again = fsdp2()
+    again._save_distributed_checkpoint = False
+    runner = fit(module, again, folder=folder / "again", lora={"targets": ["q", "v"]})
+    runner.save_checkpoint(folder / "merged.ckpt")
+    return found
+
+
+CASES = (wrong_files, failed_run, tied, one_rank, experts, failed_backward, clipped_by_value, refused)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from models import Lit, data, net, trainer
+from models import BuiltInConfigureModel, Lit, data, net, trainer
 
 from lightning_lora import LoRACallback, lora_parameters
 
@@ -68,6 +68,31 @@ def test_a_strategy_that_nobody_tried():
     strategy.__class__ = type("XLAFSDPStrategy", (SingleDeviceStrategy,), {})
     words = r"LoRACallback does not support XLAFSDPStrategy yet: use strategy='auto' or 'ddp'"
     refused(words, LoRACallback(), strategy=strategy)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, StochasticWeightAveraging])
+def test_averages_of_a_module_in_pieces(name, averaging):
+    strategy = SingleDeviceStrategy("cpu")
+    strategy.__class__ = type(name, (SingleDeviceStrategy,), {})
+    other = averaging(swa_lrs=1e-3) if averaging is StochasticWeightAveraging else averaging()
+    words = rf"{averaging.__name__} copies the whole module, which {name} takes to pieces.*strategy='ddp'"
+    refused(words, LoRACallback(), other, strategy=strategy)
+
+
+def test_swa_of_a_module_that_is_not_made_yet():
+    with pytest.raises(
+        MisconfigurationException, match=r"StochasticWeightAveraging copies the module in its `setup`, be"
+    ):
+        trainer(LoRACallback(), StochasticWeightAveraging(swa_lrs=1e-3)).fit(BuiltInConfigureModel(), data())
+
+
+def test_sharding_that_shards_nothing():
+    strategy = SingleDeviceStrategy("cpu")
+    strategy.sharding_strategy = type("ShardingStrategy", (), {"name": "NO_SHARD"})
+    refused(
+        "`sharding_strategy='NO_SHARD'` keeps every weight whole.*strategy='ddp'", LoRACallback(), strategy=strategy
+    )
 
 
 def test_flat_parameters_of_a_whole_unit():

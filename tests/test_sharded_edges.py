@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from models import net
 from safetensors.torch import load_file
 from scripts import run_script
-from sharded_edges import Mixture, Tied, plain
+from sharded_edges import Failing, Mixture, Tied, plain
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
@@ -82,6 +82,27 @@ def test_ranks_stay_equal_after_a_backward_that_failed(ran):
 )
 def test_what_fsdp1_cannot_take(ran, case, words):
     assert words.lower() in ran[1]["refused"][case].lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    ("case", "words"), [("rank", "was written with `r=4` instead of `r=8`"), ("base", "was trained on another base")]
+)
+def test_a_file_that_does_not_fit_is_refused_on_every_rank(ran, name, case, words):
+    assert words in ran[1]["wrong_files"][name, case]
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_leaves_nothing_and_the_next_one_merges(ran):
+    found = ran[1]["failed_run"]
+    assert found == {"error": "planned failure", "left": [], "directories": True}
+    merged = torch.load(ran[0] / "failed_run" / "merged.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(ran[0] / "failed_run" / "again" / "last.ckpt", weights_only=True)["state_dict"]
+    base = plain(Failing).state_dict()
+    assert merged.keys() == base.keys()
+    for key, value in added(saved, base, "net.layers.0.q", "net.layers.1.v").items():
+        torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
 
 
 def adapted() -> nn.Module:

@@ -16,6 +16,7 @@ from lightning_lora import LoRACallback
 DDP = ["ddp", "ddp-static-graph", "ddp-bucket-view", "ddp-find-unused"]
 SHARDED = ["fsdp1", "fsdp1-configure-model", "fsdp2", "fsdp2-meta", "fsdp2-apply-before", "fsdp2-left-out"]
 SHAPES = [(case, name) for case in ("encoder", "kinds", "manual", "bf16-true") for name in ("fsdp1", "fsdp2")]
+SHAPES += [("bf16-mixed", "fsdp2")]  # FSDP1's plug-in casts on CUDA alone
 if importlib.util.find_spec("deepspeed"):
     SHARDED += ["deepspeed-2", "deepspeed-3", "deepspeed-3-configure-model"]
     SHAPES += [(case, f"deepspeed-{stage}") for case in ("encoder", "kinds", "bf16-true") for stage in (2, 3)]
@@ -66,6 +67,13 @@ def test_a_file_holds_adapters_and_what_trains_beside_them_in_the_one_form(ran, 
     assert {i: {k: v.shape for k, v in each.items()} for i, each in state["state"].items()} == {
         i: {k: v.shape for k, v in each.items()} for i, each in plain_state["state"].items()
     }
+
+
+@pytest.mark.parametrize("name", DDP + SHARDED)
+def test_a_file_of_weights_only_holds_the_same(ran, name):
+    weights_only = load(ran[0] / name / "weights.ckpt")
+    assert "optimizer_states" not in weights_only
+    assert list(weights_only["state_dict"]) == list(weights(ran, name, "four"))
 
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
@@ -166,7 +174,7 @@ def test_other_layers_precisions_and_loops_train_alike(ran, case, name):
     assert float(sharded["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-2 if GPUS else 1e-6)
     assert largest_difference(plain["end"], plain["start"]) > 1e-3
     assert {value.dtype for value in sharded["end"].values()} == {torch.float32}
-    if case == "bf16-true":
+    if "bf16" in case:
         assert sharded["state dtypes"] == {torch.float32}
 
 
