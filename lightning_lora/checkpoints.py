@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora import names
@@ -69,16 +70,16 @@ class AdapterOnly:
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own_name.get(k) not in base]
 
 
-def write_beside(save: Callable[..., None], checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
+def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
     """Save beside the file and put it in its place: a kill in mid-write leaves the old one.
 
-    Lightning's own write goes through the system's temporary folder, from where another disk is a copy.
+    Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.
     """
     part = Path(f"{path}.{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save(checkpoint, str(part), storage_options=storage_options)
-        if part.exists():  # rank zero alone writes
-            part.replace(path)
+        torch.save(checkpoint, part)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)  # a full disk stays full of it
 

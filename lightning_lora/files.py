@@ -87,9 +87,12 @@ class Files:
             }
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
-        if type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath):
-            return checkpoints.write_beside(original, checkpoint, filepath, storage_options)
-        return original(checkpoint, filepath, storage_options=storage_options)  # the user's own may write anywhere
+        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
+        if not plain or storage_options is not None:  # the user's own may write anywhere
+            return original(checkpoint, filepath, storage_options=storage_options)
+        if self.trainer.is_global_zero:
+            checkpoints.write_beside(checkpoint, filepath)
+        return None
 
     def _random_states(self) -> list[random_state.State]:
         own = random_state.random_state(self.strategy.root_device)

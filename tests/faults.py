@@ -14,7 +14,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
@@ -175,9 +174,9 @@ def check(folder: Path, wanted: list[dict]) -> int:
     return done
 
 
-def unfinished(*folders: Path) -> list[Path]:
+def unfinished(folder: Path) -> list[Path]:
     """What writes that have not come to their end have left."""
-    return [path for folder in folders for path in folder.iterdir() if path.suffix != ".ckpt"]
+    return [path for path in folder.iterdir() if path.suffix != ".ckpt"]
 
 
 def is_torn(path: Path) -> bool:
@@ -188,7 +187,7 @@ def is_torn(path: Path) -> bool:
     return False
 
 
-def kill(folder: Path, temporary: Path, ranks: int, kills: int, seed: int) -> dict[str, object]:
+def kill(folder: Path, ranks: int, kills: int, seed: int) -> dict[str, object]:
     """Kill runs at random, every other one while it writes; each goes on from what the one before has left."""
     dice, began = random.Random(seed), time.monotonic()
     wanted, seconds = uninterrupted(folder / "whole", ranks)
@@ -199,8 +198,7 @@ def kill(folder: Path, temporary: Path, ranks: int, kills: int, seed: int) -> di
         processes = start(run, ranks)
         sentinels = [process.sentinel for process in processes]
         ended = wait(sentinels, dice.uniform(0, seconds / 2))
-        place = dice.choice([run, temporary])
-        while killed % 2 and not ended and not unfinished(place):
+        while killed % 2 and not ended and not unfinished(run):
             ended = wait(sentinels, 0.0002)
         time.sleep(dice.uniform(0, 0.004))
         for rank in dice.choice([[0], [1], [0, 1]]) if ranks == 2 else [0]:
@@ -212,7 +210,7 @@ def kill(folder: Path, temporary: Path, ranks: int, kills: int, seed: int) -> di
             assert code != 0 or done == EPOCHS, f"exit codes {found}{outputs(run, ranks)}"
             assert code != 1 or KILLED in found, f"exit codes {found}{outputs(run, ranks)}"
         killed, survived = killed + (KILLED in found), survived + (1 in found)
-        left = unfinished(run, temporary)
+        left = unfinished(run)
         writing, torn = writing + bool(left), torn + any(map(is_torn, left))
         for path in left:
             path.unlink()
@@ -251,12 +249,8 @@ def fail(folder: Path) -> dict[str, object]:
 
 def main(case: str, folder: Path, kills: int = 30, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # Lightning writes to the temporary folder and moves the file from there. From another disk that is a copy, in the
-    # midst of which a kill tears the file.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
-        tempfile.tempdir = temporary
-        print(f"{case}, seed {seed}", file=sys.stderr)
-        figures = fail(folder) if case == "fail" else kill(folder, Path(temporary), 1 + (case == "two"), kills, seed)
+    print(f"{case}, seed {seed}", file=sys.stderr)
+    figures = fail(folder) if case == "fail" else kill(folder, 1 + (case == "two"), kills, seed)
     print(json.dumps({"case": case, "seed": seed, **figures}))
 
 

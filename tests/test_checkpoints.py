@@ -271,11 +271,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
             trainer.save_checkpoint(target)
             self.first = target.read_bytes()
 
-            def torn(checkpoint, path, storage_options=None):
+            def torn(checkpoint, path):
                 Path(path).write_bytes(b"half")
                 raise SystemError("the disk is full")
 
-            monkeypatch.setattr(trainer.strategy.checkpoint_io, "save_checkpoint", torn)
+            monkeypatch.setattr(torch, "save", torn)
             with pytest.raises(SystemError):
                 trainer.save_checkpoint(target)
 
