@@ -56,7 +56,7 @@ Ring 0, the method: torch and the standard library.
     plan                 the dry run
     summary              the table at the start of a run
 
-Ring 1, the world around it: one library each.
+Ring 1, the world around it: one library or format each.
 
     random_state         the random generators of Python, NumPy and torch
     zero                 DeepSpeed's ZeRO optimizers, read and written as torch's

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter, Adapters, Pairs
 from lightning_lora.checkpointing import leave_graphs, start_graphs
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freeze import freeze, thaw
+from lightning_lora.freeze import freeze, thaw, trained_parameters
 from lightning_lora.initialization import seed_of
 from lightning_lora.kinds import class_for, host_of, swapped_class
 from lightning_lora.layer import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of, resting
@@ -21,7 +21,7 @@ from lightning_lora.names import join
 from lightning_lora.originals import moved, put_back, remember
 from lightning_lora.part import Part
 from lightning_lora.record import config_of, forget, is_merged, record_of
-from lightning_lora.sharded import is_sharded, local, reshard
+from lightning_lora.sharded import is_partitioned, is_sharded, local, reshard
 from lightning_lora.shared import memory_of, parameter_holders
 from lightning_lora.targets import Targets, find_targets
 
@@ -184,7 +184,8 @@ def remove_lora(model: nn.Module) -> None:
     buffers. To keep them call ``merge_lora(model, undo=False)`` instead.
 
     Raises:
-        ValueError: if a merged weight was changed since, so that the base cannot be restored.
+        ValueError: if a merged weight was changed since, so that the base cannot be restored, or what trains is
+            partitioned by ZeRO 3.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -195,6 +196,7 @@ def remove_lora(model: nn.Module) -> None:
     """
     if is_merged(model):
         unmerge_lora(model)
+    _check_whole(model)
     put_back(model)
     drop_adapters(model)
 
@@ -214,7 +216,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     """Give the base's outputs inside the ``with`` block, its own biases, heads and buffers included.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or they are merged.
+        ValueError: if ``model`` has no adapters, or they are merged, or partitioned by ZeRO 3.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -226,6 +228,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `disable_lora`.")
     if not is_adapted(model):
         raise ValueError("The model has no adapters to disable: call `apply_lora` first.")
+    _check_whole(model)
     trained = _swap_originals(model)
     try:
         with resting(model):
@@ -234,6 +237,15 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         reshard(model)
         for tensor, value in trained:
             _put(tensor, value)
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in trained_parameters(model):
+        if is_partitioned(parameter):
+            raise ValueError(
+                f"`{name}` is partitioned by ZeRO 3, and the values that the base had before cannot be put there. Load "
+                "the adapter's file into a model on one device, and ask that."
+            )
 
 
 def _swap_originals(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -161,18 +161,18 @@ class LoRACallback(CallbackBase):
         if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
             return
+        if quantized_layers(pl_module):
+            rank_zero_info(
+                "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
+                "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
+            )
+            return
         where = unwritable(pl_module)
         if where is not None and self._run is not None:
             path = export_merged(trainer, self._run.files.know_base())
             rank_zero_info(
                 f"{where} The merged weights are in {path}, for `safetensors.torch.load_file`, and the module keeps "
                 "its adapters."
-            )
-            return
-        if quantized_layers(pl_module):
-            rank_zero_info(
-                "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
-                "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
             )
             return
         lost = merge_lora(pl_module)

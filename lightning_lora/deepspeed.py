@@ -21,7 +21,7 @@ PRECISIONS = ("32-true", "bf16-true")
 class DeepSpeed(Seams):
     """``DeepSpeedStrategy``, ZeRO 1 to 3."""
 
-    shards = True
+    loads_late = True
     watches_gradients = False  # they go straight into the engine's buckets
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
@@ -73,9 +73,9 @@ class DeepSpeed(Seams):
                     "dtype. Use precision='32-true', or leave out `also_train` and `bias`."
                 )
         config = self.strategy.config
-        found = config.get("bf16")
+        back = (config.__setitem__, "bf16", config["bf16"]) if "bf16" in config else (config.pop, "bf16", None)
+        stack.callback(*back)
         config["bf16"] = {"enabled": False}
-        stack.callback(_give_back, config, found)
 
     def join(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """Note the groups, whose parameters the engine flattens.
@@ -100,10 +100,3 @@ class DeepSpeed(Seams):
         name_of = {id(parameter): clean(name) for name, parameter in self.module.named_parameters()}
         values = {id(p): checkpoint["state_dict"][name_of[id(p)]] for group in self.groups for p in group}
         zero.load_optimizer(self.strategy.optimizers[0], self.groups, state, values)
-
-
-def _give_back(config: dict[str, Any], found: Any) -> None:
-    if found is None:
-        config.pop("bf16", None)
-    else:
-        config["bf16"] = found

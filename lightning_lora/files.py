@@ -69,7 +69,10 @@ class Files:
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """The reverse: all of it, or an error before anything is loaded."""
-        load_lora_state_dict(self.module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
+        state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
+        load_lora_state_dict(self.module, state)
+        if self.seams.loads_late and self.trainer.state.fn == "fit":
+            self.seams.load_optimizers({**checkpoint, "state_dict": state})
         self.loaded = True
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
@@ -103,14 +106,13 @@ class Files:
         """Check the file before Lightning loads it."""
         if str(checkpoint_path) in self.plain_files:
             return dict(original(checkpoint_path, weights_only=weights_only))
-        read = self.strategy.checkpoint_io.load_checkpoint if self.seams.shards else original
+        read = self.strategy.checkpoint_io.load_checkpoint if self.seams.loads_late else original
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not is_adapted(self.module):
             self.adapt()
         checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.know_base())
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
-        if self.seams.shards and self.trainer.state.fn == "fit":  # which loads after `on_fit_start`
-            self.seams.load_optimizers(checkpoint)
+        if self.seams.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()
         return checkpoints.fit_to(checkpoint, self.module)
 
@@ -158,10 +160,11 @@ def export_merged(trainer: Any, needed: Iterable[str]) -> Path:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
     values = merged_values(module)
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(path, clean_state(module), values, needed)
-    else:
-        deque(values, maxlen=0)
+    try:
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_merged(path, clean_state(module), values, needed)
+    finally:
+        deque(values, maxlen=0)  # the other ranks wait for this one, even where it failed
     trainer.strategy.barrier()
     return path

@@ -37,8 +37,8 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device) or are pieces (FSDP1)
-            or quantized.
+        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device), are in pieces (FSDP1,
+            ZeRO 3), tied and sharded, or quantized.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -51,6 +51,21 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     layers = list(adapted_layers(model))
     if not layers and not is_merged(model):
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
+    _check_mergeable(model, layers)
+    _tell_of_shared(layers)
+    lost = _merge_all(layers)
+    lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
+    for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
+        thaw(holder)
+        be_strict(holder)
+        leave_graphs(holder)
+    if not undo:
+        thaw(model)
+        forget(model)
+    return lost
+
+
+def _check_mergeable(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> None:
     for name, layer in layers:
         for key in layer.lora.by_weight():
             if parameter_of(layer, key).is_meta:
@@ -68,17 +83,6 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
             f"{where} Merge on one device, into the base and from the adapter's file; LoRACallback writes the merged "
             "weights into one at the end of its run."
         )
-    _tell_of_shared(layers)
-    lost = _merge_all(layers)
-    lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
-    for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
-        thaw(holder)
-        be_strict(holder)
-        leave_graphs(holder)
-    if not undo:
-        thaw(model)
-        forget(model)
-    return lost
 
 
 def quantized_layers(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.experts import StackedSum
 from lightning_lora.layer import LoRALayer, parameter_of
 from lightning_lora.part import Part
-from lightning_lora.sharded import is_sharded
+from lightning_lora.sharded import is_sharded, shape_of
 
 
 class ReadAdapter(Adapter):
@@ -67,23 +67,23 @@ def _is_here(weight: Tensor) -> bool:
 def readable_part(module: nn.Module, key: str) -> Part:
     """The parameter ``key`` as a part: one matrix, or with three dimensions a stack of them."""
     parameter = parameter_of(module, key)
-    stacked = parameter.dim() == 3
+    stacked = len(shape_of(parameter)) == 3
     return Part(key, key, transposed=_kept_transposed(module, key), stacked=stacked, read=True)
 
 
 def _kept_transposed(module: nn.Module, key: str) -> bool:
     """Whether experts keep ``(in, out)``: they say so, or a bias or the next map's shape does; else it is a guess."""
-    parameter = parameter_of(module, key)
-    if parameter.dim() != 3:
+    shape = shape_of(parameter_of(module, key))
+    if len(shape) != 3:
         return False
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said
     bias = module._parameters.get(f"{key}_bias")
     if bias is not None:
-        return bias.shape[-1] == parameter.shape[-1] != parameter.shape[-2]
-    stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    first, last = stacks[0].shape, stacks[-1].shape
+        return shape_of(bias)[-1] == shape[-1] != shape[-2]
+    stacks = [shape_of(p) for p in module._parameters.values() if p is not None and len(shape_of(p)) == 3]
+    first, last = stacks[0], stacks[-1]
     return first[1] == last[2] and first[2] != last[1]
 
 
@@ -95,4 +95,4 @@ def holds_experts(module: nn.Module) -> bool:
 def expert_keys(module: nn.Module) -> list[str]:
     """The parameters of three dimensions."""
     own = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
-    return [key for key, parameter in own if not is_lazy(parameter) and parameter.dim() == 3]
+    return [key for key, parameter in own if not is_lazy(parameter) and len(shape_of(parameter)) == 3]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer, parameter_of
-from lightning_lora.sharded import units
+from lightning_lora.sharded import is_piece, units
 
 _ONE_AT_A_TIME = RLock()  # another thread would take the sums for the weights
 PRECISE = (torch.float32, torch.float64)
@@ -82,7 +82,7 @@ def may_sum(module: nn.Module, x: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
     adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active()]
-    if any(hasattr(adapter.A, "ds_id") for adapter in adapters) or units(module):
+    if any(is_piece(adapter.A) for adapter in adapters) or units(module):
         return False
     drops = any(adapter.training and adapter.dropout for adapter in adapters)
     return x.is_nested or (x.dtype in PRECISE and not drops and not torch.is_autocast_enabled(x.device.type))

@@ -68,7 +68,7 @@ class Part:
 
     def stack(self, weight: Tensor) -> tuple[int, ...]:
         """``(experts,)`` where each has a pair of its own, else nothing."""
-        return tuple(weight.shape[:1]) if self.stacked else ()
+        return tuple(shape_of(weight)[:1]) if self.stacked else ()
 
     def placed(self, B: Tensor, out_features: int) -> Tensor:
         """``B`` for an output of length ``out_features``: the whole map's, or just these rows'."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,16 +17,16 @@ class Replicas:
     """Averages the gradients of ``parameters`` over the ranks at the end of every backward, until it is closed.
 
     An average of averages is itself, so gradients may accumulate over several backwards, all or only the last of them
-    averaged. A parameter without a gradient on any rank keeps none. Every rank has to come to the end of the same
-    backwards: where one of them may have no gradient for any of ``parameters``, :meth:`queue` is to be called as well.
+    averaged; reentrant checkpointing makes one of each of its segments. A parameter without a gradient on any rank
+    keeps none. Every rank has to come to the end of the same backwards: where one of them may have no gradient for any
+    of ``parameters``, :meth:`queue` is to be called as well.
 
     Args:
         parameters: the same on every rank, in the same order.
-        group: the ranks; ``None`` for all.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: Any = None) -> None:
-        self.parameters, self.group = list(parameters), group
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
         self.paused, self.queued_in = False, -1
         self.handles = [p.register_post_accumulate_grad_hook(self.queue) for p in self.parameters]  # type: ignore[no-untyped-call]
 
@@ -35,7 +34,7 @@ class Replicas:
     def align(self) -> None:
         """Give every rank the values of the first, as DDP does: a new head may have been drawn apart on each."""
         for parameter in self.parameters:
-            distributed.broadcast(parameter.data, 0, group=self.group)
+            distributed.broadcast(parameter.data, 0)
 
     def close(self) -> None:
         """Leave the parameters as they were."""
@@ -65,15 +64,17 @@ class Replicas:
             return
         absent = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
         bucket = self._bucket(absent)
-        distributed.all_reduce(bucket, group=self.group)
-        bucket /= distributed.get_world_size(self.group)
+        distributed.all_reduce(bucket)
+        bucket /= distributed.get_world_size()
         *averages, present = bucket.split([*(p.numel() for p in self.parameters), len(self.parameters)])  # type: ignore[no-untyped-call]
-        for index in absent:  # asked only here: the answer waits for the device
-            if present[index] > 0:
+        elsewhere = present.tolist() if absent else []  # which waits for the device
+        for index in absent:
+            if elsewhere[index] > 0:
                 self.parameters[index].grad = torch.empty_like(self.parameters[index])
         pairs = [(p.grad, average.view_as(p)) for p, average in zip(self.parameters, averages, strict=True)]
         known = [(gradient, average) for gradient, average in pairs if gradient is not None]
-        torch._foreach_copy_([gradient for gradient, _ in known], [average for _, average in known])
+        if known:
+            torch._foreach_copy_([gradient for gradient, _ in known], [average for _, average in known])
 
     def _bucket(self, absent: list[int]) -> Tensor:
         """All gradients in a row, and for each parameter whether it has one here."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.apply import check_same, drop_adapters, inject
 from lightning_lora.bits import same_bits
-from lightning_lora.compatibility import is_a, overrides
+from lightning_lora.compatibility import SHARDING, is_a, overrides
 from lightning_lora.config import LoRAConfig
 from lightning_lora.deepspeed import DeepSpeed
 from lightning_lora.files import Files
@@ -31,11 +31,7 @@ from lightning_lora.summary import describe
 from lightning_lora.targets import find_targets
 from lightning_lora.wraps import wrap
 
-SEAMS: dict[str, type[Seams]] = {
-    "FSDPStrategy": FSDP1,
-    "ModelParallelStrategy": FSDP2,
-    "DeepSpeedStrategy": DeepSpeed,
-}
+SEAMS: dict[str, type[Seams]] = dict(zip(SHARDING, (FSDP1, FSDP2, DeepSpeed), strict=True))
 
 
 class Run:
@@ -101,7 +97,7 @@ class Run:
         """The user's hook, after which the model is whole: adapt what it made, and say what is adapted."""
         result = original(*args, **kwargs)
         self.inject()
-        if self.stage == "fit" or self.seams.shards:
+        if self.stage == "fit" or self.seams.loads_late:
             self.files.know_base()  # while it is as the user built it
         self.seams.settle(self.stack)
         if self.stage == "fit":

@@ -82,7 +82,8 @@ def laid_out_as(own: Tensor, value: Tensor) -> Tensor:
 def shape_of(tensor: Tensor) -> torch.Size:
     """The shape of all of ``tensor``: partitioned by ZeRO 3, or packed into four bits, it has another of its own."""
     packed = getattr(getattr(tensor, "quant_state", None), "shape", None)
-    return getattr(tensor, "ds_shape", None) or packed or tensor.shape
+    partitioned = getattr(tensor, "ds_shape", None)
+    return next(shape for shape in (partitioned, packed, tensor.shape) if shape is not None)
 
 
 def region(tensor: Tensor) -> tuple[slice, ...]:

@@ -14,7 +14,7 @@ from lightning_lora.layer import adapted_layers, is_adapted
 from lightning_lora.originals import moved
 from lightning_lora.quantized import is_quantizing
 from lightning_lora.record import is_merged, merged_layers, records
-from lightning_lora.sharded import gathered, laid_out_as, local, reshard, shape_of, whole
+from lightning_lora.sharded import gathered, laid_out_as, local, reshard, shape_of, units, whole
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -80,8 +80,8 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
 def own_state(model: nn.Module) -> dict[str, Any]:
     """What the state dict of ``model`` holds under the keys that it has now, each tensor as this rank has it.
 
-    It is asked of every module by itself: a ``state_dict`` of the user's own may leave something out, and FSDP1 gathers
-    all of a unit's parameters in its own.
+    It is asked of every module by itself, past its hooks: a ``state_dict`` of the user's own may leave something out,
+    and FSDP1 gathers all of a unit's parameters in its own.
     """
     reshard(model)
     state: dict[str, Any] = {}
@@ -199,19 +199,42 @@ def buffer_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+    reshard(model)
+    before: list[tuple[nn.Module, str, dict[str, Any]]] = []
+    try:
+        for name, module in names.named_modules(model):
+            own: dict[str, Any] = {}
+            _save_own(module, own, prefix := f"{name}." if name else "")
+            found = {key: laid_out_as(value, state[key]) for key, value in own.items() if key in state}
+            before.append((module, prefix, {key: _copied(own[key]) for key in found}))
+            _load_own(module, prefix, own, found)
+    except BaseException:
+        for module, prefix, kept in before:
+            _load_own(module, prefix, {}, kept)
+        raise
+    _reset_buffers(model, state)
+    for module in set(model.modules()) - set(units(model)):  # who keeps something beside what was loaded hears of it
+        for hook in module._load_state_dict_post_hooks.values():
+            hook(module, nn.modules.module._IncompatibleKeys([], []))
+
+
+def _copied(value: Any) -> Any:
+    return given(value).clone() if isinstance(value, Tensor) else value
+
+
+def _load_own(module: nn.Module, prefix: str, own: Mapping[str, Any], found: dict[str, Any]) -> None:
+    if not found:
+        return
+    errors: list[str] = []
+    with gathered((own[key] for key in found if key in own), write=True):
+        module._load_from_state_dict(found, prefix, {"version": module._version}, False, [], [], errors)
+    if errors:
+        raise RuntimeError("\n".join(errors))
+
+
+def _reset_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give buffers that ``state`` does not name their first values."""
     name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
             local(module._buffers[key]).copy_(original)  # type: ignore[arg-type]
-    reshard(model)
-    errors: list[str] = []
-    for name, module in names.named_modules(model):
-        own: dict[str, Any] = {}
-        _save_own(module, own, prefix := f"{name}." if name else "")
-        found = {key: laid_out_as(value, state[key]) for key, value in own.items() if key in state}
-        if found:
-            version = {"version": module._version}
-            with gathered((own[key] for key in found), write=True):
-                module._load_from_state_dict(found, prefix, version, False, [], [], errors)
-    if errors:
-        raise RuntimeError("\n".join(errors))

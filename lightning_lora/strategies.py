@@ -30,7 +30,7 @@ class Seams:
         module: its LightningModule.
     """
 
-    shards = False  # loads after it has set the model up, optimizers and all
+    loads_late = False  # after it has set the model up, the optimizers with it
     watches_gradients = True
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Sharded(Seams):
     Directories of shards cannot hold a part of a module, as torch's loader rejects missing keys: so it is one file.
     """
 
-    shards = True
+    loads_late = True
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
         super().__init__(strategy, module)
@@ -116,7 +116,10 @@ class Sharded(Seams):
         for optimizer, state in zip(optimizers, states_in(checkpoint, len(optimizers)), strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             laid_out = {key: _laid_out(value, parameters[key]) for key, value in state["state"].items()}
+            chosen = [{key: g[key] for key in ("foreach", "fused") if key in g} for g in optimizer.param_groups]
             optimizer.load_state_dict({**state, "state": laid_out})
+            for group, own in zip(optimizer.param_groups, chosen, strict=True):
+                group.update(own)  # how to step is this run's to say, not the file's
         self.step_singly(optimizers)
 
 

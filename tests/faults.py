@@ -1,7 +1,7 @@
 """Runs that are killed or fail, started by test_faults.py as a script: `python faults.py CASE FOLDER [KILLS] [SEED]`.
 
 It imports once and forks every run, so that a kill costs a fraction of a second; it trains nothing itself, or it could
-not fork. All thirty kills by hand: `PYTHONPATH=. python tests/faults.py one /tmp/one 30`; `two` is the same with DDP.
+not fork. All thirty kills by hand: `PYTHONPATH=. python tests/faults.py one FOLDER 30`; `two` is the same with DDP.
 """
 
 from __future__ import annotations

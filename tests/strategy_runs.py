@@ -290,12 +290,7 @@ class Watch(Callback):
     def on_train_end(self, trainer, pl_module):
         adapters = [parameter for _, parameter in lora_parameters(pl_module)]
         self.parted = any(isinstance(parameter, DTensor) for parameter in adapters)
-        self.state_dtypes = {
-            value.dtype
-            for optimizer in trainer.optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-        }
+        self.equal = all_equal(torch.cat([whole(parameter).flatten() for parameter in adapters]))
 
 
 def is_wrapped(value: object) -> bool:
@@ -336,7 +331,7 @@ def fit(name: str, folder: Path, epochs: int = 2, ckpt: object = None, more: tup
 
 
 def train(name: str, folder: Path) -> dict:
-    """Fit, merge on every rank, test the best; a fresh module tests the same, and a second fit starts on the base."""
+    """Fit, merge on every rank, test the best; a fresh module tests the same."""
     watch = Watch()
     runner, module, files = fit(name, folder, more=(watch,), merge=True)
     best = files.best_model_path
@@ -347,14 +342,13 @@ def train(name: str, folder: Path) -> dict:
     result["keys"] = [key.replace("_fsdp_wrapped_module.", "") for key, _ in module.named_parameters()]
     in_place = not name.startswith(("fsdp1", "deepspeed-3"))
     merged = [whole(parameter).flatten().to(runner.strategy.root_device) for parameter in module.parameters()]
-    result["equal"] = all_equal(torch.cat(merged)) if in_place else True
+    result["equal"] = watch.equal and (not in_place or all_equal(torch.cat(merged)))
     result["merged"] = torch.cat(merged).cpu() if in_place else None
     result["best"] = runner.test(module, data(2), ckpt_path="best", verbose=False)
     callback = LoRACallback(**CONFIG)
     make, strategy = RUNS[name]
     again = trainer(callback, **DEVICES, strategy=strategy())
     result["fresh"] = again.test(make(), data(2), ckpt_path=best, verbose=False)
-    result["state dtypes"] = watch.state_dtypes
     return result
 
 

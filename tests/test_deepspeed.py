@@ -14,11 +14,11 @@ from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.deepspeed import DeepSpeed
 
 
-def seams(precision: str = "32-true", stage: int = 2, **config: object) -> DeepSpeed:
+def seams(precision: str = "32-true", **config: object) -> DeepSpeed:
     model = net()
     apply_lora(model, LoRAConfig(r=2, targets=["q"], **config))
     plugin = SimpleNamespace(precision=precision)
-    return DeepSpeed(SimpleNamespace(precision_plugin=plugin, zero_stage_3=stage == 3, config={}), model)
+    return DeepSpeed(SimpleNamespace(precision_plugin=plugin, config={}), model)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true"])

@@ -117,3 +117,18 @@ def test_a_merge_is_refused_by_name():
         ValueError, match=r"`0` is quantized, and its few bits cannot hold the sum. Merge the adapter's"
     ):
         merge_lora(model)
+
+
+def test_eight_bits_and_an_embedding_that_is_plain():
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    weight = layer.weight.data.clone()
+    model = nn.ModuleDict({"few": layer.to("cpu")})
+    apply_lora(model, LoRAConfig(r=4, targets=["few"]))
+    A, B = (parameter for _, parameter in lora_parameters(model))
+    nn.init.normal_(B)
+    x = torch.randn(5, 64)
+    expected = F.linear(x, weight + B @ A, layer.bias)
+    torch.testing.assert_close(model["few"](x), expected, rtol=0.02, atol=0.1)
+    apply_lora(embedding := nn.Sequential(bitsandbytes.nn.StableEmbedding(8, 4)), LoRAConfig(r=2, targets=["0"]))
+    merge_lora(embedding)

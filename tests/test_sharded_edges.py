@@ -14,9 +14,12 @@ from scripts import run_script
 from sharded_edges import Failing, Mixture, Tied, plain
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import LoRAConfig, apply_lora, disable_lora, remove_lora
+from lightning_lora.kinds import parts_of
 from lightning_lora.layer import adapted_layers
 from lightning_lora.merged_file import write_merged
+from lightning_lora.part import Part
+from lightning_lora.sharded import shape_of
 from lightning_lora.strategies import FSDP1, FSDP2, Sharded, states_in
 
 
@@ -169,6 +172,39 @@ def test_a_mixture_is_not_stepped_on_at_once_and_no_file_says_so(monkeypatch):
     assert [group["foreach"] for group in seams.optimizer_state(None, optimizer)["param_groups"]] == [None, None]
 
 
+def test_how_to_step_is_not_taken_from_a_file():
+    model = adapted()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    state = torch.optim.AdamW(trained, fused=True).state_dict()
+    Sharded(SimpleNamespace(optimizers=[optimizer]), model).load_optimizers({"optimizer_states": [state]})
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"]) == (None, False)
+
+
+def partitioned(*shape: int) -> torch.Tensor:
+    """As ZeRO 3 leaves a parameter behind."""
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.ds_shape, parameter.ds_status = torch.Size(shape), SimpleNamespace(name="NOT_AVAILABLE")
+    return parameter
+
+
+def test_shapes_of_what_zero_3_has_partitioned():
+    assert shape_of(partitioned(3, 4, 5)) == (3, 4, 5) and shape_of(partitioned()) == ()
+    part = Part(stacked=True)
+    assert part.stack(partitioned(3, 4, 5)) == (3,) and part.features(partitioned(3, 4, 5)) == (5, 4)
+    experts = type("Experts", (nn.Module,), {})()
+    experts.up, experts.down = partitioned(3, 8, 4), partitioned(3, 4, 8)
+    assert [part.stacked for part in parts_of(experts)] == [True, True]
+
+
+def test_the_base_cannot_be_asked_for_under_zero_3():
+    model = adapted()
+    model.head.weight.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+    for ask in (remove_lora, lambda model: disable_lora(model).__enter__()):
+        with pytest.raises(ValueError, match=r"`head.weight` is partitioned by ZeRO 3.*on one device"):
+            ask(model)
+
+
 def test_a_merged_file_is_whole_or_not_there(tmp_path):
     path, values = tmp_path / "m.safetensors", {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
     write_merged(path, values, iter(values.items()), values)
@@ -176,4 +212,8 @@ def test_a_merged_file_is_whole_or_not_there(tmp_path):
     assert all(torch.equal(read[name], value) for name, value in values.items())
     with pytest.raises(RuntimeError, match="`b` could not be gathered, so the merged weights were not written"):
         write_merged(tmp_path / "other", values, iter([("a", values["a"])]), values)
+    with pytest.raises(RuntimeError, match=r"`a` is of torch.complex64, which safetensors has no name for"):
+        write_merged(tmp_path / "other", ["a"], iter([("a", torch.ones(1, dtype=torch.complex64))]), [])
+    with pytest.raises(RuntimeError, match="`names` must hold every tensor's"):
+        write_merged(tmp_path / "other", [], iter(values.items()), [])
     assert list(tmp_path.iterdir()) == [path]

@@ -222,3 +222,53 @@ def test_the_state_shares_nothing_with_a_copy_of_the_model():
         value.zero_()
     assert_same_values(model, before)
     assert other.scale.abs().sum() == 0  # as torch's own state_dict, it is no copy
+
+
+class Counting(nn.Linear):
+    """Keeps something of its own in the file, and can refuse what it is given."""
+
+    count, fails = 0, False
+
+    def get_extra_state(self):
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state):
+        if self.fails and int(state) != self.count:
+            raise OSError("planned failure")
+        self.count = int(state)
+
+
+def test_a_load_that_fails_half_way_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), Counting(4, 2))
+    apply_lora(model, LoRAConfig(r=2, targets=["0"]))
+    state = {key: value + 1 for key, value in lora_state_dict(model).items()}
+    before, model[1].fails = copy.deepcopy(lora_state_dict(model)), True
+    with pytest.raises(OSError, match="planned failure"):
+        load_lora_state_dict(model, state)
+    assert all(same_bits(value, before[key]) for key, value in lora_state_dict(model).items())
+    model[1].fails = False
+    load_lora_state_dict(model, state)
+    assert all(same_bits(value, state[key]) for key, value in lora_state_dict(model).items())
+    assert model[1].count == 1
+
+
+def test_who_waits_for_a_load_hears_of_it():
+    model, heard = adapted(), []
+    for module in (model, model.head):
+        module.register_load_state_dict_post_hook(lambda module, incompatible: heard.append(module))
+    load_lora_state_dict(model, lora_state_dict(model))
+    assert {id(module) for module in heard} == {id(model), id(model.head)}
+
+
+def test_states_of_metrics_travel():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    models = []
+    for _ in range(2):
+        model = adapted()
+        model.metric = torchmetrics.MeanMetric()
+        model.metric.persistent(True)
+        models.append(model)
+    one, other = models
+    one.metric.update(torch.tensor(3.0))
+    load_lora_state_dict(other, lora_state_dict(one))
+    assert float(other.metric.mean_value) == 3.0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -348,7 +349,7 @@ def main() -> None:
                 alone = results.get((1, f"auto {case.split()[1]}"), {}).get("ms")
                 lines.append(row(case, devices, found, alone))
                 print(lines[-1], flush=True)
-                if out is not None:  # what ran so far, should the machine be taken away
+                if out is not None:  # an interrupted run keeps its rows
                     out.write_text("\n".join(lines) + "\n")
     text = "\n".join([*lines, "", *compare(results)])
     print(text)
