@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from models import Block, Lit, checkpoints, data, trainer
-from strategy_runs import CPUFSDP, DEVICES, Sharded, Spy, fsdp1, fsdp2, is_wrapped, whole
+from strategy_runs import DEVICES, FSDP, Sharded, Spy, fsdp1, fsdp2, is_wrapped, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from two_processes import all_equal, end
@@ -189,7 +189,7 @@ def refused(folder: Path) -> dict:
             words[name] = str(error)
 
     module = plain(Failing)
-    runner = fit(module, CPUFSDP(auto_wrap_policy={Block}), folder=folder, lora={"targets": ["q"]})
+    runner = fit(module, FSDP(auto_wrap_policy={Block}), folder=folder, lora={"targets": ["q"]})
     note("fit and test", lambda: runner.test(module, data(2), verbose=False))
 
     def configure_model(self: Lit) -> None:
@@ -199,8 +199,8 @@ def refused(folder: Path) -> dict:
             )
 
     by_hand = type("ByHand", (Lit,), {"configure_model": configure_model})()
-    note("by hand", lambda: trainer(lora, **DEVICES, strategy=CPUFSDP()).fit(by_hand, data()))
-    module, runner = plain(Failing), trainer(lora, **DEVICES, strategy=CPUFSDP(auto_wrap_policy={Failing}))
+    note("by hand", lambda: trainer(lora, **DEVICES, strategy=FSDP()).fit(by_hand, data()))
+    module, runner = plain(Failing), trainer(lora, **DEVICES, strategy=FSDP(auto_wrap_policy={Failing}))
     runner.validate(module, data(1), verbose=False)
     note("validate and fit", lambda: runner.fit(module, data()))
     return words

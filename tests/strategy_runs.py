@@ -34,6 +34,9 @@ class CPUFSDP(FSDPStrategy):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
+FSDP = FSDPStrategy if GPUS else CPUFSDP
+
+
 class Dropping(Lit):
     """Every rank draws another stream, as with `seed_everything(seed + rank)`."""
 
@@ -147,7 +150,7 @@ def deepspeed(stage: int) -> DeepSpeedStrategy:
 
 
 def fsdp1(*blocks: type) -> FSDPStrategy:
-    return (FSDPStrategy if GPUS else CPUFSDP)(auto_wrap_policy={Block, *blocks})
+    return FSDP(auto_wrap_policy={Block, *blocks})
 
 
 def fsdp2() -> ModelParallelStrategy:

@@ -28,7 +28,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edges")
     done = run_script("sharded_edges.py", folder)
     assert done.returncode == 0, done.stderr[-6000:]
-    return folder, torch.load(folder / "results-0.pt", weights_only=False)
+    return folder, torch.load(folder / "results-0.pt", weights_only=False, map_location="cpu")
 
 
 def added(saved: dict, base: dict, *layers: str) -> dict:
