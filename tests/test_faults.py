@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 @pytest.mark.parametrize("case", ["one", "two"])
 def test_a_killed_run_leaves_whole_files_and_resumes_to_the_uninterrupted_result(tmp_path, case):
-    done = run_script("faults.py", case, tmp_path, 30)
+    done = run_script("faults.py", case, tmp_path, 12)  # thirty by hand
     assert done.returncode == 0, done.stderr[-5000:]
 
 
