@@ -69,7 +69,8 @@ class Run:
     def convert(self) -> None:
         """Let a plug-in that puts quantized layers in place do so before those are adapted: it drops adapters."""
         plugin = self.trainer.precision_plugin
-        if is_a(plugin, "BitsandbytesPrecision") and config_of(self.module) is None:
+        made = any(isinstance(module, nn.Linear) for module in self.module.modules())
+        if made and is_a(plugin, "BitsandbytesPrecision") and config_of(self.module) is None:
             plugin.convert_module(self.module)
 
     def adapt(self) -> None:
@@ -81,9 +82,8 @@ class Run:
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
         # What exists is adapted now, so that callbacks which copy the module in their `setup` see the adapters.
         late = "configure_model" if overrides(self.module, "configure_model") else "setup"
-        if late == "setup" and any(isinstance(module, nn.Linear) for module in self.module.modules()):
-            self.convert()
         if late == "setup":
+            self.convert()
             inject(self.module, find_targets(self.module, self.config), self.config)
         wrap(self.stack, self.module, late, self.complete)
 

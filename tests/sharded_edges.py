@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from models import Block, Lit, checkpoints, data, trainer
-from strategy_runs import DEVICES, FSDP, Sharded, Spy, fsdp1, fsdp2, is_wrapped, whole
+from strategy_runs import DEVICES, FSDP, Spy, fsdp1, fsdp2, is_wrapped, plain, sharded, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from two_processes import all_equal, end
@@ -88,24 +88,6 @@ class Failing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.layers
         return self.head(second(Cut.apply(first(x))))
-
-
-def seeded(make: type[nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make()
-
-
-def plain(make: type[nn.Module]) -> Lit:
-    module = Lit()
-    module.net = seeded(make)
-    return module
-
-
-def sharded(make: type[nn.Module], **methods: object) -> Sharded:
-    module = type("Sharded", (Sharded,), methods)()
-    module.build = lambda: seeded(make)
-    return module
 
 
 def fit(module: Lit, strategy: object, *callbacks: object, folder: Path, lora: dict, **kwargs: object):

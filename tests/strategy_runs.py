@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -195,21 +196,22 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
-def attention() -> Attention:
+def seeded(make: type[nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Attention()
+        return make()
 
 
-class Encoder(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = attention()
+def plain(make: type[nn.Module]) -> Lit:
+    module = Lit()
+    module.net = seeded(make)
+    return module
 
 
-class ShardedEncoder(Sharded):
-    def build(self) -> nn.Module:
-        return attention()
+def sharded(make: type[nn.Module], **methods: object) -> Sharded:
+    module = type("Sharded", (Sharded,), methods)()
+    module.build = lambda: seeded(make)
+    return module
 
 
 class Manual(Dropping):
@@ -261,23 +263,6 @@ class Layered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x))
-
-
-def layered() -> Layered:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Layered()
-
-
-class Mixed(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = layered()
-
-
-class ShardedMixed(Sharded):
-    def build(self) -> nn.Module:
-        return layered()
 
 
 class Watch(Callback):
@@ -358,8 +343,12 @@ def train(name: str, folder: Path) -> dict:
 def shapes() -> dict:
     """Fits of other modules: torch's encoder, other layers, manual optimization, bf16, the meta device."""
     cases = {
-        "encoder": {"ddp": Encoder, "fsdp1": Encoder, "fsdp2": ShardedEncoder},
-        "kinds": {"ddp": Mixed, "fsdp1": Mixed, "fsdp2": ShardedMixed},
+        "encoder": {
+            "ddp": partial(plain, Attention),
+            "fsdp1": partial(plain, Attention),
+            "fsdp2": partial(sharded, Attention),
+        },
+        "kinds": {"ddp": partial(plain, Layered), "fsdp1": partial(plain, Layered), "fsdp2": partial(sharded, Layered)},
         "manual": {"ddp": Manual, "fsdp1": RawManual, "fsdp2": ShardedManual},
         "bf16-true": {"ddp": Lazy, "fsdp1": Lazy, "fsdp2": Sharded},
         "bf16-mixed": {"ddp": Lazy, "fsdp2": Sharded},

@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from models import net
 from safetensors.torch import load_file
 from scripts import run_script
-from sharded_edges import Failing, Mixture, Tied, plain
+from sharded_edges import Failing, Mixture, Tied
+from strategy_runs import plain
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, remove_lora
