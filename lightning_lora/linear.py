@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer
-from lightning_lora.op import add_low_rank, frozen_linear
+from lightning_lora.op import FrozenWithLowRank, add_low_rank, frozen_linear, in_one
 
 
 class LinearAdapter(Adapter):
@@ -15,6 +15,15 @@ class LinearAdapter(Adapter):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
         return add_low_rank(y, self.dropped(x), self.A, self.part.placed(self.B, y.shape[-1]), self.scale)
+
+    def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output with the term, of one node where that serves."""
+        watched = self._forward_hooks or self._forward_pre_hooks
+        if not watched and not (self.dropout and self.training) and in_one(x, weight, self.A, self.B):
+            y: Tensor = FrozenWithLowRank.apply(x, weight, bias, self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
+            return y
+        term: Tensor = self(frozen_linear(x, weight, bias), x)
+        return term
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -25,8 +34,11 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
+        adapters = self.lora.active()
+        if len(adapters) == 1:
+            return adapters[0].with_frozen(input, self.weight, self.bias)  # type: ignore[operator, no-any-return]
         y = frozen_linear(input, self.weight, self.bias)
-        for adapter in self.lora.active():
+        for adapter in adapters:
             y = adapter(y, input)
         return y
 

@@ -50,8 +50,9 @@ class Liveness:
         """Note in ``ran`` from now on which adapters run; compiled code is left alone, where only gradients tell."""
         self.close()
         for adapter in self.adapters.values() if self.watches else ():
-            for method in ("forward", "added_to"):
-                wrap(self.stack, adapter, method, _noting(adapter, ran))
+            for method in ("forward", "added_to", "with_frozen"):
+                if hasattr(adapter, method):
+                    wrap(self.stack, adapter, method, _noting(adapter, ran))
 
     def check_held(self, optimizers: list[Optimizer]) -> None:
         """Raise if an adapter is in no optimizer.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+HALVES = (torch.bfloat16, torch.float16)
+DEVICES = ("cuda",)  # a CPU's products differ in last bits by what they accumulate onto
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,3 +51,71 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     hidden = F.linear(x, A.to(x.dtype))  # (..., r)
     B = B if scale == 1 else scale * B  # at small sizes a step is bound by the number of kernels
     return y + F.linear(hidden, B.to(x.dtype)).to(y.dtype)
+
+
+def in_one(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether :class:`FrozenWithLowRank` serves: plain tensors of one dtype, computed eagerly on a GPU.
+
+    A compiler fuses and recomputes the plain formula better; autocast, ``torch.func``, tracing and tensors of classes
+    of their own have it too.
+    """
+    return (
+        x.device.type in DEVICES
+        and x.dtype == weight.dtype
+        and type(x) is Tensor
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, A, B))
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and B.shape[0] == weight.shape[0]
+        and not weight.requires_grad
+        and x.numel() > 0
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+class FrozenWithLowRank(torch.autograd.Function):
+    """``W0 x + b + scale * B A x`` in one node: the low-rank term is written first, the frozen product adds onto it.
+
+    So for the term alone nothing of an activation's size is read or written but once, forward and backward. Kept for
+    backward are ``x``, which the frozen map's neighbours mostly keep too, and ``A x``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``x`` is ``(..., in_features)`` of the dtype of ``weight``; A and B are cast down to it."""
+        rows = x.reshape(-1, x.shape[-1])
+        down, up = A.to(x.dtype), B.to(x.dtype)
+        hidden = rows @ down.T  # (n, r)
+        if bias is None:
+            y = rows.new_empty(len(rows), len(up)).addmm_(hidden, up.T, beta=0, alpha=scale)
+        else:
+            y = torch.addmm(bias, hidden, up.T, alpha=scale)
+        y.addmm_(rows, weight.T)
+        ctx.save_for_backward(x, weight, A, B, hidden)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], len(up))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gradients of A and B in their own dtype, summed in fp32 where the device can."""
+        x, weight, A, B, hidden = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        down, up = A.to(x.dtype), B.to(x.dtype)
+        if torch.is_grad_enabled():  # somebody differentiates this in turn
+            hidden = rows @ down.T
+        back = ctx.scale * (dy @ up)  # (n, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (back @ down).addmm_(dy, weight).view(x.shape)
+        dA = product(back.T, rows, A.dtype) if ctx.needs_input_grad[3] else None
+        dB = ctx.scale * product(dy.T, hidden, B.dtype) if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
+
+
+def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """``one @ other`` in ``dtype``: not rounded to the inputs' own on the way, where cuBLAS can do without."""
+    if one.is_cuda and dtype == torch.float32 and one.dtype in HALVES and not torch.is_grad_enabled():
+        return torch.mm(one, other, out_dtype=dtype)
+    return (one @ other).to(dtype)
