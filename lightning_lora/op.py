@@ -79,7 +79,8 @@ class FrozenWithLowRank(torch.autograd.Function):
     """``W0 x + b + scale * B A x`` in one node: the low-rank term is written first, the frozen product adds onto it.
 
     So for the term alone nothing of an activation's size is read or written but once, forward and backward. Kept for
-    backward are ``x``, which the frozen map's neighbours mostly keep too, and ``A x``.
+    backward are ``x``, which the frozen map's neighbours mostly keep too, ``A x``, and A and B as they were cast: at
+    small sizes a step is bound by the number of kernels.
     """
 
     @staticmethod
@@ -93,25 +94,30 @@ class FrozenWithLowRank(torch.autograd.Function):
         else:
             y = torch.addmm(bias, hidden, up.T, alpha=scale)
         y.addmm_(rows, weight.T)
-        ctx.save_for_backward(x, weight, A, B, hidden)
+        ctx.save_for_backward(x, weight, A, B, hidden, down, up)
         ctx.scale = scale
         return y.view(*x.shape[:-1], len(up))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of A and B in their own dtype, summed in fp32 where the device can."""
-        x, weight, A, B, hidden = ctx.saved_tensors
+        x, weight, A, B, hidden, down, up = ctx.saved_tensors
         rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        down, up = A.to(x.dtype), B.to(x.dtype)
         if torch.is_grad_enabled():  # somebody differentiates this in turn
+            down, up = A.to(x.dtype), B.to(x.dtype)
             hidden = rows @ down.T
-        back = ctx.scale * (dy @ up)  # (n, r)
+        back = scaled(dy @ up, ctx.scale)  # (n, r)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (back @ down).addmm_(dy, weight).view(x.shape)
         dA = product(back.T, rows, A.dtype) if ctx.needs_input_grad[3] else None
-        dB = ctx.scale * product(dy.T, hidden, B.dtype) if ctx.needs_input_grad[4] else None
+        dB = scaled(product(dy.T, hidden, B.dtype), ctx.scale) if ctx.needs_input_grad[4] else None
         return dx, None, None, dA, dB, None
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """``scale * tensor``, by no kernel where the scale is 1, as it is unless the user says otherwise."""
+    return tensor if scale == 1 else scale * tensor
 
 
 def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
