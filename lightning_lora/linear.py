@@ -18,12 +18,17 @@ class LinearAdapter(Adapter):
 
     def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output with the term, of one node where that serves."""
-        watched = self._forward_hooks or self._forward_pre_hooks
-        if not watched and not (self.dropout and self.training) and in_one(x, weight, self.A, self.B):
-            y: Tensor = FrozenWithLowRank.apply(x, weight, bias, self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
-            return y
-        term: Tensor = self(frozen_linear(x, weight, bias), x)
-        return term
+        if self._is_watched() or (self.dropout and self.training) or not in_one(x, weight, bias, self.A, self.B):
+            term: Tensor = self(frozen_linear(x, weight, bias), x)
+            return term
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = FrozenWithLowRank.apply(rows, weight, bias, self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody hooks on to calls of it, which there are none of then."""
+        own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 class LoRALinear(LoRALayer, nn.Linear):

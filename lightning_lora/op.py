@@ -53,7 +53,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     return y + F.linear(hidden, B.to(x.dtype)).to(y.dtype)
 
 
-def in_one(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+def in_one(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Whether :class:`FrozenWithLowRank` serves: plain tensors of one dtype, computed eagerly on a GPU.
 
     A compiler fuses and recomputes the plain formula better; autocast, ``torch.func``, tracing and tensors of classes
@@ -63,7 +63,7 @@ def in_one(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
         x.device.type in DEVICES
         and x.dtype == weight.dtype
         and type(x) is Tensor
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, A, B))
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, bias, A, B) if tensor is not None)
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and B.shape[0] == weight.shape[0]
@@ -85,34 +85,36 @@ class FrozenWithLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """``x`` is ``(..., in_features)`` of the dtype of ``weight``; A and B are cast down to it."""
-        rows = x.reshape(-1, x.shape[-1])
+        """``(n, in_features)``, of the dtype of ``weight``, to ``(n, out_features)``; A and B are cast down to it."""
         down, up = A.to(x.dtype), B.to(x.dtype)
-        hidden = rows @ down.T  # (n, r)
+        hidden = x @ down.T  # (n, r)
         if bias is None:
-            y = rows.new_empty(len(rows), len(up)).addmm_(hidden, up.T, beta=0, alpha=scale)
+            y = x.new_empty(len(x), len(up)).addmm_(hidden, up.T, beta=0, alpha=scale)
         else:
             y = torch.addmm(bias, hidden, up.T, alpha=scale)
-        y.addmm_(rows, weight.T)
-        ctx.save_for_backward(x, weight, A, B, hidden, down, up)
-        ctx.scale = scale
-        return y.view(*x.shape[:-1], len(up))
+        y.addmm_(x, weight.T)
+        passes = ctx.needs_input_grad[0]
+        ctx.save_for_backward(x, hidden, up, down if passes else None, weight if passes else None)
+        ctx.A, ctx.B, ctx.scale = (
+            A,
+            B,
+            scale,
+        )  # which may have been stepped on by then, unlike the casts
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of A and B in their own dtype, summed in fp32 where the device can."""
-        x, weight, A, B, hidden, down, up = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        x, hidden, up, down, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this in turn
-            down, up = A.to(x.dtype), B.to(x.dtype)
-            hidden = rows @ down.T
-        back = scaled(dy @ up, ctx.scale)  # (n, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (back @ down).addmm_(dy, weight).view(x.shape)
-        dA = product(back.T, rows, A.dtype) if ctx.needs_input_grad[3] else None
-        dB = scaled(product(dy.T, hidden, B.dtype), ctx.scale) if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None
+            down, up = ctx.A.to(x.dtype), ctx.B.to(x.dtype)
+            hidden = x @ down.T
+        back = scaled(gradient @ up, ctx.scale)  # (n, r)
+        dx = (back @ down).addmm_(gradient, weight) if ctx.needs_input_grad[0] else None
+        db = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        dA = product(back.T, x, ctx.A.dtype) if ctx.needs_input_grad[3] else None
+        dB = scaled(product(gradient.T, hidden, ctx.B.dtype), ctx.scale) if ctx.needs_input_grad[4] else None
+        return dx, None, db, dA, dB, None
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

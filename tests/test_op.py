@@ -31,6 +31,11 @@ def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: 
     return [x.to(dtype), weight.to(dtype), offset, A.to(adapters), B.to(adapters)]
 
 
+def one_node(x, *rest):
+    """The op on an input of any shape."""
+    return FrozenWithLowRank.apply(x.reshape(-1, x.shape[-1]), *rest).view(*x.shape[:-1], -1)
+
+
 def reference(x, weight, bias, A, B, scale):
     """In fp64, of the values that the op sees."""
     wide = [tensor if tensor is None else tensor.double() for tensor in (x, weight, bias, A, B)]
@@ -65,7 +70,7 @@ def test_values_and_gradients_are_those_of_fp64_within_rounding(rows, sizes, dty
     gradient = torch.randn(*rows, out).to(dtype)
     seen = [t if t is None else t.to(dtype).double() for t in inputs]
     wanted = gradients(lambda *t: reference(*t, scale), seen, gradient.double())
-    found = gradients(lambda *t: FrozenWithLowRank.apply(*t, scale), inputs, gradient)
+    found = gradients(lambda *t: one_node(*t, scale), inputs, gradient)
     assert [tensor.dtype for tensor in found] == [dtype, dtype, adapters, adapters]
     for one, other in zip(found, wanted, strict=True):
         size = max(1.0, float(other.abs().max()), inside**0.5 * r)
@@ -80,7 +85,7 @@ def test_gradients_of_every_order():
         tensor.requires_grad_()
 
     def function(x, A, B):
-        return FrozenWithLowRank.apply(x, weight, bias, A, B, 0.5)
+        return one_node(x, weight, bias, A, B, 0.5)
 
     assert torch.autograd.gradcheck(function, (x, A, B))
     assert torch.autograd.gradgradcheck(function, (x, A, B))
@@ -90,10 +95,10 @@ def test_strided_input_and_an_input_without_gradient():
     torch.manual_seed(0)
     inputs = tensors((4, 3, 6), 5, 2, torch.float32, True, torch.float32)
     turned = inputs[0].transpose(0, 1)
-    y = FrozenWithLowRank.apply(turned, *inputs[1:], 2.0)
+    y = one_node(turned, *inputs[1:], 2.0)
     torch.testing.assert_close(y.double(), reference(turned, *inputs[1:], 2.0), rtol=1e-5, atol=1e-5)
     A, B = (matrix.requires_grad_() for matrix in inputs[3:])
-    FrozenWithLowRank.apply(turned, *inputs[1:3], A, B, 2.0).sum().backward()
+    one_node(turned, *inputs[1:3], A, B, 2.0).sum().backward()
     assert A.grad is not None and B.grad is not None and turned.grad is None
 
 
@@ -133,7 +138,7 @@ def test_it_starts_as_the_base_and_rests_with_it(on_cpu):
 
 def parts(net: nn.Module) -> tuple[torch.Tensor, ...]:
     layer = net[0]
-    return layer.weight, layer.lora.default.A, layer.lora.default.B
+    return layer.weight, layer.bias, layer.lora.default.A, layer.lora.default.B
 
 
 def test_where_it_serves(on_cpu):
@@ -158,8 +163,8 @@ def test_it_serves_no_transform_and_no_rows_of_a_fused_map(on_cpu):
         net(x)
     torch.jit.trace(net, x, check_trace=False)
     assert len(found) >= 4 and not any(found)
-    weight, A, B = parts(net)
-    assert not in_one(x, weight, A, B[:4])
+    weight, bias, A, B = parts(net)
+    assert not in_one(x, weight, bias, A, B[:4])
 
 
 def test_a_cpu_has_the_plain_formula():
@@ -176,3 +181,40 @@ def test_dropout_and_hooks_have_the_plain_formula(on_cpu):
         net[0].lora.default.register_forward_hook(lambda *_: seen.append(1))
         net(x)
     assert applied.call_count == 3 and seen == [1]
+
+
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"bias": "lora_only"}, {"also_train": ["0.bias"]}], ids=str)
+def test_a_bias_trains_beside_it(on_cpu, config, monkeypatch):
+    one = model(**config)
+    other, x = copy.deepcopy(one), torch.randn(4, 6)
+    one(x).square().mean().backward()
+    monkeypatch.setattr(op, "DEVICES", ())
+    other(x).square().mean().backward()
+    torch.testing.assert_close(one[0].bias.grad, other[0].bias.grad)
+
+
+def test_what_comes_after_may_work_in_place(on_cpu):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    apply_lora(net, LoRAConfig(r=2, targets="all"))
+    for x in (torch.randn(6), torch.randn(4, 6), torch.randn(2, 4, 6)):
+        y = net(x)
+        y += 1
+        y.sum().backward()
+
+
+def test_steps_and_writes_between_forward_and_backward(on_cpu):
+    net, x = model(torch.bfloat16), torch.randn(4, 6, dtype=torch.bfloat16)
+    loss = net[0](x).float().square().mean()
+    with torch.no_grad():
+        net[0].weight.mul_(1)  # no gradient goes through it: nothing of it was kept
+        net[0].lora.default.B.add_(1)  # an optimizer's step
+    loss.backward()
+    assert net[0].lora.default.A.grad is not None
+
+
+def test_who_waits_for_an_adapters_gradient_is_called(on_cpu):
+    net, seen = model(), []
+    net[0].lora.default.register_full_backward_hook(lambda *_: seen.append(1))
+    net(torch.randn(4, 6)).sum().backward()
+    assert seen == [1]
