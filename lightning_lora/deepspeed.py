@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lora import zero
 from lightning_lora.freeze import adapter_parameters, trained_parameters
-from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
+from lightning_lora.lightnings import MisconfigurationException
 from lightning_lora.names import clean
 from lightning_lora.strategies import Seams, states_in
 from lightning_lora.wraps import wrap
@@ -39,11 +39,6 @@ class DeepSpeed(Seams):
             raise MisconfigurationException(
                 f"`precision={precision!r}` under DeepSpeedStrategy makes its engine cast what trains, and adapters "
                 f"stay in fp32. Use one of {', '.join(map(repr, PRECISIONS))}."
-            )
-        if self.strategy.root_device.type == "cuda":
-            rank_zero_warn(
-                "LoRACallback was tried with DeepSpeed 0.19 on two CPU processes, where ZeRO 2 and 3 train, save, "
-                "resume and merge as DDP does; on GPUs it was not tried yet."
             )
         wrap(stack, self.strategy, "save_checkpoint", self.save)
         wrap(stack, self.strategy, "optimizer_state", self.optimizer_state)

@@ -12,6 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layer import LoRALayer, adapted_layers
 from lightning_lora.patterns import covers
 from lightning_lora.record import prune, record_of, records
+from lightning_lora.sharded import reshard
 
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
@@ -40,6 +41,7 @@ def enforce(model: nn.Module) -> None:
 
 def thaw(model: nn.Module) -> None:
     """Give every parameter of the base the ``requires_grad`` that it was found with."""
+    reshard(model)  # what an evaluation gathered in inference mode takes no flag
     for _, module, record in records(model):
         for key, flag in record.found.items():
             parameter = module._parameters.get(key)

@@ -28,7 +28,18 @@ class Replicas:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.paused, self.queued_in = False, -1
+        if parameters:
+            self._make_bucket()
         self.handles = [p.register_post_accumulate_grad_hook(self.queue) for p in self.parameters]  # type: ignore[no-untyped-call]
+
+    def _make_bucket(self) -> None:
+        """All gradients in a row, and for each parameter whether it has one here."""
+        wide = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        sizes = [*(parameter.numel() for parameter in self.parameters), len(self.parameters)]
+        dtype, device = torch.float64 if wide else torch.float32, self.parameters[0].device
+        self.bucket = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        *views, self.present = self.bucket.split(sizes)  # type: ignore[no-untyped-call]
+        self.views = [view.view(p.shape) for view, p in zip(views, self.parameters, strict=True)]
 
     @torch.no_grad()
     def align(self) -> None:
@@ -63,23 +74,25 @@ class Replicas:
         if not self.parameters:
             return
         absent = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
-        bucket = self._bucket(absent)
-        distributed.all_reduce(bucket)
-        bucket /= distributed.get_world_size()
-        *averages, present = bucket.split([*(p.numel() for p in self.parameters), len(self.parameters)])  # type: ignore[no-untyped-call]
-        elsewhere = present.tolist() if absent else []  # which waits for the device
+        self._fill(absent)
+        distributed.all_reduce(self.bucket)
+        self.bucket /= distributed.get_world_size()
+        elsewhere = self.present.tolist() if absent else []  # which waits for the device
         for index in absent:
             if elsewhere[index] > 0:
                 self.parameters[index].grad = torch.empty_like(self.parameters[index])
-        pairs = [(p.grad, average.view_as(p)) for p, average in zip(self.parameters, averages, strict=True)]
-        known = [(gradient, average) for gradient, average in pairs if gradient is not None]
-        if known:
-            torch._foreach_copy_([gradient for gradient, _ in known], [average for _, average in known])
+        self._copy(back=True)
 
-    def _bucket(self, absent: list[int]) -> Tensor:
-        """All gradients in a row, and for each parameter whether it has one here."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
-        present = torch.ones(len(gradients), dtype=dtype, device=gradients[0].device)
-        present[absent] = 0
-        return torch.cat([*(gradient.reshape(-1).to(dtype) for gradient in gradients), present])
+    def _fill(self, absent: list[int]) -> None:
+        self.present.fill_(1)
+        if absent:
+            self.present[absent] = 0
+            torch._foreach_zero_([self.views[index] for index in absent])
+        self._copy(back=False)
+
+    def _copy(self, back: bool) -> None:
+        """All gradients into the bucket or out of it, by few kernels and calls: a step may wait for those."""
+        pairs = [(v, p.grad) for v, p in zip(self.views, self.parameters, strict=True) if p.grad is not None]
+        if pairs:
+            views, gradients = map(list, zip(*pairs, strict=True))
+            torch._foreach_copy_(*((gradients, views) if back else (views, gradients)))

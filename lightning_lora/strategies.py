@@ -104,7 +104,8 @@ class Sharded(Seams):
         for written, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
             if any(group is other for other in self.stepped_singly):
                 written["foreach"] = None
-        return {**state, "state": _mapped(state["state"], lambda value: whole(value).cpu())}
+        gathered = _mapped(state["state"], lambda value: whole(value).cpu() if is_sharded(value) else value)
+        return {**state, "state": gathered}
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Of sharded parameters every rank takes its part.

@@ -58,7 +58,8 @@ class Lazy(Dropping):
             self.net = self.build()
 
     def build(self) -> nn.Module:
-        return net(dropout=0.2)
+        with torch.device("cpu"):  # or a GPU would draw another base under some strategies
+            return net(dropout=0.2)
 
 
 class Meta(Lazy):
@@ -176,8 +177,9 @@ if importlib.util.find_spec("deepspeed"):
     RUNS |= {
         "deepspeed-2": (Dropping, lambda: deepspeed(2)),
         "deepspeed-3": (Dropping, lambda: deepspeed(3)),
-        "deepspeed-3-configure-model": (Lazy, lambda: deepspeed(3)),
     }
+    if not GPUS:
+        RUNS["deepspeed-3-configure-model"] = (Lazy, lambda: deepspeed(3))
 
 
 class Attention(nn.Module):

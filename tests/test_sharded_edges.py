@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 from scripts import run_script
 from sharded_edges import Failing, Mixture, Tied
 from strategy_runs import plain
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, remove_lora
+from lightning_lora.freeze import thaw
 from lightning_lora.kinds import parts_of
 from lightning_lora.layer import adapted_layers
 from lightning_lora.merged_file import write_merged
 from lightning_lora.part import Part
-from lightning_lora.sharded import shape_of
+from lightning_lora.sharded import is_sharded, shape_of
 from lightning_lora.strategies import FSDP1, FSDP2, Sharded, states_in
 
 
@@ -38,12 +41,32 @@ def added(saved: dict, base: dict, *layers: str) -> dict:
     return {f"{layer}.weight": base[f"{layer}.weight"] + B @ A for layer, (A, B) in pairs.items()}
 
 
+def test_after_an_evaluation_the_parts_get_their_flags_back(tmp_path):
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        apply_lora(model, LoRAConfig(r=2, targets="all"))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        assert not is_sharded(model[0]._parameters["weight"])  # the whole, which the root keeps
+        thaw(model)
+        assert all(is_sharded(parameter) and parameter.requires_grad for parameter in model.parameters())
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_a_tied_and_sharded_weight_is_merged_into_a_file(ran):
     found, folder = ran[1]["tied"], ran[0] / "tied"
     assert found["own"] == found["best"] and found["adapters"] == 6
     assert found["own"][0]["test_loss"] == pytest.approx(found["ddp"][0]["test_loss"], rel=1e-6)
-    merged, saved = load_file(folder / "merged.safetensors"), torch.load(folder / "last.ckpt", weights_only=True)
+    merged, saved = (
+        load_file(folder / "merged.safetensors"),
+        torch.load(folder / "last.ckpt", weights_only=True, map_location="cpu"),
+    )
     base = plain(Tied).state_dict()
     for key, value in added(saved["state_dict"], base, "net.first", "net.second", "net.layers.0.q").items():
         torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
@@ -55,12 +78,14 @@ def test_a_tied_and_sharded_weight_is_merged_into_a_file(ran):
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
 def test_it_trains_as_under_ddp(ran, case, name):
     ends = ran[1][case]
-    assert all(torch.equal(ends[name][key], value) for key, value in ends["ddp"].items())
+    noise = 0.02 if torch.cuda.device_count() > 1 else 0  # there products depend on how a weight lies in memory
+    for key, value in ends["ddp"].items():
+        torch.testing.assert_close(ends[name][key], value, rtol=0, atol=noise)
 
 
 @pytest.mark.slow
 def test_a_rank_that_holds_no_expert_merges_none(ran):
-    saved = torch.load(ran[0] / "experts" / "last.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(ran[0] / "experts" / "last.ckpt", weights_only=True, map_location="cpu")["state_dict"]
     base = plain(Mixture).state_dict()
     pair = "net.experts.lora.default.weight"
     expected = base["net.experts.weight"] + saved[f"{pair}.B"] @ saved[f"{pair}.A"]
@@ -101,8 +126,10 @@ def test_a_file_that_does_not_fit_is_refused_on_every_rank(ran, name, case, word
 def test_a_run_that_failed_leaves_nothing_and_the_next_one_merges(ran):
     found = ran[1]["failed_run"]
     assert found == {"error": "planned failure", "left": [], "directories": True}
-    merged = torch.load(ran[0] / "failed_run" / "merged.ckpt", weights_only=True)["state_dict"]
-    saved = torch.load(ran[0] / "failed_run" / "again" / "last.ckpt", weights_only=True)["state_dict"]
+    merged = torch.load(ran[0] / "failed_run" / "merged.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    saved = torch.load(ran[0] / "failed_run" / "again" / "last.ckpt", weights_only=True, map_location="cpu")[
+        "state_dict"
+    ]
     base = plain(Failing).state_dict()
     assert merged.keys() == base.keys()
     for key, value in added(saved, base, "net.layers.0.q", "net.layers.1.v").items():

@@ -71,7 +71,7 @@ CASES = {
 }
 WARM, WINDOW, WINDOWS = 10, 10, 4
 STEPS = WARM + WINDOW * WINDOWS
-PROFILED = range(3, 6)  # steps, before anything is timed
+PROFILED = range(STEPS, STEPS + 3)  # steps, after those that are timed: a profiler slows what comes after it
 TIMEOUT = 120  # seconds for a case
 
 
@@ -130,7 +130,7 @@ class Clock(Callback):
             synchronize()
             self.profiler = torch.profiler.profile()
             self.profiler.start()
-        if index >= WARM and (index - WARM) % WINDOW == 0:
+        if WARM <= index < STEPS and (index - WARM) % WINDOW == 0:
             synchronize()
             self.start = time.perf_counter()
             if index == WARM and torch.cuda.is_available():
@@ -141,7 +141,7 @@ class Clock(Callback):
             synchronize()
             self.profiler.stop()
             self.profile.write_text(spent(self.profiler.key_averages()))
-        if index >= WARM and (index - WARM) % WINDOW == WINDOW - 1:
+        if WARM <= index < STEPS and (index - WARM) % WINDOW == WINDOW - 1:
             synchronize()
             self.windows.append((time.perf_counter() - self.start) / WINDOW * 1000)
 
@@ -237,6 +237,7 @@ def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | No
     """One case, in a process of its own for each device; rank zero writes what it found."""
     os.environ["STRATEGIES_DEVICES"] = str(devices)
     kind, method = case.split()
+    steps = STEPS if profiles is None else PROFILED.stop
     name = f"{case.replace(' ', '-')}-{devices}-{os.environ.get('LOCAL_RANK', 0)}.txt"
     clock = Clock(out.parent / case.replace(" ", "-"), None if profiles is None else profiles / name)
     lora = [LoRACallback(r=16, targets="all", merge=False)] if method == "lora" else []
@@ -245,7 +246,7 @@ def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | No
         devices=devices,
         strategy=strategy(kind),
         precision="bf16-true",
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=[*lora, clock],
         logger=False,
         enable_checkpointing=False,
@@ -255,7 +256,7 @@ def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | No
     batch, length = (2, 16) if tiny else (8, 1024)
     vocabulary = (TINY if tiny else SHAPES)["vocab_size"]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (STEPS * batch * devices, length), generator=generator)
+    ids = torch.randint(0, vocabulary, (steps * batch * devices, length), generator=generator)
     trainer.fit(Decoder(tiny, kind), DataLoader(TensorDataset(ids), batch_size=batch))
     if trainer.is_global_zero:
         out.write_text(json.dumps(clock.found))
