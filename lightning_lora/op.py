@@ -106,19 +106,24 @@ class FrozenWithLowRank(torch.autograd.Function):
         """Gradients of A and B in their own dtype, summed in fp32 where the device can."""
         x, hidden, up, down, weight = ctx.saved_tensors
         wants_x, _, wants_bias, wants_A, wants_B, _ = ctx.needs_input_grad
-        again = torch.is_grad_enabled()  # somebody differentiates this in turn
-        if again:
+        if torch.is_grad_enabled():  # somebody differentiates this in turn
             down, up = ctx.A.to(x.dtype), ctx.B.to(x.dtype)
             hidden = torch.mm(x, down.t())
         back = scaled(torch.mm(gradient, up), ctx.scale)  # (n, r)
         dx = torch.mm(back, down).addmm_(gradient, weight) if wants_x else None
         bias = gradient.sum(0) if wants_bias else None
-        wide = {} if again or not x.is_cuda or x.dtype not in HALVES else {"out_dtype": torch.float32}
-        dA = torch.mm(back.t(), x, **wide).to(ctx.A.dtype) if wants_A else None
-        dB = scaled(torch.mm(gradient.t(), hidden, **wide).to(ctx.B.dtype), ctx.scale) if wants_B else None
+        dA = product(back.t(), x, ctx.A.dtype) if wants_A else None
+        dB = scaled(product(gradient.t(), hidden, ctx.B.dtype), ctx.scale) if wants_B else None
         return dx, None, bias, dA, dB, None
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """``scale * tensor``, by no kernel where the scale is 1, as it is unless the user says otherwise."""
     return tensor if scale == 1 else scale * tensor
+
+
+def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """``one @ other`` in ``dtype``: not rounded to the inputs' own on the way, where cuBLAS can do without."""
+    if one.is_cuda and dtype == torch.float32 and one.dtype in HALVES and not torch.is_grad_enabled():
+        return torch.mm(one, other, out_dtype=dtype)
+    return torch.mm(one, other).to(dtype)
