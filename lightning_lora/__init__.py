@@ -74,6 +74,7 @@ Ring 2, Lightning.
     strategies           what each strategy needs: one device and DDP, FSDP1, FSDP2
     deepspeed            the same for DeepSpeed
     files                between the module and its files
+    from_checkpoint      a file back into a module, without a Trainer
     run                  one run over a module
     callback             LoRACallback
 """
@@ -81,6 +82,7 @@ Ring 2, Lightning.
 from lightning_lora.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
+from lightning_lora.from_checkpoint import load_from_checkpoint
 from lightning_lora.merge import merge_lora, unmerge_lora
 from lightning_lora.plan import plan_lora
 from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
@@ -91,6 +93,7 @@ __all__ = [
     "LoRAConfig",
     "apply_lora",
     "disable_lora",
+    "load_from_checkpoint",
     "load_lora_state_dict",
     "lora_parameters",
     "lora_state_dict",

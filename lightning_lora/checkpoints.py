@@ -121,6 +121,20 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
     other = difference(config, written)
     if other is not None:
         raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
+    check_base(trained_on, base, path)
+    if written.lr_scale != config.lr_scale:
+        rank_zero_warn(
+            f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
+            f"lr_scale={config.lr_scale} has no effect."
+        )
+
+
+def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
+    """Raise unless ``base`` is the one that the file's adapter was trained on, and warn where only its dtype differs.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
     wrong = other_base(trained_on, base)
     if wrong is not None:
         raise ValueError(
@@ -128,11 +142,6 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
         )
     if not exactly_same(trained_on, base):
         rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
-    if written.lr_scale != config.lr_scale:
-        rank_zero_warn(
-            f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
-            f"lr_scale={config.lr_scale} has no effect."
-        )
 
 
 def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:

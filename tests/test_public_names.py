@@ -18,6 +18,7 @@ NAMES = [
     "LoRAConfig",
     "apply_lora",
     "disable_lora",
+    "load_from_checkpoint",
     "load_lora_state_dict",
     "lora_parameters",
     "lora_state_dict",

@@ -29,7 +29,7 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
         "test_loader": data(2),
         "example_input": data(3).dataset.tensors[0][:2],
     }
-    assert len(blocks("python")) == 8
+    assert len(blocks("python")) == 9
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["names"] == ["0", "2"]
