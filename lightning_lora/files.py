@@ -60,7 +60,7 @@ class Files:
 
     def know_base(self) -> Fingerprint:
         """The fingerprint of the base, taken once; every rank must call it."""
-        self.base = self.base or fingerprint(self.module)
+        self.base = self.base or fingerprint(self.module, self.strategy.root_device)
         return self.base
 
     def module_state(self, original: Any) -> dict[str, Any]:

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from models import Lit, data, trainer
 from oracles import adapted, net, train
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, files, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.fingerprint import exactly_same, fingerprint, other_base
+
+CUDA = torch.cuda.is_available()
 
 
 def test_it_names_every_frozen_parameter_with_three_sums_and_a_shape():
@@ -17,6 +20,20 @@ def test_it_names_every_frozen_parameter_with_three_sums_and_a_shape():
     assert found["body.0.weight"][3:] == [6, 4]
     assert len(found["scale"]) == 4
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))])
+def test_it_is_the_same_wherever_it_is_summed(device):
+    model = net()
+    assert fingerprint(model, device) == fingerprint(model)
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_a_run_sums_on_its_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "fingerprint", lambda model, device: asked.append(device) or fingerprint(model))
+    trainer(LoRACallback(r=2), max_epochs=1).fit(Lit(), data())
+    assert asked == [torch.device("cpu")]
 
 
 def test_the_same_base_is_the_same():
