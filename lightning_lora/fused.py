@@ -237,7 +237,8 @@ def _rows_of(named: Any) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for name, value in named:
         if name and isinstance(value, RowNumbers):
-            found.setdefault(name, set()).update(map(int, torch.unique(value.as_subclass(Tensor)).tolist()))
+            counts = torch.bincount(value.as_subclass(Tensor).flatten().long())  # `unique` sorts: seconds for 20 B
+            found.setdefault(name, set()).update(counts.nonzero().flatten().tolist())
     return found
 
 
