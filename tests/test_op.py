@@ -218,3 +218,119 @@ def test_who_waits_for_an_adapters_gradient_is_called(on_cpu):
     net[0].lora.default.register_full_backward_hook(lambda *_: seen.append(1))
     net(torch.randn(4, 6)).sum().backward()
     assert seen == [1]
+
+
+X = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(net, x):
+    return torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+
+
+def checkpointed(net, x, reentrant):
+    return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
+
+
+def by_functional_call(net, x):
+    return torch.func.functional_call(net, dict(net.named_parameters()), (x,))
+
+
+SURROUNDINGS = {
+    "eager": lambda net, x: net(x),
+    "compiled without a break": compiled,
+    "checkpointed": lambda net, x: checkpointed(net, x, False),
+    "checkpointed by a reentrant backward": lambda net, x: checkpointed(net, x, True),
+    "functional call": by_functional_call,
+    "vmap": lambda net, x: torch.func.vmap(net)(x),
+    "traced": lambda net, x: torch.jit.trace(net, x, check_trace=False)(x),
+    "strided": lambda net, x: net(x.transpose(0, 1).contiguous().transpose(0, 1)),
+}
+
+
+def written_out(net, x):
+    """The two adapted layers of `model`, as formulas."""
+    for layer in (net[0], net[2]):
+        A, B = layer.lora.default.A.double(), layer.lora.default.B.double()
+        bias = None if layer.bias is None else layer.bias.double()
+        x = F.linear(x, layer.weight.detach().double() + layer.lora.default.scale * B @ A, bias)
+        x = F.gelu(x) if layer is net[0] else x
+    return x
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_values_and_gradients_whatever_is_around_it(monkeypatch, around, devices):
+    monkeypatch.setattr(op, "DEVICES", devices)
+    net = model(torch.float64)
+    parameters = [parameter for _, parameter in lora_parameters(net)]
+    results = []
+    for run in (SURROUNDINGS[around], written_out):
+        x = X.clone().requires_grad_()
+        y = run(net, x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in parameters)])
+        net.zero_grad()
+    for found, wanted in zip(*results, strict=True):
+        assert_near(found, wanted, 1e-6)  # the adapters' gradients are in fp32
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
+def test_derivatives_of_functions_and_of_gradients(monkeypatch, devices):
+    monkeypatch.setattr(op, "DEVICES", devices)
+    net, x, direction = model(torch.float64), X.clone(), torch.ones_like(X)
+    wide = copy.deepcopy(net)
+
+    def total(run):
+        return lambda x: run(wide, x).square().sum()
+
+    runs = [lambda wide, x: wide(x), written_out]
+    for derivative in (
+        lambda function: torch.func.grad(function)(x),
+        lambda function: torch.func.jvp(function, (x,), (direction,))[1],
+        lambda function: torch.func.jacrev(function)(x[0, 0]),
+        lambda function: penalty(function, x, wide),
+    ):
+        found, wanted = (derivative(total(run)) for run in runs)
+        assert_near(found, wanted, 1e-6)
+
+
+def assert_near(found, wanted, error):
+    assert found.shape == wanted.shape
+    assert float((found.double() - wanted.double()).norm()) <= error * float(wanted.norm())
+
+
+def penalty(function, x, net):
+    """The gradient of a gradient's size with respect to the adapters."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    found = torch.autograd.grad(gradient.square().sum(), [p for _, p in lora_parameters(net)])
+    return torch.cat([one.flatten() for one in found])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_within_its_rounding(on_cpu, dtype):
+    net, x = model(), X.float()
+    with torch.autocast("cpu", dtype=dtype):
+        y = net(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    found = [parameter.grad.clone() for _, parameter in lora_parameters(net)]
+    net.zero_grad()
+    written_out(net, x.double()).square().sum().backward()
+    for one, (name, parameter) in zip(found, lora_parameters(net), strict=True):
+        assert one.dtype == torch.float32
+        error = (one - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 8 * HALF[dtype], name
+
+
+def test_dropout_drops_the_adapters_input_alone(on_cpu):
+    net, x = model(torch.float64, dropout=0.4).train(), X.clone()
+    layer = net[0]
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    A, B = layer.lora.default.A.double(), layer.lora.default.B.double()
+    wanted = F.linear(x, layer.weight, layer.bias) + layer.lora.default.scale * dropped @ A.T @ B.T
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+    assert (dropped == 0).float().mean() > 0.2
