@@ -61,6 +61,15 @@ Ring 1, the world around it: one library or format each.
     random_state         the random generators of Python, NumPy and torch
     zero                 DeepSpeed's ZeRO optimizers, read and written as torch's
     merged_file          a merged model as one safetensors file, written tensor by tensor
+    safe_file            files read as from a stranger, written whole or not at all
+    provenance           where an adapter comes from, told in its file
+    peft_config          PEFT's adapter_config.json
+    peft_checks          what of it is read, and what is refused
+    peft_targets         which modules peft means by it
+    peft_layers          A and B of one layer as PEFT has them
+    peft_contents        what a model puts into a PEFT directory
+    peft_loading         such a directory onto a model
+    peft_files           save_adapter and load_adapter
 
 Ring 2, Lightning.
 
@@ -73,6 +82,7 @@ Ring 2, Lightning.
     liveness             adapters that do not run, or get no gradient
     strategies           what each strategy needs: one device and DDP, FSDP1, FSDP2
     deepspeed            the same for DeepSpeed
+    exchange             adapters into a run and out of it
     files                between the module and its files
     from_checkpoint      a file back into a module, without a Trainer
     run                  one run over a module
@@ -84,6 +94,7 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.from_checkpoint import load_from_checkpoint
 from lightning_lora.merge import merge_lora, unmerge_lora
+from lightning_lora.peft_files import load_adapter, save_adapter
 from lightning_lora.plan import plan_lora
 from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
 
@@ -93,6 +104,7 @@ __all__ = [
     "LoRAConfig",
     "apply_lora",
     "disable_lora",
+    "load_adapter",
     "load_from_checkpoint",
     "load_lora_state_dict",
     "lora_parameters",
@@ -100,5 +112,6 @@ __all__ = [
     "merge_lora",
     "plan_lora",
     "remove_lora",
+    "save_adapter",
     "unmerge_lora",
 ]

@@ -10,6 +10,7 @@ from lightning_lora.apply import remove_lora
 from lightning_lora.checkpointing import start_graphs
 from lightning_lora.compatibility import check_compatibility, is_spawned
 from lightning_lora.config import LoRAConfig
+from lightning_lora.exchange import export
 from lightning_lora.files import export_merged, load_best
 from lightning_lora.lightnings import CallbackBase, pl, rank_zero_info, rank_zero_warn
 from lightning_lora.merge import merge_lora, quantized_layers, unwritable
@@ -47,6 +48,10 @@ class LoRACallback(CallbackBase):
         merge: What to merge at the end of fit: True or "last", "best" (what the best checkpoint holds), or False.
         name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
         liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient.
+        init_from: Directory in PEFT's format, or checkpoint of another run, that fresh adapters start from; only their
+            values, of the same arguments and on the same base. A ckpt_path goes before it.
+        export: Directory in which to write the adapters in PEFT's format at the end of fit: those that merge says, or
+            the last. It holds where they come from: package, arguments, fingerprint of the base, step, metrics.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -76,6 +81,8 @@ class LoRACallback(CallbackBase):
         merge: bool | Literal["last", "best"] = True,
         name: str = "default",
         liveness: bool = True,
+        init_from: str | None = None,
+        export: str | None = None,
     ) -> None:
         super().__init__()
         self.config = LoRAConfig(
@@ -95,6 +102,8 @@ class LoRACallback(CallbackBase):
             merge=merge,
             name=name,
             liveness=liveness,
+            init_from=init_from,
+            export=export,
         )
         self._run: Run | None = None
 
@@ -145,7 +154,7 @@ class LoRACallback(CallbackBase):
             self._run.liveness.check_evaluation()
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Merge; the strategy is torn down, and the module is back on the CPU."""
         if is_spawned(trainer):
             remove_lora(pl_module)
@@ -154,13 +163,15 @@ class LoRACallback(CallbackBase):
                 "starting process stays the base, and the trained adapters are in the checkpoints. Use them with "
                 "ckpt_path='best'."
             )
-        elif self.config.merge:
-            self._merge(trainer, pl_module)
+        elif self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
+            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
+        else:
+            if self.config.export is not None and not trainer.fast_dev_run:
+                export(trainer, pl_module, self.config.export)
+            if self.config.merge:
+                self._merge(trainer, pl_module)
 
     def _merge(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        if self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
-            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
-            return
         if quantized_layers(pl_module):
             rank_zero_info(
                 "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "

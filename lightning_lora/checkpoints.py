@@ -118,15 +118,24 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
         ValueError: naming the first difference.
     """
     written, trained_on = facts_in(checkpoint, path)
-    other = difference(config, written)
-    if other is not None:
-        raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
+    check_config(written, path, config)
     check_base(trained_on, base, path)
     if written.lr_scale != config.lr_scale:
         rank_zero_warn(
             f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
             f"lr_scale={config.lr_scale} has no effect."
         )
+
+
+def check_config(written: LoRAConfig, path: Any, config: LoRAConfig) -> None:
+    """Raise unless the file's adapter is one of ``config``.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    other = difference(config, written)
+    if other is not None:
+        raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
 
 
 def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:

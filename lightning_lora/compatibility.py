@@ -119,6 +119,11 @@ def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
             "Processes started by spawn or fork do not give the adapters back to this one, and without a "
             "ModelCheckpoint they would be lost. Add one, or use strategy='ddp'."
         )
+    if is_spawned(trainer) and config.export is not None:
+        raise MisconfigurationException(
+            f"`export={config.export!r}` is written at the end of fit, when processes started by spawn or fork are "
+            "gone with the adapters. Use strategy='ddp', or save_adapter(load_from_checkpoint(...), ...) afterwards."
+        )
 
 
 def best_checkpoints(trainer: Any) -> Any | None:

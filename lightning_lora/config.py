@@ -44,6 +44,8 @@ class LoRAConfig:
         merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``. Read by the callback.
         name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
         liveness: check that every adapter runs and gets a gradient. Read by the callback.
+        init_from: PEFT directory, or checkpoint of another run, that fresh adapters start from. Read by the callback.
+        export: directory in which the end of fit writes the adapters in PEFT's format. Read by the callback.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -70,6 +72,8 @@ class LoRAConfig:
     merge: bool | str = True
     name: str = "default"
     liveness: bool = True
+    init_from: str | None = None
+    export: str | None = None
 
     def __post_init__(self) -> None:
         """Check every argument and keep copies of lists; everything else may then rely on it."""
@@ -94,6 +98,9 @@ class LoRAConfig:
         for argument in ("rslora", "liveness"):
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"`{argument}` must be a bool, but got {getattr(self, argument)!r}.")
+        for argument in ("init_from", "export"):
+            if not isinstance(getattr(self, argument), (str, type(None))):
+                raise TypeError(f"`{argument}` must be a path as a string, but got {getattr(self, argument)!r}.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
         _check_name(self.name)

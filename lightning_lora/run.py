@@ -14,6 +14,7 @@ from lightning_lora.bits import same_bits
 from lightning_lora.compatibility import SHARDING, is_a, overrides
 from lightning_lora.config import LoRAConfig
 from lightning_lora.deepspeed import DeepSpeed
+from lightning_lora.exchange import start_from
 from lightning_lora.files import Files
 from lightning_lora.freeze import freeze, is_frozen, thaw
 from lightning_lora.layer import is_adapted, resting
@@ -100,9 +101,17 @@ class Run:
         if self.stage == "fit" or self.seams.loads_late:
             self.files.know_base()  # while it is as the user built it
         self.seams.settle(self.stack)
+        if self.config.init_from is not None and self.found_bare:
+            self.start_from(self.config.init_from)
         if self.stage == "fit":
             rank_zero_info(describe(self.module))
         return result
+
+    def start_from(self, path: str) -> None:
+        """Give fresh adapters the values in a file, and remember those: untrained is what still has them."""
+        start_from(self.module, path, self.config, self.files.know_base())
+        self.files.loaded = True
+        self.snapshot = deepcopy(lora_state_dict(self.module))
 
     def adapt_merged(self) -> None:
         """Adapt a module that ran merged until a file is to be loaded, or was built anew in ``setup``."""
@@ -179,12 +188,11 @@ class Run:
 
     def untrained(self) -> bool:
         """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
-        if self.found_merged:
+        if self.snapshot:
             now = {name: parameter.detach() for name, parameter in lora_parameters(self.module)}
             return all(same_bits(self.snapshot[name], value) for name, value in now.items() if name in self.snapshot)
-        return not any(
-            bool(local(parameter).any()) for name, parameter in lora_parameters(self.module) if name.endswith("B")
-        )
+        every_B = [local(p) for name, p in lora_parameters(self.module) if name.endswith("B") and not p.is_meta]
+        return not any(bool(B.any()) for B in every_B)
 
     def leave_as_found(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""

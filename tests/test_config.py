@@ -112,6 +112,8 @@ def test_defaults_are_those_of_the_design():
         "merge": True,
         "name": "default",
         "liveness": True,
+        "init_from": None,
+        "export": None,
     }
 
 

@@ -52,3 +52,14 @@ def test_the_command_line(tmp_path):
     adapter = ["--model.base", "runs/base", "--ckpt_path", "runs/lora/last.ckpt"]
     text = run(tmp_path, "cli.py", "test", "--config", config, *adapter, *quick)
     assert float(re.search(r"accuracy\s+│\s+([\d.]+)", text)[1]) > 0.7
+
+
+@pytest.mark.slow
+def test_peft_both_ways(tmp_path):
+    pytest.importorskip("peft")
+    text = run(tmp_path, "peft_both_ways.py")
+    base, merged = (float(re.search(rf"loss of the {what} ([\d.]+)", text)[1]) for what in ("base", "merged module"))
+    assert base > 5 and merged < 0.1
+    assert all(float(number) < 1e-4 for number in re.findall(r"by at most (\S+)", text))
+    assert len(re.findall(r"by at most", text)) == 2
+    assert float(re.search(r"after two more epochs ([\d.]+)", text)[1]) < 0.1

@@ -18,6 +18,7 @@ NAMES = [
     "LoRAConfig",
     "apply_lora",
     "disable_lora",
+    "load_adapter",
     "load_from_checkpoint",
     "load_lora_state_dict",
     "lora_parameters",
@@ -25,6 +26,7 @@ NAMES = [
     "merge_lora",
     "plan_lora",
     "remove_lora",
+    "save_adapter",
     "unmerge_lora",
 ]
 ROOT = Path(__file__).parent.parent

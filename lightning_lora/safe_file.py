@@ -1,0 +1,130 @@
+"""Files as from a stranger: read without trust, written whole or not at all.
+
+Nothing is unpickled, and what a file calls its tensors is looked up, never used as a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LONGEST_HEADER = 100_000_000  # bytes, as in the library
+LONGEST_JSON = 16_000_000
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if it holds anything else, or a key twice.
+    """
+    if path.stat().st_size > LONGEST_JSON:
+        raise ValueError(f"`{path}` has {path.stat().st_size} bytes; a configuration has a few thousand.")
+    return _object_in(path.read_bytes(), path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file on the CPU, and the strings in its header.
+
+    Raises:
+        ValueError: if it is damaged, or holds a dtype that no adapter has, NaN or infinity.
+    """
+    header = _header(path)
+    metadata = header.pop("__metadata__", {})
+    if not _all_strings(metadata):
+        raise ValueError(f"`{path}` is damaged: what its header says of it must be strings, but is {shown(metadata)}.")
+    for name, entry in header.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(
+                f"`{path}` holds {shown(name)} as {shown(dtype)}; an adapter is float32, bfloat16 or float16."
+            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header}
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise _damaged(path, error) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"`{path}` holds NaN or infinity in {shown(name)}: the training that wrote it diverged.")
+    return tensors, metadata
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header as it is: the library's reader does not tell of a name that is there twice."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(path.stat().st_size - 8, LONGEST_HEADER):
+            raise _damaged(path, f"its header would have {size} bytes")
+        return _object_in(file.read(size), path)
+
+
+def _object_in(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`{path}` must hold a JSON object, but holds {shown(found)}.")
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{shown(next(key for key in keys if keys.count(key) > 1))} is there twice")
+    return found
+
+
+def _all_strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(f"`{path}` is damaged or truncated ({shown(str(reason))}): copy or download it again.")
+
+
+def shown(value: object) -> str:
+    """``value`` for a message, cut where it is long: it comes from the file."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return f"`{text[:150]}...`" if len(text) > 150 else f"`{text}`"
+
+
+def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files beside those in ``directory`` and put all in their place: an error leaves the old ones.
+
+    Args:
+        directory: made if it is not there.
+        writers: what writes each file, by its name; the largest last.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = {directory / name: directory / f"{name}.{os.getpid()}.part" for name in writers}
+    try:
+        for path, part in parts.items():
+            writers[path.name](part)
+        _put_in_place(parts)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _put_in_place(parts: Mapping[Path, Path]) -> None:
+    *small, _ = parts
+    before = {path: path.read_bytes() if path.exists() else None for path in small}
+    try:
+        for path, part in parts.items():
+            part.replace(path)
+    except BaseException:
+        for path, content in before.items():
+            path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+        raise
