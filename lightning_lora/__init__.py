@@ -55,12 +55,28 @@ Ring 0, the method: torch and the standard library.
     table                rows of adapted matrices as text
     plan                 the dry run
     summary              the table at the start of a run
+    gram                 norms of B A, and of the difference of two, without building it
+    low_rank             the pair nearest to a matrix
+    json_object          JSON files that hold an object
+    architecture         the shapes of a transformer, from the numbers in its configuration
+    skeleton             names and shapes as modules on the meta device
+    costs                parameters and bytes, with LoRA and without
 
 Ring 1, the world around it: one library or format each.
 
     random_state         the random generators of Python, NumPy and torch
     zero                 DeepSpeed's ZeRO optimizers, read and written as torch's
     merged_file          a merged model as one safetensors file, written tensor by tensor
+    tensor_file          safetensors files read some rows at a time, and copied with other values
+    weights_on_disk      a model in safetensors files, one or several
+    adapter_on_disk      a PEFT directory, without a model
+    tied                 tied weights, told from files
+    targets_on_disk      which tensors of a base in files an adapter changes
+    output               files and directories that appear when they are whole
+    merge_files          merge from files to files
+    diff_files           two adapters or two models compared
+    extract              an adapter from a full fine-tune
+    plan_files           the dry run without a model
     safe_file            files read as from a stranger, written whole or not at all
     provenance           where an adapter comes from, told in its file
     peft_config          PEFT's adapter_config.json
@@ -87,6 +103,10 @@ Ring 2, Lightning.
     from_checkpoint      a file back into a module, without a Trainer
     run                  one run over a module
     callback             LoRACallback
+    inspect_files        what an adapter's files hold
+    reports              what the commands found, as text and as data
+    command_line         lightning-lora
+    __main__             python -m lightning_lora
 """
 
 from lightning_lora.apply import apply_lora, disable_lora, remove_lora

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_lora.config import BIASES
+from lightning_lora.json_object import shown
 from lightning_lora.patterns import Value
 from lightning_lora.peft_config import ALL_LINEAR, PeftConfig
-from lightning_lora.safe_file import shown
 
 INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change it

@@ -13,6 +13,7 @@ from torch import distributed, nn
 from lightning_lora import names
 from lightning_lora.apply import apply_lora, remove_lora
 from lightning_lora.config import LoRAConfig
+from lightning_lora.json_object import read_object
 from lightning_lora.kinds import is_linear, plain_class
 from lightning_lora.layer import is_adapted
 from lightning_lora.peft_checks import read_config
@@ -22,7 +23,7 @@ from lightning_lora.peft_loading import Sorted, check_adapted, check_targets, co
 from lightning_lora.peft_targets import exact_targets, inner_name
 from lightning_lora.provenance import base_of, check_base, check_digest, header
 from lightning_lora.record import config_of, is_merged, records
-from lightning_lora.safe_file import read_json, read_tensors, write_together
+from lightning_lora.safe_file import read_tensors, write_together
 from lightning_lora.state import has_adapters, load_lora_state_dict, lora_state_dict
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -213,7 +214,7 @@ def _read(directory: Path) -> tuple[PeftConfig, Sorted, dict[str, str]]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"`{directory}` has no file `{name}`.")
-    asked = read_config(read_json(directory / CONFIG))
+    asked = read_config(read_object(directory / CONFIG))
     tensors, metadata = read_tensors(directory / WEIGHTS)
     check_digest(metadata, tensors)
     return asked, sort(tensors), metadata

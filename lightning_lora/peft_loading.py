@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import BIAS
+from lightning_lora.json_object import shown
 from lightning_lora.peft_config import PeftConfig
 from lightning_lora.peft_contents import PREFIX, REPEATED, holders, places_in
 from lightning_lora.peft_layers import PeftPair, adapters_of, expected_shapes, from_peft, keys_of, refusal
 from lightning_lora.peft_targets import exact_pattern, module_names, saved, targeted
-from lightning_lora.safe_file import shown
 from lightning_lora.state import clean_state, frozen_names, given, needed_names
 
 ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")

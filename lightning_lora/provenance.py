@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, exactly_same, fingerprint, other_base
+from lightning_lora.json_object import shown
 from lightning_lora.layer import parameter_of
 from lightning_lora.merge import unmerge_lora
 from lightning_lora.record import Merged, merged_layers
-from lightning_lora.safe_file import shown
 from lightning_lora.sharded import is_sharded, shape_of
 
 OWN = "lightning_lora"

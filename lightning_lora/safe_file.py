@@ -5,7 +5,6 @@ Nothing is unpickled, and what a file calls its tensors is looked up, never used
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,20 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_lora.json_object import damaged, object_in, shown
+
 LONGEST_HEADER = 100_000_000  # bytes, as in the library
-LONGEST_JSON = 16_000_000
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if it holds anything else, or a key twice.
-    """
-    if path.stat().st_size > LONGEST_JSON:
-        raise ValueError(f"`{path}` has {path.stat().st_size} bytes; a configuration has a few thousand.")
-    return _object_in(path.read_bytes(), path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -51,7 +40,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in header}
     except (SafetensorError, OSError, OverflowError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"`{path}` holds NaN or infinity in {shown(name)}: the training that wrote it diverged.")
@@ -63,41 +52,12 @@ def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= min(path.stat().st_size - 8, LONGEST_HEADER):
-            raise _damaged(path, f"its header would have {size} bytes")
-        return _object_in(file.read(size), path)
-
-
-def _object_in(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text.decode(), object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, but holds {shown(found)}.")
-    return found
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown(next(key for key in keys if keys.count(key) > 1))} is there twice")
-    return found
+            raise damaged(path, f"its header would have {size} bytes")
+        return object_in(file.read(size), path)
 
 
 def _all_strings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _damaged(path: Path, reason: object) -> ValueError:
-    return ValueError(f"`{path}` is damaged or truncated ({shown(str(reason))}): copy or download it again.")
-
-
-def shown(value: object) -> str:
-    """``value`` for a message, cut where it is long: it comes from the file."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    return f"`{text[:150]}...`" if len(text) > 150 else f"`{text}`"
 
 
 def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:

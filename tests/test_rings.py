@@ -19,6 +19,7 @@ LIBRARIES[2] = LIBRARIES[1] | {
     "lightning_utilities",
     "pytorch_lightning",
     "jsonargparse",
+    "tqdm",
     "typing_extensions",
 }
 

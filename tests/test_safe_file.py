@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_parameters, save_adapter
-from lightning_lora.safe_file import read_json, read_tensors, write_together
+from lightning_lora.json_object import read_object
+from lightning_lora.safe_file import read_tensors, write_together
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 A, B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"
@@ -124,13 +125,13 @@ def test_broken_tensors(case, tmp_path, directory):
         (b'{"r": 1, "r": 2}', "`r` is there twice"),
         (b"[" * 100_000, "is damaged or truncated"),
         (b"\xff{}", "is damaged or truncated"),
-        (b" " * 17_000_000, "has 17000000 bytes; a configuration has a few thousand"),
+        (b" " * 100_000_001, "has 100,000,001 bytes, too many for a configuration"),
     ],
 )
 def test_broken_json(content, words, tmp_path):
     (tmp_path / CONFIG).write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        read_json(tmp_path / CONFIG)
+        read_object(tmp_path / CONFIG)
 
 
 TENSORS = {
