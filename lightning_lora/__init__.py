@@ -104,7 +104,9 @@ Ring 2, Lightning.
     run                  one run over a module
     callback             LoRACallback
     inspect_files        what an adapter's files hold
+    checkpoint_files     a run's checkpoint to a PEFT directory, and back
     reports              what the commands found, as text and as data
+    command_options      what lightning-lora takes
     command_line         lightning-lora
     __main__             python -m lightning_lora
 """

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse import Namespace
 
 from lightning_lora import reports
 from lightning_lora.architecture import Transformer
+from lightning_lora.checkpoint_files import export_checkpoint, import_directory
+from lightning_lora.command_options import SIZES, make_parser
 from lightning_lora.config import PRESETS
 from lightning_lora.diff_files import diff_files
 from lightning_lora.extract import extract
@@ -26,7 +27,6 @@ from lightning_lora.tensor_file import StoredTensor
 from lightning_lora.weights_on_disk import open_weights
 
 LONG = 2_000_000_000  # bytes that take long enough for a progress bar
-SIZES = ("hidden", "layers", "vocab", "intermediate", "heads", "kv_heads", "head_size", "positions")
 Found = tuple[str, dict[str, Any]]  # as text and as plain data
 
 
@@ -55,85 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(name: str, why: str, status: int) -> int:
     print(reports.printable(f"lightning-lora {name}: {why}"), file=sys.stderr)
     return status
-
-
-def make_parser() -> ArgumentParser:
-    """The parser of the whole command."""
-    parser = ArgumentParser(
-        prog="lightning-lora",
-        description="Tools for LoRA adapters and the models they belong to, in safetensors files. No model is loaded: "
-        "tensors are read one after the other, so that memory does not grow with the model.",
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    for name, (add, words, description) in PARSERS.items():
-        own = ArgumentParser(description=f"{words}. {description}")
-        add(own)
-        own.add_argument("--json", action="store_true", help="Print the result as JSON, for programs.")
-        commands.add_subcommand(name, own, help=f"{words}.")
-    return parser
-
-
-def _add_inspect(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "path", metavar="PATH", help="PEFT directory, .safetensors file of one, or .ckpt of LoRACallback."
-    )
-
-
-def _add_merge(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "base", metavar="BASE", help="Model: a .safetensors file, or a directory with one or with shards."
-    )
-    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT directory.")
-    parser.add_argument("out", metavar="OUT", help="Where to write: a file if BASE is one, else a directory.")
-    _add_overwrite(parser)
-
-
-def _add_diff(parser: ArgumentParser) -> None:
-    parser.add_argument("first", metavar="A", help="PEFT directory or model.")
-    parser.add_argument("second", metavar="B", help="The same kind of thing.")
-    parser.add_argument("--top", type=PositiveInt, default=40, help="How many rows to show; --json gives all.")
-
-
-def _add_extract(parser: ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="Model before fine-tuning: a .safetensors file or a directory.")
-    parser.add_argument("tuned", metavar="FINETUNED", help="The same model after it.")
-    parser.add_argument("out", metavar="OUT", help="PEFT directory to write.")
-    parser.add_argument("--r", type=PositiveInt, default=16, help="Rank of every pair.")
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="PATTERN",
-        help="Module names, globs or re:EXPRESSION; without, every linear map.",
-    )
-    _add_overwrite(parser)
-
-
-def _add_plan(parser: ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="config.json, .safetensors file, or a directory.")
-    parser.add_argument("--r", type=PositiveInt, default=8, help="Rank.")
-    parser.add_argument(
-        "--targets", nargs="+", default=["attn"], metavar="TARGET", help=f"One of {', '.join(PRESETS)}, or patterns."
-    )
-    for size in SIZES:
-        parser.add_argument(f"--{size}", type=PositiveInt | None, default=None, help=f"{WORDS[size]}.")
-    parser.add_argument("--gated", action="store_true", help="The MLP has a gate, a third matrix, as Llama's has.")
-    parser.add_argument("--tied", action="store_true", help="The output head is the embedding's matrix.")
-
-
-def _add_overwrite(parser: ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is whole.")
-
-
-WORDS = {
-    "hidden": "Length of the vectors between blocks",
-    "layers": "Number of blocks",
-    "vocab": "Number of tokens",
-    "intermediate": "Width of the MLP; without, four times --hidden",
-    "heads": "Attention heads; matters only beside --kv_heads or --head_size",
-    "kv_heads": "Heads of keys and values; without, as many as --heads",
-    "head_size": "Length of a head's vectors; without, --hidden / --heads",
-    "positions": "Learned positions; without, none (rotary ones)",
-}
 
 
 def _inspect(options: Namespace) -> Found:
@@ -166,6 +87,16 @@ def _plan(options: Namespace) -> Found:
     targets = options.targets[0] if len(options.targets) == 1 and options.targets[0] in PRESETS else options.targets
     found = plan_files(_source(options), options.r, targets)
     return reports.costs_text(found), reports.costs_data(found)
+
+
+def _export(options: Namespace) -> Found:
+    found = export_checkpoint(Path(options.checkpoint), Path(options.directory), options.inner, options.overwrite)
+    return reports.exported_text(found), reports.exported_data(found)
+
+
+def _import(options: Namespace) -> Found:
+    found = import_directory(Path(options.directory), Path(options.checkpoint), options.inner, options.overwrite)
+    return reports.exported_text(found), reports.exported_data(found)
 
 
 def _source(options: Namespace) -> Path | Transformer:
@@ -217,34 +148,6 @@ COMMANDS: dict[str, Callable[[Namespace], Found]] = {
     "diff": _diff,
     "extract": _extract,
     "plan": _plan,
-}
-PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
-    "inspect": (
-        _add_inspect,
-        "Show what an adapter's files hold",
-        "Ranks, scales, sizes and the norm of each layer's update, what base it belongs to, and where it comes from.",
-    ),
-    "merge": (
-        _add_merge,
-        "Add an adapter to a model's weights",
-        "OUT gets the same files as BASE, with W + scale * B A for W, summed in fp32 and rounded once. It appears when "
-        "it is whole; how much of the update rounding lost is reported.",
-    ),
-    "diff": (
-        _add_diff,
-        "Compare two adapters, or two models",
-        "Of adapters the updates are compared, not the matrices that they are made of. What differs most comes first.",
-    ),
-    "extract": (
-        _add_extract,
-        "Make an adapter of a full fine-tune",
-        "The pair of rank r nearest to what fine-tuning did to each linear map, by truncated SVD, and how much of it "
-        "that keeps. Biases, norms and embeddings stay the base's, and are listed.",
-    ),
-    "plan": (
-        _add_plan,
-        "Tell what LoRA costs on a model",
-        "Trainable parameters, sizes of checkpoints and memory in training, from shapes alone: a transformers "
-        "config.json, a safetensors file, or --hidden 4096 --layers 32 --vocab 32000.",
-    ),
+    "export": _export,
+    "import": _import,
 }

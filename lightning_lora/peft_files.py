@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from lightning_lora import names
 from lightning_lora.apply import apply_lora, remove_lora
@@ -79,12 +79,17 @@ def save_adapter(
     contents = contents_of(part, config, lambda name: names.join(prefix, name).removeprefix(f"{holder}."))
     contents = for_vllm(contents) if flavor == "vllm" else contents
     text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
-    about = header(config, base_of(part), tensors, metadata)
+    about = header(config, base_of(part), tensors, metadata, prefix)
+    _first_of_all(lambda: write_directory(directory, text, tensors, about))
+
+
+def write_directory(directory: Path, text: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write the two files: the configuration ``text``, and ``tensors`` with ``about`` in their header."""
     writers: dict[str, Callable[[Path], object]] = {
         CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
         WEIGHTS: lambda path: save_file(tensors, path, about),
     }
-    _first_of_all(lambda: write_together(directory, writers))
+    write_together(directory, writers)
 
 
 def _first_of_all(write: Callable[[], None]) -> None:

@@ -25,9 +25,20 @@ BASE, DIGEST = f"{OWN}.base", f"{OWN}.digest"
 
 
 def header(
-    config: LoRAConfig, base: Fingerprint, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+    config: LoRAConfig,
+    base: Fingerprint,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    inner: str,
 ) -> dict[str, str]:
     """What the header says.
+
+    Args:
+        config: what the adapter was made with.
+        base: what it was trained on, by names relative to ``inner``.
+        tensors: what the file holds.
+        metadata: what the user adds.
+        inner: name of the part of the model that the file's names are relative to.
 
     Raises:
         TypeError: if ``metadata`` is no mapping of strings.
@@ -45,6 +56,7 @@ def header(
     own = {
         f"{OWN}.version": lightning_lora.__version__,
         f"{OWN}.config": json.dumps(config.to_dict()),
+        f"{OWN}.inner": inner,
         BASE: json.dumps(base),
         DIGEST: digest(tensors),
     }
@@ -108,7 +120,7 @@ def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str],
     """
     if BASE not in metadata:
         return
-    expected = _read(metadata[BASE])
+    expected = base_in(metadata)
     found = {name: sums for name, sums in fingerprint(model).items() if name in expected or name not in trained}
     wrong = other_base(expected, found)
     if wrong is not None and strict:
@@ -122,9 +134,14 @@ def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str],
         warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=3)
 
 
-def _read(text: str) -> Fingerprint:
+def base_in(metadata: Mapping[str, str]) -> Fingerprint:
+    """The fingerprint in a header that has one.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
-        base = json.loads(text)
+        base = json.loads(metadata[BASE])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The header of the adapter's file is damaged: its base is no JSON ({error}).") from error
     if not isinstance(base, dict) or not all(_is_sums(value) for value in base.values()):

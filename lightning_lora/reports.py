@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lightning_lora.checkpoint_files import Exported
 from lightning_lora.costs import ACCOUNTINGS, ADAPTER
 from lightning_lora.diff_files import Difference, Differences
 from lightning_lora.extract import Extraction
@@ -135,6 +136,17 @@ def extraction_text(found: Extraction, out: str) -> str:
 def extraction_data(found: Extraction) -> dict[str, Any]:
     """The same for programs."""
     return asdict(found) | {"energy": found.energy()}
+
+
+def exported_text(found: Exported) -> str:
+    """What was written, and what its names are relative to."""
+    relative = f"names relative to `{found.inner}`" if found.inner else "names as the checkpoint has them"
+    return printable(f"{found.path}: {len(found.layers)} adapted maps, {bytes_text(found.nbytes)}; {relative}")
+
+
+def exported_data(found: Exported) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(found)
 
 
 def costs_text(found: PlannedCosts) -> str:

@@ -1,0 +1,153 @@
+"""What the command ``lightning-lora`` takes: its sub-commands, their options and their help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from lightning_lora.config import PRESETS
+
+SIZES = ("hidden", "layers", "vocab", "intermediate", "heads", "kv_heads", "head_size", "positions")
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the whole command."""
+    parser = ArgumentParser(
+        prog="lightning-lora",
+        description="Tools for LoRA adapters and the models they belong to, in safetensors files. No model is loaded: "
+        "tensors are read one after the other, so that memory does not grow with the model.",
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (add, words, description) in PARSERS.items():
+        own = ArgumentParser(description=f"{words}. {description}")
+        add(own)
+        own.add_argument("--json", action="store_true", help="Print the result as JSON, for programs.")
+        commands.add_subcommand(name, own, help=f"{words}.")
+    return parser
+
+
+def _add_inspect(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "path", metavar="PATH", help="PEFT directory, .safetensors file of one, or .ckpt of LoRACallback."
+    )
+
+
+def _add_merge(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "base", metavar="BASE", help="Model: a .safetensors file, or a directory with one or with shards."
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT directory.")
+    parser.add_argument("out", metavar="OUT", help="Where to write: a file if BASE is one, else a directory.")
+    _add_overwrite(parser)
+
+
+def _add_diff(parser: ArgumentParser) -> None:
+    parser.add_argument("first", metavar="A", help="PEFT directory or model.")
+    parser.add_argument("second", metavar="B", help="The same kind of thing.")
+    parser.add_argument("--top", type=PositiveInt, default=40, help="How many rows to show; --json gives all.")
+
+
+def _add_extract(parser: ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="Model before fine-tuning: a .safetensors file or a directory.")
+    parser.add_argument("tuned", metavar="FINETUNED", help="The same model after it.")
+    parser.add_argument("out", metavar="OUT", help="PEFT directory to write.")
+    parser.add_argument("--r", type=PositiveInt, default=16, help="Rank of every pair.")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="Module names, globs or re:EXPRESSION; without, every linear map.",
+    )
+    _add_overwrite(parser)
+
+
+def _add_plan(parser: ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="config.json, .safetensors file, or a directory.")
+    parser.add_argument("--r", type=PositiveInt, default=8, help="Rank.")
+    parser.add_argument(
+        "--targets", nargs="+", default=["attn"], metavar="TARGET", help=f"One of {', '.join(PRESETS)}, or patterns."
+    )
+    for size in SIZES:
+        parser.add_argument(f"--{size}", type=PositiveInt | None, default=None, help=f"{WORDS[size]}.")
+    parser.add_argument("--gated", action="store_true", help="The MLP has a gate, a third matrix, as Llama's has.")
+    parser.add_argument("--tied", action="store_true", help="The output head is the embedding's matrix.")
+
+
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt of a Trainer with LoRACallback.")
+    parser.add_argument("directory", metavar="DIR", help="PEFT directory to write.")
+    _add_inner(parser, "Module that peft will wrap, by its name in the LightningModule; without, the one all lies in.")
+    _add_overwrite(parser)
+
+
+def _add_import(parser: ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="PEFT directory that this package wrote.")
+    parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt to write.")
+    _add_inner(parser, "Module that DIR's names are relative to; without, as DIR says.")
+    _add_overwrite(parser)
+
+
+def _add_inner(parser: ArgumentParser, words: str) -> None:
+    parser.add_argument("--inner", type=str | None, default=None, metavar="NAME", help=words)
+
+
+def _add_overwrite(parser: ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is whole.")
+
+
+WORDS = {
+    "hidden": "Length of the vectors between blocks",
+    "layers": "Number of blocks",
+    "vocab": "Number of tokens",
+    "intermediate": "Width of the MLP; without, four times --hidden",
+    "heads": "Attention heads; matters only beside --kv_heads or --head_size",
+    "kv_heads": "Heads of keys and values; without, as many as --heads",
+    "head_size": "Length of a head's vectors; without, --hidden / --heads",
+    "positions": "Learned positions; without, none (rotary ones)",
+}
+
+
+PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
+    "inspect": (
+        _add_inspect,
+        "Show what an adapter's files hold",
+        "Ranks, scales, sizes and the norm of each layer's update, what base it belongs to, and where it comes from.",
+    ),
+    "merge": (
+        _add_merge,
+        "Add an adapter to a model's weights",
+        "OUT gets the same files as BASE, with W + scale * B A for W, summed in fp32 and rounded once. It appears when "
+        "it is whole; how much of the update rounding lost is reported.",
+    ),
+    "diff": (
+        _add_diff,
+        "Compare two adapters, or two models",
+        "Of adapters the updates are compared, not the matrices that they are made of. What differs most comes first.",
+    ),
+    "extract": (
+        _add_extract,
+        "Make an adapter of a full fine-tune",
+        "The pair of rank r nearest to what fine-tuning did to each linear map, by truncated SVD, and how much of it "
+        "that keeps. Biases, norms and embeddings stay the base's, and are listed.",
+    ),
+    "plan": (
+        _add_plan,
+        "Tell what LoRA costs on a model",
+        "Trainable parameters, sizes of checkpoints and memory in training, from shapes alone: a transformers "
+        "config.json, a safetensors file, or --hidden 4096 --layers 32 --vocab 32000.",
+    ),
+    "export": (
+        _add_export,
+        "Make a PEFT directory of a run's checkpoint",
+        "The adapters in a .ckpt that LoRACallback wrote, of linear maps and embeddings, with the fingerprint of their "
+        "base. What holds more is exported from the module, by save_adapter(load_from_checkpoint(...), ...).",
+    ),
+    "import": (
+        _add_import,
+        "Make a checkpoint of such a directory",
+        "For ckpt_path in trainer.test, and for load_from_checkpoint. Training starts from the directory itself, by "
+        "LoRACallback(init_from=...), which takes those that peft wrote too.",
+    ),
+}
