@@ -18,7 +18,7 @@ from lightning_lora.checkpoints import KEY, facts_in
 from lightning_lora.config import LoRAConfig
 from lightning_lora.gram import Pair, norm
 from lightning_lora.names import join
-from lightning_lora.provenance import BASE
+from lightning_lora.provenance import BASE, DIGEST
 
 SAID = ("base_model_name_or_path", "bias", "use_rslora", "use_dora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
@@ -108,7 +108,8 @@ def _peft(path: Path) -> Inspection:
     adapter = open_adapter(path)
     layers = [_stored(pair) for pair in adapter.pairs.values()]
     about = {key: adapter.config[key] for key in SAID if adapter.config.get(key) not in (None, False)}
-    about |= {key: value for key, value in adapter.file.metadata.items() if key != BASE}
+    told = sorted(adapter.file.metadata.items())  # the library writes them in any order
+    about |= {key: value for key, value in told if value and key not in (BASE, DIGEST, "format")}
     return Inspection(
         path=str(path),
         kind="PEFT directory" if path.is_dir() else "adapter file",

@@ -72,7 +72,8 @@ def inspection_text(found: Inspection) -> str:
     lines += [f"{found.parameters():,} parameters in {bytes_text(found.nbytes)}; |delta| of all {number(found.norm())}"]
     lines += listed("other tensors", [f"{name} {list(shape)}" for name, shape in found.others.items()])
     lines += [f"fingerprint of the base: {'yes' if found.fingerprint else 'no'}"]
-    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in found.about.items()])
+    told = {key: value for key, value in found.about.items() if not key.endswith(".config")}  # the table says it
+    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in told.items()])
 
 
 def inspection_data(found: Inspection) -> dict[str, Any]:

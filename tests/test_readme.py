@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import Lit, data
 
-from lightning_lora import LoRAConfig, apply_lora
+import lightning_lora
+from lightning_lora import LoRAConfig, apply_lora, command_line
 from lightning_lora.summary import describe
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +30,25 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch):
         "test_loader": data(2),
         "example_input": data(3).dataset.tensors[0][:2],
     }
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 10
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
-    assert names["names"] == ["0", "2"]
+    assert names["names"] == [f"net.layers.{block}.{name}" for block in (0, 1) for name in "qkvo"]
     assert torch.load("merged.pt").keys() == Lit().state_dict().keys()
     assert Lit.load_from_checkpoint("merged.ckpt").net is not None
     assert [type(layer) for layer in names["net"]] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+
+
+def test_the_transcript_is_what_the_command_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks("python") if "base.safetensors" in block)
+    code = "from safetensors.torch import save_file\n" + block[block.index("torch.manual_seed") :]
+    exec(compile(code, "README.md", "exec"), {"torch": torch} | vars(lightning_lora))
+    (transcript,) = blocks("console")
+    for command in re.findall(r"^\$ lightning-lora (.*)$", transcript, re.MULTILINE):
+        print(f"$ lightning-lora {command}")
+        assert command_line.main(command.split()) == 0
+    assert capsys.readouterr().out == transcript
 
 
 def test_the_table_is_what_is_shown():
