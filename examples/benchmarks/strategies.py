@@ -1,12 +1,14 @@
 """LoRA under every strategy of Lightning, beside full fine-tuning: step time, memory, and what a checkpoint costs.
 
-A decoder of Llama's shapes (1.1 B parameters, random weights, bf16), r = 16 on all of its linear maps, AdamW, 8 x 1024
-tokens on each GPU. It needs transformers and GPUs, no network and no weights; a strategy that needs more than is there
-is written down as not run.
+A decoder of Llama's shapes (1.1 B parameters or 7 B, random weights, bf16), r = 16 on all of its linear maps, AdamW,
+8 x 1024 tokens on each GPU. It needs transformers and GPUs, no network and no weights; a strategy that needs more than
+is there is written down as not run.
 
     python examples/benchmarks/strategies.py --devices 1 2                    # prints the table
     python examples/benchmarks/strategies.py --devices 1 2 --out strategies   # and writes it to strategies_<date>.md
-    python examples/benchmarks/strategies.py --devices 1 2 --tiny             # a few thousand parameters, anywhere
+    python examples/benchmarks/strategies.py --devices 1 2 --size tiny        # a few thousand parameters, anywhere
+    python examples/benchmarks/strategies.py --devices 1 2 4 8                # weak scaling; with four, hybrid sharding
+    python examples/benchmarks/strategies.py --devices 1 8 --size 7b --only auto fsdp2
     python examples/benchmarks/strategies.py --devices 2 --only fsdp2 ddp     # those whose names hold one of these
     python examples/benchmarks/strategies.py --devices 2 --profile profiles   # and where each case spends a step
 
@@ -40,6 +42,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,21 +50,31 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_lora import LoRACallback, lora_parameters
 
-SHAPES = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
+SIZES = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
 }
 CASES = {
     1: ["auto lora", "auto full"],
@@ -69,6 +82,7 @@ CASES = {
         *("ddp lora", "ddp full", "fsdp1 lora", "fsdp1 full", "fsdp2 lora", "fsdp2 full"),
         *("deepspeed-2 lora", "deepspeed-3 lora"),
     ],
+    4: ["ddp lora", "fsdp1 lora", "fsdp2 lora", "fsdp2-hybrid lora"],
 }
 WARM, WINDOW, WINDOWS = 10, 10, 4
 STEPS = WARM + WINDOW * WINDOWS
@@ -79,9 +93,9 @@ TIMEOUT = 120  # seconds for a case
 class Decoder(LightningModule):
     """A language model, made on its device; for FSDP2 it shards itself."""
 
-    def __init__(self, tiny: bool, kind: str) -> None:
+    def __init__(self, size: str, kind: str) -> None:
         super().__init__()
-        self.tiny, self.kind, self.model = tiny, kind, None
+        self.size, self.kind, self.model = size, kind, None
         self.losses: list[Tensor] = []
 
     def setup(self, stage: str) -> None:
@@ -89,7 +103,7 @@ class Decoder(LightningModule):
             self.build()
 
     def build(self) -> None:
-        config = LlamaConfig(**(TINY if self.tiny else SHAPES), use_cache=False, attn_implementation="sdpa")
+        config = LlamaConfig(**SIZES[self.size], use_cache=False, attn_implementation="sdpa")
         torch.manual_seed(0)
         found = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # the same draws, whatever the strategy's context
@@ -101,8 +115,11 @@ class Decoder(LightningModule):
         if self.model is not None:
             return
         self.build()
-        if self.kind == "fsdp2":
+        if self.kind.startswith("fsdp2"):
             mesh = self.device_mesh["data_parallel"]
+            if self.kind == "fsdp2-hybrid":  # sharded over half of the GPUs, and the halves hold the same
+                parts = (2, self.trainer.world_size // 2)
+                mesh = init_device_mesh(self.device.type, parts, mesh_dim_names=("replicate", "shard"))
             for unit in (*self.model.model.layers, self.model):
                 fully_shard(unit, mesh=mesh)
 
@@ -228,7 +245,7 @@ class HostMemory:
 def strategy(kind: str) -> Any:
     if kind == "fsdp1":
         return FSDPStrategy(auto_wrap_policy={LlamaDecoderLayer})
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
         size = int(os.environ["STRATEGIES_DEVICES"])
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if kind.startswith("deepspeed"):
@@ -236,7 +253,7 @@ def strategy(kind: str) -> Any:
     return kind
 
 
-def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | None) -> None:
+def run_case(case: str, devices: int, size: str, out: Path, profiles: Path | None) -> None:
     """One case, in a process of its own for each device; rank zero writes what it found."""
     os.environ["STRATEGIES_DEVICES"] = str(devices)
     kind, method = case.split()
@@ -258,11 +275,10 @@ def run_case(case: str, devices: int, tiny: bool, out: Path, profiles: Path | No
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batch, length = (2, 16) if tiny else (8, 1024)
-    vocabulary = (TINY if tiny else SHAPES)["vocab_size"]
+    batch, length = (2, 16) if size == "tiny" else (8, 1024)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (steps * batch * devices, length), generator=generator)
-    trainer.fit(Decoder(tiny, kind), DataLoader(TensorDataset(ids), batch_size=batch))
+    ids = torch.randint(0, SIZES[size]["vocab_size"], (steps * batch * devices, length), generator=generator)
+    trainer.fit(Decoder(size, kind), DataLoader(TensorDataset(ids), batch_size=batch))
     if trainer.is_global_zero:
         out.write_text(json.dumps(clock.found))
     sys.stdout.flush()
@@ -279,7 +295,7 @@ def measure(case: str, devices: int, arguments: argparse.Namespace) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--case", case, "--devices", str(devices), "--found", str(out)]
-        command += ["--tiny"] * arguments.tiny
+        command += ["--size", arguments.size]
         command += [] if arguments.profile is None else ["--profile", str(arguments.profile)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -331,14 +347,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="how many GPUs, one table for all")
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose names hold one of these")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="of the model; a tiny one tries the script")
     parser.add_argument("--out", help="where to write the table, without the date and .md")
     parser.add_argument("--profile", type=Path, help="a folder for what each rank spends three steps on")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        return run_case(arguments.case, arguments.devices[0], arguments.tiny, arguments.found, arguments.profile)
+        return run_case(arguments.case, arguments.devices[0], arguments.size, arguments.found, arguments.profile)
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     results: dict[tuple[int, str], dict[str, Any]] = {}
@@ -349,7 +365,7 @@ def main() -> None:
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for devices in arguments.devices:
-        for case in CASES[min(devices, 2)]:
+        for case in CASES[max(count for count in CASES if count <= devices)]:
             if any(part in case for part in arguments.only):
                 found = results[devices, case] = measure(case, devices, arguments)
                 alone = results.get((1, f"auto {case.split()[1]}"), {}).get("ms")
