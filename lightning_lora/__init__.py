@@ -7,6 +7,7 @@ The package is three rings, and a file imports from its own ring and those below
 
 Ring 0, the method: torch and the standard library.
 
+    version              the version, which files tell
     config               what the user asks for, validated
     patterns             how a pattern names modules
     names                module names as the user wrote them, whatever wraps the modules
@@ -119,8 +120,8 @@ from lightning_lora.merge import merge_lora, unmerge_lora
 from lightning_lora.peft_files import load_adapter, save_adapter
 from lightning_lora.plan import plan_lora
 from lightning_lora.state import load_lora_state_dict, lora_parameters, lora_state_dict
+from lightning_lora.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "LoRACallback",
     "LoRAConfig",

@@ -19,6 +19,7 @@ from lightning_lora.layer import parameter_of
 from lightning_lora.merge import unmerge_lora
 from lightning_lora.record import Merged, merged_layers
 from lightning_lora.sharded import is_sharded, shape_of
+from lightning_lora.version import __version__
 
 OWN = "lightning_lora"
 BASE, DIGEST = f"{OWN}.base", f"{OWN}.digest"
@@ -51,10 +52,8 @@ def header(
             raise TypeError(f"`metadata` must be a dict of strings, but got {key!r}: {value!r}. Write str(...).")
         if key == "format" or key.startswith(OWN):
             raise ValueError(f"`metadata` has {key!r}, which the file itself uses: take another key.")
-    import lightning_lora
-
     own = {
-        f"{OWN}.version": lightning_lora.__version__,
+        f"{OWN}.version": __version__,
         f"{OWN}.config": json.dumps(config.to_dict()),
         f"{OWN}.inner": inner,
         BASE: json.dumps(base),
