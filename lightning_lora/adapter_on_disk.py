@@ -18,6 +18,7 @@ import torch
 
 from lightning_lora.gram import Pair
 from lightning_lora.json_object import read_object
+from lightning_lora.provenance import DIGEST, check_digest
 from lightning_lora.tensor_file import FLOATS, StoredTensor, TensorFile, open_tensors
 
 PREFIX = "base_model.model."
@@ -109,6 +110,8 @@ def open_adapter(path: Path) -> StoredAdapter:
     if path.is_dir() and not config.is_file():
         raise FileNotFoundError(f"`{path}` has no {CONFIG}, so it is no PEFT directory.")
     file = open_tensors(path / WEIGHTS if path.is_dir() else path)
+    if DIGEST in file.metadata:
+        check_digest(file.metadata, {name: tensor.read() for name, tensor in file.tensors.items()})
     found = read_object(config) if config.is_file() else {}
     if found:
         _check_config(config, found)
@@ -152,6 +155,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"`{path}` must describe LoRA, but has peft_type={config.get('peft_type')!r}.")
     _check_number(path, "r", config.get("r"))
     _check_number(path, "lora_alpha", config.get("lora_alpha"))
+    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
+        raise ValueError(f"`{path}` must have true or false as `use_rslora`, but has {config['use_rslora']!r}.")
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
@@ -162,7 +167,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_number(path: Path, field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
         raise ValueError(f"`{path}` must have a positive number as `{field}`, but has {value!r}.")
 
 

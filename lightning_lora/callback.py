@@ -163,13 +163,19 @@ class LoRACallback(CallbackBase):
                 "starting process stays the base, and the trained adapters are in the checkpoints. Use them with "
                 "ckpt_path='best'."
             )
-        elif self.config.merge == "best" and not trainer.fast_dev_run and not load_best(trainer, pl_module):
-            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
         else:
-            if self.config.export is not None and not trainer.fast_dev_run:
-                export(trainer, pl_module, self.config.export)
-            if self.config.merge:
-                self._merge(trainer, pl_module)
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        wants_best = self.config.merge == "best" and not trainer.fast_dev_run
+        best = load_best(trainer, pl_module) if wants_best else None
+        if wants_best and best is None:
+            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
+            return
+        if self.config.export is not None and not trainer.fast_dev_run:
+            export(trainer, pl_module, self.config.export, best)
+        if self.config.merge:
+            self._merge(trainer, pl_module)
 
     def _merge(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if quantized_layers(pl_module):

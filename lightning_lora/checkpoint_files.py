@@ -1,6 +1,6 @@
 """A run's checkpoint to a PEFT directory, and back: from files to files, without the model.
 
-A checkpoint tells the shapes of the base, from which linear maps and embeddings can be told. What needs more than that
+A checkpoint tells the shapes of the base, and what each adapted layer is in PEFT's format. What needs more than that
 goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
 """
 
@@ -23,10 +23,11 @@ from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.names import join
 from lightning_lora.peft_config import Scaled, written_config
 from lightning_lora.peft_files import CONFIG, WEIGHTS, write_directory
+from lightning_lora.peft_layers import KINDS
 from lightning_lora.peft_targets import exact_targets
 from lightning_lora.provenance import OWN, base_in, header
 from lightning_lora.safe_file import read_tensors
-from lightning_lora.skeleton import is_embedding, skeleton
+from lightning_lora.skeleton import skeleton
 
 THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
 KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
@@ -70,19 +71,18 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     prefix = _common(base) if inner is None else inner
     own = {name: _relative(name, prefix) for name in pairs}
     below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
-    embeddings = {name: _is_embedding(name, *pairs[name], base) for name in pairs}
-    tensors = {
-        f"base_model.model.{own[name]}.{key}": value.float().contiguous()
-        for name, both in pairs.items()
-        for key, value in zip(KEYS[embeddings[name]], both, strict=True)
-    }
+    kinds = {name: _kind(name, checkpoint[checkpoints.KEY], path) for name in pairs}
+    tensors: dict[str, Tensor] = {}
+    for name, both in pairs.items():
+        named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
+        tensors |= {f"base_model.model.{own[name]}.{key}": value for key, value in named}
     text = written_config(
         {own[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
         exact_targets(list(own.values()), skeleton(_shapes(below))),
         [],
         config,
         base=None,
-        transposed=_all_transposed(pairs, embeddings, base),
+        transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
     )
     told = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
     write_directory(directory, text, tensors, header(config, below, tensors, told, prefix))
@@ -120,7 +120,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": lightning.__version__,
-        checkpoints.KEY: checkpoints.facts(config, base),
+        checkpoints.KEY: checkpoints.facts(config, base, {}),
     }
     checkpoints.write_beside(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
@@ -144,6 +144,8 @@ def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[
         if match is None or value.dim() != 2:
             what = "a slice or a stack of a layer" if ".lora." in key else "trained beside the adapters"
             raise ValueError(f"`{path}` holds `{key}`, {what}, which takes the module to be told. {THROUGH}")
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"`{path}`: `{key}` must hold finite numbers: its training failed, or it is damaged.")
         found.setdefault(match[1], {})[match[2]] = value
     for name, pair in found.items():
         if set(pair) != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1]:
@@ -155,30 +157,29 @@ def _shapes(base: Fingerprint) -> dict[str, tuple[int, ...]]:
     return {name: tuple(size for size in sums[3:] if size is not None) for name, sums in base.items()}
 
 
-def _shape(name: str, base: Fingerprint) -> tuple[int | None, ...]:
-    return tuple(base.get(f"{name}.weight", [])[3:])
+def _shape(name: str, base: Fingerprint) -> tuple[int, ...]:
+    return _shapes(base).get(f"{name}.weight", ())
 
 
-def _is_embedding(name: str, A: Tensor, B: Tensor, base: Fingerprint) -> bool:
-    """Whether the layer is one; or it is a linear map, of either orientation.
+def _kind(name: str, facts: Mapping[str, Any], path: Path) -> str:
+    """What the layer is, as the run that wrote the file saw it.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if PEFT's format has no place for it, or the file does not say.
     """
-    plain, turned = (B.shape[0], A.shape[1]), (A.shape[1], B.shape[0])
-    shape = _shape(name, base)
-    if shape not in (plain, turned):
-        raise ValueError(f"`{name}` has a weight of shape {shape}, which takes the module to be told. {THROUGH}")
-    return shape == turned and f"{name}.bias" not in base and (shape != plain or is_embedding(name))
+    kinds = facts.get("kinds")
+    kind = kinds.get(name) if isinstance(kinds, dict) else None
+    if kind not in KINDS:
+        reason = kind if isinstance(kind, str) else "is of a kind that the file does not tell"
+        raise ValueError(f"`{path}`: `{name}` {reason}. {THROUGH}")
+    return str(kind)
 
 
-def _all_transposed(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], embeddings: Mapping[str, bool], base: Fingerprint
-) -> bool:
-    """Whether every linear map that is not square keeps its weight as ``(in, out)``, and there is one."""
-    shapes = {name: (_shape(name, base), (B.shape[0], A.shape[1])) for name, (A, B) in pairs.items()}
-    told = [shape != plain for name, (shape, plain) in shapes.items() if not embeddings[name] and plain[0] != plain[1]]
-    return bool(told) and all(told)
+def _shaped(pair: tuple[Tensor, Tensor], kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    A, B = (matrix.float().contiguous() for matrix in pair)
+    if kind == "convolution":
+        A, B = A.view(len(A), *shape[1:]), B.view(*B.shape, *[1] * (len(shape) - 2))
+    return A, B
 
 
 def _common(base: Fingerprint) -> str:

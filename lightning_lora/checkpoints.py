@@ -23,9 +23,9 @@ KEY = "lightning_lora"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
-def facts(config: LoRAConfig, base: Fingerprint) -> dict[str, Any]:
-    """What a checkpoint says of its adapter, as plain data."""
-    return {"format": 1, "config": config.to_dict(), "base": base}
+def facts(config: LoRAConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of its adapter, as plain data; ``kinds`` are those of its layers in PEFT's format."""
+    return {"format": 1, "config": config.to_dict(), "base": base, "kinds": kinds}
 
 
 def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -42,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("plan needs SOURCE, or the sizes --hidden, --layers and --vocab, and not both")
     try:
         text, data = COMMANDS[name](options)
-        print(json.dumps(reports.plain(data), indent=2) if options.json else text, flush=True)
+        print(json.dumps(reports.plain(data), indent=2, default=str) if options.json else text, flush=True)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _failed(name, "interrupted; nothing was written", 130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return _failed(name, " ".join(str(error).split()) or type(error).__name__, 1)
+    except Exception as error:  # files come from strangers
+        return _failed(name, f"the files are not what they should be ({type(error).__name__}: {error!s:.200})", 1)
     return 0
 
 

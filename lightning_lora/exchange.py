@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from torch import nn
 
 from lightning_lora import checkpoints
+from lightning_lora.compatibility import best_checkpoints
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint
+from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.names import clean
+from lightning_lora.peft_contents import kinds
 from lightning_lora.peft_files import load_adapter, save_adapter
+from lightning_lora.peft_layers import KINDS, ON_META, SLICES
 from lightning_lora.state import load_lora_state_dict, lora_parameters
 
 
@@ -29,6 +34,8 @@ def start_from(module: nn.Module, path: str, config: LoRAConfig, base: Fingerpri
             f"`init_from={path!r}` comes before `{empty}` has memory: the model is on the meta device. Load the base "
             "in `configure_model`, or resume with `ckpt_path`."
         )
+    if not Path(path).exists():
+        raise FileNotFoundError(f"`init_from={path!r}` is not there: give a PEFT directory, or a checkpoint of a run.")
     if Path(path).is_dir():
         load_adapter(module, path)
         return
@@ -43,8 +50,45 @@ def _load(path: Any, weights_only: bool | None) -> Any:
     return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
-def export(trainer: Any, module: nn.Module, directory: str) -> None:
-    """Write the adapters of ``module`` as a PEFT directory that tells of the run; every rank must call it."""
+def check_export(module: nn.Module, directory: str) -> None:
+    """Raise before a run whose adapters could not be written at its end.
+
+    Raises:
+        ValueError: naming the layer that PEFT's format has no place for, or the file that is in the way.
+    """
+    if Path(directory).is_file():
+        raise ValueError(f"`export={directory!r}` must be a directory, but is a file.")
+    for name, kind in kinds(module).items():
+        if kind not in (*KINDS, SLICES, ON_META):
+            raise ValueError(f"`export={directory!r}` cannot be written: `{name}` {kind}. Leave it out with `exclude`.")
+
+
+def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, Any] | None) -> None:
+    """Write the adapters of ``module`` as a PEFT directory that tells of the run; every rank must call it.
+
+    An error is a warning: at the end of a run the merge must not depend on it.
+
+    Args:
+        trainer: the Trainer.
+        module: its module.
+        directory: where.
+        best: the checkpoint that the adapters are of, where they are not the last.
+    """
+    facts = _facts(trainer) if best is None else _facts_of_best(trainer, best)
+    try:
+        save_adapter(module, directory, metadata=facts)
+    except (ValueError, OSError) as error:
+        rank_zero_warn(f"`export={directory!r}` was not written: {error} Use save_adapter(module, ...).")
+
+
+def _facts(trainer: Any) -> dict[str, str]:
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
-    facts = {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step), "metrics": json.dumps(metrics)}
-    save_adapter(module, directory, metadata=facts)
+    return {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step), "metrics": json.dumps(metrics)}
+
+
+def _facts_of_best(trainer: Any, best: Mapping[str, Any]) -> dict[str, str]:
+    callback = best_checkpoints(trainer)
+    score = getattr(callback, "best_model_score", None)
+    metrics = {} if callback is None or score is None else {callback.monitor: float(score)}
+    epoch, step = best.get("epoch", 0), best.get("global_step", 0)
+    return {"epoch": str(epoch), "step": str(step), "metrics": json.dumps(metrics)}

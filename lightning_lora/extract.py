@@ -103,22 +103,38 @@ def extract(
         raise ValueError(f"`r` must be at least 1, but got {r}.")
     before, after = open_weights(base), open_weights(tuned)
     chosen = _chosen(before, targets)
-    transposed, report = bool(keeps_transposed(before)), Extraction()
-    with written_whole(out, directory=True, overwrite=overwrite, sources=[base, tuned]) as part:
+    report, across = Extraction(), {tensor.name: _is_across(tensor, before) for tensor in before.tensors.values()}
+    with written_whole(
+        out, directory=True, overwrite=overwrite, sources=[base, tuned], names={CONFIG, WEIGHTS}
+    ) as part:
         pairs: dict[str, Tensor] = {}
         for tensor in before.tensors.values():
             other = after.tensors.get(tensor.name)
             reason = _why_not(tensor, other, chosen, before)
+            if reason is None and across[tensor.name] is None:
+                reason = "square, and nothing near it tells whether it is kept as (in, out)"
             if other is not None and reason is None:
-                pairs |= _pair(tensor, other, r, transposed, report)
+                pairs |= _pair(tensor, other, r, bool(across[tensor.name]), report)
             elif other is None or not _equal(tensor, other):
                 report.not_covered[tensor.name] = reason or ""
             progress(tensor.stop - tensor.start)
         report.not_covered |= {name: "not in the base" for name in after.tensors if name not in before.tensors}
         if not pairs:
             raise ValueError(f"`{tuned}` has no chosen map that differs from `{base}`: there is nothing to extract.")
-        _write(part, pairs, _config(base, r, list(report.layers), transposed))
+        _write(part, pairs, _config(base, r, list(report.layers), _all_across(report, across)))
     return report
+
+
+def _is_across(tensor: StoredTensor, base: Weights) -> bool | None:
+    name = tensor.name.removesuffix(".weight")
+    bias = base.tensors.get(f"{name}.bias")
+    if len(tensor.shape) != 2 or bias is None:
+        return False
+    return keeps_transposed(name, base) if tensor.shape[0] == tensor.shape[1] else bias.shape == tensor.shape[1:]
+
+
+def _all_across(report: Extraction, across: dict[str, bool | None]) -> bool:
+    return all(across[f"{name}.weight"] for name in report.layers)
 
 
 def _write(folder: Path, pairs: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.merged_file import write_merged
 from lightning_lora.merged_values import merged_values
 from lightning_lora.names import clean
+from lightning_lora.peft_contents import kinds
 from lightning_lora.record import is_merged
 from lightning_lora.sharded import units
 from lightning_lora.state import clean_state, load_lora_state_dict, lora_state_dict
@@ -82,7 +83,7 @@ class Files:
             return original(checkpoint, filepath, storage_options=storage_options)
         checkpoints.check_complete(checkpoint, self.module)
         checkpoint = checkpoints.without_base(checkpoint, self.module)
-        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.know_base())
+        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.know_base(), kinds(self.module))
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {
                 **checkpoint["callbacks"],
@@ -135,17 +136,17 @@ class Files:
             )
 
 
-def load_best(trainer: Any, module: Any) -> bool:
-    """Load the adapters of the best checkpoint, with all that its file holds; ``False`` where there is none."""
+def load_best(trainer: Any, module: Any) -> dict[str, Any] | None:
+    """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``."""
     path = getattr(best_checkpoints(trainer), "best_model_path", "")
     if not path:
-        return False
-    checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(
+        return None
+    checkpoint: dict[str, Any] = trainer.strategy.checkpoint_io.load_checkpoint(
         path, map_location=torch.device("cpu"), weights_only=False
     )
     module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
     load_lora_state_dict(module, checkpoints.adapter_of(checkpoint, module))
-    return True
+    return checkpoint
 
 
 def export_merged(trainer: Any, needed: Iterable[str]) -> Path:

@@ -23,10 +23,11 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
         device: where to sum, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     trained = {name for name, _ in trained_parameters(model)}
-    return {name: _sums(value, device) for name, value in whole_parameters(model) if name not in trained}
+    return {name: sums_of(value, device) for name, value in whole_parameters(model) if name not in trained}
 
 
-def _sums(tensor: Tensor, device: torch.device | str | None) -> list[int | None]:
+def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:
+    """What :func:`fingerprint` has of one parameter."""
     if tensor.is_meta or not tensor.is_floating_point():
         return [None, None, None, *shape_of(tensor)]
     tensor = tensor if device is None else tensor.to(device)

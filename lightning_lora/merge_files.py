@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora import exact
-from lightning_lora.adapter_on_disk import CONFIG, check_plain, open_adapter
+from lightning_lora.adapter_on_disk import CONFIG, StoredAdapter, check_plain, open_adapter
+from lightning_lora.fingerprint import other_base, sums_of
 from lightning_lora.json_object import read_object
 from lightning_lora.output import written_whole
+from lightning_lora.provenance import BASE, base_in
 from lightning_lora.targets_on_disk import Changes, StoredTarget, changes
 from lightning_lora.tensor_file import StoredTensor, TensorFile, write_like
 from lightning_lora.weights_on_disk import Weights, open_weights
@@ -118,12 +120,15 @@ def merge_files(
     weights, stored = open_weights(base), open_adapter(adapter)
     check_plain(stored)
     change = changes(stored, weights)
+    _check_base(stored, change)
     directory = base.is_dir()
     report = MergeReport(replaced=[name for name in change.whole if name in weights.tensors])
     report.added = [name for name in change.whole if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
     sources = [base, adapter]
-    with written_whole(out, directory=directory, overwrite=overwrite, sources=sources, size=report.written) as part:
+    with written_whole(
+        out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
+    ) as part:
         for file in weights.files:
             last = file is weights.files[-1]
             added = {name: _read_finite(change.whole[name]) for name in report.added} if last else {}
@@ -133,6 +138,18 @@ def merge_files(
             report.left_out = _copy_others(weights, part)
             _write_index(weights, part, {name: change.whole[name] for name in report.added})
     return report
+
+
+def _check_base(adapter: StoredAdapter, change: Changes) -> None:
+    """Raise if the adapter tells which base it was trained on, and a weight that it changes is another."""
+    if BASE not in adapter.file.metadata:
+        return
+    expected = base_in(adapter.file.metadata)
+    for target in change.pairs.values():
+        name = f"{target.pair.name}.weight"
+        wrong = name in expected and other_base({name: expected[name]}, {name: sums_of(target.start.read())})
+        if wrong:
+            raise ValueError(f"The adapter was trained on another base: {wrong}. Give the base it was trained on.")
 
 
 def _write(
@@ -190,6 +207,11 @@ def _read_finite(tensor: StoredTensor) -> Tensor:
             f"`{tensor.name}` in {tensor.path} has NaN or infinite numbers: the training of that adapter failed."
         )
     return value
+
+
+def _names(base: Path) -> set[str]:
+    """What a merged copy of ``base`` may hold."""
+    return {str(path.relative_to(base)) for path in base.rglob("*")} if base.is_dir() else set()
 
 
 def _copy_others(base: Weights, out: Path) -> list[str]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
 def written_whole(
-    out: Path, *, directory: bool, overwrite: bool, sources: Iterable[Path], size: int = 0
+    out: Path,
+    *,
+    directory: bool,
+    overwrite: bool,
+    sources: Iterable[Path],
+    size: int = 0,
+    names: Container[str] = (),
 ) -> Iterator[Path]:
     """A path to write to, which becomes ``out`` at the end of the block; after an exception nothing is left of it.
 
@@ -21,6 +27,7 @@ def written_whole(
         overwrite: whether to replace what is at ``out``.
         sources: what is read meanwhile; ``out`` may not be, hold or lie in one of them.
         size: bytes that will be written, at least.
+        names: paths in a directory ``out`` that may be replaced; it is refused if it holds others.
 
     Raises:
         FileExistsError: if there is something at ``out`` that may not be replaced.
@@ -30,6 +37,7 @@ def written_whole(
     for source in sources:
         _check_apart(out, source)
     _check_free(out, directory, overwrite)
+    _check_others(out, names)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"`{out.parent}`, where {out.name!r} is to be, is no directory: make it first.")
     if size > shutil.disk_usage(out.parent).free:
@@ -63,6 +71,12 @@ def _check_free(out: Path, directory: bool, overwrite: bool) -> None:
     if out.is_symlink() or out.is_dir() != directory or not replaceable:
         kind = "directory with safetensors files" if directory else "safetensors file"
         raise FileExistsError(f"`{out}` is no {kind}, so --overwrite does not replace it: choose another name.")
+
+
+def _check_others(out: Path, names: Container[str]) -> None:
+    for path in sorted(out.rglob("*")) if out.is_dir() else ():
+        if not path.is_dir() and str(path.relative_to(out)) not in names:
+            raise FileExistsError(f"`{out}` holds `{path.relative_to(out)}` too: move it away, or choose another name.")
 
 
 def _put(part: Path, out: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.adapter import Adapters
+from lightning_lora.adapter import Adapter, Adapters, Pairs
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import BIAS
 from lightning_lora.layer import adapted_layers
 from lightning_lora.patterns import covers
-from lightning_lora.peft_layers import PeftPair, adapters_of, refusal, refused_pairs, to_peft
+from lightning_lora.peft_layers import PeftPair, adapters_of, kind_in_peft, refusal, refused_pairs, to_peft
 from lightning_lora.peft_targets import lies_in, saved
 from lightning_lora.record import merged_layers
 from lightning_lora.state import buffer_names, clean_state, given, lora_state_dict
@@ -83,9 +83,18 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     _check_saved(modules_to_save, inner, list(pairs))
     state = clean_state(inner)
     inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
+    _check_finite(pairs)
     values = {**plain, **{key: given(state[key]) for key in inside}}  # in one order: sharded ones are gathered
     bases = _all_names(inner, adapted)
     return Contents(pairs, modules_to_save, {_key(key, bases): _as_written(key, v) for key, v in values.items()})
+
+
+def _check_finite(pairs: dict[str, PeftPair]) -> None:
+    for name, pair in pairs.items():
+        if not (bool(pair.A.isfinite().all()) and bool(pair.B.isfinite().all())):
+            raise ValueError(
+                f"`{name}` has NaN or infinity in its adapter: the training diverged. Nothing was written."
+            )
 
 
 def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> None:
@@ -106,6 +115,18 @@ def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Modu
                 "adapter. The files are right, and peft's outputs there are the base's.",
                 stacklevel=4,
             )
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """What of PEFT's format each adapted layer is, or why it is nothing of that."""
+    modules, places = dict(names.named_modules(model)), places_in(model)
+    found: dict[str, str] = {}
+    for name, layer, adapters in holders(model):
+        (holder,) = adapters.values()
+        assert isinstance(holder, (Adapter, Pairs))
+        kind = kind_in_peft(layer, modules.get(name.rpartition(".")[0]) if name else None, holder)
+        found[name] = kind if places[id(layer)] < 2 else REPEATED
+    return found
 
 
 def places_in(model: nn.Module) -> Counter[int]:

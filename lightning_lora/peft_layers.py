@@ -20,6 +20,8 @@ from lightning_lora.quantized import is_quantizing
 from lightning_lora.sharded import shape_of, whole
 from lightning_lora.transposed_linear import transposed_root
 
+KINDS = ("linear", "transposed", "embedding", "convolution")
+SLICES, ON_META = "is adapted in slices", "is on the meta device, without values: load the base first"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -67,7 +69,7 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
     if isinstance(owner, nn.MultiheadAttention):
         return "lies in an nn.MultiheadAttention, which reads its weight past peft's adapter"
     if parameter_of(module).is_meta:
-        return "is on the meta device, without values: load the base first"
+        return ON_META
     if root in CONVOLUTIONS:
         return _refused_convolution(module)
     if getattr(module, "max_norm", None) is not None:
@@ -76,6 +78,19 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
     if cls.forward is not root.forward and not scaled and not is_quantizing(cls):
         return f"is a {cls.__name__} with a forward of its own, past which peft would add its term"
     return None
+
+
+def kind_in_peft(module: nn.Module, owner: nn.Module | None, adapters: Adapter | Pairs) -> str:
+    """What of PEFT's format an adapted layer is, or why it is nothing of that: told in checkpoints for later."""
+    reason = refusal(module, owner) or refused_pairs(adapters)
+    if reason is None and isinstance(adapters, Pairs):
+        reason = SLICES
+    if reason is not None:
+        return reason
+    root = root_of(plain_class(module))
+    if root in CONVOLUTIONS:
+        return "convolution"
+    return "embedding" if root is nn.Embedding else "linear" if root is nn.Linear else "transposed"
 
 
 def _refused_convolution(module: nn.Module) -> str | None:

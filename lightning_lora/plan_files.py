@@ -12,7 +12,7 @@ from lightning_lora.costs import Costs
 from lightning_lora.json_object import read_object
 from lightning_lora.plan import Plan, plan_lora
 from lightning_lora.skeleton import skeleton
-from lightning_lora.weights_on_disk import keeps_transposed, open_weights
+from lightning_lora.weights_on_disk import all_transposed, open_weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _shapes(source: Path | Transformer, targets: str | Sequence[str]) -> tuple[S
             raise FileNotFoundError(f"`{source}` has neither a config.json nor a safetensors file.")
         return _apart(transformer_of(read_object(configuration)), targets).shapes(), False
     weights = open_weights(source)
-    return {name: tensor.shape for name, tensor in weights.tensors.items()}, bool(keeps_transposed(weights))
+    return {name: tensor.shape for name, tensor in weights.tensors.items()}, all_transposed(weights)
 
 
 def _apart(transformer: Transformer, targets: str | Sequence[str]) -> Transformer:

@@ -22,7 +22,7 @@ from lightning_lora.sharded import is_sharded, shape_of
 from lightning_lora.version import __version__
 
 OWN = "lightning_lora"
-BASE, DIGEST = f"{OWN}.base", f"{OWN}.digest"
+BASE, DIGEST, INNER = f"{OWN}.base", f"{OWN}.digest", f"{OWN}.inner"
 
 
 def header(
@@ -55,7 +55,7 @@ def header(
     own = {
         f"{OWN}.version": __version__,
         f"{OWN}.config": json.dumps(config.to_dict()),
-        f"{OWN}.inner": inner,
+        INNER: inner,
         BASE: json.dumps(base),
         DIGEST: digest(tensors),
     }

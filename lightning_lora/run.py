@@ -14,7 +14,7 @@ from lightning_lora.bits import same_bits
 from lightning_lora.compatibility import SHARDING, is_a, overrides
 from lightning_lora.config import LoRAConfig
 from lightning_lora.deepspeed import DeepSpeed
-from lightning_lora.exchange import start_from
+from lightning_lora.exchange import check_export, start_from
 from lightning_lora.files import Files
 from lightning_lora.freeze import freeze, is_frozen, thaw
 from lightning_lora.layer import is_adapted, resting
@@ -101,17 +101,22 @@ class Run:
         if self.stage == "fit" or self.seams.loads_late:
             self.files.know_base()  # while it is as the user built it
         self.seams.settle(self.stack)
-        if self.config.init_from is not None and self.found_bare:
-            self.start_from(self.config.init_from)
+        self.exchange()
         if self.stage == "fit":
             rank_zero_info(describe(self.module))
         return result
 
-    def start_from(self, path: str) -> None:
-        """Give fresh adapters the values in a file, and remember those: untrained is what still has them."""
-        start_from(self.module, path, self.config, self.files.know_base())
-        self.files.loaded = True
-        self.snapshot = deepcopy(lora_state_dict(self.module))
+    def exchange(self) -> None:
+        """Give fresh adapters the values that the user names, and see that they can be written where he says."""
+        path = self.config.init_from
+        if self.config.export is not None and self.stage == "fit":
+            check_export(self.module, self.config.export)
+        if path is not None and not self.found_bare:
+            rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and goes on with those.")
+        elif path is not None:
+            start_from(self.module, path, self.config, self.files.know_base())
+            self.files.loaded = True
+            self.snapshot = deepcopy(lora_state_dict(self.module))  # untrained is what still has these
 
     def adapt_merged(self) -> None:
         """Adapt a module that ran merged until a file is to be loaded, or was built anew in ``setup``."""

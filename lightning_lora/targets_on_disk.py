@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lightning_lora.adapter_on_disk import StoredAdapter, StoredPair
+from lightning_lora.provenance import INNER
 from lightning_lora.tensor_file import FLOATS, StoredTensor
 from lightning_lora.tied import HEAD, why_tied
 from lightning_lora.weights_on_disk import Weights, keeps_transposed, no_such
@@ -51,9 +52,7 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     Raises:
         ValueError: naming a map that is not there or is tied to another, or a weight that cannot take its delta.
     """
-    called = _renaming(adapter.pairs, base)
-    known = keeps_transposed(base)
-    transposed = bool(adapter.config.get("fan_in_fan_out")) if known is None else known
+    called = _renaming(adapter.pairs, base, adapter.file.metadata.get(INNER))
     # A new head is not in the base, and keeps its name.
     whole = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.whole.items()}
     for name, tensor in whole.items():
@@ -62,19 +61,33 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     for name, pair in adapter.pairs.items():
         weight = _own_weight(called(name), base)
         # PEFT writes the embedding that it adapts beside the pair.
-        pairs[weight.name] = StoredTarget(pair, whole.pop(weight.name, weight), _is_across(pair, weight, transposed))
+        pairs[weight.name] = StoredTarget(pair, whole.pop(weight.name, weight), _is_across(pair, weight, base))
     return Changes(pairs, whole)
 
 
-def _renaming(names: Iterable[str], base: Weights) -> Renaming:
-    """How the modules ``names`` of an adapter are called in ``base``."""
+def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renaming:
+    """How the modules ``names`` of an adapter are called in ``base``, perhaps by the ``inner`` that its file tells."""
     names = list(names)
+
+    def fits(way: Renaming) -> bool:
+        return all(_weight_of(way(name), base) or HEAD.fullmatch(way(name)) for name in names)
+
+    if inner and fits(lambda name: f"{inner}.{name}"):
+        return lambda name: f"{inner}.{name}"
     starts = sorted({key.split(".")[0] for key in base.tensors if "." in key})
-    ways: list[Renaming] = [lambda name: name, lambda name: name.partition(".")[2]]
-    ways += [lambda name, start=start: f"{start}.{name}" for start in starts]  # type: ignore[misc]
-    for way in ways:
-        if all(_weight_of(way(name), base) or HEAD.fullmatch(way(name)) for name in names):
+    plain: list[Renaming] = [lambda name: name, lambda name: name.partition(".")[2]]
+    below: list[tuple[str, Renaming]] = [(start, lambda name, start=start: f"{start}.{name}") for start in starts]  # type: ignore[misc]
+    for way in plain:
+        if fits(way):
             return way
+    found = [(start, way) for start, way in below if fits(way)]
+    if len(found) > 1:
+        raise ValueError(
+            f"`{names[0]}` of the adapter may be `{found[0][0]}.{names[0]}` or `{found[1][0]}.{names[0]}` of the base: "
+            "give a base with that part alone, or merge in the module."
+        )
+    if found:
+        return found[0][1]
     missing = next(name for name in names if not _weight_of(name, base))
     raise ValueError(
         f"{no_such(f'{missing}.weight', base)} The adapter belongs to another model, or its names begin otherwise."
@@ -100,10 +113,17 @@ def _own_weight(name: str, base: Weights) -> StoredTensor:
     return weight
 
 
-def _is_across(pair: StoredPair, weight: StoredTensor, transposed: bool) -> bool:
-    """Whether ``weight`` is kept as (in, out); a square one is as the others are."""
+def _is_across(pair: StoredPair, weight: StoredTensor, base: Weights) -> bool:
+    """Whether ``weight`` is kept as (in, out); a square one is as the nearest others are."""
     in_features, out_features = pair.features()
-    across = pair.embedding or (transposed and in_features == out_features and len(weight.shape) == 2)
+    square = in_features == out_features and len(weight.shape) == 2 and not pair.embedding
+    told = keeps_transposed(weight.name.removesuffix(".weight"), base) if square else False
+    if told is None:
+        raise ValueError(
+            f"`{weight.name}` is square, and nothing near it tells whether it is kept as (in, out) or (out, in): merge "
+            "in the module, by load_adapter and merge_lora."
+        )
+    across = pair.embedding or told
     if not across and weight.matrix_shape() == (out_features, in_features):
         return False
     if weight.shape == (in_features, out_features):
@@ -116,7 +136,8 @@ def _is_across(pair: StoredPair, weight: StoredTensor, transposed: bool) -> bool
 
 def _check_whole(name: str, tensor: StoredTensor, base: Weights) -> None:
     tied, own = why_tied(name.rpartition(".")[0], base), base.tensors.get(name)
-    if own is not None and (own.shape != tensor.shape or own.dtype not in FLOATS):
+    same = own is not None and own.shape == tensor.shape and (own.dtype in FLOATS or own.dtype == tensor.dtype)
+    if own is not None and not same:
         raise ValueError(
             f"`{name}` is in the adapter in full, of shape {tensor.shape} and {tensor.dtype}, but the base has it with "
             f"shape {own.shape} and {own.dtype}. Resize the base's first (new tokens?), and merge into that."

@@ -128,14 +128,37 @@ def _together(files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
     return found
 
 
-def keeps_transposed(weights: Weights) -> bool | None:
-    """Whether maps are kept as ``(in_features, out_features)``, as GPT-2's are; ``None`` where no bias tells."""
-    sides: set[int] = set()
-    for name, tensor in weights.tensors.items():
-        bias = weights.tensors.get(f"{name.removesuffix('.weight')}.bias")
-        if name.endswith(".weight") and bias is not None and len(set(tensor.shape)) == len(tensor.shape) == 2:
-            sides |= {side for side in (0, 1) if bias.shape == tensor.shape[side : side + 1]}
-    return None if not sides else sides == {1}
+def keeps_transposed(name: str, weights: Weights) -> bool | None:
+    """Whether the square map ``name`` is kept as ``(in_features, out_features)``, as GPT-2's are; ``None``: not told.
+
+    The lengths of biases tell it for maps that are not square: the nearest of those by name count. A map without a
+    bias is an ``nn.Linear``, as the turned ones of transformers all have one.
+    """
+    if f"{name}.bias" not in weights.tensors:
+        return False
+    sides = _sides(weights)
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        near = {side for other, side in sides.items() if other.split(".")[:depth] == parts[:depth]}
+        if near:
+            return near == {1} if len(near) == 1 else None
+    return None
+
+
+def all_transposed(weights: Weights) -> bool:
+    """Whether the biases tell of turned maps and of no others."""
+    return set(_sides(weights).values()) == {1}
+
+
+def _sides(weights: Weights) -> dict[str, int]:
+    """Which side of each weight that is not square is as long as its bias."""
+    found: dict[str, int] = {}
+    for key, tensor in weights.tensors.items():
+        name = key.removesuffix(".weight")
+        bias = weights.tensors.get(f"{name}.bias")
+        if key.endswith(".weight") and bias is not None and len(set(tensor.shape)) == len(tensor.shape) == 2:
+            found.update((name, side) for side in (0, 1) if bias.shape == tensor.shape[side : side + 1])
+    return found
 
 
 def no_such(name: str, weights: Weights) -> str:

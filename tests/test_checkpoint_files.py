@@ -106,16 +106,77 @@ def test_what_takes_the_module(tmp_path, cls, lora, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_convolution_takes_the_module(tmp_path):
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def image(conv):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Unflatten(1, (1, 4, 4)), conv(), nn.Flatten(), Scaled(8, 3))
+
+
+def module_of(make):
     class Image(Lit):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+            self.net = make()
 
-    _, path = fit(tmp_path, Image, r=1, targets=["1"])
-    with pytest.raises(
-        ValueError, match=re.escape("`net.1` has a weight of shape (2, 1, 3, 3), which takes the module")
-    ):
+    return Image
+
+
+def test_a_convolution(tmp_path):
+    def plain():
+        return image(lambda: nn.Conv2d(1, 2, 3))
+
+    module, path = fit(tmp_path, module_of(plain), r=1, targets=["1"])
+    export_checkpoint(path, tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(model(X), module(X))
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "words"),
+    [
+        (lambda: image(lambda: nn.Conv2d(1, 2, 3, dilation=1, groups=1, padding_mode="reflect")), "1", "padding_mode"),
+        (lambda: image(lambda: nn.Conv2d(1, 2, 3)), "3", "is a Scaled with a forward of its own"),
+    ],
+)
+def test_what_peft_would_compute_otherwise_is_refused(tmp_path, make, target, words):
+    _, path = fit(tmp_path, module_of(make), r=1, targets=[target])
+    with pytest.raises(ValueError, match=re.escape(words)):
+        export_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_square_maps_without_a_bias_are_what_the_run_saw(tmp_path):
+    def named():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.ModuleDict({"embed": nn.Linear(16, 16, bias=False), "head": nn.Linear(16, 3)})
+
+    class Named(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = named()
+
+        def forward(self, x):
+            return self.net["head"](self.net["embed"](x))
+
+    module, path = fit(tmp_path, Named, targets=["embed"])
+    export_checkpoint(path, tmp_path / "out")
+    model = peft.PeftModel.from_pretrained(named(), str(tmp_path / "out")).base_model.model
+    torch.testing.assert_close(model["head"](model["embed"](X)), module(X))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(tmp_path, value):
+    _, path = fit(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["state_dict"].values()))[0, 0] = value
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="must hold finite numbers: its training failed"):
         export_checkpoint(path, tmp_path / "out")
 
 

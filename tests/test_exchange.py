@@ -67,6 +67,9 @@ def test_the_best_is_exported_where_the_best_is_merged(tmp_path):
     trainer(*callbacks, max_epochs=2).fit(module, data(), data(1))
     best = torch.load(files.best_model_path, weights_only=True)["state_dict"]
     assert files.best_model_path != files.last_model_path and "epoch=0" in files.best_model_path
+    told = metadata(tmp_path / "out")
+    assert (told["epoch"], told["step"]) == ("0", "8")
+    assert json.loads(told["metrics"]) == {"val_loss": float(files.best_model_score)}
     other = net()
     load_adapter(other, tmp_path / "out")
     for name, parameter in lora_parameters(other):
@@ -135,6 +138,46 @@ def test_a_second_fit_goes_on(from_peft):
     torch.testing.assert_close(spy.output, before, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_that_are_there_go_on_and_it_is_said(from_peft):
+    module = Lit()
+    trainer(LoRACallback(r=4, merge=False), max_epochs=1).fit(module, data(), data(1))
+    before, spy = module.eval()(X).detach(), Start()
+    with pytest.warns(UserWarning, match="was not read: the module has adapters, and goes on with those"):
+        trainer(LoRACallback(r=4, init_from=str(from_peft[0])), spy, max_epochs=1).fit(module, data(), data(1))
+    assert torch.equal(spy.output, before)
+
+
+@pytest.mark.parametrize("way", ["layer", "file"])
+def test_what_could_not_be_written_is_refused_before_the_first_step(tmp_path, way):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Own(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.layers[0].q = Scaled(16, 16)
+
+        def on_train_start(self):
+            raise AssertionError("too late")
+
+    (tmp_path / "file").write_text("mine")
+    cls, words = (Own, "is a Scaled with a forward of its own") if way == "layer" else (Lit, "but is a file")
+    with pytest.raises(ValueError, match=words):
+        trainer(LoRACallback(export=str(tmp_path / way))).fit(cls(), data(), data(1))
+
+
+def test_a_merge_does_not_depend_on_the_export(tmp_path):
+    class Diverges(Callback):
+        def on_train_end(self, trainer, pl_module):
+            next(parameter for _, parameter in lora_parameters(pl_module)).data.fill_(float("nan"))
+
+    module = Lit()
+    with pytest.warns(UserWarning, match=r"was not written: `layers.0.q` has NaN"):
+        trainer(LoRACallback(r=4, export=str(tmp_path / "out")), Diverges(), max_epochs=1).fit(module, data(), data(1))
+    assert list(module.state_dict()) == list(Lit().state_dict()) and not (tmp_path / "out").exists()
+
+
 def test_training_starts_from_another_runs_checkpoint(tmp_path):
     files = checkpoints(tmp_path / "files")
     first = fit(tmp_path, files=files, merge=False)
@@ -179,7 +222,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_the_module_bare(from_pef
 
 
 def test_a_path_that_is_not_there():
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="`init_from='nowhere'` is not there"):
         trainer(LoRACallback(init_from="nowhere")).fit(Lit(), data(), data(1))
 
 

@@ -58,9 +58,13 @@ def test_maps_that_are_kept_transposed(tmp_path):
         "h.0.fc.weight": values(6, 9),
         "h.0.fc.bias": values(9),
         "h.0.proj.weight": values(6, 6),
+        "h.0.proj.bias": values(6),
         "wte.weight": values(9, 6),
+        "head.weight": values(4, 6),
+        "head.bias": values(4),
     }
-    base, other = write_base(tmp_path / "base", before), write_base(tmp_path / "tuned", tuned(before))
+    after = tuned(before) | {name: before[name] for name in ("head.weight", "head.bias", "h.0.proj.bias")}
+    base, other = write_base(tmp_path / "base", before), write_base(tmp_path / "tuned", after)
     found = extract(base, other, tmp_path / "out", r=6)
     assert found.layers.keys() == {"h.0.fc", "h.0.proj"}
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["fan_in_fan_out"] is True

@@ -14,7 +14,7 @@ from oracles import same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, apply_lora, load_lora_state_dict, merge_lora
+from lightning_lora import LoRAConfig, apply_lora, load_lora_state_dict, lora_parameters, merge_lora, save_adapter
 from lightning_lora.merge_files import merge_files
 from lightning_lora.tensor_file import open_tensors
 
@@ -168,13 +168,12 @@ def test_a_base_whose_names_have_one_part_more(tmp_path):
     torch.testing.assert_close(everything_in(tmp_path / "out")[key], formula(gpt2()[key[5:]].T, A, B).T)
 
 
-def test_square_maps_without_a_bias_go_by_the_configuration(tmp_path):
+def test_square_maps_without_a_bias_are_linear_whatever_the_configuration_says(tmp_path):
     base, (A, B) = write_base(tmp_path / "base", {"up.weight": values(6, 6)}), pair(6, 6)
     for fan in (True, False):
         merge_files(base, write_adapter(tmp_path / f"a{fan}", {"up": (A, B)}, fan_in_fan_out=fan), tmp_path / f"o{fan}")
         delta = 2 * (B @ A)
-        expected = values(6, 6) + (delta.T if fan else delta)
-        torch.testing.assert_close(everything_in(tmp_path / f"o{fan}")["up.weight"], expected)
+        torch.testing.assert_close(everything_in(tmp_path / f"o{fan}")["up.weight"], values(6, 6) + delta)
 
 
 def test_convolutions_embeddings_and_multihead_attention_as_peft_writes_them(tmp_path):
@@ -381,3 +380,63 @@ def test_tensors_of_dtypes_that_torch_lacks_are_copied(tmp_path):
     merge_files(base, write_adapter(tmp_path / "adapter", attention_pairs()), tmp_path / "out")
     odd = open_tensors(tmp_path / "out/model.safetensors").tensors["odd"]
     assert Path(odd.path).read_bytes()[odd.start : odd.stop] == b"abcd"
+
+
+def adapted(model, **config):
+    """With adapters that do something."""
+    apply_lora(model, LoRAConfig(r=2, **config))
+    for _, parameter in lora_parameters(model):
+        parameter.data = values(*parameter.shape)
+    return model
+
+
+def test_a_base_or_an_adapter_that_changed_since(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 4))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    save_file({key: value + 0.5 for key, value in model.state_dict().items()}, tmp_path / "other.safetensors")
+    save_adapter(adapted(model, targets="all"), tmp_path / "adapter")
+    merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+    with pytest.raises(ValueError, match=r"was trained on another base: `0.weight` has other values"):
+        merge_files(tmp_path / "other.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="file is damaged: its values are not those it was written with"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_parts_of_one_shape_are_told_apart(tmp_path):
+    model = torch.nn.ModuleDict({part: torch.nn.Sequential(torch.nn.Linear(6, 4)) for part in ("decoder", "encoder")})
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    before = load_file(tmp_path / "base.safetensors")
+    save_adapter(adapted(model, targets=["encoder.0"]), tmp_path / "adapter", inner="encoder")
+    merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert torch.equal(merged["decoder.0.weight"], before["decoder.0.weight"])
+    assert not torch.equal(merged["encoder.0.weight"], before["encoder.0.weight"])
+    bare = write_adapter(tmp_path / "bare", {"0": (values(3, 6), values(4, 3))})
+    with pytest.raises(ValueError, match=r"`0` of the adapter may be `decoder.0` or `encoder.0` of the base"):
+        merge_files(tmp_path / "base.safetensors", bare, tmp_path / "out.safetensors")
+
+
+def test_a_turned_square_map_beside_a_linear_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16, num_labels=3)
+    model = transformers.GPT2ForTokenClassification(config)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    save_adapter(adapted(model, targets=["attn.c_attn", "attn.c_proj"]), tmp_path / "adapter")
+    merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merge_lora(model)
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert all(torch.equal(merged[key], value) for key, value in model.state_dict().items())
+
+
+def test_statistics_that_moved(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    adapted(model, targets=["0"]).train()(torch.randn(8, 6))
+    save_adapter(model, tmp_path / "adapter")
+    merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged["1.num_batches_tracked"] == 1 and torch.equal(merged["1.running_mean"], model[1].running_mean)

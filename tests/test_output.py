@@ -44,12 +44,22 @@ def test_what_is_there_stays(tmp_path):
     out = filled(tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists: choose another name, or give --overwrite"):
         write(out)
+    names = {"old.safetensors"}
     with pytest.raises(ValueError, match="x"):
-        write(out, overwrite=True, fail=ValueError("x"))
+        write(out, overwrite=True, fail=ValueError("x"), names=names)
     assert [path.name for path in out.iterdir()] == ["old.safetensors"]
-    write(out, overwrite=True)
+    write(out, overwrite=True, names=names)
     assert [path.name for path in out.iterdir()] == ["new.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_else_is_there_is_never_removed(tmp_path):
+    out = filled(tmp_path / "out")
+    (out / "notes").mkdir()
+    (out / "notes/thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds `notes.thesis.txt` too: move it away"):
+        write(out, overwrite=True, names={"old.safetensors"})
+    assert (out / "notes/thesis.txt").read_text() == "mine"
 
 
 def test_overwrite_replaces_models_only(tmp_path):

@@ -81,13 +81,24 @@ def test_a_tensor_in_two_files(tmp_path):
         open_weights(base)
 
 
+LINEAR, TURNED, SQUARE = (6, 8, 6), (6, 8, 8), (8, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("shapes", "expected"),
-    [({"a": (6, 8)}, None), ({"a": (8, 8)}, None), ({"a": (6, 8, 6)}, False), ({"a": (6, 8, 8)}, True)],
+    [
+        ({"b": (8, 8)}, False),
+        ({"b": SQUARE}, None),
+        ({"a": LINEAR, "b": SQUARE}, False),
+        ({"a": TURNED, "b": SQUARE}, True),
+        ({"a": TURNED, "c": LINEAR, "b": SQUARE}, None),
+        ({"h.0.a": TURNED, "head": LINEAR, "h.1.a": TURNED, "h.0.b": SQUARE}, True),
+    ],
 )
 def test_which_side_the_biases_tell(tmp_path, shapes, expected):
     tensors = {}
     for name, (first, second, *bias) in shapes.items():
         tensors |= {f"{name}.weight": torch.zeros(first, second)} | {f"{name}.bias": torch.zeros(size) for size in bias}
     save_file(tensors, tmp_path / "x.safetensors")
-    assert keeps_transposed(open_weights(tmp_path)) is expected
+    name = next(name for name in shapes if name.endswith("b"))
+    assert keeps_transposed(name, open_weights(tmp_path)) is expected
