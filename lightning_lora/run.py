@@ -111,9 +111,9 @@ class Run:
         path = self.config.init_from
         if self.config.export is not None and self.stage == "fit":
             check_export(self.module, self.config.export)
-        if path is not None and not self.found_bare:
+        if path is not None and not self.found_bare and self.stage == "fit":
             rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and goes on with those.")
-        elif path is not None:
+        elif path is not None and self.found_bare:
             start_from(self.module, path, self.config, self.files.know_base())
             self.files.loaded = True
             self.snapshot = deepcopy(lora_state_dict(self.module))  # untrained is what still has these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,9 @@ def test_adapters_that_are_there_go_on_and_it_is_said(from_peft):
     with pytest.warns(UserWarning, match="was not read: the module has adapters, and goes on with those"):
         trainer(LoRACallback(r=4, init_from=str(from_peft[0])), spy, max_epochs=1).fit(module, data(), data(1))
     assert torch.equal(spy.output, before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="`init_from")
+        trainer(LoRACallback(r=4, init_from=str(from_peft[0]))).test(module, data(2), verbose=False)
 
 
 @pytest.mark.parametrize("way", ["layer", "file"])
