@@ -170,7 +170,7 @@ class LoRACallback(CallbackBase):
         wants_best = self.config.merge == "best" and not trainer.fast_dev_run
         best = load_best(trainer, pl_module) if wants_best else None
         if wants_best and best is None:
-            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged, the adapters stay.")
+            rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged or exported, the adapters stay.")
             return
         if self.config.export is not None and not trainer.fast_dev_run:
             export(trainer, pl_module, self.config.export, best)

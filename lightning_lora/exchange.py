@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lightning_lora import checkpoints
@@ -74,10 +75,10 @@ def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, A
         directory: where.
         best: the checkpoint that the adapters are of, where they are not the last.
     """
-    facts = _facts(trainer) if best is None else _facts_of_best(trainer, best)
     try:
+        facts = _facts(trainer) if best is None else _facts_of_best(trainer, best)
         save_adapter(module, directory, metadata=facts)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the last where a disk is full
         rank_zero_warn(f"`export={directory!r}` was not written: {error} Use save_adapter(module, ...).")
 
 

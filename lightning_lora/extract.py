@@ -130,7 +130,7 @@ def _is_across(tensor: StoredTensor, base: Weights) -> bool | None:
     bias = base.tensors.get(f"{name}.bias")
     if len(tensor.shape) != 2 or bias is None:
         return False
-    return keeps_transposed(name, base) if tensor.shape[0] == tensor.shape[1] else bias.shape == tensor.shape[1:]
+    return keeps_transposed(name, base, False) if tensor.shape[0] == tensor.shape[1] else bias.shape == tensor.shape[1:]
 
 
 def _all_across(report: Extraction, across: dict[str, bool | None]) -> bool:

@@ -52,6 +52,7 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     Raises:
         ValueError: naming a map that is not there or is tied to another, or a weight that cannot take its delta.
     """
+    turned = bool(adapter.config.get("fan_in_fan_out"))
     called = _renaming(adapter.pairs, base, adapter.file.metadata.get(INNER))
     # A new head is not in the base, and keeps its name.
     whole = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.whole.items()}
@@ -61,7 +62,7 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     for name, pair in adapter.pairs.items():
         weight = _own_weight(called(name), base)
         # PEFT writes the embedding that it adapts beside the pair.
-        pairs[weight.name] = StoredTarget(pair, whole.pop(weight.name, weight), _is_across(pair, weight, base))
+        pairs[weight.name] = StoredTarget(pair, whole.pop(weight.name, weight), _is_across(pair, weight, base, turned))
     return Changes(pairs, whole)
 
 
@@ -113,11 +114,11 @@ def _own_weight(name: str, base: Weights) -> StoredTensor:
     return weight
 
 
-def _is_across(pair: StoredPair, weight: StoredTensor, base: Weights) -> bool:
+def _is_across(pair: StoredPair, weight: StoredTensor, base: Weights, turned: bool) -> bool:
     """Whether ``weight`` is kept as (in, out); a square one is as the nearest others are."""
     in_features, out_features = pair.features()
     square = in_features == out_features and len(weight.shape) == 2 and not pair.embedding
-    told = keeps_transposed(weight.name.removesuffix(".weight"), base) if square else False
+    told = keeps_transposed(weight.name.removesuffix(".weight"), base, turned) if square else False
     if told is None:
         raise ValueError(
             f"`{weight.name}` is square, and nothing near it tells whether it is kept as (in, out) or (out, in): merge "

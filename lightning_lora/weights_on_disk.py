@@ -128,15 +128,25 @@ def _together(files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
     return found
 
 
-def keeps_transposed(name: str, weights: Weights) -> bool | None:
-    """Whether the square map ``name`` is kept as ``(in_features, out_features)``, as GPT-2's are; ``None``: not told.
+def keeps_transposed(name: str, weights: Weights, otherwise: bool) -> bool | None:
+    """Whether the square map ``name`` is kept as ``(in_features, out_features)``, as GPT-2's are.
 
     The lengths of biases tell it for maps that are not square: the nearest of those by name count. A map without a
     bias is an ``nn.Linear``, as the turned ones of transformers all have one.
+
+    Args:
+        name: of the map.
+        weights: the model's.
+        otherwise: what it is where no bias in the model tells.
+
+    Returns:
+        ``None`` where the nearest say both.
     """
     if f"{name}.bias" not in weights.tensors:
         return False
     sides = _sides(weights)
+    if not sides:
+        return otherwise
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         near = {side for other, side in sides.items() if other.split(".")[:depth] == parts[:depth]}

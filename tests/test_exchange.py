@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_parameters, save_adapter
@@ -180,6 +180,18 @@ def test_a_merge_does_not_depend_on_the_export(tmp_path):
     with pytest.warns(UserWarning, match=r"was not written: `layers.0.q` has NaN"):
         trainer(LoRACallback(r=4, export=str(tmp_path / "out")), Diverges(), max_epochs=1).fit(module, data(), data(1))
     assert list(module.state_dict()) == list(Lit().state_dict()) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError("full"), RuntimeError("no memory")])
+def test_a_disk_that_is_full_costs_no_merge(tmp_path, monkeypatch, error):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr("lightning_lora.peft_files.save_file", fails)
+    module = Lit()
+    with pytest.warns(UserWarning, match=f"was not written: {error}"):
+        trainer(LoRACallback(r=4, export=str(tmp_path / "out")), max_epochs=1).fit(module, data(), data(1))
+    assert list(module.state_dict()) == list(Lit().state_dict())
 
 
 def test_training_starts_from_another_runs_checkpoint(tmp_path):

@@ -440,3 +440,13 @@ def test_statistics_that_moved(tmp_path):
     merge_files(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "merged.safetensors")
     merged = load_file(tmp_path / "merged.safetensors")
     assert merged["1.num_batches_tracked"] == 1 and torch.equal(merged["1.running_mean"], model[1].running_mean)
+
+
+@pytest.mark.parametrize("fan", [True, False])
+def test_square_maps_with_a_bias_where_nothing_else_has_one(tmp_path, fan):
+    tensors = {"q.weight": values(6, 6), "q.bias": values(6), "up.weight": values(9, 6)}
+    base, (A, B) = write_base(tmp_path / "base", tensors), pair(6, 6)
+    merge_files(base, write_adapter(tmp_path / "a", {"q": (A, B)}, fan_in_fan_out=fan), tmp_path / "out")
+    delta = 2 * (B @ A)
+    expected = tensors["q.weight"] + (delta.T if fan else delta)
+    torch.testing.assert_close(everything_in(tmp_path / "out")["q.weight"], expected)

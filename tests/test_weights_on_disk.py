@@ -88,7 +88,7 @@ LINEAR, TURNED, SQUARE = (6, 8, 6), (6, 8, 8), (8, 8, 8)
     ("shapes", "expected"),
     [
         ({"b": (8, 8)}, False),
-        ({"b": SQUARE}, None),
+        ({"b": SQUARE}, "otherwise"),
         ({"a": LINEAR, "b": SQUARE}, False),
         ({"a": TURNED, "b": SQUARE}, True),
         ({"a": TURNED, "c": LINEAR, "b": SQUARE}, None),
@@ -101,4 +101,6 @@ def test_which_side_the_biases_tell(tmp_path, shapes, expected):
         tensors |= {f"{name}.weight": torch.zeros(first, second)} | {f"{name}.bias": torch.zeros(size) for size in bias}
     save_file(tensors, tmp_path / "x.safetensors")
     name = next(name for name in shapes if name.endswith("b"))
-    assert keeps_transposed(name, open_weights(tmp_path)) is expected
+    for otherwise in (True, False):
+        wanted = otherwise if expected == "otherwise" else expected
+        assert keeps_transposed(name, open_weights(tmp_path), otherwise) is wanted
