@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor
 
 from lightning_lora import checkpoints
@@ -64,7 +63,7 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
         ValueError: if the file is damaged, or holds what cannot be told without the module.
     """
     _check_free(directory / WEIGHTS, overwrite)
-    checkpoint = checkpoints.read(_load, path, True)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
     config, base = checkpoints.facts_in(checkpoint, path)
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
@@ -125,10 +124,6 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
     checkpoints.write_beside(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
     return Exported(str(path), prefix, layers, path.stat().st_size)
-
-
-def _load(path: Any, weights_only: bool | None) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

@@ -84,6 +84,11 @@ def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
         part.unlink(missing_ok=True)  # a full disk stays full of it
 
 
+def on_cpu(path: Any, weights_only: bool | None) -> Any:
+    """What is in the file at ``path``, for :func:`read` where no Trainer loads it."""
+    return torch.load(path, map_location="cpu", weights_only=weights_only)
+
+
 def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict[str, Any]:
     """Load a file that a LoRA run wrote.
 

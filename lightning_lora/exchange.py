@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -40,15 +39,11 @@ def start_from(module: nn.Module, path: str, config: LoRAConfig, base: Fingerpri
     if Path(path).is_dir():
         load_adapter(module, path)
         return
-    checkpoint = checkpoints.read(_load, path, None)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, None)
     written, trained_on = checkpoints.facts_in(checkpoint, path)
     checkpoints.check_config(written, path, config)
     checkpoints.check_base(trained_on, base, path)
     load_lora_state_dict(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
-
-
-def _load(path: Any, weights_only: bool | None) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
 def check_export(module: nn.Module, directory: str) -> None:

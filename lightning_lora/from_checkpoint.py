@@ -55,11 +55,7 @@ def load_from_checkpoint(
     Example:
         >>> module = load_from_checkpoint(LitModel, "last.ckpt", merge=True)  # doctest: +SKIP
     """
-
-    def load(path: Any, weights_only: bool | None) -> Any:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-
-    checkpoint = checkpoints.read(load, checkpoint_path, weights_only)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, checkpoint_path, weights_only)
     config, trained_on = checkpoints.facts_in(checkpoint, checkpoint_path)
     module = _bare(cls, checkpoint, hparams_file=hparams_file, weights_only=weights_only, **kwargs)
     if map_location is not None:
