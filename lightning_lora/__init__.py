@@ -15,7 +15,15 @@ Ring 0, the method: torch and the standard library.
     part                 which matrix of a layer a pair adapts: a parameter, some of its rows, a stack for experts
     initialization       where A starts
     op                   y + scale * B A x
+    products             the products of which its nodes are made
+    gated                an input that is a product, of which the factors are kept
+    one_node             the frozen map and the term as one node
+    dropped              the same with dropout inside
     adapter              A and B of one layer, a module of its own
+    shared_input         one reading of an input for all adapters of the layers that read it
+    traced_input         the same while a compiler traces
+    kernels              Triton kernels for passes over activations
+    dropout_kernels      Triton kernels that draw a mask again
     layer                what every adapted layer is: the same object, its class swapped
     linear               nn.Linear
     transposed_linear    Hugging Face's Conv1D
@@ -35,8 +43,10 @@ Ring 0, the method: torch and the standard library.
     raw_reads            whether code around a layer reads its weight instead of calling it
     fused                which rows of a fused projection are query, key and value
     roles                what the maps of a model do: attention, MLP, experts, routers, output heads
+    siblings             which layers those are
     presets              what "attn", "qv", "mlp" and "all" mean on a model
     choice               what presets and patterns choose
+    base_dtype           frozen weights in the dtype in which autocast computes
     targets              which matrices a configuration means, and what is wrong with it
     record               what is remembered on a module
     shared               which parameters several modules have

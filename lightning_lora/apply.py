@@ -23,6 +23,7 @@ from lightning_lora.part import Part
 from lightning_lora.record import config_of, forget, is_merged, record_of
 from lightning_lora.sharded import is_partitioned, is_sharded, local, reshard
 from lightning_lora.shared import memory_of, parameter_holders
+from lightning_lora.siblings import join_siblings
 from lightning_lora.targets import Targets, find_targets
 
 
@@ -78,6 +79,7 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
         parts = targets.parts[name]
         record_of(module).shared |= {part.key for part in parts if holders[memory_of(module, part.key)] > 1}
     attach_hosts(model)
+    join_siblings(model)
     record_of(model).config = config
     freeze(model, config)
     accept_base(model)

@@ -12,6 +12,7 @@ from lightning_lora.lightnings import MisconfigurationException, rank_zero_warn
 
 UNPROVEN = ("XLAFSDPStrategy",)
 SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+MIXED = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -32,6 +33,8 @@ def check_compatibility(trainer: Any, callback: Any, config: LoRAConfig, stage: 
     _check_strategy(trainer)
     _check_other_adapters(trainer, callback, config)
     _check_callbacks(trainer, callback, config)
+    if config.base_dtype is not None:
+        _check_base_dtype(trainer, config.base_dtype)
     if stage == "fit":
         _check_checkpoints(trainer, config)
 
@@ -106,6 +109,26 @@ def _check_averaging(trainer: Any, other: Any) -> None:
             f"{name} copies the module in its `setup`, before `configure_model` has made what is adapted. Make the "
             "model in `__init__`, or use WeightAveraging."
         )
+
+
+def _check_base_dtype(trainer: Any, dtype: str) -> None:
+    wanted, plugin = MIXED[dtype], trainer.precision_plugin
+    if not is_a(plugin, "MixedPrecision") or plugin.precision != wanted:
+        raise MisconfigurationException(
+            f"`base_dtype={dtype!r}` keeps weights in the dtype to which precision={wanted!r} casts them at every use, "
+            f"but the Trainer has precision={plugin.precision!r}. Change one of the two, or leave out `base_dtype`."
+        )
+    if is_a(trainer.strategy, *SHARDING):
+        raise MisconfigurationException(
+            f"`base_dtype={dtype!r}` does not go with {type(trainer.strategy).__name__}, which keeps and casts its own "
+            "parts of the weights. Leave it out, or use strategy='ddp'."
+        )
+    for other in trainer.callbacks:
+        if is_a(other, *AVERAGING):
+            raise MisconfigurationException(
+                f"`base_dtype={dtype!r}` does not go with {type(other).__name__}, which averages the base in its own "
+                "dtype. Leave one of the two out."
+            )
 
 
 def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:

@@ -12,6 +12,7 @@ from lightning_lora.adapter import Adapters
 from lightning_lora.patterns import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
+BASE_DTYPES = (None, "bf16", "fp16")
 INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
@@ -46,6 +47,8 @@ class LoRAConfig:
         liveness: check that every adapter runs and gets a gradient. Read by the callback.
         init_from: PEFT directory, or checkpoint of another run, that fresh adapters start from. Read by the callback.
         export: directory in which the end of fit writes the adapters in PEFT's format. Read by the callback.
+        base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
+            ``"fp16"``; ``None`` leaves them as they are. Read by the callback.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -74,6 +77,7 @@ class LoRAConfig:
     liveness: bool = True
     init_from: str | None = None
     export: str | None = None
+    base_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Check every argument and keep copies of lists; everything else may then rely on it."""
@@ -94,6 +98,7 @@ class LoRAConfig:
         _check_choice("init", self.init, INITS)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("merge", self.merge, MERGES)
+        _check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
         _check_positive("lr_scale", self.lr_scale)
         for argument in ("rslora", "liveness"):
             if not isinstance(getattr(self, argument), bool):

@@ -22,8 +22,13 @@ class ConvAdapter(Adapter):
     def forward(self, y: Tensor, x: Tensor, layer: LoRAConv) -> Tensor:
         """The output ``y`` with the term for the input ``x``."""
         kernel = parameter_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
-        A = self.A.to(x.dtype).view(-1, *kernel).repeat(layer.groups, *[1] * len(kernel))
-        B = (self.scale * self.B).to(x.dtype).view(*self.B.shape, *[1] * (len(kernel) - 1))
+        A = self.A.to(x.dtype).view(-1, *kernel)
+        if layer.groups > 1:
+            A = A.repeat(layer.groups, *[1] * len(kernel))
+        B = (
+            self.B if self.scale == 1 else self.scale * self.B
+        )  # at small sizes a step is bound by the number of kernels
+        B = B.to(x.dtype).view(*B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)
         return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
 

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.dropped import can_drop, frozen_with_dropped
 from lightning_lora.layer import LoRALayer
-from lightning_lora.op import FrozenWithLowRank, add_low_rank, frozen_linear, in_one
+from lightning_lora.one_node import computed_dtype, frozen_with_low_rank, in_one
+from lightning_lora.op import add_hidden, add_low_rank, frozen_linear
+from lightning_lora.shared_input import Siblings, frozen_with_hidden
 
 
 class LinearAdapter(Adapter):
     """Adds ``scale * B A x``."""
 
+    siblings: Siblings | None = None
+
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
-        return add_low_rank(y, self.dropped(x), self.A, self.part.placed(self.B, y.shape[-1]), self.scale)
+        B = self.part.placed(self.B, y.shape[-1])
+        if torch.compiler.is_compiling() and self.siblings is not None and not self._drops():
+            return add_hidden(y, self.siblings.traced(self, x), B, self.scale)
+        return add_low_rank(y, self.dropped(x), self.A, B, self.scale)
 
     def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output with the term, of one node where that serves."""
-        if self._is_watched() or (self.dropout and self.training) or not in_one(x, weight, bias, self.A, self.B):
-            term: Tensor = self(frozen_linear(x, weight, bias), x)
-            return term
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = FrozenWithLowRank.apply(rows, weight, bias, self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        p = self._drops()
+        if self._is_watched() or not in_one(x, weight, bias, self.A, self.B) or (p and not can_drop(x, p)):
+            y: Tensor = self(frozen_linear(x, weight, bias), x)
+            return y
+        dtype = computed_dtype(x)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        shared = None if self.siblings is None or p else self.siblings.read(self, x)
+        if shared is not None:
+            return frozen_with_hidden(shared, weight, bias, self.B)
+        if p:
+            return frozen_with_dropped(x.to(dtype), weight, bias, self.A, self.B, self.scale, p)
+        return frozen_with_low_rank(x.to(dtype), weight, bias, self.A, self.B, self.scale)
+
+    def _drops(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _is_watched(self) -> bool:
         """Whether somebody hooks on to calls of it, which there are none of then."""

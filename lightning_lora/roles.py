@@ -35,6 +35,7 @@ MLP = re.compile(
     r"|pwconv\d+|(?:up|gate|down|gate_up)_proj|dense_(?:h_to_4h|4h_to_h)|experts?|shared_experts?|moe",
     re.IGNORECASE,
 )
+GATED = re.compile(r"(?:gate|up)(?:_proj)?|w[13]|wi_[01]|fc1_[gx]|(?:linear|lin)_(?:gate|up)", re.IGNORECASE)
 OTHER_MIXER = re.compile(r"\w*(?:mamba|ssm|lstm|rnn|recurrent|mixer)\w*|temporal_block|rec", re.IGNORECASE)
 EXPERTS = re.compile(r"\w*experts?", re.IGNORECASE)
 ROUTER = re.compile(r"(?:\w+_)?(?:gate|router)", re.IGNORECASE)
@@ -92,6 +93,13 @@ def roles_in(model: nn.Module) -> Roles:
 def is_fused(name: str) -> bool:
     """Whether the name says that the map holds query, key or value in one."""
     return _leaf_is(name, FUSED) or (_leaf_is(name, IN_ATTENTION) and bool(ATTENTION.search(_parent(name))))
+
+
+def family_of(name: str) -> str | None:
+    """What the maps of one module are called that mostly read the same input: those of attention, or a gated MLP's."""
+    if _leaf_is(name, QUERY, KEY, VALUE):
+        return "attention"
+    return "gated" if GATED.fullmatch(name) else None
 
 
 def is_query_or_value(name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.apply import check_same, drop_adapters, inject
+from lightning_lora.base_dtype import BASE_DTYPES, lower
 from lightning_lora.bits import same_bits
 from lightning_lora.compatibility import SHARDING, is_a, overrides
 from lightning_lora.config import LoRAConfig
@@ -102,6 +103,8 @@ class Run:
             self.files.know_base()  # while it is as the user built it
         self.seams.settle(self.stack)
         self.exchange()
+        if self.config.base_dtype is not None:
+            self.stack.callback(lower(self.module, BASE_DTYPES[self.config.base_dtype]))
         if self.stage == "fit":
             rank_zero_info(describe(self.module))
         return result

@@ -113,6 +113,7 @@ def test_defaults_are_those_of_the_design():
         "name": "default",
         "liveness": True,
         "init_from": None,
+        "base_dtype": None,
         "export": None,
     }
 

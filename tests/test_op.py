@@ -12,8 +12,8 @@ from hypothesis import strategies as some
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, op
-from lightning_lora.op import FrozenWithLowRank, in_one
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora.one_node import FrozenWithLowRank, in_one
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
 
@@ -21,7 +21,7 @@ HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, tor
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Let it serve on a CPU, where it is tested."""
-    monkeypatch.setattr(op, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", ("cuda", "cpu"))
 
 
 def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: bool, adapters: torch.dtype):
@@ -33,7 +33,7 @@ def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: 
 
 def one_node(x, *rest):
     """The op on an input of any shape."""
-    return FrozenWithLowRank.apply(x.reshape(-1, x.shape[-1]), *rest).view(*x.shape[:-1], -1)
+    return FrozenWithLowRank.apply(x, *rest)
 
 
 def reference(x, weight, bias, A, B, scale):
@@ -119,7 +119,7 @@ def test_a_model_trains_as_by_the_plain_formula(on_cpu, dtype, monkeypatch):
     with mock.patch.object(FrozenWithLowRank, "apply", wraps=FrozenWithLowRank.apply) as applied:
         one(x).float().square().mean().backward()
     assert applied.call_count == 2
-    monkeypatch.setattr(op, "DEVICES", ())
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", ())
     other(x).float().square().mean().backward()
     for (name, mine), (_, plain) in zip(lora_parameters(one), lora_parameters(other), strict=True):
         assert mine.grad.dtype == torch.float32
@@ -148,7 +148,8 @@ def test_where_it_serves(on_cpu):
     assert not in_one(torch.empty(0, 6), *parts(net))
     assert not in_one(nn.Parameter(x), *parts(net))  # a class of its own
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not in_one(x, *parts(net))
+        assert in_one(x, *parts(net)) and in_one(x.bfloat16(), *parts(net))
+        assert not in_one(x.double(), *parts(net))  # which autocast leaves alone
     net[0].weight.requires_grad_()
     assert not in_one(x, *parts(net))
 
@@ -188,7 +189,7 @@ def test_a_bias_trains_beside_it(on_cpu, config, monkeypatch):
     one = model(**config)
     other, x = copy.deepcopy(one), torch.randn(4, 6)
     one(x).square().mean().backward()
-    monkeypatch.setattr(op, "DEVICES", ())
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", ())
     other(x).square().mean().backward()
     torch.testing.assert_close(one[0].bias.grad, other[0].bias.grad)
 
@@ -260,7 +261,7 @@ def written_out(net, x):
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
 @pytest.mark.parametrize("around", SURROUNDINGS)
 def test_values_and_gradients_whatever_is_around_it(monkeypatch, around, devices):
-    monkeypatch.setattr(op, "DEVICES", devices)
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", devices)
     net = model(torch.float64)
     parameters = [parameter for _, parameter in lora_parameters(net)]
     results = []
@@ -276,7 +277,7 @@ def test_values_and_gradients_whatever_is_around_it(monkeypatch, around, devices
 
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
 def test_derivatives_of_functions_and_of_gradients(monkeypatch, devices):
-    monkeypatch.setattr(op, "DEVICES", devices)
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", devices)
     net, x, direction = model(torch.float64), X.clone(), torch.ones_like(X)
     wide = copy.deepcopy(net)
 

@@ -13,7 +13,7 @@ import lightning_lora
 
 PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-LIBRARIES = {0: {"torch"}, 1: {"torch", "safetensors", "torchmetrics", "numpy", "deepspeed"}}
+LIBRARIES = {0: {"torch", "triton"}, 1: {"torch", "safetensors", "torchmetrics", "numpy", "deepspeed"}}
 LIBRARIES[2] = LIBRARIES[1] | {
     "lightning",
     "lightning_utilities",

@@ -10,8 +10,8 @@ and peft, no network and no weights.
     python examples/benchmarks/speed.py --out speed                  # and writes speed_<date>.md
 
 Every time is a median, on a GPU of windows of several steps that end in a synchronization. The rows of a section are
-measured in turns where they fit into memory together, else the bound is measured before and after the others, and
-both are shown.
+measured in turns; where their models do not fit into memory together, one after the other. A peak of memory is what a
+row's own model and steps take.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora
+from lightning_lora.base_dtype import lower
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -41,18 +42,19 @@ SIZES = {
     "7 B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 8},
 }
-SECTIONS = ("eager", "compiled", "launches", "layers", "merged", "injection")
+SECTIONS = ("eager", "compiled", "mixed", "launches", "layers", "merged", "injection")
 QV = ["q_proj", "v_proj"]
 EVERY = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Step = Callable[[], object]
+Make = Callable[[], nn.Module]
 
 
-def decoder(size: str) -> nn.Module:
+def decoder(size: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     config = LlamaConfig(
         **SIZES[size], num_attention_heads=32, vocab_size=32000, use_cache=False, attn_implementation="sdpa"
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with DEVICE:
             return LlamaForCausalLM(config).train()
@@ -60,24 +62,24 @@ def decoder(size: str) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def bound(size: str) -> nn.Module:
+def bound(size: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Frozen but for one vector at the bottom, so that the gradient goes as far as it does to the first adapter."""
-    model = decoder(size).requires_grad_(False)
+    model = decoder(size, dtype).requires_grad_(False)
     model.model.layers[0].input_layernorm.weight.requires_grad_()
     return model
 
 
-def ours(size: str, targets: list[str], r: int) -> nn.Module:
-    model = decoder(size)
+def ours(size: str, targets: list[str], r: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model = decoder(size, dtype)
     apply_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets))
     return trained(model, [p for name, p in lora_parameters(model) if name.endswith("B")])
 
 
-def by_peft(size: str, targets: list[str], r: int, wide: bool) -> nn.Module:
+def by_peft(size: str, targets: list[str], r: int, wide: bool, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)
-    model = peft.get_peft_model(decoder(size), config, autocast_adapter_dtype=wide)
+    model = peft.get_peft_model(decoder(size, dtype), config, autocast_adapter_dtype=wide)
     return trained(model, [p for name, p in model.named_parameters() if "lora_B" in name])
 
 
@@ -88,14 +90,16 @@ def trained(model: nn.Module, every_B: list[nn.Parameter]) -> nn.Module:
     return model
 
 
-def training(model: nn.Module, shape: tuple[int, int], compiled: bool) -> Step:
+def training(model: nn.Module, shape: tuple[int, int], mode: str) -> Step:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model) if mode == "compiled" else model
     ids = torch.randint(0, 32000, shape, device=DEVICE)
 
     def step() -> None:
-        run(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mode == "mixed"):
+            loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -119,30 +123,39 @@ def window(step: Step, count: int) -> float:
 
 def clear() -> None:
     gc.collect()
-    torch._dynamo.reset()
     if CUDA:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
-def model_row(make: Callable[[], nn.Module], shape: tuple[int, int], compiled: bool) -> tuple[float, float]:
-    """Milliseconds of a step, and the peak of GPU memory in GiB."""
+def started(make: Make, shape: tuple[int, int], mode: str) -> tuple[Step, float]:
+    """A model's step, warm, and the peak of GPU memory in GiB that it adds to what was there."""
     clear()
-    step = training(make(), shape, compiled)
-    for _ in range(4):
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    step = training(make(), shape, mode)
+    for _ in range(2):
         step()
-    count, windows = (4, 7) if CUDA else (1, 3)
-    found = statistics.median(window(step, count) for _ in range(windows))
-    return found, torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step()
+    return step, (torch.cuda.max_memory_allocated() - before) / 2**30 if CUDA else 0.0
 
 
-def models(title: str, makes: dict[str, Callable[[], nn.Module]], shape: tuple[int, int], compiled: bool) -> list[str]:
-    rows = {name: model_row(make, shape, compiled) for name, make in makes.items()}
-    again = model_row(makes["bound"], shape, compiled)
-    base = (rows["bound"][0] + again[0]) / 2
-    full = rows.get("full fine-tuning", (float("nan"),))[0]
-    lines = [f"\n## {title}\n", f"The bound: {rows['bound'][0]:.1f} ms before the others, {again[0]:.1f} ms after.\n"]
-    lines += ["| | ms | of the bound's speed | against full | peak GiB |", "|---|---|---|---|---|"]
+def together(makes: dict[str, Make], shape: tuple[int, int], mode: str) -> dict[str, tuple[float, float]]:
+    found = {name: started(make, shape, mode) for name, make in makes.items()}
+    times = in_turns({name: step for name, (step, _) in found.items()}, 4 if CUDA else 1, 9 if CUDA else 3)
+    return {name: (times[name], peak) for name, (_, peak) in found.items()}
+
+
+def models(title: str, makes: dict[str, Make], shape: tuple[int, int], mode: str = "eager") -> list[str]:
+    torch._dynamo.reset()
+    try:
+        rows = together(makes, shape, mode)
+    except torch.cuda.OutOfMemoryError:
+        rows = {name: row for name, make in makes.items() for row in together({name: make}, shape, mode).values()}
+    clear()
+    base, full = rows["bound"][0], rows.get("full fine-tuning", (float("nan"),))[0]
+    lines = [f"\n## {title}\n", "| | ms | of the bound's speed | against full | peak GiB |", "|---|---|---|---|---|"]
     for name, (ms, peak) in rows.items():
         against = "" if full != full else f"{full / ms:.2f}x"
         lines.append(f"| {name} | {ms:.1f} | {base / ms:.3f} | {against} | {peak:.2f} |")
@@ -160,7 +173,7 @@ def eager() -> list[str]:
         "peft, bf16, q and v": lambda: by_peft(size, QV, 16, False),
         "lightning_lora, q and v": lambda: ours(size, QV, 16),
     }
-    return models(f"Eager, {size}, {shape[0]} x {shape[1]} tokens, r = 16 on all projections", makes, shape, False)
+    return models(f"Eager, {size}, {shape[0]} x {shape[1]} tokens, r = 16 on all projections", makes, shape)
 
 
 def compiled() -> list[str]:
@@ -170,7 +183,25 @@ def compiled() -> list[str]:
         "peft, bf16": lambda: by_peft(size, EVERY, 16, False),
         "lightning_lora": lambda: ours(size, EVERY, 16),
     }
-    return models(f"torch.compile, {size}, {shape[0]} x {shape[1]} tokens, r = 16 everywhere", makes, shape, True)
+    return models(f"torch.compile, {size}, {shape[0]} x {shape[1]} tokens, r = 16 everywhere", makes, shape, "compiled")
+
+
+def mixed() -> list[str]:
+    size, shape = ("1.1 B", (8, 1024)) if CUDA else ("tiny", (2, 64))
+
+    def lowered() -> nn.Module:
+        model = ours(size, EVERY, 16, torch.float32)
+        lower(model, torch.bfloat16)
+        return model
+
+    makes = {
+        "bound": lambda: bound(size, torch.float32),
+        "full fine-tuning": lambda: decoder(size, torch.float32),
+        "peft": lambda: by_peft(size, EVERY, 16, True, torch.float32),
+        "lightning_lora": lambda: ours(size, EVERY, 16, torch.float32),
+        'lightning_lora, base_dtype="bf16"': lowered,
+    }
+    return models(f"bf16-mixed, {size}, {shape[0]} x {shape[1]} tokens, r = 16 everywhere", makes, shape, "mixed")
 
 
 def launches() -> list[str]:
@@ -180,7 +211,7 @@ def launches() -> list[str]:
         "peft, bf16": lambda: by_peft(size, QV, 8, False),
         "lightning_lora": lambda: ours(size, QV, 8),
     }
-    return models(f"Bound by launches: {size}, {shape[0]} x {shape[1]} tokens, r = 8 on q and v", makes, shape, False)
+    return models(f"Bound by launches: {size}, {shape[0]} x {shape[1]} tokens, r = 8 on q and v", makes, shape)
 
 
 def layer_step(layer: nn.Module, x: Tensor) -> Step:
@@ -207,7 +238,7 @@ def layers() -> list[str]:
     rows, scale = 8192 if CUDA else 64, 1 if CUDA else 64
     wide = [size // scale for size in (4096, 14336)]
 
-    def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def made(make: Make) -> Make:
         return lambda: nn.Sequential(make()).to(DEVICE, torch.bfloat16).requires_grad_(False)
 
     def tokens(features: int) -> Tensor:
@@ -243,9 +274,9 @@ def layers() -> list[str]:
     return lines
 
 
-def in_turns(steps: dict[str, Step], count: int, rounds: int = 7) -> dict[str, float]:
+def in_turns(steps: dict[str, Step], count: int, rounds: int = 9) -> dict[str, float]:
     for step in steps.values():
-        for _ in range(3):
+        for _ in range(2):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):

@@ -1,0 +1,63 @@
+"""Frozen weights kept in the dtype in which autocast computes, for the length of a run.
+
+Under ``bf16-mixed`` a frozen fp32 weight is cast at every use, and its cast is kept for backward beside it. Kept in
+bf16 it is read as it is, and every product has the bits that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.conv import LoRAConv
+from lightning_lora.layer import LoRALayer
+from lightning_lora.linear import LoRALinear
+from lightning_lora.raw_reads import is_read_raw
+from lightning_lora.shared import memory_of
+
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CAST_BY_AUTOCAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)
+
+
+def lower(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    """Cast what autocast would cast at every use, and nothing else; what is returned gives the old values back.
+
+    These are the frozen fp32 weights and biases of linear layers and convolutions whose forward is torch's own or adds
+    to its result: norms, embeddings, and weights that other code reads stay as they are. The old values wait on the
+    CPU.
+    """
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for parameter in lowered(model):
+        found.append((parameter, parameter.data.cpu()))
+        parameter.data = parameter.data.to(dtype)
+
+    def restore() -> None:
+        for parameter, value in found:
+            parameter.data = value.to(parameter.device)
+
+    return restore
+
+
+def lowered(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that :func:`lower` casts."""
+    holders: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
+    for name, module in names.named_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(memory_of(module, key), []).append((name, module, key))
+    modules = dict(names.named_modules(model))
+    for held in holders.values():
+        _, module, key = held[0]
+        parameter = module._parameters[key]
+        assert parameter is not None
+        frozen = parameter.dtype == torch.float32 and not parameter.requires_grad and not parameter.is_meta
+        if frozen and all(_is_cast(one) and not is_read_raw(at, k, modules.get) for at, one, k in held):
+            yield from {id(p): p for _, one, k in held if (p := one._parameters[k]) is not None}.values()
+
+
+def _is_cast(module: nn.Module) -> bool:
+    return type(module).forward in (ADDS_TO_IT if isinstance(module, LoRALayer) else CAST_BY_AUTOCAST)
