@@ -5,7 +5,7 @@ its code; ``apply_lora(model, LoRAConfig(r=8))`` does the same to any ``nn.Modul
 
 The package is three rings, and a file imports from its own ring and those below.
 
-Ring 0, the method: torch and the standard library.
+Ring 0, the method: torch, Triton beside it, and the standard library.
 
     version              the version, which files tell
     config               what the user asks for, validated
@@ -16,11 +16,13 @@ Ring 0, the method: torch and the standard library.
     initialization       where A starts
     op                   y + scale * B A x
     products             the products of which its nodes are made
+    serving              where the kernels serve
     gated                an input that is a product, of which the factors are kept
     one_node             the frozen map and the term as one node
     dropped              the same with dropout inside
     adapter              A and B of one layer, a module of its own
-    shared_input         one reading of an input for all adapters of the layers that read it
+    shared_input         the nodes of layers that read the same input
+    reading              what those find of each other's work
     traced_input         the same while a compiler traces
     kernels              Triton kernels for passes over activations
     dropout_kernels      Triton kernels that draw a mask again
@@ -43,7 +45,7 @@ Ring 0, the method: torch and the standard library.
     raw_reads            whether code around a layer reads its weight instead of calling it
     fused                which rows of a fused projection are query, key and value
     roles                what the maps of a model do: attention, MLP, experts, routers, output heads
-    siblings             which layers those are
+    siblings             which layers read the same input
     presets              what "attn", "qv", "mlp" and "all" mean on a model
     choice               what presets and patterns choose
     base_dtype           frozen weights in the dtype in which autocast computes

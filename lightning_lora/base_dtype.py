@@ -6,7 +6,7 @@ bf16 it is read as it is, and every product has the bits that it had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,14 @@ from lightning_lora.linear import LoRALinear
 from lightning_lora.raw_reads import is_read_raw
 from lightning_lora.shared import memory_of
 
-BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CAST_BY_AUTOCAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)
 
 
-def lower(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Cast what autocast would cast at every use, and nothing else; what is returned gives the old values back.
-
-    These are the frozen fp32 weights and biases of linear layers and convolutions whose forward is torch's own or adds
-    to its result: norms, embeddings, and weights that other code reads stay as they are. The old values wait on the
-    CPU.
-    """
+def lower(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Callable[[], None]:
+    """Cast ``parameters``, whose old values wait on the CPU; what is returned gives them back."""
     found: list[tuple[nn.Parameter, Tensor]] = []
-    for parameter in lowered(model):
+    for parameter in parameters:
         found.append((parameter, parameter.data.cpu()))
         parameter.data = parameter.data.to(dtype)
 
@@ -42,8 +36,12 @@ def lower(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     return restore
 
 
-def lowered(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that :func:`lower` casts."""
+def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The frozen fp32 parameters of ``model`` that autocast casts at every use, whoever uses them.
+
+    These are weights and biases of linear layers and convolutions whose forward is torch's own or adds to its result:
+    norms, embeddings, and weights that other code reads are none.
+    """
     holders: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
     for name, module in names.named_modules(model):
         for key, parameter in module._parameters.items():
@@ -55,9 +53,10 @@ def lowered(model: nn.Module) -> Iterator[nn.Parameter]:
         parameter = module._parameters[key]
         assert parameter is not None
         frozen = parameter.dtype == torch.float32 and not parameter.requires_grad and not parameter.is_meta
-        if frozen and all(_is_cast(one) and not is_read_raw(at, k, modules.get) for at, one, k in held):
+        if frozen and all(_is_cast(one, k) and not is_read_raw(at, k, modules.get) for at, one, k in held):
             yield from {id(p): p for _, one, k in held if (p := one._parameters[k]) is not None}.values()
 
 
-def _is_cast(module: nn.Module) -> bool:
-    return type(module).forward in (ADDS_TO_IT if isinstance(module, LoRALayer) else CAST_BY_AUTOCAST)
+def _is_cast(module: nn.Module, key: str) -> bool:
+    known = ADDS_TO_IT if isinstance(module, LoRALayer) else CAST_BY_AUTOCAST
+    return key in ("weight", "bias") and "forward" not in vars(module) and type(module).forward in known

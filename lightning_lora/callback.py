@@ -52,9 +52,11 @@ class LoRACallback(CallbackBase):
             values, of the same arguments and on the same base. A ckpt_path goes before it.
         export: Directory in which to write the adapters in PEFT's format at the end of fit: those that merge says, or
             the last. It holds where they come from: package, arguments, fingerprint of the base, step, metrics.
-        base_dtype: Under mixed precision, keep the frozen weights of linear layers and convolutions in the dtype in
-            which they are multiplied, "bf16" with bf16-mixed or "fp16" with 16-mixed, for the length of the run: the
-            numbers are the same, and the memory of the base is a third. None leaves them as they are.
+        base_dtype: Under mixed precision, hold the frozen weights of linear layers and convolutions on the device in
+            the dtype to which autocast casts them at every use: "bf16" with bf16-mixed, "fp16" with 16-mixed. The
+            numbers are the same; a weight takes two bytes instead of six, the fp32 weight and the cast kept for
+            backward. The fp32 values wait in CPU memory and return after the run. Other layers stay as they are; a
+            cast layer called outside autocast raises. Not with FSDP, DeepSpeed or weight averaging.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -112,16 +112,16 @@ def _check_averaging(trainer: Any, other: Any) -> None:
 
 
 def _check_base_dtype(trainer: Any, dtype: str) -> None:
+    if is_a(trainer.strategy, *SHARDING):
+        raise MisconfigurationException(
+            f"`base_dtype={dtype!r}` does not go with {type(trainer.strategy).__name__}, which keeps and casts its own "
+            "parts of the weights. Leave it out, or use strategy='ddp'."
+        )
     wanted, plugin = MIXED[dtype], trainer.precision_plugin
     if not is_a(plugin, "MixedPrecision") or plugin.precision != wanted:
         raise MisconfigurationException(
             f"`base_dtype={dtype!r}` keeps weights in the dtype to which precision={wanted!r} casts them at every use, "
             f"but the Trainer has precision={plugin.precision!r}. Change one of the two, or leave out `base_dtype`."
-        )
-    if is_a(trainer.strategy, *SHARDING):
-        raise MisconfigurationException(
-            f"`base_dtype={dtype!r}` does not go with {type(trainer.strategy).__name__}, which keeps and casts its own "
-            "parts of the weights. Leave it out, or use strategy='ddp'."
         )
     for other in trainer.callbacks:
         if is_a(other, *AVERAGING):

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from lightning_lora.adapter import Adapters
 from lightning_lora.patterns import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
-BASE_DTYPES = (None, "bf16", "fp16")
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
@@ -98,7 +100,7 @@ class LoRAConfig:
         _check_choice("init", self.init, INITS)
         _check_choice("bias", self.bias, BIASES)
         _check_choice("merge", self.merge, MERGES)
-        _check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
+        _check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
         _check_positive("lr_scale", self.lr_scale)
         for argument in ("rslora", "liveness"):
             if not isinstance(getattr(self, argument), bool):

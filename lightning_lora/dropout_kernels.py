@@ -105,7 +105,7 @@ def dropped_gradients(
     """
     (n, width), r = x.shape, len(down)
     blocks = triton.cdiv(width, 128)
-    panel = panel_of(n, blocks, 128) // 4
+    panel = panel_of(n, blocks, 32)
     dx, parts = torch.empty_like(x), torch.empty(triton.cdiv(n, panel), r, width, device=x.device)
     _dropped_gradients[(len(parts), blocks)](
         x, back, down, dx, parts, seed, n, width, r, *chance(p), panel, 32, 128, padded(r), num_warps=2, num_stages=3

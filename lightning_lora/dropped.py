@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_lora.one_node import computed_dtype
-from lightning_lora.products import (
-    HALVES,
-    both_terms,
-    product,
-    rows_of,
-    runs_kernels,
-    scaled,
-    sum_of_products,
-)
+from lightning_lora.products import HALVES, both_terms, product, rows_of, scaled, sum_of_products
+from lightning_lora.serving import runs_kernels
+
+LEAST, MOST = 2**-12, 0.9  # p is rounded to 1 / 65536: near 0 and near 1 that would be no small change
 
 
 def can_drop(x: Tensor, p: float) -> bool:
     """Whether the kernels with dropout inside serve."""
     kernels = x.is_cuda and runs_kernels(x.get_device())
-    return kernels and computed_dtype(x) in HALVES and x.is_contiguous() and 2**-12 <= p <= 0.9
+    return kernels and computed_dtype(x) in HALVES and x.is_contiguous() and LEAST <= p <= MOST
 
 
 class FrozenWithDropped(torch.autograd.Function):
@@ -50,7 +45,7 @@ class FrozenWithDropped(torch.autograd.Function):
         x, hidden, up, down, seed, weight = ctx.saved_tensors
         shape, x, gradient = x.shape, rows_of(x), rows_of(gradient)
         wants_x, _, wants_bias, wants_A, wants_B, *_ = ctx.needs_input_grad
-        bias = gradient.sum(0) if wants_bias else None
+        db = gradient.sum(0) if wants_bias else None
         if torch.is_grad_enabled():  # somebody differentiates this in turn
             kept = dropout_kernels.mask(x, seed, ctx.p)
             down, up = scaled(ctx.A, ctx.scale, x.dtype), ctx.B.to(x.dtype)
@@ -61,7 +56,7 @@ class FrozenWithDropped(torch.autograd.Function):
             dx, dA = dropout_kernels.dropped_gradients(x, back, down, seed, ctx.p, ctx.scale, ctx.A.dtype)
         dB = product(gradient.t(), hidden, ctx.B.dtype) if wants_B else None
         total = sum_of_products(dx, gradient, weight).view(shape) if wants_x else None
-        return total, None, bias, dA if wants_A else None, dB, None, None
+        return total, None, db, dA if wants_A else None, dB, None, None
 
 
 def frozen_with_dropped(

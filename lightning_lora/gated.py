@@ -11,28 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.products import HALVES, kernels_serve, product, rows_of, runs_kernels, scaled
+from lightning_lora.products import HALVES, product, rows_of, scaled
+from lightning_lora.serving import is_packing, kernels_serve, runs_kernels
 
 Factors = tuple[Tensor, Tensor] | None
 WIDE = 2**23  # elements from which on the memory is worth a kernel
 
 
 def factors_of(x: Tensor) -> Factors:
-    """The two tensors that ``x`` was multiplied from, where autograd keeps both.
-
-    Not while tensors for backward are packed (activation checkpointing, offloading), where asking for them unpacks.
-    """
+    """As :func:`kept_factors`, where the memory is worth a kernel and one serves."""
     if x.numel() < WIDE or not x.is_cuda or x.dtype not in HALVES or not runs_kernels(x.get_device()):
         return None
     return kept_factors(x)
 
 
 def kept_factors(x: Tensor) -> Factors:
-    """Both factors of a multiplication of tensors shaped alike."""
+    """The two tensors, shaped alike, that ``x`` was multiplied from, where autograd keeps both.
+
+    Not while tensors for backward are packed (activation checkpointing, offloading), where asking for them unpacks.
+    """
     node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0":
+    if node is None or node.name() != "MulBackward0" or is_packing():
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if x.is_inference() or x._version:  # written to since, it is their product no more
         return None
     try:
         factors: tuple[Tensor, Tensor] = node._saved_self, node._saved_other

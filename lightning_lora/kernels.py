@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 128  # about as many as a large GPU runs at once
+PROGRAMS = 512  # some for each processor of a large GPU
 ELEMENTS = 1024  # that one program adds up
 
 
@@ -80,7 +80,7 @@ def gated_gradient(back: Tensor, one: Tensor, other: Tensor, scale: float, dtype
     (n, width), r = one.shape, back.shape[1]
     BM, BN = 32, 128
     blocks = triton.cdiv(width, BN)
-    panel = panel_of(n, blocks, 8 * BM) // 4
+    panel = panel_of(n, blocks, 2 * BM)
     parts = torch.empty(triton.cdiv(n, panel), r, width, device=one.device)
     _gated_gradient[(len(parts), blocks)](
         one, other, back, parts, n, width, r, panel, BM, BN, padded(r), num_warps=4, num_stages=4

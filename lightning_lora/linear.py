@@ -10,7 +10,7 @@ from lightning_lora.dropped import can_drop, frozen_with_dropped
 from lightning_lora.layer import LoRALayer
 from lightning_lora.one_node import computed_dtype, frozen_with_low_rank, in_one
 from lightning_lora.op import add_hidden, add_low_rank, frozen_linear
-from lightning_lora.shared_input import Siblings, frozen_with_hidden
+from lightning_lora.reading import Siblings, frozen_with_hidden
 
 
 class LinearAdapter(Adapter):
@@ -21,13 +21,14 @@ class LinearAdapter(Adapter):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
         B = self.part.placed(self.B, y.shape[-1])
-        if torch.compiler.is_compiling() and self.siblings is not None and not self._drops():
-            return add_hidden(y, self.siblings.traced(self, x), B, self.scale)
+        siblings = self.siblings if torch.compiler.is_compiling() and not self._probability() else None
+        if siblings is not None and siblings.can_share(self, x):
+            return add_hidden(y, siblings.traced(self, x), B, self.scale)
         return add_low_rank(y, self.dropped(x), self.A, B, self.scale)
 
     def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output with the term, of one node where that serves."""
-        p = self._drops()
+        p = self._probability()
         if self._is_watched() or not in_one(x, weight, bias, self.A, self.B) or (p and not can_drop(x, p)):
             y: Tensor = self(frozen_linear(x, weight, bias), x)
             return y
@@ -40,7 +41,8 @@ class LinearAdapter(Adapter):
             return frozen_with_dropped(x.to(dtype), weight, bias, self.A, self.B, self.scale, p)
         return frozen_with_low_rank(x.to(dtype), weight, bias, self.A, self.B, self.scale)
 
-    def _drops(self) -> float:
+    def _probability(self) -> float:
+        """Of dropping an input now."""
         return self.dropout if self.training else 0.0
 
     def _is_watched(self) -> bool:

@@ -81,12 +81,11 @@ class FrozenWithLowRank(torch.autograd.Function):
             down, up = scaled(ctx.A, ctx.scale, x.dtype), ctx.B.to(x.dtype)
             hidden = torch.mm(rows_of(x), down.t())
         back = torch.mm(gradient, up)  # (n, r)
-        dx = sum_of_products(torch.mm(back, down), gradient, weight) if wants_x else None
-        bias = gradient.sum(0) if wants_bias else None
-        dx = None if dx is None else dx.view(shape)
+        dx = sum_of_products(torch.mm(back, down), gradient, weight).view(shape) if wants_x else None
+        db = gradient.sum(0) if wants_bias else None
         dA = gradient_of_A(back, x, gate, ctx.scale, ctx.A.dtype) if wants_A else None
         dB = product(gradient.t(), hidden, ctx.B.dtype) if wants_B else None
-        return dx, None, bias, dA, dB, None, None
+        return dx, None, db, dA, dB, None, None
 
 
 def frozen_with_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
-SHARED_MEMORY = 200 * 1024  # bytes that a program of the kernels may take: Hopper and later
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -63,21 +59,3 @@ def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     if wide and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return torch.mm(one, other, out_dtype=dtype)
     return torch.mm(one, other).to(dtype)
-
-
-def kernels_serve(tensor: Tensor) -> bool:
-    """Whether the kernels serve for ``tensor``, which nobody differentiates twice."""
-    return (
-        tensor.is_cuda
-        and tensor.dtype in HALVES
-        and not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and runs_kernels(tensor.get_device())
-    )
-
-
-@functools.cache
-def runs_kernels(device: int) -> bool:
-    """Whether a GPU is of the kind on which the kernels were measured, and Triton is there, as it is beside torch."""
-    memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return memory >= SHARED_MEMORY and importlib.util.find_spec("triton") is not None

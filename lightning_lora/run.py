@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.apply import check_same, drop_adapters, inject
-from lightning_lora.base_dtype import BASE_DTYPES, lower
+from lightning_lora.base_dtype import cast_by_autocast, lower
 from lightning_lora.bits import same_bits
 from lightning_lora.compatibility import SHARDING, is_a, overrides
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import BASE_DTYPES, LoRAConfig
 from lightning_lora.deepspeed import DeepSpeed
 from lightning_lora.exchange import check_export, start_from
 from lightning_lora.files import Files
@@ -103,11 +103,22 @@ class Run:
             self.files.know_base()  # while it is as the user built it
         self.seams.settle(self.stack)
         self.exchange()
-        if self.config.base_dtype is not None:
-            self.stack.callback(lower(self.module, BASE_DTYPES[self.config.base_dtype]))
+        self.lower_base()
         if self.stage == "fit":
             rank_zero_info(describe(self.module))
         return result
+
+    def lower_base(self) -> None:
+        """Keep the frozen weights in the dtype that the user asks for, until the end of the run."""
+        if self.config.base_dtype is None:
+            return
+        found = list(cast_by_autocast(self.module))
+        if not found:
+            rank_zero_warn(
+                f"`base_dtype={self.config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a linear "
+                "layer or a convolution of torch's own."
+            )
+        self.stack.callback(lower(found, BASE_DTYPES[self.config.base_dtype]))
 
     def exchange(self) -> None:
         """Give fresh adapters the values that the user names, and see that they can be written where he says."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora.linear import LinearAdapter, LoRALinear
+from lightning_lora.reading import Siblings
 from lightning_lora.roles import family_of
 from lightning_lora.sharded import shape_of
-from lightning_lora.shared_input import Siblings
 
 
 def join_siblings(model: nn.Module) -> None:
@@ -15,10 +15,9 @@ def join_siblings(model: nn.Module) -> None:
     for parent in model.modules():
         found: dict[tuple[str, str, int], list[LinearAdapter]] = {}
         for name, child in parent.named_children():
-            family = family_of(name) if isinstance(child, LoRALinear) else None
-            if family is None:
+            family = family_of(name)
+            if family is None or not isinstance(child, LoRALinear):
                 continue
-            assert isinstance(child, LoRALinear)
             for adapter_name, adapter in child.lora.items():
                 if isinstance(adapter, LinearAdapter):  # not some rows of the map alone
                     found.setdefault((family, adapter_name, shape_of(adapter.A)[-1]), []).append(adapter)

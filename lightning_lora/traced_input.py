@@ -7,12 +7,24 @@ kept from one call for the next is kept while a graph is traced, and never in a 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-found: dict[str, tuple[weakref.ref[Tensor], tuple[object, ...], dict[int, Tensor]]] = {}
+
+@dataclass
+class Traced:
+    """The products of an input with every A, those that were not yet asked for, by index."""
+
+    x: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    products: dict[int, Tensor]
+
+
+last: list[Traced] = []  # one at most
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -22,16 +34,21 @@ def low_rank_input(x: Tensor, index: int, *every_A: Tensor) -> Tensor:
     A function that the graph holds as one call: what is under the compiler runs it with tensors of its own, again and
     again, and finds there by identity and version that the next call has the same ``x``.
     """
-    if x.is_inference():
+    if x.is_inference():  # which has no version to compare
         return F.linear(x, every_A[index].to(x.dtype))
-    mode = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-    state = (*mode, x._version, *((id(A), A._version) for A in every_A))
-    known, when, products = found.pop("last", (None, None, {}))
-    if known is None or known() is not x or when != state or index not in products:
+    state = state_of(x, every_A)
+    found = last.pop() if last else None
+    if found is None or found.x() is not x or found.state != state or index not in found.products:
         product = F.linear(x, torch.cat(every_A).to(x.dtype))
         split = torch.split(product, [len(A) for A in every_A], dim=-1)
-        known, products = weakref.ref(x, lambda _: found.clear()), dict(enumerate(split))
-    product = products.pop(index)
-    if products:
-        found["last"] = (known, state, products)
-    return product
+        found = Traced(weakref.ref(x, lambda _: last.clear()), state, dict(enumerate(split)))
+    mine = found.products.pop(index)
+    if found.products:
+        last.append(found)
+    return mine
+
+
+def state_of(x: Tensor, every_A: Sequence[Tensor]) -> tuple[object, ...]:
+    """What must be as it was for the products to be the same."""
+    mode = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    return (*mode, x._version, *((id(A), A._version) for A in every_A))

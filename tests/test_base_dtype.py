@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters
-from lightning_lora.base_dtype import lower, lowered
+from lightning_lora.base_dtype import cast_by_autocast, lower
+from lightning_lora.compatibility import _check_base_dtype
 
 
 class Net(lightning.LightningModule):
@@ -126,10 +128,10 @@ def test_what_is_cast():
     net.conv2 = nn.Conv1d(4, 4, 3).double()
     apply_lora(net, LoRAConfig(r=2, targets=["first", "raw"], also_train=["second"]))
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    assert {names[id(p)] for p in lowered(net)} == {"conv.weight", "conv.bias", "first.weight", "first.bias"}
+    assert {names[id(p)] for p in cast_by_autocast(net)} == {"conv.weight", "conv.bias", "first.weight", "first.bias"}
     before = {name: p.data_ptr() for name, p in net.named_parameters()}
     values = bits(net)
-    restore = lower(net, torch.bfloat16)
+    restore = lower(list(cast_by_autocast(net)), torch.bfloat16)
     assert net.first._parameters["weight"].dtype == torch.bfloat16
     restore()
     assert {name: p.data_ptr() for name, p in net.named_parameters()} == before
@@ -144,9 +146,9 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     net = nn.Sequential(Standardized(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     twin = copy.deepcopy(net)
     apply_lora(net, LoRAConfig(r=1, targets=["0", "1"]))
-    assert {id(p) for p in lowered(net)} == {id(net[1]._parameters["weight"]), id(net[1].bias)}
+    assert {id(p) for p in cast_by_autocast(net)} == {id(net[1]._parameters["weight"]), id(net[1].bias)}
     twin.requires_grad_(False)
-    assert {id(p) for p in lowered(twin)} == {id(twin[1].weight), id(twin[1].bias)}
+    assert {id(p) for p in cast_by_autocast(twin)} == {id(twin[1].weight), id(twin[1].bias)}
 
 
 @pytest.mark.parametrize(
@@ -164,10 +166,35 @@ def test_where_it_is_refused(tmp_path, arguments, kwargs, message):
 
 def test_averages_are_refused(tmp_path):
     callbacks = (LoRACallback(r=2, targets=["first"], base_dtype="bf16"), WeightAveraging())
-    with pytest.raises(MisconfigurationException, match="WeightAveraging"):
+    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not go with WeightAveraging"):
         trainer(tmp_path, *callbacks).fit(Net(), data())
 
 
 def test_a_dtype_that_is_none():
     with pytest.raises(ValueError, match="`base_dtype` must be one of None, 'bf16', 'fp16', but got 'fp8'"):
         LoRACallback(base_dtype="fp8")
+
+
+def test_layers_around_whose_weight_something_else_acts():
+    net = nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(4, 4)), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    ).requires_grad_(False)
+    net[2].forward = lambda x: x @ net[2].weight / net[2].weight.norm()
+    assert {id(p) for p in cast_by_autocast(net)} == {id(net[0].bias), id(net[1].bias)}
+
+
+def test_strategies_that_shard_are_refused():
+    strategy = type("ModelParallelStrategy", (), {})()
+    run = SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[])
+    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not go with ModelParallelStrategy"):
+        _check_base_dtype(run, "bf16")
+
+
+def test_nothing_to_cast_is_told(tmp_path):
+    net = Net()
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.requires_grad_(False).to(torch.bfloat16)
+    callback = LoRACallback(r=2, targets=["first"], base_dtype="bf16")
+    with pytest.warns(UserWarning, match="`base_dtype='bf16'` changes nothing"):
+        trainer(tmp_path, callback).fit(net, data())

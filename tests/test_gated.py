@@ -89,12 +89,39 @@ def test_whose_factors_are_taken():
     assert factors_of(one * other) is None  # on a CPU
 
 
-def test_a_factor_that_was_written_to_since():
+def test_what_was_written_to_since():
     one, other = (torch.randn(3, 4, requires_grad=True) * 1 for _ in range(2))
     x = one * other
     with torch.no_grad():
         one.add_(1)
     assert kept_factors(x) is None
+    x = other * other.clone()
+    with torch.no_grad():
+        x[0] = 0
+    assert kept_factors(x) is None
+
+
+def test_an_input_that_was_written_to_has_its_own_gradient(monkeypatch):
+    model, x = adapted(), torch.randn(4, 6, dtype=torch.float64)
+
+    def masked(x):
+        product = torch.tanh(model.gate_proj(x)) * model.up_proj(x)
+        with torch.no_grad():
+            product[0] = 0
+        return model.down_proj(product)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return masked(x)
+
+    found = gradients(Masked(), x)
+    monkeypatch.setattr("lightning_lora.one_node.DEVICES", ())
+    for mine, theirs in zip(found, gradients(Masked(), x), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_factor_that_is_written_to_before_backward_is_told():

@@ -26,7 +26,7 @@ def test_all_by_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "14 passed" in done.stdout
+    assert "15 passed" in done.stdout
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -116,3 +116,31 @@ def test_the_node_with_dropout_inside(bias, shape):
         for one in (mine, again):
             assert float((one.double() - theirs).norm() / theirs.norm()) < 8 * torch.finfo(HALF).eps
     assert all(tensor.requires_grad for tensor in twice)
+
+
+def philox(seed: int, counter: int, rounds: int = 7) -> list[int]:
+    """Philox4x32 as its authors write it (Salmon et al. 2011, section 3.3)."""
+    word = 2**32 - 1
+    key = [seed & word, seed >> 32 & word]
+    a, b, c, d = counter & word, counter >> 32 & word, 0, 0
+    for _ in range(rounds):
+        high, low = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (low >> 32) ^ b ^ key[0], low & word, (high >> 32) ^ d ^ key[1], high & word
+        key = [key[0] + 0x9E3779B9 & word, key[1] + 0xBB67AE85 & word]
+    return [a, b, c, d]
+
+
+@direct
+def test_the_mask_is_that_of_philox():
+    from lightning_lora import dropout_kernels
+
+    seed, p, width = 4_000_000_000_123_456_789 % 2**62, 0.3, 20
+    mask = dropout_kernels.mask(draw(3, width), torch.tensor([seed], device=DEVICE), p) != 0
+    threshold, _ = dropout_kernels.chance(p)
+    for row in range(3):
+        for column in range(width):
+            draws = philox(seed, row * 3 + column // 8)
+            inside = column % 8
+            word = draws[(0, 2, 1, 3)[inside // 2]]  # as the kernel joins them
+            bits = word & 0xFFFF if inside % 2 == 0 else word >> 16
+            assert bool(mask[row, column]) == (bits >= threshold), (row, column)

@@ -32,7 +32,7 @@ from lightning_lora.shared_input import FrozenWithHidden, LowRankInputs
 def on_cpu(monkeypatch):
     """Let the ops of GPUs serve on a CPU, where they are tested."""
     monkeypatch.setattr("lightning_lora.one_node.DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr("lightning_lora.shared_input.WIDE", 1)
+    monkeypatch.setattr("lightning_lora.reading.WIDE", 1)
 
 
 class Attention(nn.Module):
@@ -418,7 +418,7 @@ def test_a_compiler_gets_one_product_for_all_of_an_inputs_A():
     assert products[0] == maps + attention + inputs + maps
     assert products[1] == maps + 2 * attention + 2 * inputs + 2 * maps
     assert_same(gradients(compiled, x, other), gradients(plain_inside(model), x, other))
-    assert not traced_input.found
+    assert not traced_input.last
 
 
 def plain_inside(model: nn.Module) -> nn.Module:
@@ -458,9 +458,29 @@ def test_a_compiled_map_that_is_not_called_and_dropout():
 
 
 def test_small_inputs_are_each_layers_own(monkeypatch):
-    monkeypatch.setattr("lightning_lora.shared_input.WIDE", 2**22)
+    monkeypatch.setattr("lightning_lora.reading.WIDE", 2**22)
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     with readings() as read:
         mine = gradients(model, x)
     assert read.call_count == 0
     assert_same(mine, gradients(plain(model), x))
+
+
+def test_a_compiled_group_with_an_A_elsewhere_falls_apart():
+    torch._dynamo.reset()
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
+    model.k_proj.to("meta")
+    for function in (model.q_proj, torch.compile(model.q_proj, backend="aot_eager")):
+        torch.testing.assert_close(function(x), plain(model).q_proj(x))
+
+
+def test_batched_gradients():
+    model = adapted()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    seeds = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    pairs = [p for _, p in lora_parameters(model)]
+    found = torch.autograd.grad(model(x), [x, *pairs], seeds, is_grads_batched=True)
+    for at, seed in enumerate(seeds):
+        one = torch.autograd.grad(model(x), [x, *pairs], seed)
+        for mine, theirs in zip(found, one, strict=True):
+            torch.testing.assert_close(mine[at], theirs)

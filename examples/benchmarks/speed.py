@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora
-from lightning_lora.base_dtype import lower
+from lightning_lora.base_dtype import cast_by_autocast, lower
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -191,7 +191,7 @@ def mixed() -> list[str]:
 
     def lowered() -> nn.Module:
         model = ours(size, EVERY, 16, torch.float32)
-        lower(model, torch.bfloat16)
+        lower(list(cast_by_autocast(model)), torch.bfloat16)
         return model
 
     makes = {
