@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
+from lightning_lora.bits import same_bits
 from lightning_lora.conv import LoRAConv
 from lightning_lora.layer import LoRALayer
 from lightning_lora.linear import LoRALinear
@@ -23,7 +24,10 @@ ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)
 
 
 def lower(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Callable[[], None]:
-    """Cast ``parameters``, whose old values wait on the CPU; what is returned gives them back."""
+    """Cast ``parameters``, whose old values wait on the CPU; what is returned gives them back.
+
+    What was written to meanwhile, such as weights that were loaded into the module, keeps what was written.
+    """
     found: list[tuple[nn.Parameter, Tensor]] = []
     for parameter in parameters:
         found.append((parameter, parameter.data.cpu()))
@@ -31,7 +35,9 @@ def lower(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Callable[[]
 
     def restore() -> None:
         for parameter, value in found:
-            parameter.data = value.to(parameter.device)
+            now = parameter.data.cpu()
+            kept = value if same_bits(now, value.to(dtype)) else now.to(value.dtype)
+            parameter.data = kept.to(parameter.device)
 
     return restore
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.one_node import computed_dtype
 from lightning_lora.products import HALVES, both_terms, product, rows_of, scaled, sum_of_products
-from lightning_lora.serving import runs_kernels
+from lightning_lora.serving import as_it_was, outside_autocast, runs_kernels, version_of
 
 LEAST, MOST = 2**-12, 0.9  # p is rounded to 1 / 65536: near 0 and near 1 that would be no small change
 
@@ -34,10 +34,11 @@ class FrozenWithDropped(torch.autograd.Function):
         down, up = scaled(A, scale, x.dtype), B.to(x.dtype)
         hidden = dropout_kernels.dropped_product(rows_of(x), down, seed, p)  # (n, r)
         ctx.save_for_backward(x, hidden, up, down, seed, weight)
-        ctx.A, ctx.B, ctx.scale, ctx.p = A, B, scale, p
+        ctx.A, ctx.B, ctx.versions, ctx.scale, ctx.p = A, B, (version_of(A), version_of(B)), scale, p
         return both_terms(x, weight, bias, hidden, up)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """As the node without dropout; A sees what was kept, and ``x`` gets its gradient there alone."""
         from lightning_lora import dropout_kernels
@@ -48,7 +49,8 @@ class FrozenWithDropped(torch.autograd.Function):
         db = gradient.sum(0) if wants_bias else None
         if torch.is_grad_enabled():  # somebody differentiates this in turn
             kept = dropout_kernels.mask(x, seed, ctx.p)
-            down, up = scaled(ctx.A, ctx.scale, x.dtype), ctx.B.to(x.dtype)
+            A, B = (as_it_was(*pair) for pair in zip((ctx.A, ctx.B), ctx.versions, strict=True))
+            down, up = scaled(A, ctx.scale, x.dtype), B.to(x.dtype)
             hidden, back = torch.mm(x * kept, down.t()), torch.mm(gradient, up)
             dx, dA = torch.mm(back, down) * kept, ctx.scale * product(back.t(), x * kept, ctx.A.dtype)
         else:

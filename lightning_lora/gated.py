@@ -31,7 +31,7 @@ def kept_factors(x: Tensor) -> Factors:
     Not while tensors for backward are packed (activation checkpointing, offloading), where asking for them unpacks.
     """
     node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0" or is_packing():
+    if node is None or node.name() != "MulBackward0" or is_packing() or x._backward_hooks:
         return None
     if x.is_inference() or x._version:  # written to since, it is their product no more
         return None
@@ -43,6 +43,11 @@ def kept_factors(x: Tensor) -> Factors:
         if factor is None or factor.shape != x.shape or factor.dtype != x.dtype or not factor.is_contiguous():
             return None
     return factors
+
+
+def multiplied(x: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
+    """``x`` itself, if somebody still has it who may differentiate by it, else the product again."""
+    return x if x is not None and not x._version else one * other
 
 
 def gradient_of_A(back: Tensor, x: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:

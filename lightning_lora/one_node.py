@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.gated import Factors, factors_of, gradient_of_A
+from lightning_lora.gated import Factors, factors_of, gradient_of_A, multiplied
 from lightning_lora.products import both_terms, product, rows_of, scaled, sum_of_products
+from lightning_lora.serving import as_it_was, outside_autocast, version_of
 
 PLAIN = {Tensor, nn.Parameter, type(None)}
 DEVICES = ("cuda",)  # a CPU's products differ in last bits by what they accumulate onto
@@ -27,6 +29,7 @@ def in_one(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor)
         and {type(weight), type(bias), type(A), type(B)} <= PLAIN
         and computed_dtype(x) == computed_dtype(weight)
         and not torch._C._is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
         and B.shape[0] == weight.shape[0]
         and not weight.requires_grad
         and x.numel() > 0
@@ -67,18 +70,21 @@ class FrozenWithLowRank(torch.autograd.Function):
         passes = ctx.needs_input_grad[0]
         x_or_factors = (x, None) if factors is None else factors
         ctx.save_for_backward(*x_or_factors, hidden, up, down if passes else None, weight if passes else None)
-        ctx.A, ctx.B, ctx.scale = A, B, scale  # which may have been stepped on by then, unlike the casts
+        ctx.A, ctx.B, ctx.versions, ctx.scale = A, B, (version_of(A), version_of(B)), scale
+        ctx.x = None if factors is None else weakref.ref(x)
         return both_terms(x, weight, bias, hidden, up)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of A and B in their own dtype, summed in fp32 where the device can."""
         x, gate, hidden, up, down, weight = ctx.saved_tensors
         shape, gradient = x.shape, rows_of(gradient)
         wants_x, _, wants_bias, wants_A, wants_B, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # somebody differentiates this in turn
-            x, gate = x if gate is None else x * gate, None
-            down, up = scaled(ctx.A, ctx.scale, x.dtype), ctx.B.to(x.dtype)
+            x, gate = x if gate is None else multiplied(ctx.x(), x, gate), None
+            A, B = (as_it_was(*pair) for pair in zip((ctx.A, ctx.B), ctx.versions, strict=True))
+            down, up = scaled(A, ctx.scale, x.dtype), B.to(x.dtype)
             hidden = torch.mm(rows_of(x), down.t())
         back = torch.mm(gradient, up)  # (n, r)
         dx = sum_of_products(torch.mm(back, down), gradient, weight).view(shape) if wants_x else None

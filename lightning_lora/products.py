@@ -38,10 +38,12 @@ def both_terms(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, u
 
 
 def sum_of_products(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    """``total + one @ other``, in place unless somebody differentiates it in turn."""
+    """``total + one @ other``, in place unless somebody differentiates it in turn, or makes a batch of gradients."""
     if total is None:
         return torch.mm(one, other)
-    return torch.addmm(total, one, other) if torch.is_grad_enabled() else total.addmm_(one, other)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return torch.addmm(total, one, other)
+    return total.addmm_(one, other)
 
 
 def scaled(A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import Tensor
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.one_node import PLAIN, computed_dtype
-from lightning_lora.serving import is_packing
+from lightning_lora.serving import is_packing, version_of
 from lightning_lora.shared_input import FrozenWithHidden, InputGradient, LowRankInputs
 from lightning_lora.traced_input import low_rank_input
 
@@ -24,12 +25,14 @@ class Shared:
 
     hidden: Tensor
     data: Tensor
-    total: InputGradient | None
+    total: InputGradient
+    wants_x: bool
 
 
 def frozen_with_hidden(shared: Shared, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
     """The node's output."""
-    y: Tensor = FrozenWithHidden.apply(shared.hidden, shared.data, weight, bias, B, shared.total)  # type: ignore[no-untyped-call]
+    given = shared.hidden, shared.data, weight, bias, B, shared.total, shared.wants_x
+    y: Tensor = FrozenWithHidden.apply(*given)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -39,23 +42,28 @@ class Reading:
 
     x: weakref.ref[Tensor]
     state: tuple[object, ...]
-    versions: list[tuple[Tensor, int]]
+    matrices: Sequence[Tensor]
     hidden: dict[Adapter, Tensor]
     data: Tensor
-    total: InputGradient | None
+    total: InputGradient
 
     def is_of(self, adapters: Sequence[Adapter], x: Tensor) -> bool:
-        """Whether ``x`` and every A are the same and as they were, so that the products are, too."""
-        if self.x() is not x or self.state != state_of(x):
+        """Whether ``x`` and every A are the same and as they were, and the graph of their products is there."""
+        if self.x() is not x or self.total.is_spent or self.state != state_of(adapters, x):
             return False
-        pairs = zip(adapters, self.versions, strict=True)
-        return all(adapter.A is A and A._version == version for adapter, (A, version) in pairs)
+        return all(adapter.A is A for adapter, A in zip(adapters, self.matrices, strict=True))
 
 
-def state_of(x: Tensor) -> tuple[object, ...]:
-    """How ``x`` is read now; and by which stream, as nothing is shared with another."""
+def state_of(adapters: Sequence[Adapter], x: Tensor) -> tuple[object, ...]:
+    """How ``x`` and every A are now, and by whom they are read: nothing is shared with another thread or stream."""
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
-    return x._version, computed_dtype(x), stream
+    every_A = [(adapter.scale, *moment_of(adapter.A)) for adapter in adapters]
+    return computed_dtype(x), x.grad_fn, get_ident(), stream, moment_of(x), every_A
+
+
+def moment_of(tensor: Tensor) -> tuple[int, int, bool]:
+    """What tells that ``tensor`` is as it was; writes through ``.data`` in place alone do not show."""
+    return version_of(tensor), tensor.data_ptr(), tensor.requires_grad
 
 
 class Siblings:
@@ -81,6 +89,8 @@ class Siblings:
         """
         if x.numel() < WIDE or is_packing() or not torch.is_grad_enabled() or x.is_inference():
             return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # layers may be replayed one by one
+            return None
         reading = self.reading
         if reading is None or adapter not in reading.hidden or not reading.is_of(self.adapters, x):
             if not self.can_share(adapter, x):
@@ -89,7 +99,7 @@ class Siblings:
         hidden = reading.hidden.pop(adapter)  # once: a second call on the same input starts anew
         if not reading.hidden:
             self.reading = None
-        return Shared(hidden, reading.data, reading.total)
+        return Shared(hidden, reading.data, reading.total, x.requires_grad)
 
     def traced(self, adapter: Adapter, x: Tensor) -> Tensor:
         """``A x`` of ``adapter`` while a compiler traces."""
@@ -108,14 +118,9 @@ class Siblings:
         every_A = [adapter.A for adapter in self.adapters]
         given = x.to(computed_dtype(x))
         every_hidden = LowRankInputs.apply(given, total, scales, *every_A)  # type: ignore[no-untyped-call]
-        return Reading(
-            weakref.ref(x, self._forget),
-            state_of(x),
-            [(A, A._version) for A in every_A],
-            dict(zip(self.adapters, every_hidden, strict=True)),
-            given.detach(),
-            total if x.requires_grad else None,
-        )
+        hidden = dict(zip(self.adapters, every_hidden, strict=True))
+        gone = weakref.ref(x, self._forget)
+        return Reading(gone, state_of(self.adapters, x), every_A, hidden, given.detach(), total)
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
         if self.reading is not None and self.reading.x is gone:

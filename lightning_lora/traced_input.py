@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.serving import is_packing, version_of
+
 
 @dataclass
 class Traced:
@@ -34,7 +36,7 @@ def low_rank_input(x: Tensor, index: int, *every_A: Tensor) -> Tensor:
     A function that the graph holds as one call: what is under the compiler runs it with tensors of its own, again and
     again, and finds there by identity and version that the next call has the same ``x``.
     """
-    if x.is_inference():  # which has no version to compare
+    if x.is_inference() or is_packing():  # no version to compare, or nothing to be kept for another call
         return F.linear(x, every_A[index].to(x.dtype))
     state = state_of(x, every_A)
     found = last.pop() if last else None
@@ -50,5 +52,6 @@ def low_rank_input(x: Tensor, index: int, *every_A: Tensor) -> Tensor:
 
 def state_of(x: Tensor, every_A: Sequence[Tensor]) -> tuple[object, ...]:
     """What must be as it was for the products to be the same."""
-    mode = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-    return (*mode, x._version, *((id(A), A._version) for A in every_A))
+    device = x.device.type
+    mode = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return (*mode, x._version, *((id(A), version_of(A)) for A in every_A))

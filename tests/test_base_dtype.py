@@ -198,3 +198,18 @@ def test_nothing_to_cast_is_told(tmp_path):
     callback = LoRACallback(r=2, targets=["first"], base_dtype="bf16")
     with pytest.warns(UserWarning, match="`base_dtype='bf16'` changes nothing"):
         trainer(tmp_path, callback).fit(net, data())
+
+
+def test_what_is_loaded_into_the_module_meanwhile_stays(tmp_path):
+    class Loading(lightning.Callback):
+        def on_fit_start(self, trainer, module):
+            with torch.no_grad():
+                module.conv.weight.fill_(0.5)
+
+    net = Net()
+    callback = LoRACallback(r=2, targets=["first"], base_dtype="bf16", merge=False)
+    trainer(tmp_path, callback, Loading()).fit(net, data())
+    assert (
+        torch.equal(net.conv.weight, torch.full_like(net.conv.weight, 0.5)) and net.conv.weight.dtype == torch.float32
+    )
+    assert torch.equal(net.conv.bias, Net().conv.bias)

@@ -143,3 +143,27 @@ def test_activation_checkpointing(reentrant):
     whole.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
     for mine, theirs in zip(gradients(whole, x), wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_who_has_the_product_may_differentiate_by_it_twice():
+    model = adapted()
+    one, other = (torch.randn(4, 10, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    A = model.down_proj.lora.default.A
+
+    def second(kept: bool) -> torch.Tensor:
+        x = one * other
+        first = torch.autograd.grad(model.down_proj(x).square().sum(), A, create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), x if kept else one)[0]
+
+    found = [second(True), second(False)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_lora.one_node.DEVICES", ())
+        for mine, theirs in zip(found, [second(True), second(False)], strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_product_that_somebody_hooks_on_to_is_kept():
+    one, other = (torch.randn(3, 4, requires_grad=True) * 1 for _ in range(2))
+    x = one * other
+    x.register_hook(lambda gradient: gradient * 3)
+    assert kept_factors(x) is None

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
@@ -233,12 +235,39 @@ def replace_A(model, x):
     pair.A = nn.Parameter(pair.A.detach() * 2)
 
 
-@pytest.mark.parametrize("change", [change_input, change_A, replace_A])
+def put_other_values(model, x):
+    x.data = torch.randn_like(x)
+
+
+def change_scale(model, x):
+    model.k_proj.lora.default.scale *= 2
+
+
+def ask_for_a_gradient(model, x):
+    x.requires_grad_()
+
+
+def thaw_A(model, x):
+    model.k_proj.lora.default.A.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "change", [change_input, change_A, replace_A, put_other_values, change_scale, ask_for_a_gradient, thaw_A]
+)
 def test_nothing_stale_is_found(change):
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
+    model.k_proj.lora.default.A.requires_grad_(change is not thaw_A)
     model.q_proj(x)
     change(model, x)
-    torch.testing.assert_close(model.k_proj(x), plain(model).k_proj(x))
+    A = model.k_proj.lora.default.A
+    wanted = plain(model)
+    twin = x.detach().clone().requires_grad_(x.requires_grad)
+    mine, theirs = model.k_proj(x), wanted.k_proj(twin)
+    torch.testing.assert_close(mine, theirs)
+    (mine.sum() + 0 * A.sum()).backward()
+    theirs.sum().backward()
+    torch.testing.assert_close(A.grad, wanted.k_proj.layer.lora.default.A.grad)
+    assert (x.grad is None) == (twin.grad is None)
 
 
 @pytest.mark.parametrize("inside", [torch.no_grad, torch.inference_mode])
@@ -484,3 +513,111 @@ def test_batched_gradients():
         one = torch.autograd.grad(model(x), [x, *pairs], seed)
         for mine, theirs in zip(found, one, strict=True):
             torch.testing.assert_close(mine[at], theirs)
+
+
+def test_a_layers_backward_before_the_next_is_called():
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    model.q_proj(x).sum().backward()
+    model.k_proj(x).sum().backward()
+    twin, other = x.detach().clone().requires_grad_(), plain(model)
+    (other.q_proj(twin) + other.k_proj(twin)).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model.q_proj(x).sin().sum() + model.k_proj(x).cos().sum() + model.v_proj(x).square().sum()
+
+
+def test_passes_of_several_threads_over_one_graph():
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(loss_of(plain(model), x), x)[0]
+    loss = loss_of(model, x)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: torch.autograd.grad(loss, x, retain_graph=True)[0], range(200)))
+    for gradient in found:
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_several_threads_on_one_input():
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(loss_of(plain(model), x), x)[0]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: torch.autograd.grad(loss_of(model, x), x)[0], range(200)))
+    for gradient in found:
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_a_pass_inside_a_pass():
+    def run(net: nn.Module) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(2, 5, 6).requires_grad_()
+        q, k, v = net.q_proj(x), net.k_proj(x), net.v_proj(x)
+        inner = q.sum()
+        k.register_hook(lambda g: g + torch.autograd.grad(inner, x, retain_graph=True)[0].sum())
+        (q.sin() + k.cos() + v.exp()).sum().backward()
+        return x.grad
+
+    model = adapted()
+    torch.testing.assert_close(run(model), run(plain(model)))
+
+
+def test_a_pass_that_never_reaches_the_input_adds_nothing_up():
+    model = adapted()
+    gone = []
+    for _ in range(3):
+        x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+        q, _, _ = model.q_proj(x), model.k_proj(x), model.v_proj(x)
+        torch.autograd.grad(q.square().sum(), [model.q_proj.lora.default.B], create_graph=True)
+        gone.append(weakref.ref(x))
+    del x, q, _
+    gc.collect()
+    assert [one() for one in gone] == [None] * 3
+
+
+def test_a_step_between_forward_and_a_second_derivative_is_told():
+    model = adapted(torch.float32).bfloat16()
+    x = torch.randn(2, 5, 6, dtype=torch.bfloat16, requires_grad=True)
+    for layers in ([model.o_proj], [model.q_proj, model.k_proj]):
+        loss = sum(layer(x).float().square().sum() for layer in layers)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        with torch.no_grad():
+            for _, parameter in lora_parameters(model):
+                parameter.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_a_backward_inside_an_autocast_region():
+    model = adapted(torch.float32)
+
+    def run(inside: bool) -> list[torch.Tensor]:
+        x = torch.linspace(-1, 1, 60).view(2, 5, 6).requires_grad_()
+        model.zero_grad()
+        loss = (model.q_proj(x) * model.k_proj(x) + model.o_proj(x)).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss.backward()
+        return [x.grad, model.k_proj.lora.default.A.grad, model.o_proj.lora.default.B.grad]
+
+    for mine, theirs in zip(run(True), run(False), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_gradients_may_be_written_to_and_batched_in_part():
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    pairs = [p for _, p in lora_parameters(model)]
+    for gradient in torch.autograd.grad(model(x).square().sum(), pairs, create_graph=True):
+        with torch.no_grad():
+            gradient.mul_(2)
+    q, k = model.q_proj(x), model.k_proj(x)
+    seeds = torch.randn(3, *k.shape, dtype=torch.float64)
+    outputs, given = (q.sum(), k), (torch.ones(3, dtype=torch.float64), seeds)
+    found = torch.autograd.grad(outputs, x, given, is_grads_batched=True)[0]
+    other = plain(model)
+    for at, seed in enumerate(seeds):
+        wanted = torch.autograd.grad((other.q_proj(x).sum(), other.k_proj(x)), x, (given[0][at], seed))[0]
+        torch.testing.assert_close(found[at], wanted)
+
+
+def test_a_traced_graph_may_be_differentiated():
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
+    graph = make_fx(lambda x: model(x))(x)
+    torch.testing.assert_close(graph(x.requires_grad_()), model(x))
