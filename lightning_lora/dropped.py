@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lightning_lora.one_node import computed_dtype
 from lightning_lora.products import HALVES, both_terms, product, rows_of, scaled, sum_of_products
-from lightning_lora.serving import as_it_was, outside_autocast, runs_kernels, version_of
+from lightning_lora.serving import LARGEST_R, as_it_was, outside_autocast, runs_kernels, version_of
 
 LEAST, MOST = 2**-12, 0.9  # p is rounded to 1 / 65536: near 0 and near 1 that would be no small change
 
 
-def can_drop(x: Tensor, p: float) -> bool:
+def can_drop(x: Tensor, p: float, r: int) -> bool:
     """Whether the kernels with dropout inside serve."""
-    kernels = x.is_cuda and runs_kernels(x.get_device())
+    kernels = x.is_cuda and r <= LARGEST_R and runs_kernels(x.get_device())
     return kernels and computed_dtype(x) in HALVES and x.is_contiguous() and LEAST <= p <= MOST
 
 

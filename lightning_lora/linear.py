@@ -29,7 +29,7 @@ class LinearAdapter(Adapter):
     def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output with the term, of one node where that serves."""
         p = self._probability()
-        if self._is_watched() or not in_one(x, weight, bias, self.A, self.B) or (p and not can_drop(x, p)):
+        if self._is_watched() or not in_one(x, weight, bias, self.A, self.B) or (p and not can_drop(x, p, self.r)):
             y: Tensor = self(frozen_linear(x, weight, bias), x)
             return y
         dtype = computed_dtype(x)

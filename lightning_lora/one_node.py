@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.gated import Factors, factors_of, gradient_of_A, multiplied
 from lightning_lora.products import both_terms, product, rows_of, scaled, sum_of_products
-from lightning_lora.serving import as_it_was, outside_autocast, version_of
+from lightning_lora.serving import LARGEST_R, as_it_was, outside_autocast, version_of
 
 PLAIN = {Tensor, nn.Parameter, type(None)}
 DEVICES = ("cuda",)  # a CPU's products differ in last bits by what they accumulate onto
@@ -96,5 +96,6 @@ class FrozenWithLowRank(torch.autograd.Function):
 
 def frozen_with_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The node's output."""
-    y: Tensor = FrozenWithLowRank.apply(x, weight, bias, A, B, scale, factors_of(x))  # type: ignore[no-untyped-call]
+    factors = factors_of(x) if len(A) <= LARGEST_R else None
+    y: Tensor = FrozenWithLowRank.apply(x, weight, bias, A, B, scale, factors)  # type: ignore[no-untyped-call]
     return y

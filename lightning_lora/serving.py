@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lora.products import HALVES
 
 SHARED_MEMORY = 200 * 1024  # bytes for a program: the GPUs on which the kernels were measured, Hopper, and later
-
+LARGEST_R = 32  # with which they were
 
 Backward = Callable[..., Any]
 

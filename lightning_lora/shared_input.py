@@ -116,9 +116,14 @@ class FrozenWithHidden(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates this in turn
             up = as_it_was(ctx.B, ctx.version).to(gradient.dtype)
         wants_hidden, _, _, wants_bias, wants_B, *_ = ctx.needs_input_grad
-        if ctx.wants_x and torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+        if ctx.wants_x and (torch.compiler.is_compiling() or _reaches_input(ctx)):
             ctx.total.add(gradient, weight)
         back = torch.mm(gradient, up) if wants_hidden else None
         db = gradient.sum(0) if wants_bias else None
         dB = product(gradient.t(), hidden, ctx.B.dtype) if wants_B else None
         return back, None, None, db, dB, None, None
+
+
+def _reaches_input(ctx: Any) -> bool:
+    """Whether this pass goes on to :class:`LowRankInputs`: what nobody takes would stay with the graph."""
+    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -621,3 +622,16 @@ def test_a_traced_graph_may_be_differentiated():
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     graph = make_fx(lambda x: model(x))(x)
     torch.testing.assert_close(graph(x.requires_grad_()), model(x))
+
+
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
+    wanted = gradients(model, x)
+    leaf = x.clone().requires_grad_()
+    model.zero_grad()
+    loss = model(leaf).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert_same([leaf.grad, *(p.grad for _, p in lora_parameters(model))], wanted[1:])
+    torch._dynamo.reset()
