@@ -31,7 +31,7 @@ def in_one(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor)
         and not torch._C._is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and B.shape[0] == weight.shape[0]
-        and not weight.requires_grad
+        and not (weight.requires_grad and torch.is_grad_enabled())
         and x.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0

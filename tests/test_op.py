@@ -335,3 +335,13 @@ def test_dropout_drops_the_adapters_input_alone(on_cpu):
     wanted = F.linear(x, layer.weight, layer.bias) + layer.lora.default.scale * dropped @ A.T @ B.T
     torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
     assert (dropped == 0).float().mean() > 0.2
+
+
+def test_a_base_that_was_thawed_is_evaluated_as_it_was_trained(on_cpu):
+    net, x = model(), torch.randn(4, 6)
+    with torch.no_grad():
+        frozen = net(x)
+    net.requires_grad_()
+    assert not in_one(x, *parts(net))  # its weights get gradients
+    with torch.no_grad():
+        assert in_one(x, *parts(net)) and torch.equal(net(x), frozen)
