@@ -49,11 +49,11 @@ def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
     norms, embeddings, and weights that other code reads are none.
     """
     holders: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
-    for name, module in names.named_modules(model):
+    modules = dict(names.named_modules(model))
+    for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(memory_of(module, key), []).append((name, module, key))
-    modules = dict(names.named_modules(model))
     for held in holders.values():
         _, module, key = held[0]
         parameter = module._parameters[key]

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter
 from lightning_lora.layer import LoRALayer, parameter_of
 
-Convolve = Callable[[Tensor, Tensor, None], Tensor]
-
 
 class ConvAdapter(Adapter):
     """Adds a convolution with A, of r channels in each group, followed by a lora_pointwise one with B.
@@ -25,9 +23,7 @@ class ConvAdapter(Adapter):
         A = self.A.to(x.dtype).view(-1, *kernel)
         if layer.groups > 1:
             A = A.repeat(layer.groups, *[1] * len(kernel))
-        B = (
-            self.B if self.scale == 1 else self.scale * self.B
-        )  # at small sizes a step is bound by the number of kernels
+        B = self.B if self.scale == 1 else self.scale * self.B  # as in `op.add_hidden`: fewer kernels
         B = B.to(x.dtype).view(*B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)
         return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
