@@ -58,6 +58,7 @@ Ring 0, the method: torch, Triton beside it, and the standard library.
     checkpointing        reentrant activation checkpointing behind frozen layers
     loading              base checkpoints load into an adapted model
     originals            what of the base moves all the same
+    adapter_loading      adapter state dicts load by a module's own load_state_dict
     apply                apply, remove and disable
     bits                 tensors compared by their bits
     exact                adding delta so that it can be taken away bit for bit

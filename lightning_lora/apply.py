@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Adapters, Pairs
+from lightning_lora.adapter_loading import accept_adapters
 from lightning_lora.checkpointing import leave_graphs, start_graphs
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freeze import freeze, thaw, trained_parameters
@@ -83,6 +84,7 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     record_of(model).config = config
     freeze(model, config)
     accept_base(model)
+    accept_adapters(model)
     start_graphs(model)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,31 @@ def unmerge_lora(model: nn.Module) -> None:
     merged = list(merged_layers(model))
     if not merged and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
+    _unmerge_all(merged)
+    for holder, config in holders(model):
+        freeze(holder, config)
+        accept_base(holder)
+        start_graphs(holder)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block every adapter of ``model`` is live; after it the layers that were merged are so again.
+
+    Raises:
+        ValueError: if a merged weight was changed since; then nothing is changed.
+    """
+    reshard(model)
+    merged = list(merged_layers(model))
+    _unmerge_all(merged)
+    try:
+        yield
+    finally:
+        _merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)])
+
+
+def _unmerge_all(merged: list[tuple[str, nn.Module, Merged]]) -> None:
+    """Unmerge every layer, or none."""
     for name, module, record in merged:
         for key, weight in record.weights.items():
             if checksum(local(parameter_of(module, key))) not in (weight.checksum, weight.original):
@@ -138,10 +165,6 @@ def unmerge_lora(model: nn.Module) -> None:
             raise ValueError(
                 f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
             )
-    for holder, config in holders(model):
-        freeze(holder, config)
-        accept_base(holder)
-        start_graphs(holder)
 
 
 def _merge_all(layers: list[tuple[str, LoRALayer]]) -> dict[str, float]:

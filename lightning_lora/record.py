@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora import names
 from lightning_lora.adapter import Adapters
@@ -60,6 +61,7 @@ class Record:
         shared: parameters that other modules have too, so that a merge must not change them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
+        load_hook: of the hook that loads adapter state dicts into the module.
     """
 
     config: LoRAConfig | None = None
@@ -68,6 +70,7 @@ class Record:
     shared: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
+    load_hook: RemovableHandle | None = None
 
 
 def record_of(module: nn.Module) -> Record:
@@ -99,8 +102,10 @@ def place_again(model: nn.Module, kept: dict[str, Record]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Take every record off."""
-    for _, module, _ in list(records(model)):
+    """Take every record off, with the hook that belongs to it."""
+    for _, module, record in list(records(model)):
+        if record.load_hook is not None:
+            record.load_hook.remove()
         del module.__dict__[_ATTRIBUTE]
 
 

@@ -160,7 +160,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key that is missing, unknown or of another shape.
     """
-    own, frozen = clean_state(model), frozen_names(model)
+    own, frozen = clean_state(model) | _merged_state(model), frozen_names(model)
     missing = [key for key in needed_names(model) if key not in state]
     unknown = [key for key in state if key not in own or key in frozen]
     if missing or unknown:
@@ -189,7 +189,7 @@ def _check_shape(key: str, value: Any, own: Tensor) -> None:
 def needed_names(model: nn.Module) -> list[str]:
     """The names that every adapter of ``model`` has: all that trains, and what is neither parameter nor buffer."""
     no_need = frozen_names(model) | buffer_names(model)
-    return [key for key in clean_state(model) if key not in no_need]
+    return [key for key in clean_state(model) | _merged_state(model) if key not in no_need]
 
 
 def buffer_names(model: nn.Module) -> set[str]:
