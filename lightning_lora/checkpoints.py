@@ -17,7 +17,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.lightnings import rank_zero_warn
 from lightning_lora.originals import moved
-from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names, own_state, real_keys
+from lightning_lora.state import base_names, frozen_names, keep_adapter, needed_names, real_keys
 
 KEY = "lightning_lora"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
@@ -53,21 +53,6 @@ def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
     clean = {key: names.clean(key) for key in keys if isinstance(key, str)}
     inner = {key: name.removeprefix("module.") for key, name in clean.items()}
     return next((found for found in (clean, inner) if needed and needed <= set(found.values())), {})
-
-
-class AdapterOnly:
-    """A ``load_state_dict`` post-hook: a file without any frozen parameter is an adapter's, and lacks none of them.
-
-    One that has some of them and lacks others stays as wrong as it was. Averaging callbacks load files by themselves,
-    into the module and into the copies that they made of it.
-    """
-
-    def __call__(self, module: nn.Module, incompatible: Any) -> None:
-        """Drop the base's names from the missing keys."""
-        own_name = own_names(incompatible.missing_keys, frozen_names(module))
-        if len(incompatible.missing_keys) < len(own_state(module)):
-            base = base_names(module)
-            incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own_name.get(k) not in base]
 
 
 def write_beside(checkpoint: dict[str, Any], path: Any) -> None:

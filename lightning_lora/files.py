@@ -52,7 +52,6 @@ class Files:
         self.seams.open(stack)
         wrap(stack, self.strategy, "save_checkpoint", self.save)
         wrap(stack, self.strategy, "load_checkpoint", self.load)
-        stack.callback(self.module.register_load_state_dict_post_hook(checkpoints.AdapterOnly()).remove)
 
     def take_module(self, stack: ExitStack) -> None:
         """Be asked for the module's state too, until ``stack`` closes."""
