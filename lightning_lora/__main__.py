@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lightning_lora.command_line import main
+from lightning_lora.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.adapter import Adapters
+from lightning_lora.layers.adapter import Adapters
 from lightning_lora.patterns import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")

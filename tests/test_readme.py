@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Lit, data
 
 import lightning_lora
-from lightning_lora import LoRAConfig, apply_lora, command_line
-from lightning_lora.summary import describe
+from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.cli import main as command_line
+from lightning_lora.model.summary import describe
+from tests.helpers.models import Lit, data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -96,7 +96,7 @@ def write_adapter(folder: Path, size: dict[str, int]) -> None:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    from lightning_lora.merge_files import merge_files
+    from lightning_lora.cli.merge import merge_files
 
     start = measured()
     report = merge_files(base, adapter, out)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora
-from lightning_lora.base_dtype import cast_by_autocast, lower
+from lightning_lora.model.base_dtype import cast_by_autocast, lower
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -1,0 +1,216 @@
+"""A run's checkpoint to a PEFT directory, and back: from files to files, without the model.
+
+A checkpoint tells the shapes of the base, and what each adapted layer is in PEFT's format. What needs more than that
+goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from lightning_lora.cli.meta_model import skeleton
+from lightning_lora.config import LoRAConfig
+from lightning_lora.files.safe_file import read_tensors
+from lightning_lora.model.fingerprint import Fingerprint
+from lightning_lora.names import join
+from lightning_lora.peft_format.layers import KINDS
+from lightning_lora.peft_format.peft_config import Scaled, written_config
+from lightning_lora.peft_format.peft_files import CONFIG, WEIGHTS, write_directory
+from lightning_lora.peft_format.provenance import OWN, base_in, header
+from lightning_lora.peft_format.targets import exact_targets
+from lightning_lora.trainer import checkpoints
+
+THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
+KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        path: where.
+        inner: name of the module that the adapter's names are relative to.
+        layers: names of the adapted layers, relative to it.
+        nbytes: size of the file with the weights.
+    """
+
+    path: str
+    inner: str
+    layers: list[str]
+    nbytes: int
+
+
+def export_checkpoint(path: Path, directory: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
+    """Write the adapters in the checkpoint ``path`` of a run as a PEFT directory.
+
+    Args:
+        path: a ``.ckpt`` that a Trainer with LoRACallback wrote.
+        directory: where to write.
+        inner: name of the module of the LightningModule that peft will wrap; ``None``: the one that all lies in.
+        overwrite: replace an adapter in ``directory``.
+
+    Raises:
+        FileExistsError: if ``directory`` has an adapter already.
+        ValueError: if the file is damaged, or holds what cannot be told without the module.
+    """
+    _check_free(directory / WEIGHTS, overwrite)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
+    config, base = checkpoints.facts_in(checkpoint, path)
+    state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    pairs = _pairs(state, config, path)
+    prefix = _common(base) if inner is None else inner
+    own = {name: _relative(name, prefix) for name in pairs}
+    below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
+    kinds = {name: _kind(name, checkpoint[checkpoints.KEY], path) for name in pairs}
+    tensors: dict[str, Tensor] = {}
+    for name, both in pairs.items():
+        named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
+        tensors |= {f"base_model.model.{own[name]}.{key}": value for key, value in named}
+    text = written_config(
+        {own[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
+        exact_targets(list(own.values()), skeleton(_shapes(below))),
+        [],
+        config,
+        base=None,
+        transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
+    )
+    told = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
+    write_directory(directory, text, tensors, header(config, below, tensors, told, prefix))
+    return Exported(str(directory), prefix, list(own.values()), (directory / WEIGHTS).stat().st_size)
+
+
+def import_directory(directory: Path, path: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
+    """Write a PEFT directory of ours as a checkpoint: for ``ckpt_path`` in ``test``, and for ``load_from_checkpoint``.
+
+    It has no state of an optimizer, so ``fit`` cannot continue from it: ``LoRACallback(init_from=directory)`` starts
+    from the directory itself, and does from one that peft wrote.
+
+    Args:
+        directory: one that :func:`~lightning_lora.save_adapter`, ``export`` or a run wrote.
+        path: where to write.
+        inner: name of the module that the directory's names are relative to; ``None``: as the directory says.
+        overwrite: replace what is at ``path``.
+
+    Raises:
+        FileExistsError: if there is something at ``path``.
+        ValueError: if the directory is damaged, or does not say what it was made of.
+    """
+    _check_free(path, overwrite)
+    tensors, metadata = read_tensors(directory / WEIGHTS)
+    if not {f"{OWN}.config", f"{OWN}.base"} <= metadata.keys():
+        raise ValueError(
+            f"`{directory}` does not say on which base it was trained and how, as peft's own do not: start from it by "
+            "LoRACallback(init_from=...), or load it by load_adapter(model, directory)."
+        )
+    config, prefix = _config_in(metadata, directory), metadata.get(f"{OWN}.inner", "") if inner is None else inner
+    base = {join(prefix, name): sums for name, sums in base_in(metadata).items()}
+    state = {_own_key(key, prefix, config, directory): value for key, value in tensors.items()}
+    written = {
+        "state_dict": state,
+        "epoch": _number(metadata.get("epoch")),
+        "global_step": _number(metadata.get("step")),
+        "pytorch-lightning_version": lightning.__version__,
+        checkpoints.KEY: checkpoints.facts(config, base, {}),
+    }
+    checkpoints.write_beside(written, path)
+    layers = sorted({key.partition(".lora.")[0] for key in state})
+    return Exported(str(path), prefix, layers, path.stat().st_size)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"`{path}` exists: choose another name, or give --overwrite to replace it.")
+
+
+def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the name of their layer."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        match = re.fullmatch(rf"(.+)\.lora\.{config.name}\.([AB])", key)
+        if match is None or value.dim() != 2:
+            what = "a slice or a stack of a layer" if ".lora." in key else "trained beside the adapters"
+            raise ValueError(f"`{path}` holds `{key}`, {what}, which takes the module to be told. {THROUGH}")
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"`{path}`: `{key}` must hold finite numbers: its training failed, or it is damaged.")
+        found.setdefault(match[1], {})[match[2]] = value
+    for name, pair in found.items():
+        if set(pair) != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1]:
+            raise ValueError(f"`{path}` is damaged: A and B of `{name}` do not belong together.")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _shapes(base: Fingerprint) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(size for size in sums[3:] if size is not None) for name, sums in base.items()}
+
+
+def _shape(name: str, base: Fingerprint) -> tuple[int, ...]:
+    return _shapes(base).get(f"{name}.weight", ())
+
+
+def _kind(name: str, facts: Mapping[str, Any], path: Path) -> str:
+    """What the layer is, as the run that wrote the file saw it.
+
+    Raises:
+        ValueError: if PEFT's format has no place for it, or the file does not say.
+    """
+    kinds = facts.get("kinds")
+    kind = kinds.get(name) if isinstance(kinds, dict) else None
+    if kind not in KINDS:
+        reason = kind if isinstance(kind, str) else "is of a kind that the file does not tell"
+        raise ValueError(f"`{path}`: `{name}` {reason}. {THROUGH}")
+    return str(kind)
+
+
+def _shaped(pair: tuple[Tensor, Tensor], kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    A, B = (matrix.float().contiguous() for matrix in pair)
+    if kind == "convolution":
+        A, B = A.view(len(A), *shape[1:]), B.view(*B.shape, *[1] * (len(shape) - 2))
+    return A, B
+
+
+def _common(base: Fingerprint) -> str:
+    """The one module that everything frozen lies in, if it is one: the model of a LightningModule."""
+    first = {name.partition(".")[0] for name in base}
+    return first.pop() if len(first) == 1 else ""
+
+
+def _lies_in(name: str, prefix: str) -> bool:
+    return not prefix or name.startswith(f"{prefix}.")
+
+
+def _relative(name: str, prefix: str) -> str:
+    if not _lies_in(name, prefix):
+        raise ValueError(f"`{name}` is adapted and lies outside of `inner={prefix!r}`: name a module that holds it.")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
+    try:
+        return LoRAConfig(**json.loads(metadata[f"{OWN}.config"]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"`{directory}` does not say what adapter it holds ({error}): it is damaged, or of a later version."
+        ) from error
+
+
+def _own_key(key: str, prefix: str, config: LoRAConfig, directory: Path) -> str:
+    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
+    if match is None:
+        raise ValueError(
+            f"`{directory / CONFIG}` says more than pairs, `{key}`, which takes the module to be placed: load it by "
+            "load_adapter(model, directory), or LoRACallback(init_from=...)."
+        )
+    return join(prefix, f"{match[1]}.lora.{config.name}.{match[2]}")
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0

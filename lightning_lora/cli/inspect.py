@@ -1,0 +1,193 @@
+"""What an adapter's files say of it: a PEFT directory, its safetensors file alone, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.names import join
+from lightning_lora.ops.gram import Pair, norm
+from lightning_lora.peft_format.provenance import BASE, DIGEST
+from lightning_lora.peft_format.stored import StoredPair, open_adapter
+from lightning_lora.trainer.checkpoints import KEY, facts_in
+
+SAID = ("base_model_name_or_path", "bias", "use_rslora", "use_dora", "modules_to_save", "task_type", "peft_version")
+WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """One pair.
+
+    Args:
+        name: of the map.
+        in_features: columns of A; of a convolution times the size of the kernel.
+        out_features: rows of B.
+        r: rank.
+        scale: factor in front of ``B A``; ``None`` where nothing says.
+        parameters: how many A and B have together.
+        norm: the Frobenius norm of delta, of ``B A`` alone where the scale is unknown.
+        dtype: of A and B.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    scale: float | None
+    parameters: int
+    norm: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in an adapter's files.
+
+    Args:
+        path: what was looked at.
+        kind: what it is.
+        layers: its pairs.
+        others: shapes of the other tensors by name.
+        nbytes: size of the file with the weights.
+        fingerprint: whether it says which base it belongs to.
+        about: what else it says.
+    """
+
+    path: str
+    kind: str
+    layers: list[InspectedLayer]
+    others: dict[str, tuple[int, ...]]
+    nbytes: int
+    fingerprint: bool
+    about: dict[str, Any]
+
+    def parameters(self) -> int:
+        """How many numbers all pairs have."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def norm(self) -> float:
+        """The Frobenius norm of all deltas together."""
+        return math.hypot(*(layer.norm for layer in self.layers))
+
+
+def inspect_files(path: Path) -> Inspection:
+    """Read an adapter and measure its deltas, without building any of them.
+
+    Args:
+        path: a PEFT directory, the safetensors file of one, or a ``.ckpt`` that LoRACallback wrote.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if it is damaged, or holds no adapter.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> path = Path(tempfile.mkdtemp(), "adapter_model.safetensors")
+        >>> pair = {"lora_A.weight": torch.ones(1, 4), "lora_B.weight": torch.ones(9, 1)}
+        >>> save_file({f"base_model.model.up.{key}": value for key, value in pair.items()}, path)
+        >>> [(layer.name, layer.r, layer.norm) for layer in inspect_files(path).layers]
+        [('up', 1, 6.0)]
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` does not exist: give a PEFT directory, a .safetensors file or a .ckpt file.")
+    return _peft(path) if path.is_dir() or path.suffix == ".safetensors" else _checkpoint(path)
+
+
+def _peft(path: Path) -> Inspection:
+    adapter = open_adapter(path)
+    layers = [_stored(pair) for pair in adapter.pairs.values()]
+    about = {key: adapter.config[key] for key in SAID if adapter.config.get(key) not in (None, False)}
+    told = sorted(adapter.file.metadata.items())  # the library writes them in any order
+    about |= {key: value for key, value in told if value and key not in (BASE, DIGEST, "format")}
+    return Inspection(
+        path=str(path),
+        kind="PEFT directory" if path.is_dir() else "adapter file",
+        layers=layers,
+        others={name: tensor.shape for name, tensor in adapter.whole.items()},
+        nbytes=adapter.file.path.stat().st_size,
+        fingerprint=BASE in adapter.file.metadata,
+        about=about,
+    )
+
+
+def _stored(pair: StoredPair) -> InspectedLayer:
+    size = pair.A.numel() + pair.B.numel()
+    return InspectedLayer(pair.name, *pair.features(), pair.r, pair.scale, size, norm(pair.read()), pair.A.dtype)
+
+
+def _checkpoint(path: Path) -> Inspection:
+    checkpoint = _loaded(path)
+    config, base = facts_in(checkpoint, path)
+    state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    pairs = _pairs(state, config)
+    used = {name for both in pairs.values() for name in both}
+    about = {key: checkpoint[key] for key in WRITTEN if key in checkpoint}
+    about |= {
+        "targets": config.targets,
+        "r": config.r,
+        "alpha": config.alpha,
+        "name": config.name,
+        "of base": len(base),
+    }
+    return Inspection(
+        path=str(path),
+        kind="checkpoint",
+        layers=[_live(name, state[A], state[B], config) for name, (A, B) in pairs.items()],
+        others={name: tuple(value.shape) for name, value in state.items() if name not in used},
+        nbytes=path.stat().st_size,
+        fingerprint=bool(base),
+        about=about,
+    )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file can raise anything
+        raise ValueError(
+            f"`{path}` cannot be read as a checkpoint of plain data ({type(error).__name__}): it is damaged, of "
+            "another kind, or holds objects, whose loading could run code."
+        ) from error
+    if not isinstance(found, dict) or KEY not in found:
+        raise ValueError(f"`{path}` holds no adapter that LoRACallback wrote: it is a full checkpoint, or another's.")
+    return found
+
+
+def _pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[tuple[str, str], tuple[str, str]]:
+    """The keys of A and B for each layer and the matrix in it."""
+    pattern = re.compile(rf"(?:(.*)\.)?lora\.{config.name}\.(?:(.+)\.)?A")
+    found = {key: pattern.fullmatch(key) for key in state}
+    return {
+        (match[1] or "", match[2] or ""): (key, f"{key[:-1]}B")
+        for key, match in found.items()
+        if match is not None and f"{key[:-1]}B" in state and state[key].dim() in (2, 3)
+    }
+
+
+def _live(name: tuple[str, str], A: Tensor, B: Tensor, config: LoRAConfig) -> InspectedLayer:
+    known_as = (join(*name), name[0]) if name[1] else (name[0],)
+    r, size = A.shape[-2], A.numel() + B.numel()
+    if A.dim() != B.dim() or B.shape[-1] != r:
+        raise ValueError(f"`{join(*name)}` has A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}: damaged.")
+    scale = config.scale_for(*known_as) if config.rank_for(*known_as) == r else None
+    deltas: list[Pair] = [((1.0 if scale is None else scale) * b, a) for b, a in zip(_stack(B), _stack(A), strict=True)]
+    dtype = str(A.dtype).removeprefix("torch.")
+    shown = ".".join(part for part in name if part)
+    return InspectedLayer(shown, A.shape[-1], B.shape[-2], r, scale, size, math.hypot(*map(norm, deltas)), dtype)
+
+
+def _stack(matrix: Tensor) -> list[Tensor]:
+    return list(matrix) if matrix.dim() == 3 else [matrix]

@@ -1,0 +1,249 @@
+"""``W = W0 + scale * B A`` in files: a base and a PEFT directory to a merged model, a few rows in memory at a time.
+
+The sums are those of :func:`lightning_lora.merge_lora`, to the bit: in fp32 (fp64 for an fp64 base), in an order that
+no matrix library decides, rounded once. Everything else is copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_lora.cli.base_match import Changes, StoredTarget, changes
+from lightning_lora.files.atomic import written_whole
+from lightning_lora.files.json_files import read_object
+from lightning_lora.files.safetensors import StoredTensor, TensorFile, write_like
+from lightning_lora.files.weights import Weights, open_weights
+from lightning_lora.model.fingerprint import other_base, sums_of
+from lightning_lora.ops import exact_sum as exact
+from lightning_lora.peft_format.provenance import BASE, base_in
+from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, check_plain, open_adapter
+
+# Weights in other formats than the one that is merged, which would stay as they were.
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+)
+
+
+@dataclass
+class MergedLayer:
+    """What the merge did to one weight.
+
+    Args:
+        weight: its size, the Frobenius norm.
+        delta: the size of what was added.
+        lost: the share of that which rounding to the weight's dtype lost.
+    """
+
+    weight: float = 0.0
+    delta: float = 0.0
+    lost: float = 0.0
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Args:
+        layers: by the weight's name.
+        replaced: tensors that the adapter has in full, instead of the base's.
+        added: those of them that the base had not.
+        left_out: files of the base that were not copied, as they hold weights that are not merged.
+        written: number of bytes of the merged weights.
+    """
+
+    layers: dict[str, MergedLayer] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    written: int = 0
+
+    def lost(self) -> float:
+        """The share of the whole delta's norm that rounding lost."""
+        size = math.hypot(*(layer.delta for layer in self.layers.values()))
+        return math.hypot(*(layer.lost * layer.delta for layer in self.layers.values())) / size if size else 0.0
+
+
+def merge_files(
+    base: Path, adapter: Path, out: Path, overwrite: bool = False, progress: Callable[[int], object] = lambda _: None
+) -> MergeReport:
+    """Merge the PEFT directory ``adapter`` into the model ``base`` and write the result to ``out``.
+
+    ``out`` has the files of ``base``: the same shards and index, and what lies beside them. It appears when it is
+    whole. Memory is that of the adapter's largest pair and a few million numbers, whatever the size of the model.
+
+    Args:
+        base: a ``.safetensors`` file, or a directory with one or with several and their index.
+        adapter: a PEFT directory.
+        out: a file if ``base`` is one, else a directory.
+        overwrite: replace what is at ``out``.
+        progress: called with numbers of bytes as they are written.
+
+    Raises:
+        FileNotFoundError: if something is missing.
+        FileExistsError: if ``out`` is there already.
+        ValueError: if files are damaged, do not fit each other, have numbers that are not finite, or a target is tied.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file, save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_file({"up.weight": torch.zeros(2, 3)}, folder / "base.safetensors")
+        >>> (folder / "adapter").mkdir()
+        >>> _ = (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
+        >>> pair = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(2, 1)}
+        >>> pair = {f"base_model.model.up.{key}": value for key, value in pair.items()}
+        >>> save_file(pair, folder / "adapter/adapter_model.safetensors")
+        >>> merge_files(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors").lost()
+        0.0
+        >>> load_file(folder / "merged.safetensors")["up.weight"].tolist()
+        [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+    """
+    weights, stored = open_weights(base), open_adapter(adapter)
+    check_plain(stored)
+    change = changes(stored, weights)
+    _check_base(stored, change)
+    directory = base.is_dir()
+    report = MergeReport(replaced=[name for name in change.whole if name in weights.tensors])
+    report.added = [name for name in change.whole if name not in weights.tensors]
+    report.written = sum(file.path.stat().st_size for file in weights.files)
+    sources = [base, adapter]
+    with written_whole(
+        out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
+    ) as part:
+        for file in weights.files:
+            last = file is weights.files[-1]
+            added = {name: _read_finite(change.whole[name]) for name in report.added} if last else {}
+            target = part / file.path.name if directory else part
+            _write(file, target, change, added, report, progress)
+        if directory:
+            report.left_out = _copy_others(weights, part)
+            _write_index(weights, part, {name: change.whole[name] for name in report.added})
+    return report
+
+
+def _check_base(adapter: StoredAdapter, change: Changes) -> None:
+    """Raise if the adapter tells which base it was trained on, and a weight that it changes is another."""
+    if BASE not in adapter.file.metadata:
+        return
+    expected = base_in(adapter.file.metadata)
+    for target in change.pairs.values():
+        name = f"{target.pair.name}.weight"
+        wrong = name in expected and other_base({name: expected[name]}, {name: sums_of(target.start.read())})
+        if wrong:
+            raise ValueError(f"The adapter was trained on another base: {wrong}. Give the base it was trained on.")
+
+
+def _write(
+    file: TensorFile,
+    path: Path,
+    change: Changes,
+    added: dict[str, Tensor],
+    report: MergeReport,
+    progress: Callable[[int], object],
+) -> None:
+    merged = {
+        name: _sums(file.tensors[name], change.pairs[name], report) for name in file.tensors if name in change.pairs
+    }
+    replaced = {name: _cast(file.tensors[name], change.whole[name]) for name in file.tensors if name in change.whole}
+    write_like(file, path, merged | replaced, added, progress)
+
+
+def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport) -> Iterator[Tensor]:
+    dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
+    B, A = target.pair.read_finite(dtype)
+    left, right = (A.T, B.T) if target.transposed else (B, A)
+    layer = report.layers.setdefault(weight.name, MergedLayer())
+    lost = 0.0
+    for rows, values in target.start.slabs():
+        matrix = values.to(weight.torch_dtype())
+        found = exact.added(matrix, [(left[rows], right)])
+        if not bool(found.merged.isfinite().all()):
+            _refuse(weight, matrix)
+        lost = math.hypot(lost, found.lost * found.size)
+        layer.delta = math.hypot(layer.delta, found.size)
+        layer.weight = math.hypot(layer.weight, float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
+        yield found.merged
+    layer.lost = lost / layer.delta if layer.delta else 0.0
+
+
+def _refuse(weight: StoredTensor, matrix: Tensor) -> None:
+    if bool(matrix.isfinite().all()):
+        raise ValueError(
+            f"`{weight.name}` overflows {weight.dtype} when delta is added: give the base in fp32 or bf16."
+        )
+    raise ValueError(f"`{weight.name}` of the base has NaN or infinite numbers: {weight.path} is damaged.")
+
+
+def _cast(own: StoredTensor, instead: StoredTensor) -> Iterator[Tensor]:
+    value = _read_finite(instead).to(own.torch_dtype())
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"`{own.name}` of the adapter overflows {own.dtype}: give the base in fp32 or bf16.")
+    yield value
+
+
+def _read_finite(tensor: StoredTensor) -> Tensor:
+    value = tensor.read()
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise ValueError(
+            f"`{tensor.name}` in {tensor.path} has NaN or infinite numbers: the training of that adapter failed."
+        )
+    return value
+
+
+def _names(base: Path) -> set[str]:
+    """What a merged copy of ``base`` may hold."""
+    return {str(path.relative_to(base)) for path in base.rglob("*")} if base.is_dir() else set()
+
+
+def _copy_others(base: Weights, out: Path) -> list[str]:
+    """Copy what lies beside the weights, and name what was left out."""
+    left = []
+    used = {file.path.name for file in base.files} | ({base.index.name} if base.index else set())
+    for folder, inside, files in os.walk(base.path):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for path in (Path(folder, name) for name in files):
+            relative = path.relative_to(base.path)
+            if str(relative) in used or not path.is_file():
+                continue
+            # An adapter_config.json would make transformers look for an adapter to apply again.
+            if path.name.endswith((*OTHER_WEIGHTS, ".index.json", CONFIG)):
+                left.append(str(relative))
+                continue
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / relative)
+    return sorted(left)
+
+
+def _write_index(base: Weights, out: Path, added: dict[str, StoredTensor]) -> None:
+    if base.index is None:
+        return
+    index = read_object(base.index)
+    index["weight_map"] |= dict.fromkeys(added, base.files[-1].path.name)
+    metadata = index.get("metadata")
+    for key, size in (("total_size", _nbytes), ("total_parameters", StoredTensor.numel)):
+        if isinstance(metadata, dict) and isinstance(metadata.get(key), int):
+            metadata[key] += sum(map(size, added.values()))
+    (out / base.index.name).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _nbytes(tensor: StoredTensor) -> int:
+    return tensor.stop - tensor.start

@@ -1,0 +1,183 @@
+"""What the commands found, as text for people and as plain data for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning_lora.cli.convert import Exported
+from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
+from lightning_lora.cli.diff import Difference, Differences
+from lightning_lora.cli.extract import Extraction
+from lightning_lora.cli.inspect import Inspection
+from lightning_lora.cli.merge import MergeReport
+from lightning_lora.cli.plan import PlannedCosts
+from lightning_lora.model.table import bytes_text
+
+LISTED = 20  # rows of a list that has no limit of its own
+
+
+def printable(text: str) -> str:
+    """``text`` without what could steer a terminal: names come from files."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns, the first to the left and numbers to the right.
+
+    Example:
+        >>> columns(("layer", "r"), [("q_proj", "16")])
+        ['  layer    r', '  q_proj  16']
+    """
+    lines = [tuple(head), *(tuple(map(printable, row)) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return [
+        "  " + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    ]
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def listed(title: str, names: Sequence[str]) -> list[str]:
+    """A line with the first of ``names``, or none."""
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return [printable(f"{title} ({len(names):,}): {', '.join(names[:LISTED])}{more}")] if names else []
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it, which has no NaN."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def inspection_text(found: Inspection) -> str:
+    """Every pair, and what the files say."""
+    head = ("layer", "in -> out", "r", "scale", "parameters", "|delta|")
+    rows = [
+        (layer.name or "(the model itself)", f"{layer.in_features} -> {layer.out_features}", str(layer.r),
+         number(layer.scale), f"{layer.parameters:,}", number(layer.norm))
+        for layer in found.layers
+    ]  # fmt: skip
+    ranks = sorted({layer.r for layer in found.layers})
+    lines = [printable(f"{found.path}: {found.kind}, {len(rows)} adapted maps, rank {', '.join(map(str, ranks))}")]
+    lines += columns(head, rows)
+    lines += [f"{found.parameters():,} parameters in {bytes_text(found.nbytes)}; |delta| of all {number(found.norm())}"]
+    lines += listed("other tensors", [f"{name} {list(shape)}" for name, shape in found.others.items()])
+    lines += [f"fingerprint of the base: {'yes' if found.fingerprint else 'no'}"]
+    told = {key: value for key, value in found.about.items() if not key.endswith(".config")}  # the table says it
+    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in told.items()])
+
+
+def inspection_data(found: Inspection) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(found) | {"parameters": found.parameters(), "norm": found.norm()}
+
+
+def merge_text(found: MergeReport, out: str) -> str:
+    """What rounding lost, worst layers first, and what else was done."""
+    worst = sorted(found.layers.items(), key=lambda item: -item[1].lost)
+    rows = [(name, number(one.weight), number(one.delta), f"{one.lost:.2%}") for name, one in worst[:LISTED]]
+    lines = [printable(f"{out}: {len(worst)} weights merged, {bytes_text(found.written)}")]
+    lines += columns(("weight", "|W|", "|delta|", "lost by rounding"), rows)
+    lines += [f"  and {len(worst) - LISTED:,} more, of which less was lost"] if len(worst) > LISTED else []
+    lines += [f"Rounding to the base's dtype lost {found.lost():.2%} of delta's norm."]
+    lines += listed("replaced by the adapter's own", found.replaced) + listed("new in the adapter", found.added)
+    return "\n".join(lines + listed("not copied, as their weights are not merged", found.left_out))
+
+
+def merge_data(found: MergeReport) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(found) | {"lost": found.lost()}
+
+
+def difference_text(found: Differences, top: int) -> str:
+    """What differs most, and how much equals."""
+    changed = [row for row in found.rows if row.changed()]
+    what = "|delta_A|, |delta_B|" if found.kind == "adapters" else "|A|, |B|"
+    first, second = what.split(", ")
+    head = ("name", first, second, "|A - B|", "relative", "cosine", "note")
+    lines = [f"{len(changed):,} of {len(found.rows):,} {'updates' if found.kind == 'adapters' else 'tensors'} differ"]
+    lines += columns(head, [_difference(row) for row in [*changed[:top], found.total()]]) if changed else []
+    lines += [f"  {len(changed) - top:,} more are not shown: see --top"] if len(changed) > top else []
+    return "\n".join(lines)
+
+
+def _difference(row: Difference) -> tuple[str, ...]:
+    numbers = (row.first, row.second, row.distance, row.relative)
+    return (row.name, *map(number, numbers), "-" if row.cosine is None else f"{row.cosine:.6f}", row.note)
+
+
+def difference_data(found: Differences) -> dict[str, Any]:
+    """The same for programs, every row of it."""
+    rows = [asdict(row) | {"relative": row.relative, "changed": row.changed()} for row in (*found.rows, found.total())]
+    return {"kind": found.kind, "rows": rows[:-1], "total": rows[-1]}
+
+
+def extraction_text(found: Extraction, out: str) -> str:
+    """The energy kept, worst layers first, and what has no pair."""
+    worst = sorted(found.layers.items(), key=lambda item: item[1].energy)
+    rows = [(name, number(one.delta), number(one.relative), f"{one.energy:.2%}") for name, one in worst[:LISTED]]
+    lines = [printable(f"{out}: {len(worst)} pairs"), *columns(("layer", "|delta|", "of |W|", "energy kept"), rows)]
+    lines += [f"  and {len(worst) - LISTED:,} more, of which more was kept"] if len(worst) > LISTED else []
+    lines += [f"The adapter has {found.energy():.2%} of the squared norm of these changes."]
+    lines += listed("unchanged, without a pair", found.unchanged)
+    return "\n".join(
+        lines + listed("changed, but not covered", [f"{n}: {why}" for n, why in found.not_covered.items()])
+    )
+
+
+def extraction_data(found: Extraction) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(found) | {"energy": found.energy()}
+
+
+def exported_text(found: Exported) -> str:
+    """What was written, and what its names are relative to."""
+    relative = f"names relative to `{found.inner}`" if found.inner else "names as the checkpoint has them"
+    return printable(f"{found.path}: {len(found.layers)} adapted maps, {bytes_text(found.nbytes)}; {relative}")
+
+
+def exported_data(found: Exported) -> dict[str, Any]:
+    """The same for programs."""
+    return asdict(found)
+
+
+def costs_text(found: PlannedCosts) -> str:
+    """The plan, and bytes with and without LoRA."""
+    costs = found.costs
+    rows = [(f"checkpoint, {8 * width}-bit", *map(bytes_text, costs.checkpoint(width))) for width in (2, 4)]
+    rows += [
+        (f"training, {how.name} ({how.trained} bytes a parameter)", *map(bytes_text, costs.memory(how)))
+        for how in ACCOUNTINGS
+    ]
+    lines = [str(found.plan), "", *columns(("bytes", "full fine-tuning", "LoRA"), rows)]
+    lines += [
+        "  training: weights, gradients and Adam's two moments; activations not counted. With LoRA the base has",
+        "  weights alone (2 bytes a parameter in 16-bit, 4 in fp32), and a parameter of an adapter takes "
+        f"{ADAPTER} bytes (fp32).",
+    ]
+    return "\n".join(lines)
+
+
+def costs_data(found: PlannedCosts) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "source": found.source,
+        "base_parameters": found.costs.base,
+        "trainable_parameters": found.costs.trainable,
+        "checkpoint_bytes": {f"{8 * w}-bit": _both(found.costs.checkpoint(w)) for w in (2, 4)},
+        "training_bytes": {how.name: _both(found.costs.memory(how)) for how in ACCOUNTINGS},
+        "rows": [asdict(row) for row in found.plan.rows],
+    }
+
+
+def _both(values: tuple[int, int]) -> dict[str, int]:
+    return {"full": values[0], "lora": values[1]}

@@ -1,0 +1,166 @@
+"""An adapter: the pair (A, B) of one layer, as a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.layers.initialization import initial_A
+from lightning_lora.layers.weight_view import Part
+
+
+class Adapter(nn.Module):
+    """A and B of one layer under one name; sub-classes say how they act on that kind of layer.
+
+    A and B stay fp32 when the model around them is cast (``model.half()``, Lightning's ``precision="bf16-true"``):
+    in bf16 an update of 1e-3 on a value of 1 is lost.
+
+    Args:
+        in_features: length of the input vectors.
+        out_features: length of the output vectors.
+        r: rank.
+        alpha: as the user gave it; kept for files.
+        scale: factor in front of ``B A``.
+        dropout: probability of dropping an input of A, in training.
+        init: how A starts.
+        seed: of A's generator.
+        padding_idx: the column of A that stays zero, for an embedding.
+        part: which matrix of the layer the pair adapts.
+        stack: ``(experts,)`` for a pair of each expert's own: A is ``(experts, r, in_features)``, B
+            ``(experts, out_features, r)``.
+        device: where A and B are made.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        alpha: float,
+        scale: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        seed: int = 0,
+        padding_idx: int | None = None,
+        part: Part = Part(),  # noqa: B008 - frozen
+        stack: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.r, self.alpha, self.scale = r, alpha, scale
+        self.dropout, self.init, self.seed, self.padding_idx = dropout, init, seed, padding_idx
+        self.part = part
+        self.A = nn.Parameter(torch.empty(*stack, r, in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(*stack, out_features, r, dtype=torch.float32, device=device))
+        if not self.A.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A from its own generator, B zero: the layer starts as the base."""
+        self.A.copy_(initial_A(self.A.shape, self.init, self.seed))
+        if self.padding_idx is not None:
+            self.A[:, self.padding_idx] = 0
+        self.B.zero_()
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """``x`` with the adapter's dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; gradients pass."""
+        A: Tensor = self.A
+        if self.padding_idx is not None:  # as in the plain layer, the padding index gets no gradient
+            A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
+        return self.part.factors(A, self.scale * self.B, weight)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B.
+
+        The sum asks for a gradient in inference too: torch may make another product of one that does not (see
+        :func:`lightning_lora.ops.linear.frozen_linear`).
+        """
+        if torch.compiler.is_compiling():
+            return self._sum(weight)
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            total = self._sum(weight)
+            return total if grad else total.requires_grad_()
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (matrix.to(dtype) for matrix in self.factors(weight))
+        return (weight + (left @ right).view(weight.shape)).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and scale, for ``print(model)``."""
+        (*stack, r, in_features), (*_, out_features, _) = shape_of(self.A), shape_of(self.B)
+        experts = f"{stack[0]} x " if stack else ""
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{experts}{in_features} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,
+        # not cast there and back: a resumed run must see them bit for bit.
+        before = [(p.data, None if p.grad is None else p.grad.detach()) for p in (self.A, self.B)]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
+            if parameter.dtype != data.dtype:
+                parameter.grad = None
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+        return self
+
+
+class Pairs(nn.Module):
+    """The pairs of one adapter on a layer that has several matrices, by the names of those."""
+
+    def __init__(self, pairs: Mapping[str, Adapter]) -> None:
+        super().__init__()
+        self._modules.update(pairs)  # not by add_module: a parameter may be called as a method of nn.Module is
+
+    def __getitem__(self, name: str) -> Adapter:
+        """The pair of the matrix ``name``."""
+        pair = self._modules[name]
+        assert isinstance(pair, Adapter)
+        return pair
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def items(self) -> Iterator[tuple[str, Adapter]]:
+        """Names and pairs."""
+        return ((name, self[name]) for name in self)
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer by name; while not ``enabled`` the layer gives the base's output."""
+
+    enabled: bool = True
+
+    def every(self) -> list[Adapter]:
+        """All pairs."""
+        found: list[Adapter] = []
+        for module in self.values():
+            pairs = module._modules.values() if isinstance(module, Pairs) else [module]
+            found += pairs  # type: ignore[arg-type]
+        return found
+
+    def active(self) -> list[Adapter]:
+        """Those that act now."""
+        return self.every() if self.enabled else []
+
+    def by_weight(self) -> dict[str, list[Adapter]]:
+        """All pairs by the parameter that they adapt."""
+        found: dict[str, list[Adapter]] = {}
+        for adapter in self.every():
+            found.setdefault(adapter.part.key, []).append(adapter)
+        return found

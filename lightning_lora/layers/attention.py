@@ -1,0 +1,183 @@
+"""LoRA for ``nn.MultiheadAttention``: query, key and value adapted apart, though torch keeps them in one parameter.
+
+Its forward reads the weights without calling any layer, so the attention is written out here (Vaswani et al. 2017,
+equation 1), in torch's order of operations, with each adapter's term added to the projection that it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.linear import LinearAdapter
+from lightning_lora.layers.merged_forward import acts, may_sum, summed
+from lightning_lora.layers.weight_view import Part, Rows
+from lightning_lora.ops.linear import frozen_linear
+
+
+class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
+    """An ``nn.MultiheadAttention`` with adapters on q, k and v; that of ``out_proj`` is on the layer of this name."""
+
+    lora_original_class = nn.MultiheadAttention
+    lora_adapter_class = LinearAdapter
+
+    @classmethod
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
+        """The maps of query, key and value, each a third of one parameter or a parameter of its own."""
+        assert isinstance(module, nn.MultiheadAttention)
+        if not module._qkv_same_embed_dim:
+            return [Part(f"{name}_proj_weight", name) for name in "qkv"]
+        size = module.embed_dim
+        return [Part("in_proj_weight", name, Rows(i * size, (i + 1) * size)) for i, name in enumerate("qkv")]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in the plain layer: the output, shaped as ``query``, and the attention weights if they are needed."""
+        arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if not acts(self):
+            return super().forward(query, key, value, *arguments)
+        if may_sum(self, query) or query.is_nested:
+            with summed(self):
+                return super().forward(query, key, value, *arguments)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "`attn_mask` must be given with `is_causal=True`, which is a hint about it, but got None."
+            )
+        batched = query.dim() == 3
+        query, key, value = _sequence_first(self, query, key, value)
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else _mask(self, query, key, key_padding_mask, attn_mask)
+        q, k, v = _extended(self, *_project(self, query, key, value))
+        if need_weights:
+            heads, weights = _weighted(self, q, k, v, mask)
+        else:
+            heads, weights = _attend(self, q, k, v, mask, causal), None
+        output = self.out_proj(heads.reshape(-1, self.embed_dim)).view(query.shape)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return output.squeeze(1), None if weights is None else weights.squeeze(0)
+        return output.transpose(0, 1) if self.batch_first else output, weights
+
+
+def _sequence_first(layer: LoRAMultiheadAttention, *inputs: Tensor) -> list[Tensor]:
+    """The inputs as ``(length, batch, features)``; those of a batch that were one object stay one, as in torch."""
+    if inputs[0].dim() == 2:
+        return [x.unsqueeze(1) for x in inputs]
+    turned = {id(x): x.transpose(0, 1) if layer.batch_first else x for x in inputs}
+    return [turned[id(x)] for x in inputs]
+
+
+def _mask(
+    layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, padding: Tensor | None, pairs: Tensor | None
+) -> Tensor | None:
+    """What is added to the scores, ``(1 or batch * heads, 1 or targets, sources)``."""
+    (targets, batch, _), sources = query.shape, len(key)
+    masks = []
+    if pairs is not None:
+        _check("attn_mask", pairs, (targets, sources), (batch * layer.num_heads, targets, sources))
+        masks.append(_additive("attn_mask", pairs if pairs.dim() == 3 else pairs.unsqueeze(0), query.dtype))
+    if padding is not None:
+        padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
+        _check("key_padding_mask", padding, (batch, sources))
+        masks.append(
+            _additive("key_padding_mask", padding, query.dtype).repeat_interleave(layer.num_heads, 0).unsqueeze(1)
+        )
+    more = (layer.bias_k is not None) + layer.add_zero_attn
+    return F.pad(sum(masks[1:], masks[0]), (0, more)) if masks else None
+
+
+def _project(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``(length, batch, embed_dim)``, each with the terms of its adapters."""
+    q, k, v = _frozen_projection(layer, query, key, value)
+    return _adapted(layer, "q", q, query), _adapted(layer, "k", k, key), _adapted(layer, "v", v, value)
+
+
+def _frozen_projection(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The base's maps, in as few products as torch makes of them: other ones would differ in the last bits."""
+    bias = layer.in_proj_bias
+    if not layer._qkv_same_embed_dim:
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(frozen_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+    thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
+    sizes = [count * layer.embed_dim for count in thirds]
+    split = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
+    inputs = (query, key, value)[: len(sizes)]
+    maps = [frozen_linear(*each) for each in zip(inputs, torch.split(layer.in_proj_weight, sizes), split, strict=True)]
+    return tuple(part.contiguous() for y in maps for part in torch.split(y, layer.embed_dim, -1))
+
+
+def _adapted(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
+    """``y`` with the term of each adapter of the part ``name`` for the input ``x``."""
+    for adapter in layer.lora.active():
+        if adapter.part.name == name:
+            y = adapter(y, x)
+    return y
+
+
+def _extended(layer: LoRAMultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The three as ``(batch * heads, length, head_dim)``, after the key and value that ``add_bias_kv`` learned."""
+    batch = q.shape[1]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        k, v = (torch.cat([x, one.repeat(1, batch, 1)]) for x, one in ((k, layer.bias_k), (v, layer.bias_v)))
+    if layer.add_zero_attn:
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    return [x.reshape(len(x), batch * layer.num_heads, layer.head_dim).transpose(0, 1) for x in (q, k, v)]
+
+
+def _attend(
+    layer: LoRAMultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim) + mask) v`` as ``(targets, batch, heads, head_dim)``."""
+    q, k, v = (_by_head(layer, x) for x in (q, k, v))
+    if mask is not None:
+        mask = mask.unsqueeze(0) if len(mask) == 1 else _by_head(layer, mask)
+    dropout = layer.dropout if layer.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).permute(2, 0, 1, 3)
+
+
+def _weighted(
+    layer: LoRAMultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same step by step, and the weights ``(batch, heads, targets, sources)``."""
+    q = q * math.sqrt(1 / layer.head_dim)
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+    weights = F.dropout(scores.softmax(-1), layer.dropout, layer.training)
+    output = torch.bmm(weights, v).transpose(0, 1)  # (targets, batch * heads, head_dim)
+    return output, _by_head(layer, weights)
+
+
+def _by_head(layer: LoRAMultiheadAttention, x: Tensor) -> Tensor:
+    """``(batch * heads, ...)`` as ``(batch, heads, ...)``."""
+    return x.view(len(x) // layer.num_heads, layer.num_heads, *x.shape[1:])
+
+
+def _additive(argument: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask`` as numbers to add to the scores: where a mask of truth values says True, nothing is attended to."""
+    if mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise RuntimeError(
+            f"An attention mask must be of truth values or floating-point numbers, but got {mask.dtype}."
+        )
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _check(argument: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    if tuple(mask.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise RuntimeError(f"`{argument}` must have shape {expected}, but got {tuple(mask.shape)}.")

@@ -1,0 +1,33 @@
+"""LoRA for ``nn.Bilinear``: its weight as a matrix over all pairs of the two inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoRALayer
+
+
+class BilinearAdapter(Adapter):
+    """Adds ``scale * B (x1^T A_k x2)_k``: A is ``(r, in1 * in2)``, B ``(out_features, r)``."""
+
+    def forward(self, y: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+        """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its two inputs."""
+        A = self.A.to(x1.dtype).view(self.r, x1.shape[-1], x2.shape[-1])
+        hidden = F.bilinear(self.dropped(x1), x2, A)  # (..., r)
+        return y + F.linear(hidden, (self.scale * self.B).to(hidden.dtype)).to(y.dtype)
+
+
+class LoRABilinear(LoRALayer, nn.Bilinear):
+    """An ``nn.Bilinear`` with adapters."""
+
+    lora_original_class = nn.Bilinear
+    lora_adapter_class = BilinearAdapter
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """The frozen map, then each adapter's term."""
+        y = super().forward(input1, input2)
+        for adapter in self.lora.active():
+            y = adapter(y, input1, input2)
+        return y

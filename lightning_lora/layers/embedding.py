@@ -1,0 +1,90 @@
+"""LoRA for ``nn.Embedding``: the same pair, with the one-hot vector of an index as input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.weight_view import Part
+
+
+class EmbeddingAdapter(Adapter):
+    """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has nothing to drop."""
+
+    def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool) -> Tensor:
+        """The rows ``y`` of shape ``(..., embedding_dim)`` with the term for ``index`` of shape ``(...)``.
+
+        The gradient of A is dense also for a layer made with ``sparse=True``: A is small. The padding index gets no
+        gradient, as in the plain layer.
+        """
+        hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
+        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype)).to(y.dtype)
+
+
+class LoRALookup(LoRALayer):
+    """What an embedding and a bag of one have in common."""
+
+    @classmethod
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix, a row for each index."""
+        return [Part(transposed=True)]
+
+    @staticmethod
+    def lora_arguments(module: nn.Module) -> dict[str, Any]:
+        """The padding index has no delta, as it has no gradient."""
+        return {"padding_idx": module.padding_idx}
+
+    def lora_settle(self) -> bool:
+        """Cut long rows, where there is a ``max_norm``."""
+        return renormalise(self)  # type: ignore[arg-type]
+
+
+class LoRAEmbedding(LoRALookup, nn.Embedding):
+    """An ``nn.Embedding`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``, as in PEFT.
+
+    With ``max_norm`` the sum is what is kept within the norm, as it will be after a merge. The plain layer does that
+    by changing the rows of its weight in place; here the frozen weight stays as it is.
+    """
+
+    lora_original_class = nn.Embedding
+    lora_adapter_class = EmbeddingAdapter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The frozen rows, then each adapter's term, then the norm."""
+        if self.max_norm is None:
+            y = super().forward(input)
+        else:
+            y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
+        for adapter in self.lora.active():
+            y = adapter(y, input, self.scale_grad_by_freq)
+        return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
+
+
+@torch.no_grad()
+def renormalise(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
+    """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
+    if layer.max_norm is None:
+        return False
+    index = torch.arange(layer.num_embeddings, device=layer.weight.device)
+    for _ in range(8):
+        before = layer.weight.clone()
+        torch.embedding_renorm_(layer.weight, index, layer.max_norm, layer.norm_type)
+        if torch.equal(before, layer.weight):
+            break
+    return True
+
+
+def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """``rows`` of shape ``(..., dim)``, those longer than ``max_norm`` shortened.
+
+    The gradient passes as through the plain layer, which renormalises outside the graph.
+    """
+    flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
+    index = torch.arange(len(flat), device=flat.device)
+    shortened = torch.embedding_renorm_(flat, index, max_norm, norm_type).view_as(rows)
+    return shortened + (rows - rows.detach())

@@ -1,0 +1,54 @@
+"""``nn.TransformerEncoder`` and its layers: in evaluation torch reads the weights of the layers inside, in one kernel.
+
+What those layers do is passed by then. So where adapters act inside, that fast path is closed, or it gets their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.merged_forward import acts, may_sum, summed
+
+
+class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
+    """An ``nn.TransformerEncoderLayer`` with adapters inside; it has none of its own."""
+
+    lora_original_class = nn.TransformerEncoderLayer
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the plain layer."""
+        if not acts(self):
+            return super().forward(src, *args, **kwargs)
+        fast = may_sum(self, src)
+        with summed(self) if fast else closed(self, "activation_relu_or_gelu"):
+            return super().forward(src, *args, **kwargs)
+
+
+class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
+    """An ``nn.TransformerEncoder`` with adapters inside: nested tensors are made only where its layers take them."""
+
+    lora_original_class = nn.TransformerEncoder
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the plain module."""
+        if not acts(self) or (may_sum(self, src) and not torch.compiler.is_compiling()):
+            return super().forward(src, *args, **kwargs)
+        with closed(self, "use_nested_tensor"):
+            return super().forward(src, *args, **kwargs)
+
+
+@contextmanager
+def closed(module: nn.Module, gate: str) -> Iterator[None]:
+    """While it lasts the attribute ``gate``, whose truth opens a fast path of torch's, is zero."""
+    kept = getattr(module, gate)
+    setattr(module, gate, 0)
+    try:
+        yield
+    finally:
+        setattr(module, gate, kept)

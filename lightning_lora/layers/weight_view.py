@@ -1,0 +1,103 @@
+"""What one pair (A, B) adapts: a parameter seen as a matrix, some of its rows, or a matrix for each expert."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_lora.distributed.sharded import region, shape_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start:stop`` of each of ``blocks`` equal runs of the rows of a matrix.
+
+    A map that fuses query, key and value keeps them one after the other (one block), or head by head (a block for each
+    head, or for each group of heads).
+    """
+
+    start: int
+    stop: int
+    blocks: int = 1
+
+    def count(self) -> int:
+        """How many rows these are."""
+        return self.blocks * (self.stop - self.start)
+
+    def place(self, B: Tensor, out_features: int) -> Tensor:
+        """``B`` of shape ``(count, r)`` as ``(out_features, r)``, zero in all other rows."""
+        size = out_features // self.blocks
+        blocks = B.view(self.blocks, self.stop - self.start, B.shape[-1])
+        return F.pad(blocks, (0, 0, self.start, size - self.stop)).reshape(out_features, B.shape[-1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix in a layer.
+
+    Args:
+        key: the parameter that holds it.
+        name: what it is called in the layer; empty where it is all that there is.
+        rows: the rows of W0 that it has; ``None`` for all.
+        transposed: whether the parameter is kept as ``(in_features, out_features)``.
+        stacked: whether it holds one matrix for each expert, along its first dimension.
+        read: whether it is adapted wherever it is read, not by the forward of its layer.
+    """
+
+    key: str = "weight"
+    name: str = ""
+    rows: Rows | None = None
+    transposed: bool = False
+    stacked: bool = False
+    read: bool = False
+
+    def whole(self, weight: Tensor) -> tuple[int, int]:
+        """``(in_features, out_features)`` of the paper's W0 that ``weight`` holds in its layer's own shape."""
+        shape = shape_of(weight)
+        first, *rest = shape[1:] if self.stacked else shape
+        return (first, math.prod(rest)) if self.transposed else (math.prod(rest), first)
+
+    def features(self, weight: Tensor) -> tuple[int, int]:
+        """``(in_features, out_features)`` of what the pair adapts of it."""
+        in_features, out_features = self.whole(weight)
+        return in_features, out_features if self.rows is None else self.rows.count()
+
+    def stack(self, weight: Tensor) -> tuple[int, ...]:
+        """``(experts,)`` where each has a pair of its own, else nothing."""
+        return tuple(shape_of(weight)[:1]) if self.stacked else ()
+
+    def placed(self, B: Tensor, out_features: int) -> Tensor:
+        """``B`` for an output of length ``out_features``: the whole map's, or just these rows'."""
+        return B if self.rows is None or len(B) == out_features else self.rows.place(B, out_features)
+
+    def factors(self, A: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices, or stacks of them, whose product is ``B A`` with the rows of :func:`matrices`."""
+        B = self.placed(B, self.whole(weight)[1])
+        return (A.mT, B.mT) if self.transposed else (B, A)
+
+    def region(self, weight: Tensor) -> tuple[slice, slice, slice]:
+        """Which matrices of the whole ``weight`` this rank holds, which rows of them and which columns.
+
+        Raises:
+            ValueError: if it is sharded along a dimension of a convolution's kernel.
+        """
+        here, sizes = region(weight), weight.shape
+        experts, here, sizes = (here[0], here[1:], sizes[1:]) if self.stacked else (slice(0, 1), here, sizes)
+        rows, *rest = here
+        if len(rest) == 1:
+            return experts, rows, rest[0]
+        if any(part != slice(0, size) for part, size in zip(rest, sizes[1:], strict=True)):
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} is sharded along a dimension other than the first: LoRA "
+                "merges into rows. Leave out `shard_placement_fn` for it, or keep `merge=False`."
+            )
+        return experts, rows, slice(0, math.prod(sizes[1:]))
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Contiguous copies of the matrices that ``weight`` holds, whatever its memory format."""
+        matrices = weight.flatten(2) if self.stacked else weight.flatten(1).unsqueeze(0)
+        return [matrix.clone(memory_format=torch.contiguous_format) for matrix in matrices]

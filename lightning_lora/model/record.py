@@ -1,0 +1,138 @@
+"""What is remembered on a module: how it was found, and after a merge what an exact unmerge needs.
+
+Each module keeps the facts about its own parameters, in one plain attribute. So they travel with ``deepcopy`` and
+``pickle`` and are found from any part of a model, whatever holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapter import Adapters
+from lightning_lora.ops.exact_sum import Patch
+
+_ATTRIBUTE = "_lightning_lora"
+
+
+@dataclass
+class MergedWeight:
+    """What undoes the merge into one parameter.
+
+    Args:
+        patches: for each matrix in it, the elements that subtracting delta does not give back.
+        checksum: of the merged weight.
+        original: checksum of the weight before the merge.
+        shared: the parameter that was there, where other modules have it too; the merged one is the layer's own.
+    """
+
+    patches: list[Patch]
+    checksum: int
+    original: int
+    shared: nn.Parameter | None = None
+
+
+@dataclass
+class Merged:
+    """An adapted layer's adapters after they went into its weights.
+
+    Args:
+        adapters: A and B, private to the record.
+        weights: what was done to each parameter.
+    """
+
+    adapters: Adapters
+    weights: dict[str, MergedWeight]
+
+
+@dataclass
+class Record:
+    """The facts about one module; keys are those of its own parameters and buffers.
+
+    Args:
+        config: on the module that ``apply_lora`` was called with.
+        found: ``requires_grad`` as found, while the module is frozen.
+        trained: the base's parameters that train beside the adapters.
+        shared: parameters that other modules have too, so that a merge must not change them.
+        originals: values before training of what may move: trained parameters and buffers, on the CPU.
+        merged: on a layer whose adapters are merged.
+        load_hook: of the hook that loads adapter state dicts into the module.
+    """
+
+    config: LoRAConfig | None = None
+    found: dict[str, bool] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    merged: Merged | None = None
+    load_hook: RemovableHandle | None = None
+
+
+def record_of(module: nn.Module) -> Record:
+    """The record on ``module``, made if there is none."""
+    if _ATTRIBUTE not in module.__dict__:
+        module.__dict__[_ATTRIBUTE] = Record()
+    record = module.__dict__[_ATTRIBUTE]
+    assert isinstance(record, Record)
+    return record
+
+
+def records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+    """Every record in ``model`` with its module under its first clean name."""
+    for name, module in model.named_modules():
+        if _ATTRIBUTE in module.__dict__:
+            yield names.clean(name), module, module.__dict__[_ATTRIBUTE]
+
+
+def all_records(model: nn.Module) -> dict[str, Record]:
+    """Every record in ``model`` by its module's name."""
+    return {name: record for name, _, record in records(model)}
+
+
+def place_again(model: nn.Module, kept: dict[str, Record]) -> None:
+    """Give the records in ``kept`` to modules that lost them, because another module was put in their place."""
+    for name, module in names.named_modules(model):
+        if name in kept:
+            module.__dict__.setdefault(_ATTRIBUTE, kept[name])
+
+
+def forget(model: nn.Module) -> None:
+    """Take every record off, with the hook that belongs to it."""
+    for _, module, record in list(records(model)):
+        if record.load_hook is not None:
+            record.load_hook.remove()
+        del module.__dict__[_ATTRIBUTE]
+
+
+def prune(model: nn.Module) -> None:
+    """Take off the records that say nothing."""
+    for _, module, record in list(records(model)):
+        if record == Record():
+            del module.__dict__[_ATTRIBUTE]
+
+
+def config_of(model: nn.Module) -> LoRAConfig | None:
+    """The configuration that ``model``, or a part of it, was adapted with."""
+    return next((config for _, config in holders(model)), None)
+
+
+def holders(model: nn.Module) -> list[tuple[nn.Module, LoRAConfig]]:
+    """The modules in ``model`` that were adapted, ``model`` itself or parts of it, with their configurations."""
+    return [(module, record.config) for _, module, record in records(model) if record.config is not None]
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Merged]]:
+    """Every layer whose adapters are merged."""
+    for name, module, record in records(model):
+        if record.merged is not None:
+            yield name, module, record.merged
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into ``model``."""
+    return any(True for _ in merged_layers(model))

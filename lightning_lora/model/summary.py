@@ -1,0 +1,74 @@
+"""The table that is shown at the start of a run: what was adapted, what trains, and what stays frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_lora import names
+from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
+from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.state import lora_parameters
+from lightning_lora.model.table import Row, beside, bytes_text, row_of, table
+from lightning_lora.targets.roles import roles_in
+
+
+def describe(model: nn.Module) -> str:
+    """What LoRA does to ``model``, as a few lines of text; layers that differ only by a number share a row."""
+    return "\n".join(
+        ["LoRA adapts", *table(rows_of(model)), *_also_trained(model), _totals(model), *_frozen_heads(model)]
+    )
+
+
+def rows_of(model: nn.Module) -> list[Row]:
+    """A row for each adapted matrix of ``model``."""
+    return [_row(name, layer, adapter) for name, layer in adapted_layers(model) for adapter in layer.lora.every()]
+
+
+def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
+    part, kind = adapter.part, layer.lora_original_class.__name__
+    own = names.join(name, part.name) if part.name else name
+    return row_of(own, kind, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
+
+
+def _also_trained(model: nn.Module) -> list[str]:
+    own = {id(parameter) for _, parameter in lora_parameters(model)}
+    return beside(
+        {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in own}, "and trains in full"
+    )
+
+
+def _totals(model: nn.Module) -> str:
+    trained = dict(trained_parameters(model))
+    adapters = {id(parameter) for _, parameter in lora_parameters(model)}
+    base = sum(shape_of(p).numel() for _, p in names.named_parameters(model) if id(p) not in adapters)
+    size = sum(shape_of(parameter).numel() for parameter in trained.values())
+    nbytes = sum(shape_of(p).numel() * p.element_size() for p in trained.values())
+    return (
+        f"{size:,} trainable parameters, {size / base:.2%} of the base's {base:,}; {bytes_text(nbytes)} in a checkpoint"
+    )
+
+
+def _frozen_heads(model: nn.Module) -> list[str]:
+    trained = {id(parameter) for _, parameter in trained_parameters(model)}
+    modules = dict(names.named_modules(model))
+    frozen = [name for name in output_heads(model) if not _trains(modules[name], trained)]
+    if not frozen:
+        return []
+    which = ", ".join(f"`{name}`" for name in frozen)
+    return [f"The output head {which} stays frozen; to train it in full, as a new head needs: also_train={frozen!r}"]
+
+
+def output_heads(model: nn.Module) -> list[str]:
+    """The linear maps that give the output: known by their name, or the last one that is in no block."""
+    roles = roles_in(model)
+    blocks = {*roles.attention, *roles.mlp}
+    last = [name for name in roles.linear if name not in blocks][-1:]
+    return roles.heads or [name for name in last if name == roles.linear[-1]]
+
+
+def _trains(module: nn.Module, trained: Iterable[int]) -> bool:
+    return isinstance(module, LoRALayer) or any(id(parameter) in trained for parameter in module.parameters())

@@ -1,0 +1,176 @@
+"""What an ``adapter_config.json`` must be for plain LoRA: every value checked, every other method refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_lora.config import BIASES
+from lightning_lora.files.json_files import shown
+from lightning_lora.patterns import Value
+from lightning_lora.peft_format.peft_config import ALL_LINEAR, PeftConfig
+
+INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change it
+# What makes another method of it, with what to do; and what says nothing about the result.
+REFUSED = {
+    "use_dora": "DoRA scales the merged weight: merge it with peft and load that model as the base",
+    "lora_bias": "B has a bias there: merge it with peft and load that model as the base",
+    "megatron_config": "it is for Megatron's parallel layers: convert it to plain layers",
+    "trainable_token_indices": "it holds single rows of an embedding: merge it with peft first",
+    "target_parameters": "it adapts parameters by name: merge it with peft first",
+    "alora_invocation_tokens": "an activated LoRA acts on the tokens after an invocation only",
+    "layer_replication": "it repeats layers of the base: build that base first and adapt it anew",
+    "ensure_weight_tying": "it ties the adapters of two layers: merge it with peft first",
+}
+IGNORED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+IGNORED |= {"megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
+IGNORED |= {"runtime_config", "fan_in_fan_out", "task_type"}
+READ = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"}
+READ |= {"rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "lora_dropout", "init_lora_weights"}
+
+
+def read_config(values: Mapping[str, Any]) -> PeftConfig:
+    """What an ``adapter_config.json`` asks for.
+
+    Raises:
+        ValueError: naming the key that is missing, of the wrong type, or means what plain LoRA is not.
+    """
+    _check_method(values)
+    asked = PeftConfig(
+        r=_rank("r", values.get("r", 8)),
+        alpha=_alpha("lora_alpha", values.get("lora_alpha", 8)),
+        targets=_targets(values.get("target_modules")),
+        exclude=_names_or_expression("exclude_modules", values.get("exclude_modules")) or None,
+        layers=_layers(values.get("layers_to_transform")),
+        layers_pattern=_layers_pattern(values.get("layers_pattern")),
+        rank_pattern=_pattern("rank_pattern", values.get("rank_pattern"), _rank),
+        alpha_pattern=_pattern("alpha_pattern", values.get("alpha_pattern"), _alpha),
+        rslora=_flag("use_rslora", values.get("use_rslora", False)),
+        modules_to_save=_names("modules_to_save", values.get("modules_to_save")),
+        bias=_bias(values.get("bias", "none")),
+        dropout=_dropout(values.get("lora_dropout", 0.0)),
+        gaussian=values.get("init_lora_weights") == "gaussian",
+        classifies=values.get("task_type") == "SEQ_CLS",
+    )
+    if isinstance(asked.targets, str) and asked.layers is not None:
+        raise _wrong("layers_to_transform", "null where `target_modules` is no list", asked.layers)
+    for name in asked.modules_to_save:
+        _check_expression("modules_to_save", rf"(^|.*\.){name}($|\..*)")
+    return asked
+
+
+def _check_method(values: Mapping[str, Any]) -> None:
+    if values.get("peft_type") != "LORA":
+        raise _wrong("peft_type", "'LORA', the one method that this reads", values.get("peft_type"))
+    for key, reason in REFUSED.items():
+        if values.get(key) not in (None, False, [], {}):
+            raise ValueError(f"`adapter_config.json` has `{key}`, which is not plain LoRA: {reason}.")
+    init = values.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(OTHER_BASE):
+        raise ValueError(
+            f"`adapter_config.json` has `init_lora_weights` {shown(init)}, which changed the base's weights before "
+            "training, so these A and B belong to another base. Save it again with peft's "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
+        )
+    if not isinstance(init, (bool, str)) or init not in INITS:
+        raise _wrong("init_lora_weights", f"one of {', '.join(map(repr, INITS))}", init)
+    known = {*IGNORED, *REFUSED, *READ}
+    for key, value in values.items():
+        if key not in known and value not in (None, False, "", [], {}):
+            raise ValueError(
+                f"`adapter_config.json` has {shown(key)}: {shown(value)}, which may mean another method than plain "
+                "LoRA. If it does not change what the adapter computes, take it out of the file."
+            )
+
+
+def _wrong(key: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"`{key}` in `adapter_config.json` must be {expected}, but got {shown(value)}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _rank(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(key, "a positive integer", value)
+    return value
+
+
+def _alpha(key: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value < 1e30:
+        raise _wrong(key, "a positive number", value)
+    return float(value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(key, "true or false", value)
+    return value
+
+
+def _bias(value: Any) -> str:
+    if not isinstance(value, str) or value not in BIASES:
+        raise _wrong("bias", f"one of {', '.join(map(repr, BIASES))}", value)
+    return value
+
+
+def _dropout(value: Any) -> float:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise _wrong("lora_dropout", "a probability in [0, 1)", value)
+    return float(value)
+
+
+def _names(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise _wrong(key, "a list of module names", value)
+    return value
+
+
+def _names_or_expression(key: str, value: Any) -> list[str] | str:
+    if isinstance(value, str):
+        _check_expression(key, value)
+        return value
+    return _names(key, value)
+
+
+def _targets(value: Any) -> list[str] | str:
+    if isinstance(value, str) and value.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    found = _names_or_expression("target_modules", value)
+    if not found:
+        raise _wrong("target_modules", "module names or a regular expression", value)
+    return found
+
+
+def _layers(value: Any) -> list[int] | None:
+    numbers = [value] if isinstance(value, int) else value
+    if numbers is not None and not (isinstance(numbers, list) and all(type(number) is int for number in numbers)):
+        raise _wrong("layers_to_transform", "layer numbers", value)
+    return numbers or None
+
+
+def _layers_pattern(value: Any) -> list[str]:
+    patterns = _names("layers_pattern", [value] if isinstance(value, str) and value else value or None)
+    for pattern in patterns:
+        _check_expression("layers_pattern", pattern)
+    return patterns
+
+
+def _pattern(key: str, value: Any, checked: Callable[[str, Any], Value]) -> dict[str, Value]:
+    if value is not None and not isinstance(value, dict):
+        raise _wrong(key, "an object of numbers by module name", value)
+    for expression in value or {}:
+        _check_expression(key, rf"(.*\.)?({expression})$")
+    return {name: checked(f"{key}[{name!r}]", number) for name, number in (value or {}).items()}
+
+
+def _check_expression(key: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _wrong(key, f"a regular expression ({error})", expression) from error

@@ -1,0 +1,238 @@
+"""PEFT's directories, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.files.json_files import read_object
+from lightning_lora.files.safe_file import read_tensors, write_together
+from lightning_lora.layers.base import is_adapted
+from lightning_lora.layers.registry import is_linear, plain_class
+from lightning_lora.model.apply import apply_lora, remove_lora
+from lightning_lora.model.record import config_of, is_merged, records
+from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
+from lightning_lora.peft_format.config import read_config
+from lightning_lora.peft_format.load import Sorted, check_adapted, check_targets, config_for, filled, sort, values_for
+from lightning_lora.peft_format.peft_config import PeftConfig, Scaled, written_config
+from lightning_lora.peft_format.provenance import base_of, check_base, check_digest, header
+from lightning_lora.peft_format.save import Contents, contents_of, for_vllm, holders
+from lightning_lora.peft_format.targets import exact_targets, inner_name
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FLAVORS = ("peft", "vllm")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    inner: str | None = None,
+    flavor: str = "peft",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
+
+    peft's outputs are then those of ``model``. Slices of a fused map become one pair on all of it, whose rank is the
+    sum of theirs. Everything is checked before anything is written; an error leaves the files that were there. Where
+    several processes train, all must call it, and the first writes.
+
+    Args:
+        model: a model with adapters, live or merged.
+        directory: where; it is made if it is not there.
+        inner: name of the module in ``model`` that peft will wrap, ``""`` for ``model`` itself. ``None`` finds it: the
+            transformers model that holds all adapters, else the one child of a LightningModule that does, else
+            ``model``.
+        flavor: ``"peft"``, or ``"vllm"`` for the same in one rank and one scale for all layers.
+        metadata: strings to keep in the header of the weights' file, such as the step and metrics.
+
+    Raises:
+        ValueError: if ``model`` has no adapters, or the format has no place for what they are.
+        TypeError: if ``metadata`` holds anything but strings.
+
+    Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = apply_lora(model, LoRAConfig(r=2, targets="all"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(model, directory, metadata={"step": "100"})
+        ...     sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    directory = Path(directory)
+    if flavor not in FLAVORS:
+        raise ValueError(f"`flavor` must be one of {', '.join(map(repr, FLAVORS))}, but got {flavor!r}.")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must be a directory, but `{directory}` is a file.")
+    holder, config = _adapted_as(model)
+    prefix, part = _inner_of(model, inner)
+    contents = contents_of(part, config, lambda name: names.join(prefix, name).removeprefix(f"{holder}."))
+    contents = for_vllm(contents) if flavor == "vllm" else contents
+    text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
+    about = header(config, base_of(part), tensors, metadata, prefix)
+    _first_of_all(lambda: write_directory(directory, text, tensors, about))
+
+
+def write_directory(directory: Path, text: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write the two files: the configuration ``text``, and ``tensors`` with ``about`` in their header."""
+    writers: dict[str, Callable[[Path], object]] = {
+        CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        WEIGHTS: lambda path: save_file(tensors, path, about),
+    }
+    write_together(directory, writers)
+
+
+def _first_of_all(write: Callable[[], None]) -> None:
+    """Let the first process write, and the others wait for it."""
+    several = distributed.is_available() and distributed.is_initialized()
+    try:
+        if not several or distributed.get_rank() == 0:
+            write()
+    finally:
+        if several:
+            distributed.barrier()
+
+
+def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
+    """The name of the module in ``model`` that was adapted, empty for itself, and how."""
+    if not has_adapters(model):
+        raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
+    found = [(name, record.config) for name, _, record in records(model) if record.config is not None]
+    if len(found) != 1:
+        what = "several parts of it were" if found else "a module around it was"
+        raise ValueError(f"`model` was not adapted as one: {what}. Save what `apply_lora` was called with.")
+    return found[0]
+
+
+def _inner_of(model: nn.Module, inner: str | None) -> tuple[str, nn.Module]:
+    """The part that peft wraps and its name; all that belongs to the adapter must lie in it."""
+    adapted = [name for name, _, _ in holders(model)]
+    modules = dict(names.named_modules(model))
+    name = inner_name(model, inner, lambda head: all(one.startswith(f"{head}." if head else "") for one in adapted))
+    part = modules[name]
+    heads = tuple(f"{alias}." if alias else "" for alias, module in modules.items() if module is part)
+    for key in lora_state_dict(model):
+        if not key.startswith(heads):
+            raise ValueError(
+                f"`{key}` belongs to the adapter and lies outside of `{name}`, which peft would wrap. Name a module "
+                "that holds both in `inner`; inner='' is the whole model."
+            )
+    return name, part
+
+
+def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor: str) -> str:
+    rslora = config.rslora and flavor == "peft"
+    modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.pairs.items()}
+    inside = dict(names.named_modules(part))
+    linear = [module for name in modules if is_linear(module := inside[name])]
+    own = getattr(part, "name_or_path", None) or None
+    return written_config(
+        modules,
+        exact_targets(list(modules), part),
+        contents.modules_to_save,
+        config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
+        base=own if isinstance(own, str) else None,
+        transposed=bool(linear) and not any(issubclass(plain_class(module), nn.Linear) for module in linear),
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    inner: str | None = None,
+    strict_base: bool = True,
+) -> list[str]:
+    """Load a directory that peft or :func:`save_adapter` wrote into ``model``: all of it, or nothing at all.
+
+    A bare model is adapted as ``adapter_config.json`` says; of a fused map it then gets one pair on all of it. A model
+    that has adapters keeps its own configuration, which must fit: apply yours first to go on training slices of it.
+    Nothing is unpickled.
+
+    Args:
+        model: any module, bare or adapted.
+        directory: where the two files are.
+        inner: name of the module in ``model`` that peft would wrap, ``""`` for ``model`` itself; ``None`` finds it.
+        strict_base: whether another base than the header's is an error, or a warning.
+
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        ValueError: if a file is damaged, holds what plain LoRA is not, or does not fit ``model``; nothing is changed.
+        FileNotFoundError: if there is no such directory, or a file is missing.
+
+    Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> one = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = other.load_state_dict(one.state_dict())
+        >>> _ = apply_lora(one, LoRAConfig(r=2, targets="all"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(one, directory)
+        ...     load_adapter(other, directory)
+        ['0', '2']
+    """
+    asked, file, metadata = _read(Path(directory))
+    if is_merged(model):
+        raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
+    prefix = inner_name(model, inner, lambda head: _has_all(model, head, file))
+    part = dict(names.named_modules(model))[prefix]
+    check_targets(asked, file, part)
+    check_base(metadata, part, set(file.plain), strict_base)
+    if is_adapted(model):
+        check_adapted(file, part)
+        _load(model, part, prefix, asked, file, bare=False)
+    else:
+        config = config_for(asked, file, part, prefix, model)
+        try:
+            apply_lora(model, config)
+            check_adapted(file, part)
+            _load(model, part, prefix, asked, file, bare=True)
+        except BaseException:
+            remove_lora(model)
+            raise
+    return [name for name, _, _ in holders(model)]
+
+
+def _read(directory: Path) -> tuple[PeftConfig, Sorted, dict[str, str]]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"`directory` must be a local directory, but there is no `{directory}`.")
+    if not (directory / WEIGHTS).exists() and (directory / PICKLED).exists():
+        raise ValueError(
+            f"`{directory}` holds `{PICKLED}`, a pickle, which can run any code when it is read. If you trust it load "
+            "it with peft and save it again: PeftModel.from_pretrained(base, directory).save_pretrained(directory)."
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"`{directory}` has no file `{name}`.")
+    asked = read_config(read_object(directory / CONFIG))
+    tensors, metadata = read_tensors(directory / WEIGHTS)
+    check_digest(metadata, tensors)
+    return asked, sort(tensors), metadata
+
+
+def _has_all(model: nn.Module, head: str, file: Sorted) -> bool:
+    known = {name for name, _ in names.named_modules(model)}
+    return all(names.join(head, name) in known for name in file.halves)
+
+
+def _load(model: nn.Module, part: nn.Module, prefix: str, asked: PeftConfig, file: Sorted, *, bare: bool) -> None:
+    config = config_of(model)
+    assert config is not None
+    values = values_for(asked, file, part, config.name)
+    state: dict[str, Any] = {names.join(prefix, key): value for key, value in values.items()}
+    load_lora_state_dict(model, filled(state, model) if bare else state)

@@ -1,0 +1,157 @@
+"""Where an adapter comes from, as strings in the header of its file: the base it was trained on, and how."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.distributed.sharded import is_sharded, shape_of
+from lightning_lora.files.json_files import shown
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.model.fingerprint import Fingerprint, exactly_same, fingerprint, other_base
+from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.record import Merged, merged_layers
+from lightning_lora.version import __version__
+
+OWN = "lightning_lora"
+BASE, DIGEST, INNER = f"{OWN}.base", f"{OWN}.digest", f"{OWN}.inner"
+
+
+def header(
+    config: LoRAConfig,
+    base: Fingerprint,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    inner: str,
+) -> dict[str, str]:
+    """What the header says.
+
+    Args:
+        config: what the adapter was made with.
+        base: what it was trained on, by names relative to ``inner``.
+        tensors: what the file holds.
+        metadata: what the user adds.
+        inner: name of the part of the model that the file's names are relative to.
+
+    Raises:
+        TypeError: if ``metadata`` is no mapping of strings.
+        ValueError: if it has a key of ours.
+    """
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"`metadata` must be a dict of strings, but got {metadata!r}.")
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"`metadata` must be a dict of strings, but got {key!r}: {value!r}. Write str(...).")
+        if key == "format" or key.startswith(OWN):
+            raise ValueError(f"`metadata` has {key!r}, which the file itself uses: take another key.")
+    own = {
+        f"{OWN}.version": __version__,
+        f"{OWN}.config": json.dumps(config.to_dict()),
+        INNER: inner,
+        BASE: json.dumps(base),
+        DIGEST: digest(tensors),
+    }
+    return {"format": "pt", **own, **(metadata or {})}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the names, the types and every bit of ``tensors``."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Compare ``tensors`` with those that the file was written with, if it tells.
+
+    Raises:
+        ValueError: if a bit of them is another.
+    """
+    if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
+        raise ValueError("The adapter's file is damaged: its values are not those it was written with. Copy it again.")
+
+
+def base_of(model: nn.Module) -> Fingerprint:
+    """The fingerprint of the base, also where adapters are merged into it."""
+    sums = fingerprint(model)
+    merged = list(merged_layers(model))
+    for name, layer, record in merged:
+        sums |= {names.join(name, key): value for key, value in _unmerged(layer, record).items()}
+    return {name: sums[name] for name in _first_names(model) if name in sums} if merged else sums
+
+
+def _unmerged(layer: nn.Module, record: Merged) -> Fingerprint:
+    if any(is_sharded(parameter_of(layer, key)) for key in record.weights):  # no copy of these can be made
+        return {key: [None, None, None, *shape_of(parameter_of(layer, key))] for key in record.weights}
+    plain = copy.deepcopy(layer)
+    unmerge_lora(plain)
+    return {key: value for key, value in fingerprint(plain).items() if key in record.weights}
+
+
+def _first_names(model: nn.Module) -> list[str]:
+    """The first name of every parameter, those that the merge parted taken as one."""
+    weights = {id(layer): merged.weights for _, layer, merged in merged_layers(model)}
+    found: dict[int, str] = {}
+    for name, module in names.named_modules(model):
+        for key, parameter in module._parameters.items():
+            weight = weights.get(id(module), {}).get(key)
+            tied = parameter if weight is None or weight.shared is None else weight.shared
+            found.setdefault(id(tied), names.join(name, key))
+    return list(found.values())
+
+
+def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str], strict: bool) -> None:
+    """Compare ``model`` with the base that the header tells of, if it does; what is ``trained`` may be no part of it.
+
+    Raises:
+        ValueError: if it is another, or the header is damaged.
+    """
+    if BASE not in metadata:
+        return
+    expected = base_in(metadata)
+    found = {name: sums for name, sums in fingerprint(model).items() if name in expected or name not in trained}
+    wrong = other_base(expected, found)
+    if wrong is not None and strict:
+        raise ValueError(
+            f"The adapter was trained on another base: {wrong}. Load the base it was trained on first; to load it all "
+            "the same pass strict_base=False."
+        )
+    if wrong is not None:
+        warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=3)
+    elif not exactly_same(expected, found):
+        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=3)
+
+
+def base_in(metadata: Mapping[str, str]) -> Fingerprint:
+    """The fingerprint in a header that has one.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        base = json.loads(metadata[BASE])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The header of the adapter's file is damaged: its base is no JSON ({error}).") from error
+    if not isinstance(base, dict) or not all(_is_sums(value) for value in base.values()):
+        raise ValueError(f"The header of the adapter's file is damaged: its base is {shown(base)}.")
+    return base
+
+
+def _is_sums(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= 3
+        and all(number is None or type(number) is int for number in value[:3])
+        and all(type(size) is int for size in value[3:])
+    )

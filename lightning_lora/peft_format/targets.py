@@ -1,0 +1,135 @@
+"""Which modules peft means, and how to name just those that we mean; which part of a model it wraps.
+
+Its rules: ``check_target_module_exists`` and ``_maybe_include_all_linear_layers`` in ``tuners/tuners_utils.py``,
+``_set_trainable`` in ``utils/other.py`` (peft 0.21).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lightning_lora import names
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.registry import is_linear
+from lightning_lora.patterns import nearest
+from lightning_lora.peft_format.peft_config import ALL_LINEAR, PeftConfig
+
+HEADS = ("score", "classifier")
+
+
+def module_names(model: nn.Module, aliases: bool = False) -> list[str]:
+    """The names of the modules in ``model`` as peft would see them, without ours; each once, or under all names."""
+    hidden = {id(inner) for layer in model.modules() if isinstance(layer, LoRALayer) for inner in layer.lora.modules()}
+    found: dict[int, list[str]] = {}
+    for name, module in names.named_modules(model):
+        if name and id(module) not in hidden:
+            found.setdefault(id(module), []).append(name)
+    return [name for own in found.values() for name in (own if aliases else own[:1])]
+
+
+def targeted(asked: PeftConfig, model: nn.Module) -> list[str]:
+    """The modules of ``model`` that peft would adapt."""
+    targets = _all_linear(asked, model) if asked.targets == ALL_LINEAR else asked.targets
+    return [
+        name
+        for name in module_names(model)
+        if not _left_out(name, asked) and _is_target(name, targets, asked.layers, asked.layers_pattern)
+    ]
+
+
+def saved(modules_to_save: Sequence[str], model: nn.Module) -> list[str]:
+    """The modules of ``model`` that peft would train in full: it asks for the end of a name, not for a whole word."""
+    return [name for name in module_names(model, aliases=True) if name.endswith(tuple(modules_to_save))]
+
+
+def _left_out(name: str, asked: PeftConfig) -> bool:
+    exclude = asked.exclude or []
+    excluded = re.fullmatch(exclude, name) is not None if isinstance(exclude, str) else _ends_with(name, exclude)
+    return excluded or lies_in(name, asked.modules_to_save)
+
+
+def lies_in(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether peft takes ``name`` for a part of one of ``modules_to_save``, which it reads as expressions."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in modules_to_save)
+
+
+def _ends_with(name: str, tails: Iterable[str]) -> bool:
+    return any(name == tail or name.endswith(f".{tail}") for tail in tails)
+
+
+def _is_target(name: str, targets: list[str] | str, layers: list[int] | None, patterns: list[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return _ends_with(name, targets) and (layers is None or _number(name, patterns) in layers)
+
+
+def _number(name: str, patterns: list[str]) -> int | None:
+    """The number of the layer that ``name`` lies in."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\." for pattern in patterns]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
+        match = re.match(expression, name)
+        if match is not None:
+            return int(match["number"])
+    return None
+
+
+def _all_linear(asked: PeftConfig, model: nn.Module) -> list[str]:
+    """The linear maps of ``model`` but the output head, which only a transformers model tells."""
+    modules = dict(names.named_modules(model))
+    linear = [name for name in module_names(model) if is_linear(modules[name])]
+    if not is_pretrained(model):
+        return linear
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None and asked.classifies:
+        head = next((found for name in HEADS if (found := getattr(model, name, None)) is not None), None)
+    return [name for name in linear if modules[name] is not head]
+
+
+def exact_targets(wanted: Sequence[str], model: nn.Module) -> list[str] | str:
+    """``target_modules`` that mean just the modules ``wanted``: their names, or an expression where a tail is one."""
+    others, tails = set(module_names(model)) - set(wanted), tuple(f".{name}" for name in wanted)
+    if any(name.endswith(tails) for name in others):
+        return "|".join(re.escape(name) for name in wanted)
+    return list(wanted)
+
+
+def exact_pattern(name: str, among: Sequence[str]) -> str:
+    """The pattern of ours that means just ``name`` ``among`` the names of modules."""
+    plain = not set("*?[:") & set(name) and not any(other.endswith(f".{name}") for other in among)
+    return name if plain and "." in name else f"re:{re.escape(name)}"
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether ``module`` is a model of transformers, which is not imported."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
+def inner_name(model: nn.Module, inner: str | None, holds: Callable[[str], bool]) -> str:
+    """The name of the part of ``model`` that peft wraps, empty for all of it.
+
+    Args:
+        model: any module.
+        inner: that name where it is known.
+        holds: whether the part of a name has everything that the adapter needs.
+
+    Raises:
+        ValueError: if there is no module ``inner``.
+    """
+    modules = dict(names.named_modules(model))
+    if inner is not None:
+        if inner not in modules:
+            close = ", ".join(f"`{name}`" for name in nearest(inner, [name for name in modules if name]))
+            raise ValueError(f"`inner` must name a module, but got {inner!r}. The nearest names are {close or 'none'}.")
+        return inner
+    pretrained = [name for name, module in modules.items() if is_pretrained(module) and holds(name)]
+    if pretrained:
+        return min(pretrained, key=len)  # the whole model, not the backbone in it
+    if any(cls.__name__ == "LightningModule" for cls in type(model).__mro__):
+        children = [name for name in modules if name and "." not in name and holds(name)]
+        return children[0] if len(children) == 1 else ""
+    return ""

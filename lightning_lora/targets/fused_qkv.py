@@ -1,0 +1,253 @@
+"""Which rows of a map that fuses query, key and value are which.
+
+They lie one after the other, or head by head, and no name or shape tells. So the code of the attention block is asked:
+it is run on a stand-in whose fused map gives the number of each row instead of a value, up to where those numbers would
+be computed with. What it then calls query, key and value are their rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise, product
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.layers.registry import is_linear, parts_of
+from lightning_lora.layers.source_code import HANDLING, is_library, names_in
+from lightning_lora.layers.weight_view import Part, Rows
+
+FUSED_PARTS = ("q", "k", "v")
+WORDS = {"q": {"q", "query", "queries"}, "k": {"k", "key", "keys"}, "v": {"v", "value", "values"}}
+MOVES = {
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "__get__",
+}
+MOVES |= {
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unbind",
+    "narrow",
+    "select",
+    "__getitem__",
+    "contiguous",
+}
+MOVES |= {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "detach"}
+MOVES |= {"dim", "size", "numel", "stride", "is_contiguous", "repeat_interleave", "index_select", "expand_as"}
+SHAPES = [(1, 64), (64,), (1, 8, 8)]  # of the input but for its features
+SIZES = {"size": (8, 8), "shape": (8, 8), "h": 8, "w": 8, "height": 8, "width": 8}
+STATES = re.compile(r".*(?:states|context|memory|global)")
+CASTS = {"to", "float", "half", "bfloat16", "double", "type_as"}  # a cast would round the numbers
+SCALES = {"clamp", "clip", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"}
+
+
+class Stop(Exception):  # noqa: N818 - no error
+    """The rows would be computed with: they are where they belong."""
+
+
+class RowNumbers(Tensor):
+    """A tensor that may be moved around and cut, but not computed with."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Called for every function of torch that gets one."""
+        name = getattr(func, "__name__", "")
+        if name in MOVES:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if name in CASTS:
+            return args[0]
+        if name in SCALES and not any(isinstance(value, Tensor) and value.dim() for value in args[1:]):
+            return args[0]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            raise Stop(
+                *[*args, *(value for key, value in (kwargs or {}).items() if key in ("query", "key", "value"))][:3]
+            )
+        raise Stop
+
+
+class NumberingWeight(Tensor):
+    """Stands in for the weight of the fused map, for code that reads that."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Only the linear map of it is known."""
+        if func is not torch.nn.functional.linear:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        x, weight = [*args, *(value for key, value in (kwargs or {}).items() if key in ("input", "weight"))][:2]
+        return numbered(x, len(weight))
+
+
+class Numbering(nn.Module):
+    """Stands in for the fused map."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.weight = torch.zeros(1, 1, device="cpu").expand(out_features, in_features).as_subclass(NumberingWeight)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The number of each row, in every place."""
+        return numbered(x, self.out_features)
+
+
+def numbered(x: Tensor, out_features: int) -> Tensor:
+    """The number of each row instead of the values of the map of ``x``."""
+    numbers = torch.arange(out_features, dtype=torch.float32, device="cpu")
+    return numbers.expand(*x.shape[:-1], -1).clone().as_subclass(RowNumbers)
+
+
+class Inert(nn.Module):
+    """Stands in for everything else: a map gives zeros of its width, anything else what it gets."""
+
+    def __init__(self, out_features: int | None) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rows that come here are about to be computed with."""
+        if isinstance(x, RowNumbers) and self.out_features is not None:
+            raise Stop
+        return x if self.out_features is None else x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Part] | str:
+    """The parts ``q``, ``k`` and ``v`` of the map ``leaf`` of ``owner``, as far as it has them; or why not."""
+    (whole,) = parts_of(layer)
+    out_features = whole.whole(parameter_of(layer))[1]
+    for found in filter(None, _attempts(owner, leaf, layer) if owner is not None else ()):
+        rows = {name: _as_rows(sorted(numbers), out_features) for name, numbers in found.items()}
+        count = sum(len(numbers) for numbers in found.values())
+        apart = count == len(set().union(*found.values())) == out_features
+        if apart and len(rows) > 1 and None not in rows.values():
+            return [Part("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
+    return (
+        "fuses query, key and value, and which of its rows are which cannot be told by running the code around it; to "
+        f"adapt all of it write targets={[leaf]!r}"
+    )
+
+
+def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[str, set[int]]]:
+    """What the code of ``owner`` calls which rows, tried on inputs of several shapes: what it takes is not known."""
+    (whole,) = parts_of(layer)
+    in_features, out_features = whole.whole(parameter_of(layer))
+    for method, keep, shape, given in product(
+        _methods(owner, leaf), [False, True], SHAPES, ["first", "required", "states"]
+    ):
+        stand_in = _stand_in(owner, leaf, Numbering(out_features, in_features), keep)
+        yield _attempt(method, stand_in, torch.zeros(*shape, in_features, device="cpu"), given)
+
+
+def _attempt(method: Callable[..., Any], stand_in: nn.Module, x: Tensor, given: str) -> dict[str, set[int]]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            method(stand_in, **_arguments(method, x, given))
+        except Exception as error:  # whatever it is, it came after the rows were cut, or it did not
+            named = _named_rows(error.__traceback__, stand_in)
+            used = _rows_of(zip(FUSED_PARTS, error.args, strict=False)) if isinstance(error, Stop) else {}
+            agree = all(named.get(part, rows) == rows for part, rows in used.items())
+            return {**named, **used} if agree else {}
+    return {}
+
+
+def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
+    """The forward of ``owner``, and other methods of the user's that compute with ``leaf``."""
+    bases = [cls for cls in type(owner).__mro__ if not is_library(cls)]
+    methods = {name: value for cls in reversed(bases) for name, value in vars(cls).items() if inspect.isfunction(value)}
+    others = [method for name, method in methods.items() if name != "forward" and not HANDLING.fullmatch(name)]
+    return [type(owner).forward, *(method for method in others if leaf in names_in(method.__code__))]
+
+
+def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> nn.Module:
+    """A copy of ``owner`` whose linear maps are stand-ins, and the other modules in it unless they are to be kept."""
+    other: nn.Module = object.__new__(type(owner))
+    for key, value in owner.__dict__.items():  # caches are copied, so that no row number stays in them
+        other.__dict__[key] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+    inside: dict[str, nn.Module | None] = dict(owner._modules)
+    for name, module in owner._modules.items():
+        if module is not None and is_linear(module):
+            inside[name] = Inert(parts_of(module)[0].whole(parameter_of(module))[1])
+        elif module is not None and not keep:
+            inside[name] = Inert(None)
+        elif module is not None:
+            inside[name] = copy.deepcopy(module).eval()
+    other.__dict__["_modules"] = {**inside, leaf: numbering}
+    other.__dict__["training"] = False
+    other.__dict__["_parameters"] = {
+        key: None if p is None else p.detach().clone() for key, p in owner._parameters.items()
+    }
+    other.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
+    return other
+
+
+def _arguments(method: Callable[..., Any], x: Tensor, given: str) -> dict[str, Any]:
+    """``x`` for the first argument only, for all that are required, or for other states too; None for what is left."""
+    known = list(inspect.signature(method).parameters.values())[1:]
+    named = [one for one in known if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return {
+        one.name: x if place == 0 else _argument(one, x, given)
+        for place, one in enumerate(named)
+        if place == 0 or one.default is one.empty or (given == "states" and STATES.fullmatch(one.name))
+    }
+
+
+def _argument(one: inspect.Parameter, x: Tensor, given: str) -> Any:
+    last = one.name.lower().rpartition("_")[2]
+    return SIZES.get(last) if last in SIZES or given == "first" else x
+
+
+def _named_rows(traceback: TracebackType | None, stand_in: nn.Module) -> dict[str, set[int]]:
+    """The rows in the local variables of the methods of ``stand_in`` that are called query, key and value."""
+    found: dict[str, set[int]] = {}
+    while traceback is not None:
+        variables = traceback.tb_frame.f_locals
+        if variables.get("self") is stand_in:
+            for part, rows in _rows_of((_role(name), value) for name, value in variables.items()).items():
+                found.setdefault(part, set()).update(rows)
+        traceback = traceback.tb_next
+    return found
+
+
+def _role(variable: str) -> str:
+    """``q`` for ``query_states``; nothing for ``qkv`` and ``query_key_value``."""
+    words = set(variable.lower().split("_"))
+    roles = [role for role, synonyms in WORDS.items() if words & synonyms]
+    return roles[0] if len(roles) == 1 else ""
+
+
+def _rows_of(named: Any) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for name, value in named:
+        if name and isinstance(value, RowNumbers):
+            counts = torch.bincount(value.as_subclass(Tensor).flatten().long())  # `unique` sorts: seconds for 20 B
+            found.setdefault(name, set()).update(counts.nonzero().flatten().tolist())
+    return found
+
+
+def _as_rows(numbers: list[int], out_features: int) -> Rows | None:
+    """``numbers`` as the same run of rows in each of some equal blocks, if they are that."""
+    if not numbers:
+        return None
+    starts = [numbers[0], *(other for one, other in pairwise(numbers) if other != one + 1)]
+    length, size = len(numbers) // len(starts), out_features // len(starts)
+    rows = Rows(starts[0], starts[0] + length, len(starts))
+    expected = [start + place for start in range(rows.start, out_features, size) for place in range(length)]
+    return rows if numbers == expected and rows.stop <= size else None

@@ -1,0 +1,171 @@
+"""The checkpoints that a run writes and reads: adapters alone, one file under every strategy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.distributed import random_state
+from lightning_lora.distributed.sharded import units
+from lightning_lora.files.merged_file import write_merged
+from lightning_lora.layers.base import is_adapted
+from lightning_lora.model.fingerprint import Fingerprint, fingerprint
+from lightning_lora.model.merged_values import merged_values
+from lightning_lora.model.record import is_merged
+from lightning_lora.model.state import clean_state, load_lora_state_dict, lora_state_dict
+from lightning_lora.names import clean
+from lightning_lora.peft_format.save import kinds
+from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.compatibility import best_checkpoints
+from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.patching import wrap
+from lightning_lora.trainer.strategies.base import Seams
+
+
+class Files:
+    """What is between the module and its files for one run.
+
+    Args:
+        trainer: the Trainer.
+        module: its LightningModule.
+        config: what is adapted.
+        seams: of its strategy.
+        adapt: adapts a module that is merged, or was built anew.
+    """
+
+    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, seams: Seams, adapt: Callable[[], None]) -> None:
+        self.trainer, self.module, self.config, self.seams, self.adapt = trainer, module, config, seams, adapt
+        self.strategy = trainer.strategy
+        self.base: Fingerprint = {}
+        self.random_states: list[random_state.State] | None = None
+        self.loaded = False
+        self.plain_files: set[str] = set()
+
+    def open(self, stack: ExitStack) -> None:
+        """Stand between them until ``stack`` closes."""
+        self.seams.open(stack)
+        wrap(stack, self.strategy, "save_checkpoint", self.save)
+        wrap(stack, self.strategy, "load_checkpoint", self.load)
+
+    def take_module(self, stack: ExitStack) -> None:
+        """Be asked for the module's state too, until ``stack`` closes."""
+        wrap(stack, self.strategy, "lightning_module_state_dict", self.module_state)
+        wrap(stack, self.strategy, "load_model_state_dict", self.load_module_state)
+
+    def know_base(self) -> Fingerprint:
+        """The fingerprint of the base, taken once; every rank must call it."""
+        self.base = self.base or fingerprint(self.module, self.strategy.root_device)
+        return self.base
+
+    def module_state(self, original: Any) -> dict[str, Any]:
+        """The adapters, whatever a ``state_dict`` of the user's own would leave out."""
+        return lora_state_dict(self.module)
+
+    def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """The reverse: all of it, or an error before anything is loaded."""
+        state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
+        load_lora_state_dict(self.module, state)
+        if self.seams.loads_late and self.trainer.state.fn == "fit":
+            self.seams.load_optimizers({**checkpoint, "state_dict": state})
+        self.loaded = True
+
+    def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
+        """Every save ends here, weights-only ones and those of other callbacks too."""
+        if is_merged(self.module):  # while it is evaluated as it is
+            self.plain_files.add(str(filepath))
+            return original(checkpoint, filepath, storage_options=storage_options)
+        checkpoints.check_complete(checkpoint, self.module)
+        checkpoint = checkpoints.without_base(checkpoint, self.module)
+        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.know_base(), kinds(self.module))
+        if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
+            checkpoint["callbacks"] = {
+                **checkpoint["callbacks"],
+                f"LoRACallback[{self.config.name}]": {"r": self.config.r},
+            }
+        if "optimizer_states" in checkpoint:
+            checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
+        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
+        if not plain or storage_options is not None:  # the user's own may write anywhere
+            return original(checkpoint, filepath, storage_options=storage_options)
+        if self.trainer.is_global_zero:
+            checkpoints.write_beside(checkpoint, filepath)
+        return None
+
+    def _random_states(self) -> list[random_state.State]:
+        own = random_state.random_state(self.strategy.root_device)
+        # After an exception the other ranks may never come to this point.
+        return [own] if self.trainer.state.status == "interrupted" else random_state.of_all_ranks(own)
+
+    def load(self, original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Check the file before Lightning loads it."""
+        if str(checkpoint_path) in self.plain_files:
+            return dict(original(checkpoint_path, weights_only=weights_only))
+        read = self.strategy.checkpoint_io.load_checkpoint if self.seams.loads_late else original
+        checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
+        if not is_adapted(self.module):
+            self.adapt()
+        checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.know_base())
+        self.random_states = checkpoint[checkpoints.KEY].get("random_states")
+        if self.seams.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
+            self.restore_random_state()
+        return checkpoints.fit_to(checkpoint, self.module)
+
+    def restore_random_state(self) -> None:
+        """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
+
+        A module that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` has drawn it by the time that
+        fitting starts, so this is called before both.
+        """
+        states, ranks = self.random_states, distributed.get_world_size() if distributed.is_initialized() else 1
+        if states is None or self.trainer.train_dataloader is not None:
+            return
+        if len(states) == ranks:
+            random_state.set_random_state(states[self.trainer.global_rank], self.strategy.root_device)
+        else:
+            self.random_states = None
+            rank_zero_warn(
+                f"The checkpoint holds the random state of {len(states)} process(es) and this run has {ranks}: it is "
+                "not restored, so dropout and shuffling will differ from the uninterrupted run."
+            )
+
+
+def load_best(trainer: Any, module: Any) -> dict[str, Any] | None:
+    """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``."""
+    path = getattr(best_checkpoints(trainer), "best_model_path", "")
+    if not path:
+        return None
+    checkpoint: dict[str, Any] = trainer.strategy.checkpoint_io.load_checkpoint(
+        path, map_location=torch.device("cpu"), weights_only=False
+    )
+    module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
+    load_lora_state_dict(module, checkpoints.adapter_of(checkpoint, module))
+    return checkpoint
+
+
+def export_merged(trainer: Any, needed: Iterable[str]) -> Path:
+    """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it.
+
+    Args:
+        trainer: the Trainer.
+        needed: names of parameters that must be in it.
+    """
+    outermost = trainer.strategy.model
+    module = outermost if units(outermost) else trainer.lightning_module
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+    path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
+    values = merged_values(module)
+    try:
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_merged(path, clean_state(module), values, needed)
+    finally:
+        deque(values, maxlen=0)  # the other ranks wait for this one, even where it failed
+    trainer.strategy.barrier()
+    return path

@@ -1,0 +1,193 @@
+"""Checkpoints of a run: adapters alone when they are written, checked before anything is loaded when they are read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.apply import difference
+from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
+from lightning_lora.model.initial_values import moved
+from lightning_lora.model.state import base_names, frozen_names, keep_adapter, needed_names, real_keys
+from lightning_lora.trainer.imports import rank_zero_warn
+
+KEY = "lightning_lora"
+WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
+
+
+def facts(config: LoRAConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of its adapter, as plain data; ``kinds`` are those of its layers in PEFT's format."""
+    return {"format": 1, "config": config.to_dict(), "base": base, "kinds": kinds}
+
+
+def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``checkpoint`` without the base: averaging callbacks put whole models there, beside and inside their state."""
+    frozen, base = frozen_names(model), base_names(model)
+    places = {key: value for key, value in checkpoint.items() if key in (*WEIGHTS, "callbacks")}
+    return {**checkpoint, **_without(places, frozen, base)}
+
+
+def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
+    """``mapping`` itself where no state of a whole model is in it: what else it holds is the user's."""
+    own_name = own_names(mapping, frozen)
+    inner = {key: _without(value, frozen, base) for key, value in mapping.items() if isinstance(value, dict)}
+    dropped = {key for key, name in own_name.items() if name in base}
+    if not dropped and all(value is mapping[key] for key, value in inner.items()):
+        return mapping
+    return {key: inner.get(key, value) for key, value in mapping.items() if key not in dropped}
+
+
+def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
+    """The module's own names for the keys of a state dict of it, or of an ``AveragedModel`` or DDP around it.
+
+    Empty unless every name that is ``needed`` is among them.
+    """
+    clean = {key: names.clean(key) for key in keys if isinstance(key, str)}
+    inner = {key: name.removeprefix("module.") for key, name in clean.items()}
+    return next((found for found in (clean, inner) if needed and needed <= set(found.values())), {})
+
+
+def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
+    """Save beside the file and put it in its place: a kill in mid-write leaves the old one.
+
+    Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.save(checkpoint, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # a full disk stays full of it
+
+
+def on_cpu(path: Any, weights_only: bool | None) -> Any:
+    """What is in the file at ``path``, for :func:`read` where no Trainer loads it."""
+    return torch.load(path, map_location="cpu", weights_only=weights_only)
+
+
+def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict[str, Any]:
+    """Load a file that a LoRA run wrote.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no adapter.
+    """
+    try:
+        checkpoint = load(path, weights_only=weights_only)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error}") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+        if any(".lora." in key for key in state):
+            raise ValueError(
+                f"`ckpt_path={str(path)!r}` holds the base and live adapters together: it was saved outside a run. "
+                "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
+            )
+        raise ValueError(
+            f"`ckpt_path={str(path)!r}` is a full checkpoint, without adapters. LoRACallback loads adapters only; "
+            "to start from these weights load them into the module as its base: "
+            "model.load_state_dict(torch.load(path)['state_dict'])."
+        )
+    return checkpoint
+
+
+def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAConfig, base: Fingerprint) -> None:
+    """Raise unless the file's adapter is one of this configuration, on this base.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    written, trained_on = facts_in(checkpoint, path)
+    check_config(written, path, config)
+    check_base(trained_on, base, path)
+    if written.lr_scale != config.lr_scale:
+        rank_zero_warn(
+            f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
+            f"lr_scale={config.lr_scale} has no effect."
+        )
+
+
+def check_config(written: LoRAConfig, path: Any, config: LoRAConfig) -> None:
+    """Raise unless the file's adapter is one of ``config``.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    other = difference(config, written)
+    if other is not None:
+        raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
+
+
+def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
+    """Raise unless ``base`` is the one that the file's adapter was trained on, and warn where only its dtype differs.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    wrong = other_base(trained_on, base)
+    if wrong is not None:
+        raise ValueError(
+            f"`ckpt_path={str(path)!r}` was trained on another base: {wrong}. Load the base it was trained on first."
+        )
+    if not exactly_same(trained_on, base):
+        rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
+
+
+def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:
+    """The configuration and the base that the file says its adapter has.
+
+    Raises:
+        ValueError: if it does not say, or in words of a later version.
+    """
+    try:
+        written, base = LoRAConfig(**checkpoint[KEY]["config"]), checkpoint[KEY]["base"]
+        if not isinstance(checkpoint["state_dict"], dict) or not isinstance(base, dict):
+            raise TypeError("no weights or no base")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`ckpt_path={str(path)!r}` does not say what adapter it holds ({error}): it is damaged, or was written by "
+            "a later version of lightning_lora."
+        ) from error
+    return written, base
+
+
+def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Give the weights in the file the keys of ``model``, and buffers that had not moved then their first values."""
+    real = real_keys(model)
+    owners = {id(module): name for name, module in names.named_modules(model)}
+    still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
+    for weights in WEIGHTS:
+        if weights in checkpoint:
+            state = {**still, **checkpoint[weights]}
+            checkpoint[weights] = {real.get(key, key): value for key, value in state.items()}
+    return checkpoint
+
+
+def check_complete(checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Raise if the file about to be written lacks adapters: nobody could use it.
+
+    Raises:
+        ValueError: naming the hook that can have removed them.
+    """
+    needed = needed_names(model)
+    if len(checkpoint.get("state_dict", ())) < len(needed):
+        gone = next(key for key in needed if key not in checkpoint.get("state_dict", ()))
+        raise ValueError(
+            f"The checkpoint to be written lacks `{gone}`: an `on_save_checkpoint` of {type(model).__name__} or of a "
+            "callback removed it. Leave entries of the state dict that belong to adapters in place."
+        )
+
+
+def adapter_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The adapter in a file that :func:`read` gave."""
+    return keep_adapter(model, checkpoint["state_dict"])

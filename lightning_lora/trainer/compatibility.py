@@ -1,0 +1,165 @@
+"""What a Trainer may hold beside the callback, and what it may not: told before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_utilities.core.overrides import is_overridden
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
+
+UNPROVEN = ("XLAFSDPStrategy",)
+SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+MIXED = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def is_a(thing: object, *class_names: str) -> bool:
+    """Whether ``thing`` derives from a class of one of these names.
+
+    Lightning ships every class twice, in ``lightning.pytorch`` and in ``pytorch_lightning``.
+    """
+    return any(cls.__name__ in class_names for cls in type(thing).__mro__)
+
+
+def check_compatibility(trainer: Any, callback: Any, config: LoRAConfig, stage: str) -> None:
+    """Raise for what does not go together with the callback.
+
+    Raises:
+        MisconfigurationException: naming the part of the Trainer and what to do about it.
+    """
+    _check_strategy(trainer)
+    _check_other_adapters(trainer, callback, config)
+    _check_callbacks(trainer, callback, config)
+    if config.base_dtype is not None:
+        _check_base_dtype(trainer, config.base_dtype)
+    if stage == "fit":
+        _check_checkpoints(trainer, config)
+
+
+def _check_strategy(trainer: Any) -> None:
+    if is_a(trainer.strategy, *UNPROVEN):
+        raise MisconfigurationException(
+            f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
+        )
+    if getattr(getattr(trainer.strategy, "sharding_strategy", None), "name", "") == "NO_SHARD":
+        raise MisconfigurationException(
+            "`sharding_strategy='NO_SHARD'` keeps every weight whole on every rank, as strategy='ddp' does: use that."
+        )
+    if getattr(trainer.strategy, "kwargs", {}).get("use_orig_params") is False:
+        raise MisconfigurationException(
+            "`use_orig_params=False` makes one parameter of all those in a unit, in which no adapter can find its "
+            "weight. Leave it out: Lightning's FSDPStrategy sets it to True."
+        )
+    if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
+        raise MisconfigurationException(
+            "`TransformerEnginePrecision` puts layers of its own in place of every linear layer, adapters and all, and "
+            "none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
+        )
+
+
+def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+    for other in trainer.callbacks:
+        if other is callback or not is_a(other, "LoRACallback"):
+            continue
+        if other.config.name == config.name:
+            raise MisconfigurationException(
+                f"The Trainer has two LoRACallbacks named {config.name!r}, and a model takes one adapter for now. Keep "
+                "one: a list in `targets` and `rank_pattern` say all that two could."
+            )
+        raise MisconfigurationException(
+            f"The Trainer has LoRACallbacks named {config.name!r} and {other.config.name!r}, and several adapters on "
+            "one model are not supported yet. Keep one."
+        )
+
+
+def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+    before = trainer.callbacks[: trainer.callbacks.index(callback)]
+    for other in before:
+        if is_a(other, *AVERAGING):
+            name = type(other).__name__
+            raise MisconfigurationException(
+                f"{name} copies the model in its `setup`, so LoRACallback must come before it: "
+                f"callbacks=[LoRACallback(...), {name}(...)]."
+            )
+    for other in trainer.callbacks:
+        _check_averaging(trainer, other)
+        if is_a(other, "BaseFinetuning"):
+            raise MisconfigurationException(
+                f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
+                "the two; to train modules in full beside the adapters, name them in `also_train`."
+            )
+        if is_a(other, "LearningRateFinder") and config.lr_scale != 1:
+            rank_zero_warn(
+                f"LearningRateFinder sets the rate it finds in every group, where `lr_scale={config.lr_scale}` has no "
+                "effect in this run. Leave lr_scale at 1 while the finder runs."
+            )
+
+
+def _check_averaging(trainer: Any, other: Any) -> None:
+    name, strategy = type(other).__name__, type(trainer.strategy).__name__
+    if is_a(other, *AVERAGING) and is_a(trainer.strategy, *SHARDING):
+        raise MisconfigurationException(
+            f"{name} copies the whole module, which {strategy} takes to pieces. Leave it out, or use strategy='ddp'."
+        )
+    if is_a(other, "StochasticWeightAveraging") and overrides(trainer.lightning_module, "configure_model"):
+        raise MisconfigurationException(
+            f"{name} copies the module in its `setup`, before `configure_model` has made what is adapted. Make the "
+            "model in `__init__`, or use WeightAveraging."
+        )
+
+
+def _check_base_dtype(trainer: Any, dtype: str) -> None:
+    if is_a(trainer.strategy, *SHARDING):
+        raise MisconfigurationException(
+            f"`base_dtype={dtype!r}` does not go with {type(trainer.strategy).__name__}, which keeps and casts its own "
+            "parts of the weights. Leave it out, or use strategy='ddp'."
+        )
+    wanted, plugin = MIXED[dtype], trainer.precision_plugin
+    if not is_a(plugin, "MixedPrecision") or plugin.precision != wanted:
+        raise MisconfigurationException(
+            f"`base_dtype={dtype!r}` keeps weights in the dtype to which precision={wanted!r} casts them at every use, "
+            f"but the Trainer has precision={plugin.precision!r}. Change one of the two, or leave out `base_dtype`."
+        )
+    for other in trainer.callbacks:
+        if is_a(other, *AVERAGING):
+            raise MisconfigurationException(
+                f"`base_dtype={dtype!r}` does not go with {type(other).__name__}, which averages the base in its own "
+                "dtype. Leave one of the two out."
+            )
+
+
+def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
+    if config.merge == "best" and not trainer.fast_dev_run and best_checkpoints(trainer) is None:
+        raise MisconfigurationException(
+            "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "
+            "with a `monitor`. Add ModelCheckpoint(monitor=...), or use merge='last'."
+        )
+    if is_spawned(trainer) and not trainer.checkpoint_callbacks:
+        raise MisconfigurationException(
+            "Processes started by spawn or fork do not give the adapters back to this one, and without a "
+            "ModelCheckpoint they would be lost. Add one, or use strategy='ddp'."
+        )
+    if is_spawned(trainer) and config.export is not None:
+        raise MisconfigurationException(
+            f"`export={config.export!r}` is written at the end of fit, when processes started by spawn or fork are "
+            "gone with the adapters. Use strategy='ddp', or save_adapter(load_from_checkpoint(...), ...) afterwards."
+        )
+
+
+def best_checkpoints(trainer: Any) -> Any | None:
+    """The first checkpoint callback that monitors a metric: without one its best is only its last."""
+    return next((callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)), None)
+
+
+def is_spawned(trainer: Any) -> bool:
+    """Whether this is a process of a launcher that starts workers from the running one, as ``ddp_spawn`` does."""
+    return is_a(trainer.strategy.launcher, "_MultiProcessingLauncher", "_XLALauncher")
+
+
+def overrides(module: nn.Module, method: str) -> bool:
+    """Whether the user's module has a ``method`` of its own."""
+    parent = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    return bool(is_overridden(method, module, parent))

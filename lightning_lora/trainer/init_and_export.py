@@ -1,0 +1,90 @@
+"""Adapters into a run and out of it: from other runs and other tools, and for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.fingerprint import Fingerprint
+from lightning_lora.model.state import load_lora_state_dict, lora_parameters
+from lightning_lora.names import clean
+from lightning_lora.peft_format.layers import KINDS, ON_META, SLICES
+from lightning_lora.peft_format.peft_files import load_adapter, save_adapter
+from lightning_lora.peft_format.save import kinds
+from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.compatibility import best_checkpoints
+from lightning_lora.trainer.imports import rank_zero_warn
+
+
+def start_from(module: nn.Module, path: str, config: LoRAConfig, base: Fingerprint) -> None:
+    """Give the adapters of ``module`` the values in a PEFT directory, or in the checkpoint of another run.
+
+    Raises:
+        ValueError: if they are of another configuration or base, damaged, or the adapters have no place yet.
+    """
+    empty = next((name for name, parameter in lora_parameters(module) if parameter.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"`init_from={path!r}` comes before `{empty}` has memory: the model is on the meta device. Load the base "
+            "in `configure_model`, or resume with `ckpt_path`."
+        )
+    if not Path(path).exists():
+        raise FileNotFoundError(f"`init_from={path!r}` is not there: give a PEFT directory, or a checkpoint of a run.")
+    if Path(path).is_dir():
+        load_adapter(module, path)
+        return
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, None)
+    written, trained_on = checkpoints.facts_in(checkpoint, path)
+    checkpoints.check_config(written, path, config)
+    checkpoints.check_base(trained_on, base, path)
+    load_lora_state_dict(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
+
+
+def check_export(module: nn.Module, directory: str) -> None:
+    """Raise before a run whose adapters could not be written at its end.
+
+    Raises:
+        ValueError: naming the layer that PEFT's format has no place for, or the file that is in the way.
+    """
+    if Path(directory).is_file():
+        raise ValueError(f"`export={directory!r}` must be a directory, but is a file.")
+    for name, kind in kinds(module).items():
+        if kind not in (*KINDS, SLICES, ON_META):
+            raise ValueError(f"`export={directory!r}` cannot be written: `{name}` {kind}. Leave it out with `exclude`.")
+
+
+def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, Any] | None) -> None:
+    """Write the adapters of ``module`` as a PEFT directory that tells of the run; every rank must call it.
+
+    An error is a warning: at the end of a run the merge must not depend on it.
+
+    Args:
+        trainer: the Trainer.
+        module: its module.
+        directory: where.
+        best: the checkpoint that the adapters are of, where they are not the last.
+    """
+    try:
+        facts = _facts(trainer) if best is None else _facts_of_best(trainer, best)
+        save_adapter(module, directory, metadata=facts)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # the last where a disk is full
+        rank_zero_warn(f"`export={directory!r}` was not written: {error} Use save_adapter(module, ...).")
+
+
+def _facts(trainer: Any) -> dict[str, str]:
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
+    return {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step), "metrics": json.dumps(metrics)}
+
+
+def _facts_of_best(trainer: Any, best: Mapping[str, Any]) -> dict[str, str]:
+    callback = best_checkpoints(trainer)
+    score = getattr(callback, "best_model_score", None)
+    metrics = {} if callback is None or score is None else {callback.monitor: float(score)}
+    epoch, step = best.get("epoch", 0), best.get("global_step", 0)
+    return {"epoch": str(epoch), "step": str(step), "metrics": json.dumps(metrics)}

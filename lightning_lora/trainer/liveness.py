@@ -1,0 +1,173 @@
+"""Whether every adapter is alive: it runs, it gets a gradient, and an optimizer holds it.
+
+What is dead is told at the first step and after the first evaluation, with its likely cause. Nothing is left on the
+adapters afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import adapted_layers
+from lightning_lora.names import join
+from lightning_lora.patterns import folded
+from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
+from lightning_lora.trainer.patching import wrap
+
+RAN, WITHOUT_GRADIENTS = 1, 2
+
+
+class Liveness:
+    """Watches the adapters of ``module`` in the first steps of a run.
+
+    Args:
+        module: the module that trains.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.weights: dict[str, str] = {}
+        for name, layer in adapted_layers(module):
+            for adapter in layer.lora.every():
+                called = join(name, adapter.part.name) if adapter.part.name else name
+                self.adapters[called], self.weights[called] = adapter, join(name, adapter.part.key)
+        self.trained: dict[int, int] = {}
+        self.evaluated: dict[int, int] | None = None
+        self.evaluation_checked = self.stepped = False
+        self.checked: set[int] = set()
+        self.stack = ExitStack()
+        self.watches = not any(map(_is_compiled, module.modules()))
+        self.watch(self.trained)
+
+    def watch(self, ran: dict[int, int]) -> None:
+        """Note in ``ran`` from now on which adapters run; compiled code is left alone, where only gradients tell."""
+        self.close()
+        for adapter in self.adapters.values() if self.watches else ():
+            for method in ("forward", "added_to", "with_frozen"):
+                if hasattr(adapter, method):
+                    wrap(self.stack, adapter, method, _noting(adapter, ran))
+
+    def check_held(self, optimizers: list[Optimizer]) -> None:
+        """Raise if an adapter is in no optimizer.
+
+        Raises:
+            MisconfigurationException: naming them.
+        """
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, adapter in self.adapters.items() if id(adapter.B) not in held]
+        if missing and held:
+            raise MisconfigurationException(
+                f"No optimizer holds the adapter of {listed(missing)}, so it would never train. Something took it out "
+                "of the groups after `configure_optimizers`: let LoRACallback come after that callback, or name the "
+                "layer in `exclude`."
+            )
+
+    def check_step(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
+        """At the first step of ``optimizer`` that has any gradient: name the adapters in it that got none.
+
+        Raises:
+            MisconfigurationException: if no adapter in it got one.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if id(optimizer) in self.checked or all(parameter.grad is None for parameter in parameters):
+            return
+        self.checked.add(id(optimizer))
+        self._check_dropout()
+        held = set(map(id, parameters))
+        inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.B) in held}
+        dead = {name: adapter for name, adapter in inside.items() if adapter.B.grad is None}
+        if dead and len(dead) == len(inside):
+            raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
+        if dead:
+            told = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
+            rank_zero_warn(f"{told} {self._causes(dead)}")
+        self.stepped = self.checked >= set(map(id, optimizers))
+        if self.stepped:
+            self.close()
+
+    def _check_dropout(self) -> None:
+        idle = [name for name, adapter in self.adapters.items() if adapter.dropout and not adapter.training]
+        if idle:
+            rank_zero_warn(
+                f"{listed(idle)} train without `dropout`: their layers are in eval mode, as models of transformers are "
+                "after `from_pretrained`, and Lightning leaves them so. Call `.train()` on the model in the module's "
+                "`__init__` if that is not meant."
+            )
+
+    def begin_evaluation(self) -> None:
+        """Watch the first one."""
+        if self.evaluated is None:
+            self.evaluated = {}
+            self.watch(self.evaluated)
+
+    def check_evaluation(self) -> None:
+        """After the first evaluation: name the adapters that ran in training and not in it."""
+        if self.evaluated is None or self.evaluation_checked:
+            return
+        idle = [name for name, adapter in self.adapters.items() if id(adapter) not in self.evaluated]
+        self.evaluation_checked = True
+        self.close()
+        if not self.stepped:
+            self.watch(self.trained)
+        if idle and self.watches:
+            rank_zero_warn(
+                f"{listed(idle)} did not run in the first evaluation. If evaluation takes another branch, as a GAN's "
+                "does, this is as it should be; if code reads the weight and not the layer, the base is measured: "
+                f"name the weight itself, {self._advice(idle)}."
+            )
+
+    def close(self) -> None:
+        """Leave the adapters as they were."""
+        self.stack.close()
+
+    def _advice(self, names: list[str]) -> str:
+        return f"targets={[self.weights[name] for name in names[:4]]!r}" + (" and so on" if len(names) > 4 else "")
+
+    def _causes(self, dead: dict[str, Adapter]) -> str:
+        if not self.watches:
+            return f"{listed(list(dead))} did not run, or the loss does not depend on it: compiled code hides which."
+        idle = [name for name, adapter in dead.items() if id(adapter) not in self.trained]
+        hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter)) == WITHOUT_GRADIENTS]
+        cut = [name for name in dead if name not in idle and name not in hidden]
+        found = []
+        if idle:
+            found.append(
+                f"{listed(idle)} did not run: it lies in a branch that this batch did not take, or code reads its "
+                f"weight and not the layer. Name the weight itself, {self._advice(idle)}, or leave it out with "
+                "`exclude`."
+            )
+        if hidden:
+            found.append(
+                f"{listed(hidden)} ran where gradients are off: under `torch.no_grad`, or in reentrant activation "
+                "checkpointing whose inputs ask for no gradient. Use checkpoint(..., use_reentrant=False)."
+            )
+        if cut:
+            found.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
+        return " ".join(found)
+
+
+def _noting(adapter: Adapter, ran: dict[int, int]) -> Callable[..., Any]:
+    def note(original: Any, *args: Any, **kwargs: Any) -> Any:
+        ran[id(adapter)] = RAN if torch.is_grad_enabled() else ran.get(id(adapter), WITHOUT_GRADIENTS)
+        return original(*args, **kwargs)
+
+    return note
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    in_place = getattr(module, "_compiled_call_impl", None) or getattr(module, "_compiler_ctx", None)
+    return hasattr(module, "_orig_mod") or in_place is not None
+
+
+def listed(names: list[str]) -> str:
+    """The first name, and how many like it."""
+    more = list(dict.fromkeys(map(folded, names)))
+    shown = ", ".join(f"`{name}`" for name in (names if len(names) < 4 else more)[:4])
+    return shown if len(names) < 4 else f"{shown} ({len(names)} in all)"

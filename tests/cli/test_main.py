@@ -1,0 +1,254 @@
+"""The command as a user calls it: output, exit status, JSON, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_lora import LoRACallback
+from lightning_lora.cli import main as command_line
+from lightning_lora.cli import options as command_options
+from lightning_lora.cli.main import COMMANDS, main
+from tests.helpers.on_disk import (
+    attention_pairs,
+    base_tensors,
+    everything_in,
+    listing,
+    values,
+    write_adapter,
+    write_base,
+)
+
+ROOT = Path(__file__).parents[2]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def trained(path):
+    """The checkpoint of a run."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    files = ModelCheckpoint(dirpath=path.parent, filename=path.stem, every_n_epochs=1)
+    callbacks = [LoRACallback(r=2, targets=["layer"], merge=False), files]
+    Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=callbacks, **quiet
+    ).fit(BoringModel())
+
+
+def fill(folder):
+    base = base_tensors(torch.bfloat16)
+    write_base(folder / "base", base, 2)
+    write_adapter(folder / "adapter", attention_pairs())
+    write_adapter(folder / "other", {name: (A, 2 * B) for name, (A, B) in attention_pairs().items()})
+    trained(folder / "run.ckpt")
+    write_base(folder / "tuned", {name: value + values(*value.shape).bfloat16() for name, value in base.items()})
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(fill(tmp_path))
+    return tmp_path
+
+
+CALLS = {
+    "inspect": ["inspect", "adapter"],
+    "merge": ["merge", "base", "adapter", "out", "--json"],
+    "diff": ["diff", "adapter", "other"],
+    "extract": ["extract", "base", "tuned", "extracted", "--r", "2", "--targets", "q_proj", "v_proj"],
+    "plan": ["plan", "base", "--targets", "qv", "--json"],
+    "export": ["export", "run.ckpt", "exported", "--inner", ""],
+    "error": ["merge", "base", "nothing", "out2"],
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Every sub-command in a process of its own, all at once: most of their time is imports."""
+    folder = fill(tmp_path_factory.mktemp("cli"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "lightning_lora", *call],
+            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name, call in CALLS.items()
+    }  # fmt: skip
+    finished = {name: (*process.communicate(timeout=240), process.returncode) for name, process in started.items()}
+    return folder, finished
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "import"])
+def test_every_command_runs(done, name):
+    assert done[1][name][2] == 0, done[1][name][1]
+
+
+def test_export_and_import_are_each_others_reverse(done):
+    folder, finished = done
+    assert finished["export"][0].startswith("exported: 1 adapted maps, ")
+    again = subprocess.run(
+        [sys.executable, "-m", "lightning_lora", "import", "exported", "again.ckpt", "--json"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert json.loads(again.stdout)["layers"] == ["layer"]
+    one, other = (torch.load(folder / name, weights_only=True)["state_dict"] for name in ("run.ckpt", "again.ckpt"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_inspect_shows_every_map(done):
+    lines = done[1]["inspect"][0].splitlines()
+    assert lines[0] == "adapter: PEFT directory, 4 adapted maps, rank 3"
+    assert re.search(rf"{Q} +8 -> 8  3      2          48", done[1]["inspect"][0])
+    assert "fingerprint of the base: no" in lines
+
+
+def test_merge_writes_and_reports(done):
+    folder, finished = done
+    found = json.loads(finished["merge"][0])
+    assert found["layers"].keys() == {f"{name}.weight" for name in attention_pairs()}
+    A, B = attention_pairs()[Q]
+    merged = everything_in(folder / "out")[f"{Q}.weight"]
+    torch.testing.assert_close(merged, (base_tensors(torch.bfloat16)[f"{Q}.weight"].float() + 2 * B @ A).bfloat16())
+    assert 0 < found["lost"] < 0.05
+
+
+def test_diff_shows_the_factor(done):
+    assert "4 of 4 updates differ" in done[1]["diff"][0]
+    assert all(" 1  1.000000" in line for line in done[1]["diff"][0].splitlines()[2:])
+
+
+def test_extract_writes_an_adapter(done):
+    folder, finished = done
+    assert listing(folder / "extracted") == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "extracted: 4 pairs" in finished["extract"][0] and "not chosen" in finished["extract"][0]
+
+
+def test_plan_counts(done):
+    found = json.loads(done[1]["plan"][0])
+    assert found["trainable_parameters"] == 8 * 2 * (16 + 12)
+    assert found["checkpoint_bytes"]["16-bit"]["lora"] == 2 * found["trainable_parameters"]
+
+
+def test_an_error_is_one_line(done):
+    folder, finished = done
+    out, err, status = finished["error"]
+    assert (out, status) == ("", 1)
+    assert re.fullmatch(r"lightning-lora merge: `nothing.*` is no file, .*\n", err)
+    assert not (folder / "out2").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        [], ["mrg"], ["merge", "base"], ["extract", "a", "b", "c", "--r", "0"], ["plan"], ["plan", "--hidden", "8"],
+        ["plan", "base", "--hidden", "8"], ["inspect", "adapter", "--unknown"], ["diff", "a", "b", "--top", "x"],
+    ],
+)  # fmt: skip
+def test_wrong_usage(here, capsys, call):
+    with pytest.raises(SystemExit) as stopped:
+        main(call)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_option(capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text and command_options.PARSERS[name][1] in " ".join(text.split())
+    assert all(
+        re.search(rf"{option}\b[^\n]*\n? +\S+ \S+", text) for option in re.findall(r"^  (--\w+)", text, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "import"])
+def test_json_is_json(here, capsys, name):
+    call = [part for part in CALLS[name] if part != "--json"]
+    assert main([*call, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def refuse_constant(name):
+    raise AssertionError(name)
+
+
+def test_json_without_nan(here, capsys):
+    A, B = attention_pairs()[Q]
+    write_adapter(here / "bad", {Q: (A * float("nan"), B)})
+    assert main(["inspect", "bad", "--json"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=refuse_constant)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (["inspect", "base"], "has no adapter_config.json"),
+        (["inspect", "none"], "does not exist"),
+        (["merge", "none", "adapter", "out"], "does not exist: give a .safetensors file or a directory"),
+        (["merge", "base", "adapter", "tuned"], "exists: choose another name, or give --overwrite"),
+        (["merge", "base", "adapter", "base", "--overwrite"], "must be apart"),
+        (["diff", "base", "adapter"], "is an adapter and `base` is a model"),
+        (["extract", "base", "base", "out"], "must be apart|no chosen map that differs"),
+        (["plan", "base", "--targets", "k_proj"], "matches no module"),
+        (["plan", "none"], "does not exist"),
+    ],
+)
+def test_errors(here, capsys, call, match):
+    before = listing(here)
+    assert main(call) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"lightning-lora {call[0]}: ") and re.search(match, err)
+    assert listing(here) == before
+
+
+def test_a_cut_file(here, capsys):
+    shard = next((here / "base").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert main(["merge", "base", "adapter", "out"]) == 1
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+    assert not (here / "out").exists()
+
+
+def test_interrupted(here, capsys, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "inspect", interrupt)
+    assert main(["inspect", "adapter"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_bar_where_somebody_watches(here, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    made = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(command_line, "LONG", 1)
+    assert main(["merge", "base", "adapter", "out"]) == 0
+    assert made == [], "stderr is no terminal"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["merge", "base", "adapter", "out2"]) == 0
+    assert made[0].n == made[0].total == sum(value.nbytes for value in base_tensors(torch.bfloat16).values())
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["merge", "base", "adapter", "out3"]) == 0
+
+
+def test_the_script_is_declared():
+    assert 'lightning-lora = "lightning_lora.cli.main:main"' in (ROOT / "pyproject.toml").read_text()

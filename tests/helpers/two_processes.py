@@ -1,0 +1,92 @@
+"""Runs of two CPU processes (gloo), started by test_ddp.py as a script: `python two_processes.py CASE FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import distributed
+
+from lightning_lora import LoRACallback
+from tests.helpers.models import Lit, checkpoints, data, trainer
+
+TWO = {"devices": 2, "strategy": "ddp"}
+
+
+class RankSeeds(Lit):
+    """Every rank draws another stream, as with `seed_everything(seed + rank)`."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(dropout=0.2, **kwargs)
+
+    def on_train_start(self) -> None:
+        if self.trainer.global_step == 0:
+            torch.manual_seed(100 + self.global_rank)
+
+
+class DrawnA(Callback):
+    """A as each rank drew it, before DDP sends the first rank's to all."""
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self.A = torch.cat([p.detach().flatten() for n, p in pl_module.named_parameters() if n.endswith(".A")])
+
+
+def all_equal(tensor: torch.Tensor) -> bool:
+    both = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(both, tensor.contiguous())
+    return all(torch.equal(one, both[0]) for one in both)
+
+
+def flat(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def run(folder: Path, epochs: int, ckpt: object = None, make=RankSeeds, more: tuple = (), **kwargs: object):
+    files = checkpoints(folder)
+    runner = trainer(LoRACallback(r=4, dropout=0.1, **kwargs), *more, files, max_epochs=epochs, **TWO)
+    module = make()
+    runner.fit(module, data(), data(1), ckpt_path=ckpt)
+    return runner, module, files
+
+
+def train(folder: Path) -> None:
+    """Fit, merge on both ranks, test the best; equal ranks, and a fresh module tests the same."""
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    drawn = DrawnA()
+    runner, module, files = run(folder / "fit", 2, more=(drawn,))
+    result = {"keys": list(module.state_dict()), "equal": all_equal(flat(module)), "rank": runner.global_rank}
+    result["drawn alike"] = all_equal(drawn.A)
+    best = runner.test(module, data(2), ckpt_path="best", verbose=False)
+    result["still equal"] = all_equal(flat(module))
+    fresh = trainer(LoRACallback(r=4), **TWO).test(RankSeeds(), data(2), ckpt_path=files.best_model_path, verbose=False)
+    result["best"], result["fresh"], result["path"] = best, fresh, files.best_model_path
+    torch.save(result, folder / f"train-{runner.global_rank}.pt")
+
+
+def resume(folder: Path) -> None:
+    """Four epochs, and two and two."""
+    run(folder / "four", 4, merge=False)
+    run(folder / "two", 2, merge=False)
+    run(folder / "resumed", 4, folder / "two" / "last.ckpt", merge=False)
+
+
+def end(code: int) -> None:
+    """Leave without the interpreter's own end, in which gloo's threads may abort a process that has done its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        {"train": train, "resume": resume}[sys.argv[1]](Path(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        end(1)
+    end(0)

@@ -1,0 +1,134 @@
+"""A base in few bits under Lightning's `BitsandbytesPrecision`: A and B beside it in fp32, and no merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, lora_state_dict, merge_lora, plan_lora
+from tests.helpers.models import Block, Lit, checkpoints, data, trainer
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+class WideNet(nn.Module):
+    """Layers of the sizes that bitsandbytes takes on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(16, 64), nn.Linear(64, 3)
+        self.layers = nn.Sequential(Block(64), Block(64))
+
+    def forward(self, x):
+        return self.head(self.layers(self.up(x)))
+
+
+class Wide(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = WideNet()
+
+
+class Spy(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.adapters = {name: (p.dtype, p.requires_grad) for name, p in lora_parameters(pl_module)}
+        states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+        self.states = {value.dtype for state in states for value in state.values()}
+        self.trained = sorted(name for name, p in pl_module.named_parameters() if p.requires_grad)
+        self.weight = type(pl_module.net.layers[0].q.weight).__name__
+
+
+def quantizing(*callbacks: object, **kwargs: object):
+    runner = trainer(*callbacks, **kwargs)
+    # Lightning refuses the plug-in on a CPU; the plug-in and bitsandbytes do not.
+    runner.strategy.precision_plugin = BitsandbytesPrecision("nf4", torch.float32, {"net.head", "net.up"})
+    return runner
+
+
+def quantized(layer: nn.Linear, **kwargs: object) -> nn.Module:
+    other = bitsandbytes.nn.Linear4bit(*layer.weight.T.shape, compute_dtype=torch.float32, quant_type="nf4", **kwargs)
+    other.load_state_dict(layer.state_dict())
+    return other.to("cpu")
+
+
+def test_adapters_are_there_in_fp32_and_train_and_so_is_their_optimizer_state(tmp_path):
+    spy, module = Spy(), Wide()
+    quantizing(LoRACallback(r=4), spy, checkpoints(tmp_path, monitor=None)).fit(module, data())
+    assert len(spy.adapters) == 16 and set(spy.adapters.values()) == {(torch.float32, True)}
+    assert spy.trained == sorted(spy.adapters) and spy.states == {torch.float32} and spy.weight == "Params4bit"
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert sorted(saved["state_dict"]) == sorted(spy.adapters)
+    assert saved["lightning_lora"]["base"]["net.layers.0.q.weight"][3:] == [64, 64]
+
+
+def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("lightning_lora.trainer.callback.rank_zero_info", said.append)
+    files, module = checkpoints(tmp_path, monitor=None), Wide()
+    runner = quantizing(LoRACallback(r=4), files)
+    runner.fit(module, data())
+    assert "Quantized weights cannot hold the sum, so nothing is merged" in said[0]
+    own = runner.test(module, data(2), verbose=False)
+    fresh = quantizing(LoRACallback(r=4)).test(Wide(), data(2), ckpt_path=files.last_model_path, verbose=False)
+    assert own == fresh != quantizing().test(Wide(), data(2), verbose=False)
+
+
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+    def run(name: str, epochs: int, ckpt: object = None) -> dict:
+        files = checkpoints(tmp_path / name, monitor=None)
+        module = Wide()
+        quantizing(LoRACallback(r=4), files, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
+        return lora_state_dict(module)
+
+    four, two = run("four", 4), run("two", 2)
+    resumed = run("resumed", 4, tmp_path / "two" / "last.ckpt")
+    assert all(torch.equal(four[key], resumed[key]) for key in four)
+    assert not all(torch.equal(four[key], two[key]) for key in four)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_is_the_quantized_map_and_the_low_rank_term(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(quantized(nn.Linear(64, 96)))
+    packed = model[0].weight
+    weight = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+    apply_lora(model, LoRAConfig(r=4, targets=["0"]))
+    A, B = (parameter for _, parameter in lora_parameters(model))
+    assert (A.shape, B.shape) == ((4, 64), (96, 4))
+    nn.init.normal_(B)
+    x = torch.randn(5, 64)
+    model.train(training)
+    expected = F.linear(x, weight + B @ A, model[0].bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-3 if training else 0.3)  # evaluates in bf16
+    assert isinstance(model[0], bitsandbytes.nn.Linear4bit)
+    assert "64 -> 96" in str(plan_lora(nn.Sequential(quantized(nn.Linear(64, 96))), LoRAConfig(targets=["0"])))
+
+
+def test_a_merge_is_refused_by_name():
+    model = nn.Sequential(quantized(nn.Linear(64, 64)))
+    apply_lora(model, LoRAConfig(r=4, targets=["0"]))
+    with pytest.raises(
+        ValueError, match=r"`0` is quantized, and its few bits cannot hold the sum. Merge the adapter's"
+    ):
+        merge_lora(model)
+
+
+def test_eight_bits_and_an_embedding_that_is_plain():
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    weight = layer.weight.data.clone()
+    model = nn.ModuleDict({"few": layer.to("cpu")})
+    apply_lora(model, LoRAConfig(r=4, targets=["few"]))
+    A, B = (parameter for _, parameter in lora_parameters(model))
+    nn.init.normal_(B)
+    x = torch.randn(5, 64)
+    expected = F.linear(x, weight + B @ A, layer.bias)
+    torch.testing.assert_close(model["few"](x), expected, rtol=0.02, atol=0.1)
+    apply_lora(embedding := nn.Sequential(bitsandbytes.nn.StableEmbedding(8, 4)), LoRAConfig(r=2, targets=["0"]))
+    merge_lora(embedding)

@@ -1,0 +1,162 @@
+"""Which base it is: the same in another precision, another by any change."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora
+from lightning_lora.model.fingerprint import exactly_same, fingerprint, other_base
+from lightning_lora.trainer import checkpoint_io as files
+from tests.helpers.models import Lit, data, trainer
+from tests.helpers.oracles import adapted, net, train
+
+CUDA = torch.cuda.is_available()
+
+
+def test_it_names_every_frozen_parameter_with_three_sums_and_a_shape():
+    found = fingerprint(net())
+    assert list(found) == [name for name, _ in net().named_parameters()]
+    assert found["body.0.weight"][3:] == [6, 4]
+    assert len(found["scale"]) == 4
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))])
+def test_it_is_the_same_wherever_it_is_summed(device):
+    model = net()
+    assert fingerprint(model, device) == fingerprint(model)
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_a_run_sums_on_its_own_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "fingerprint", lambda model, device: asked.append(device) or fingerprint(model))
+    trainer(LoRACallback(r=2), max_epochs=1).fit(Lit(), data())
+    assert asked == [torch.device("cpu")]
+
+
+def test_the_same_base_is_the_same():
+    assert fingerprint(net()) == fingerprint(net())
+    assert other_base(fingerprint(net()), fingerprint(net())) is None
+    assert exactly_same(fingerprint(net()), fingerprint(net()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_same_base_in_another_precision_is_no_other_but_not_exactly_the_same(dtype):
+    cast = fingerprint(net().to(dtype))
+    assert other_base(fingerprint(net()), cast) is None
+    assert other_base(cast, fingerprint(net())) is None
+    assert not exactly_same(fingerprint(net()), cast)
+
+
+@pytest.mark.parametrize("there", [torch.bfloat16, torch.float64], ids=str)
+def test_there_and_back_shows_whether_a_bit_was_lost(there):
+    assert exactly_same(fingerprint(net()), fingerprint(net().to(there).float())) == (there == torch.float64)
+
+
+def test_a_change_below_bf16_is_no_other_base_but_not_exactly_the_same():
+    model = net()
+    model.head.weight.data.fill_(1)
+    before = fingerprint(model)
+    model.head.weight.data[0, 0] += 1e-5
+    assert other_base(before, fingerprint(model)) is None
+    assert not exactly_same(before, fingerprint(model))
+
+
+NAMES = [name for name, _ in net().named_parameters()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_other_value_of_any_parameter_is_another_base(name):
+    model = net()
+    model.get_parameter(name).data.view(-1)[-1] += 1
+    told = other_base(fingerprint(net()), fingerprint(model))
+    assert told == f"`{name}` has other values"
+    assert other_base(fingerprint(model), fingerprint(net())) == told
+
+
+def test_values_in_other_places_are_another_base():
+    model = net()
+    model.head.weight.data = model.head.weight.data.flip(1)
+    assert other_base(fingerprint(net()), fingerprint(model)) == "`head.weight` has other values"
+
+
+def test_another_shape_or_name_is_another_base():
+    one, other = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(2, 3))
+    longer = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    longer.load_state_dict(one.state_dict(), strict=False)
+    assert other_base(fingerprint(one), fingerprint(other)) == "`0.weight` had shape (2, 3) and has (3, 2) here"
+    assert other_base(fingerprint(one), fingerprint(longer)) == "`1.weight` is only in the model"
+    assert other_base(fingerprint(longer), fingerprint(one)) == "`1.weight` is only in the file"
+
+
+def test_adapters_do_not_count():
+    expected = fingerprint(net())
+    model = train(adapted())
+    assert fingerprint(model) == expected
+    merge_lora(model)
+    assert other_base(expected, fingerprint(model)) == "`body.0.weight` has other values"
+    unmerge_lora(model)
+    assert fingerprint(model) == expected
+    remove_lora(model)
+    assert fingerprint(model) == expected
+
+
+def test_what_is_trained_does_not_count():
+    model = adapted(r=2, targets=["body.*"], bias="lora_only", also_train=["head"])
+    before = fingerprint(model)
+    assert before.keys() == set(NAMES) - {"body.0.bias", "body.2.bias", "head.weight", "head.bias"}
+    assert fingerprint(train(model)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_a_quantized_parameter_is_known_by_its_shape_alone(dtype):
+    def quantized(value, shape=(2, 3)):
+        model = nn.Linear(3, 2)
+        model.weight = nn.Parameter(torch.full(shape, value, dtype=dtype), requires_grad=False)
+        model.bias = None
+        return fingerprint(model)
+
+    assert other_base(quantized(1), quantized(2)) is None
+    assert other_base(quantized(1), quantized(1, (3, 3))) == "`weight` had shape (2, 3) and has (3, 3) here"
+
+
+def test_a_quantized_load_of_a_base_is_compared_by_shape():
+    plain, quantized = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    quantized.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
+    assert other_base(fingerprint(plain), fingerprint(quantized)) is None
+
+
+def test_parameters_without_values_are_compared_by_shape():
+    with torch.device("meta"):
+        model = type(net())()
+    assert other_base(fingerprint(net()), fingerprint(model)) is None
+
+
+def test_a_parameter_of_zeros_is_told_from_other_values():
+    zeros, ones = nn.LayerNorm(4), nn.LayerNorm(4)
+    ones.bias.data.fill_(1)
+    assert other_base(fingerprint(zeros), fingerprint(ones)) == "`bias` has other values"
+    assert other_base(fingerprint(ones), fingerprint(zeros)) == "`bias` has other values"
+
+
+def test_wrappers_change_no_name():
+    wrapped = nn.Module()
+    wrapped.add_module("_orig_mod", net())
+    assert fingerprint(wrapped) == fingerprint(net())
+
+
+def test_the_memory_format_does_not_count():
+    model = nn.Conv2d(3, 4, 3)
+    before = fingerprint(model)
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
+
+
+def test_it_changes_nothing():
+    model = net()
+    apply_lora(model, LoRAConfig(targets=["head"]))
+    before = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()}
+    fingerprint(model)
+    assert {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()} == before

@@ -1,0 +1,117 @@
+"""What is shown at the start of a run, and what Lightning and its loggers are told."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.model_summary import ModelSummary
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora
+from lightning_lora.model.summary import bytes_text, describe, output_heads
+from tests.helpers.models import Lit, data, net, trainer
+
+TABLE = """LoRA adapts
+  module      layers  kind    in -> out  r  scale  trainable
+  layers.*.q  2       Linear  16 -> 16   4  2      256
+  layers.0.k  1       Linear  16 -> 16   2  4      64
+  layers.*.v  2       Linear  16 -> 16   4  2      256
+and trains in full: bn.weight (16), bn.bias (16)
+608 trainable parameters, 21.21% of the base's 2,867; 2.4 kB in a checkpoint
+The output head `head` stays frozen; to train it in full, as a new head needs: also_train=['head']"""
+
+
+def test_the_table():
+    model = net(batch_norm=True)
+    targets = ["q", "v", "layers.0.k"]
+    apply_lora(model, LoRAConfig(r=4, alpha=8, targets=targets, rank_pattern={"k": 2}, also_train=["bn"]))
+    assert describe(model) == TABLE
+
+
+def test_the_sizes_are_those_of_a_count_by_hand():
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    apply_lora(model, LoRAConfig(r=4, targets="all"))
+    by_hand = 784 * 4 + 4 * 256 + 256 * 4 + 4 * 128 + 128 * 4 + 4 * 10
+    assert by_hand == 6248
+    text = describe(model)
+    assert f"{by_hand:,} trainable parameters, 2.66% of the base's 235,146; 25.0 kB in a checkpoint" in text
+    assert "output head" not in text, "the last layer is adapted"
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [
+        (net(), ["head"]),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), ["2"]),
+        (
+            nn.ModuleDict({"body": nn.Linear(2, 2), "classifier": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))}),
+            ["classifier.0", "classifier.1"],
+        ),
+        (nn.Conv2d(3, 8, 3), []),
+    ],
+)
+def test_heads(model, heads):
+    assert output_heads(model) == heads
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (35e6, "35.0 MB"), (350e9, "350.0 GB"), (1.2e12, "1.2 TB")]
+)
+def test_bytes_text(size, text):
+    assert bytes_text(size) == text
+
+
+def test_it_is_shown_once_at_the_start_of_fit_and_not_of_test(caplog):
+    module = Lit()
+    with caplog.at_level(logging.INFO):
+        trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
+        trainer(LoRACallback(r=4)).test(Lit(), data(2), verbose=False)
+    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA adapts")]
+    assert len(shown) == 1 and "net.layers.*.q" in shown[0]
+    assert "The output head `net.head` stays frozen" in shown[0]
+
+
+class Summarize(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        summary = ModelSummary(pl_module)
+        self.trainable, self.total = summary.trainable_parameters, summary.total_parameters
+
+
+def test_lightnings_summary_counts_right():
+    spy = Summarize()
+    trainer(LoRACallback(r=4), spy, max_epochs=1).fit(Lit(), data())
+    base = sum(p.numel() for p in net().parameters())
+    assert spy.trainable == 8 * 4 * (16 + 16)
+    assert spy.total == base + 8 * 4 * (16 + 16)
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_the_configuration_is_among_the_hyperparameters(logger, tmp_path):
+    if logger is TensorBoardLogger:
+        pytest.importorskip("tensorboard")
+    log = logger(tmp_path)
+    trainer(LoRACallback(r=4, targets=["q"], lr_scale=10.0), max_epochs=1, logger=log).fit(Lit(), data())
+    [file] = tmp_path.rglob("hparams.yaml")
+    saved = yaml.safe_load(file.read_text())
+    assert saved["lr"] == 1e-2, "the module's own are there too"
+    assert saved["lora"]["r"] == 4 and saved["lora"]["targets"] == ["q"] and saved["lora"]["lr_scale"] == 10.0
+
+
+def test_rounding_losses_of_a_half_precision_merge_are_told(caplog):
+    module = Lit()
+    with caplog.at_level(logging.INFO):
+        trainer(LoRACallback(r=4), max_epochs=1, precision="bf16-true").fit(module, BF16(data().dataset.tensors))
+    [told] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Merged")]
+    assert "Merged 8 layers. Rounding to the weights' dtype lost up to" in told and "(in `net.layers." in told
+    assert module.net.layers[0].q.weight.dtype == torch.bfloat16
+
+
+class BF16(torch.utils.data.DataLoader):
+    def __init__(self, tensors):
+        x, y = tensors
+        super().__init__(torch.utils.data.TensorDataset(x.bfloat16(), y), batch_size=8)

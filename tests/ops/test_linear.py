@@ -1,0 +1,347 @@
+"""The op in one node, against an fp64 reference: values, gradients, second gradients, and when it serves."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora.ops.fused_linear import FrozenWithLowRank, in_one
+
+HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let it serve on a CPU, where it is tested."""
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cuda", "cpu"))
+
+
+def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: bool, adapters: torch.dtype):
+    x, weight = torch.randn(*shape, dtype=torch.float64), torch.randn(out, shape[-1], dtype=torch.float64)
+    A, B = torch.randn(r, shape[-1], dtype=torch.float64), torch.randn(out, r, dtype=torch.float64)
+    offset = torch.randn(out).to(dtype) if bias else None
+    return [x.to(dtype), weight.to(dtype), offset, A.to(adapters), B.to(adapters)]
+
+
+def one_node(x, *rest):
+    """The op on an input of any shape."""
+    return FrozenWithLowRank.apply(x, *rest)
+
+
+def reference(x, weight, bias, A, B, scale):
+    """In fp64, of the values that the op sees."""
+    wide = [tensor if tensor is None else tensor.double() for tensor in (x, weight, bias, A, B)]
+    x, weight, bias, A, B = wide
+    y = F.linear(x, weight) + scale * F.linear(F.linear(x, A), B)
+    return y if bias is None else y + bias
+
+
+def gradients(function, inputs, seed):
+    x, weight, bias, A, B = [tensor if tensor is None else tensor.detach().clone() for tensor in inputs]
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    y = function(x, weight, bias, A, B)
+    y.backward(seed.to(y.dtype))
+    return y.detach(), x.grad, A.grad, B.grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=some.sampled_from([(1,), (7,), (2, 5), (2, 3, 4)]),
+    sizes=some.tuples(some.integers(1, 40), some.integers(1, 40), some.integers(1, 9)),
+    dtype=some.sampled_from(list(HALF)),
+    bias=some.booleans(),
+    scale=some.sampled_from([0.5, 1.0, 3.0]),
+    seed=some.integers(0, 2**31),
+)
+def test_values_and_gradients_are_those_of_fp64_within_rounding(rows, sizes, dtype, bias, scale, seed):
+    torch.manual_seed(seed)
+    inside, out, r = sizes
+    adapters = torch.promote_types(dtype, torch.float32)
+    inputs = tensors((*rows, inside), out, r, dtype, bias, adapters)
+    gradient = torch.randn(*rows, out).to(dtype)
+    seen = [t if t is None else t.to(dtype).double() for t in inputs]
+    wanted = gradients(lambda *t: reference(*t, scale), seen, gradient.double())
+    found = gradients(lambda *t: one_node(*t, scale), inputs, gradient)
+    assert [tensor.dtype for tensor in found] == [dtype, dtype, adapters, adapters]
+    for one, other in zip(found, wanted, strict=True):
+        size = max(1.0, float(other.abs().max()), inside**0.5 * r)
+        assert one.shape == other.shape
+        assert float((one.double() - other).abs().max()) <= 24 * HALF[dtype] * size * max(1, scale)
+
+
+def test_gradients_of_every_order():
+    torch.manual_seed(0)
+    x, weight, bias, A, B = tensors((2, 3, 5), 4, 2, torch.float64, True, torch.float64)
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+
+    def function(x, A, B):
+        return one_node(x, weight, bias, A, B, 0.5)
+
+    assert torch.autograd.gradcheck(function, (x, A, B))
+    assert torch.autograd.gradgradcheck(function, (x, A, B))
+
+
+def test_strided_input_and_an_input_without_gradient():
+    torch.manual_seed(0)
+    inputs = tensors((4, 3, 6), 5, 2, torch.float32, True, torch.float32)
+    turned = inputs[0].transpose(0, 1)
+    y = one_node(turned, *inputs[1:], 2.0)
+    torch.testing.assert_close(y.double(), reference(turned, *inputs[1:], 2.0), rtol=1e-5, atol=1e-5)
+    A, B = (matrix.requires_grad_() for matrix in inputs[3:])
+    one_node(turned, *inputs[1:3], A, B, 2.0).sum().backward()
+    assert A.grad is not None and B.grad is not None and turned.grad is None
+
+
+def model(dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3, bias=False)).to(dtype)
+    apply_lora(net, LoRAConfig(**({"r": 2, "alpha": 3, "targets": "all"} | config)))
+    for name, parameter in lora_parameters(net):
+        if name.endswith("B"):
+            nn.init.normal_(parameter)
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains_as_by_the_plain_formula(on_cpu, dtype, monkeypatch):
+    one = model(dtype)
+    other, x = copy.deepcopy(one), torch.randn(4, 6, dtype=dtype)
+    with mock.patch.object(FrozenWithLowRank, "apply", wraps=FrozenWithLowRank.apply) as applied:
+        one(x).float().square().mean().backward()
+    assert applied.call_count == 2
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ())
+    other(x).float().square().mean().backward()
+    for (name, mine), (_, plain) in zip(lora_parameters(one), lora_parameters(other), strict=True):
+        assert mine.grad.dtype == torch.float32
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_it_starts_as_the_base_and_rests_with_it(on_cpu):
+    base = nn.Linear(6, 8)
+    layer, x = copy.deepcopy(base), torch.randn(4, 6)
+    apply_lora(layer, LoRAConfig(r=2, targets="all"))
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-6, atol=1e-6)
+    layer.lora.enabled = False
+    assert torch.equal(layer(x), base(x))
+
+
+def parts(net: nn.Module) -> tuple[torch.Tensor, ...]:
+    layer = net[0]
+    return layer.weight, layer.bias, layer.lora.default.A, layer.lora.default.B
+
+
+def test_where_it_serves(on_cpu):
+    net, x = model(), torch.randn(4, 6)
+    assert in_one(x, *parts(net))
+    assert not in_one(x.double(), *parts(net))  # another dtype: torch says so by itself
+    assert not in_one(torch.empty(0, 6), *parts(net))
+    assert not in_one(nn.Parameter(x), *parts(net))  # a class of its own
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_one(x, *parts(net)) and in_one(x.bfloat16(), *parts(net))
+        assert not in_one(x.double(), *parts(net))  # which autocast leaves alone
+    net[0].weight.requires_grad_()
+    assert not in_one(x, *parts(net))
+
+
+def test_it_serves_no_transform_and_no_rows_of_a_fused_map(on_cpu):
+    net, x = model(), torch.randn(4, 6)
+    found = []
+    net.register_forward_hook(lambda *_: found.append(in_one(x, *parts(net))))
+    torch.func.grad(lambda x: net(x).sum())(x)
+    torch.func.vmap(net)(x)
+    with torch.autograd.forward_ad.dual_level():
+        net(x)
+    torch.jit.trace(net, x, check_trace=False)
+    assert len(found) >= 4 and not any(found)
+    weight, bias, A, B = parts(net)
+    assert not in_one(x, weight, bias, A, B[:4])
+
+
+def test_a_cpu_has_the_plain_formula():
+    assert not in_one(torch.randn(4, 6), *parts(model()))
+
+
+def test_dropout_and_hooks_have_the_plain_formula(on_cpu):
+    net, x, seen = model(dropout=0.5), torch.randn(4, 6), []
+    with mock.patch.object(FrozenWithLowRank, "apply", wraps=FrozenWithLowRank.apply) as applied:
+        net.train()(x)
+        assert applied.call_count == 0
+        net.eval()(x)
+        assert applied.call_count == 2
+        net[0].lora.default.register_forward_hook(lambda *_: seen.append(1))
+        net(x)
+    assert applied.call_count == 3 and seen == [1]
+
+
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"bias": "lora_only"}, {"also_train": ["0.bias"]}], ids=str)
+def test_a_bias_trains_beside_it(on_cpu, config, monkeypatch):
+    one = model(**config)
+    other, x = copy.deepcopy(one), torch.randn(4, 6)
+    one(x).square().mean().backward()
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ())
+    other(x).square().mean().backward()
+    torch.testing.assert_close(one[0].bias.grad, other[0].bias.grad)
+
+
+def test_what_comes_after_may_work_in_place(on_cpu):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    apply_lora(net, LoRAConfig(r=2, targets="all"))
+    for x in (torch.randn(6), torch.randn(4, 6), torch.randn(2, 4, 6)):
+        y = net(x)
+        y += 1
+        y.sum().backward()
+
+
+def test_steps_and_writes_between_forward_and_backward(on_cpu):
+    net, x = model(torch.bfloat16), torch.randn(4, 6, dtype=torch.bfloat16)
+    loss = net[0](x).float().square().mean()
+    with torch.no_grad():
+        net[0].weight.mul_(1)  # no gradient goes through it: nothing of it was kept
+        net[0].lora.default.B.add_(1)  # an optimizer's step
+    loss.backward()
+    assert net[0].lora.default.A.grad is not None
+
+
+def test_who_waits_for_an_adapters_gradient_is_called(on_cpu):
+    net, seen = model(), []
+    net[0].lora.default.register_full_backward_hook(lambda *_: seen.append(1))
+    net(torch.randn(4, 6)).sum().backward()
+    assert seen == [1]
+
+
+X = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(net, x):
+    return torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+
+
+def checkpointed(net, x, reentrant):
+    return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
+
+
+def by_functional_call(net, x):
+    return torch.func.functional_call(net, dict(net.named_parameters()), (x,))
+
+
+SURROUNDINGS = {
+    "eager": lambda net, x: net(x),
+    "compiled without a break": compiled,
+    "checkpointed": lambda net, x: checkpointed(net, x, False),
+    "checkpointed by a reentrant backward": lambda net, x: checkpointed(net, x, True),
+    "functional call": by_functional_call,
+    "vmap": lambda net, x: torch.func.vmap(net)(x),
+    "traced": lambda net, x: torch.jit.trace(net, x, check_trace=False)(x),
+    "strided": lambda net, x: net(x.transpose(0, 1).contiguous().transpose(0, 1)),
+}
+
+
+def written_out(net, x):
+    """The two adapted layers of `model`, as formulas."""
+    for layer in (net[0], net[2]):
+        A, B = layer.lora.default.A.double(), layer.lora.default.B.double()
+        bias = None if layer.bias is None else layer.bias.double()
+        x = F.linear(x, layer.weight.detach().double() + layer.lora.default.scale * B @ A, bias)
+        x = F.gelu(x) if layer is net[0] else x
+    return x
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_values_and_gradients_whatever_is_around_it(monkeypatch, around, devices):
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", devices)
+    net = model(torch.float64)
+    parameters = [parameter for _, parameter in lora_parameters(net)]
+    results = []
+    for run in (SURROUNDINGS[around], written_out):
+        x = X.clone().requires_grad_()
+        y = run(net, x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in parameters)])
+        net.zero_grad()
+    for found, wanted in zip(*results, strict=True):
+        assert_near(found, wanted, 1e-6)  # the adapters' gradients are in fp32
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
+def test_derivatives_of_functions_and_of_gradients(monkeypatch, devices):
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", devices)
+    net, x, direction = model(torch.float64), X.clone(), torch.ones_like(X)
+    wide = copy.deepcopy(net)
+
+    def total(run):
+        return lambda x: run(wide, x).square().sum()
+
+    runs = [lambda wide, x: wide(x), written_out]
+    for derivative in (
+        lambda function: torch.func.grad(function)(x),
+        lambda function: torch.func.jvp(function, (x,), (direction,))[1],
+        lambda function: torch.func.jacrev(function)(x[0, 0]),
+        lambda function: penalty(function, x, wide),
+    ):
+        found, wanted = (derivative(total(run)) for run in runs)
+        assert_near(found, wanted, 1e-6)
+
+
+def assert_near(found, wanted, error):
+    assert found.shape == wanted.shape
+    assert float((found.double() - wanted.double()).norm()) <= error * float(wanted.norm())
+
+
+def penalty(function, x, net):
+    """The gradient of a gradient's size with respect to the adapters."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    found = torch.autograd.grad(gradient.square().sum(), [p for _, p in lora_parameters(net)])
+    return torch.cat([one.flatten() for one in found])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_within_its_rounding(on_cpu, dtype):
+    net, x = model(), X.float()
+    with torch.autocast("cpu", dtype=dtype):
+        y = net(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    found = [parameter.grad.clone() for _, parameter in lora_parameters(net)]
+    net.zero_grad()
+    written_out(net, x.double()).square().sum().backward()
+    for one, (name, parameter) in zip(found, lora_parameters(net), strict=True):
+        assert one.dtype == torch.float32
+        error = (one - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 8 * HALF[dtype], name
+
+
+def test_dropout_drops_the_adapters_input_alone(on_cpu):
+    net, x = model(torch.float64, dropout=0.4).train(), X.clone()
+    layer = net[0]
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    A, B = layer.lora.default.A.double(), layer.lora.default.B.double()
+    wanted = F.linear(x, layer.weight, layer.bias) + layer.lora.default.scale * dropped @ A.T @ B.T
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+    assert (dropped == 0).float().mean() > 0.2
+
+
+def test_a_base_that_was_thawed_is_evaluated_as_it_was_trained(on_cpu):
+    net, x = model(), torch.randn(4, 6)
+    with torch.no_grad():
+        frozen = net(x)
+    net.requires_grad_()
+    assert not in_one(x, *parts(net))  # its weights get gradients
+    with torch.no_grad():
+        assert in_one(x, *parts(net)) and torch.equal(net(x), frozen)

@@ -1,0 +1,75 @@
+"""DDP with two CPU processes, and the launchers that start workers from the running process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_lora import LoRACallback
+from tests.helpers.models import Lit, checkpoints, data, net, trainer
+from tests.helpers.scripts import run_script
+
+
+def two_processes(case: str, folder: Path) -> None:
+    done = run_script("two_processes.py", case, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+def test_ranks_train_merge_and_test_alike(tmp_path):
+    two_processes("train", tmp_path)
+    results = [torch.load(tmp_path / f"train-{rank}.pt") for rank in (0, 1)]
+    for rank, result in enumerate(results):
+        assert result["rank"] == rank
+        assert result["equal"] and result["still equal"] and result["drawn alike"]
+        assert result["keys"] == list(Lit().state_dict())
+        assert result["best"] == result["fresh"] == results[0]["best"]
+    saved = load(Path(results[0]["path"]))["state_dict"]
+    assert len(saved) == 16 and all(".lora.default." in name for name in saved)
+    on_one_device = trainer(LoRACallback(r=4)).test(Lit(), data(2), ckpt_path=results[0]["path"], verbose=False)
+    assert on_one_device[0]["test_loss"] == pytest.approx(results[0]["best"][0]["test_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_resume_equals_the_uninterrupted_run_and_other_ranks_are_warned_of(tmp_path):
+    two_processes("resume", tmp_path)
+    four, resumed = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed"))
+    two = load(tmp_path / "two" / "last.ckpt")
+    assert four["global_step"] == resumed["global_step"] == 16 and two["global_step"] == 8
+    for name, value in four["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    states = two["lightning_lora"]["random_states"]
+    assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
+    with pytest.warns(UserWarning, match=r"random state of 2 process\(es\) and this run has 1: it is not restored"):
+        trainer(LoRACallback(r=4), max_epochs=3).fit(Lit(dropout=0.2), data(), ckpt_path=tmp_path / "two" / "last.ckpt")
+
+
+@pytest.mark.slow
+def test_forked_workers_do_not_merge_and_say_where_the_adapters_are(tmp_path, capfd):
+    files, module = checkpoints(tmp_path), Lit()
+    runner = trainer(LoRACallback(r=4, also_train=["head"]), files, strategy="ddp_spawn", devices=2, max_epochs=1)
+    runner.fit(module, data(), data(1))
+    assert "the trained adapters are in the checkpoints" in "".join(capfd.readouterr())
+    for name, parameter in net().named_parameters():
+        assert torch.equal(module.net.get_parameter(name), parameter), name
+    assert list(module.state_dict()) == list(Lit().state_dict())
+    path = files.best_model_path
+    one = trainer(LoRACallback(r=4, also_train=["head"])).test(module, data(2), ckpt_path=path, verbose=False)
+    other = trainer(LoRACallback(r=4, also_train=["head"])).test(Lit(), data(2), ckpt_path=path, verbose=False)
+    assert one == other != trainer().test(Lit(), data(2), verbose=False)
+
+
+def test_spawned_workers_without_checkpoints_are_refused():
+    runner = trainer(LoRACallback(r=4))
+    runner.strategy._launcher = type("_MultiProcessingLauncher", (), {})()
+    with pytest.raises(
+        MisconfigurationException, match=r"do not give the adapters back.*Add one, or use strategy='ddp'"
+    ):
+        runner.callbacks[0].setup(runner, Lit(), "fit")

@@ -1,0 +1,268 @@
+"""A run starts from adapters of elsewhere, and leaves its own for others: judged by outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_parameters, save_adapter
+from lightning_lora.trainer.init_and_export import start_from
+from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
+
+peft = pytest.importorskip("peft")
+X = data(5).dataset.tensors[0]
+
+
+def fit(folder, cls=Lit, epochs=2, files=None, ckpt=None, **lora):
+    module = cls()
+    callbacks = [LoRACallback(r=4, **lora), *([files] if files else [])]
+    trainer(*callbacks, max_epochs=epochs).fit(module, data(), data(1), ckpt_path=ckpt)
+    return module.eval()
+
+
+def by_peft(directory, x=X):
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(net(), str(directory)).eval()(x)
+
+
+def metadata(directory):
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])
+def test_what_is_exported_is_what_was_trained(tmp_path, cls, merge):
+    module = fit(tmp_path, cls, export=str(tmp_path / "out"), merge=merge)
+    torch.testing.assert_close(by_peft(tmp_path / "out"), module(X), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(module(X), net()(X), atol=1e-2)
+
+
+def test_it_tells_where_it_comes_from(tmp_path):
+    fit(tmp_path, export=str(tmp_path / "out"))
+    told = metadata(tmp_path / "out")
+    assert (told["step"], told["epoch"]) == ("16", "2")
+    assert json.loads(told["metrics"])["val_loss"] > 0
+    assert json.loads(told["lightning_lora.config"])["r"] == 4
+
+
+class Worse(Callback):
+    """Makes the second epoch the worse one."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 0.5 if trainer.current_epoch else group["lr"]
+
+
+def test_the_best_is_exported_where_the_best_is_merged(tmp_path):
+    module, files = Lit(), checkpoints(tmp_path / "files")
+    callbacks = [LoRACallback(r=4, merge="best", export=str(tmp_path / "out")), files, Worse()]
+    trainer(*callbacks, max_epochs=2).fit(module, data(), data(1))
+    best = torch.load(files.best_model_path, weights_only=True)["state_dict"]
+    assert files.best_model_path != files.last_model_path and "epoch=0" in files.best_model_path
+    told = metadata(tmp_path / "out")
+    assert (told["epoch"], told["step"]) == ("0", "8")
+    assert json.loads(told["metrics"]) == {"val_loss": float(files.best_model_score)}
+    other = net()
+    load_adapter(other, tmp_path / "out")
+    for name, parameter in lora_parameters(other):
+        assert torch.equal(parameter, best[f"net.{name}"])
+    torch.testing.assert_close(by_peft(tmp_path / "out"), module.eval()(X), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_exported_by_a_run_that_failed_or_was_a_try(tmp_path):
+    class Fail(Lit):
+        def on_train_epoch_end(self):
+            raise RuntimeError("planned failure")
+
+    with pytest.raises(RuntimeError, match="planned failure"):
+        fit(tmp_path, Fail, export=str(tmp_path / "out"))
+    trainer(LoRACallback(export=str(tmp_path / "out")), fast_dev_run=True).fit(Lit(), data(), data(1))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def from_peft(tmp_path):
+    """A directory that peft wrote, and its outputs."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q", "k", "v", "o"])
+    model = peft.get_peft_model(net(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "peft")
+    return tmp_path / "peft", model.eval()(X).detach()
+
+
+@pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])
+def test_a_test_of_what_peft_wrote(from_peft, cls):
+    directory, wanted = from_peft
+    module = cls()
+    trainer(LoRACallback(r=4, init_from=str(directory))).test(module, data(2), verbose=False)
+    torch.testing.assert_close(module.eval()(X), wanted)
+
+
+class Start(Callback):
+    def on_train_start(self, trainer, pl_module):
+        with torch.no_grad():
+            self.output = pl_module.net.eval()(X)
+        pl_module.net.train()
+
+
+def test_training_starts_from_what_peft_wrote(from_peft, tmp_path):
+    directory, wanted = from_peft
+    spy, files = Start(), checkpoints(tmp_path / "files")
+    trainer(LoRACallback(r=4, init_from=str(directory)), spy, files).fit(module := Lit(), data(), data(1))
+    torch.testing.assert_close(spy.output, wanted)
+    assert not torch.allclose(module.eval()(X), wanted, atol=1e-3)
+    again = Start()  # a resumed run has the file's values
+    lora = LoRACallback(r=4, init_from=str(directory), merge=False)
+    trainer(lora, again, max_epochs=3).fit(Lit(), data(), data(1), ckpt_path=files.last_model_path)
+    assert not torch.allclose(again.output, wanted, atol=1e-3)
+
+
+def test_a_second_fit_goes_on(from_peft):
+    directory, _ = from_peft
+    module = Lit()
+    for _ in range(2):
+        before = net()(X) if module.net is None else module.eval()(X).detach()
+        spy = Start()
+        trainer(LoRACallback(r=4, init_from=str(directory)), spy, max_epochs=1).fit(module, data(), data(1))
+    torch.testing.assert_close(spy.output, before, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_are_there_go_on_and_it_is_said(from_peft):
+    module = Lit()
+    trainer(LoRACallback(r=4, merge=False), max_epochs=1).fit(module, data(), data(1))
+    before, spy = module.eval()(X).detach(), Start()
+    with pytest.warns(UserWarning, match="was not read: the module has adapters, and goes on with those"):
+        trainer(LoRACallback(r=4, init_from=str(from_peft[0])), spy, max_epochs=1).fit(module, data(), data(1))
+    assert torch.equal(spy.output, before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="`init_from")
+        trainer(LoRACallback(r=4, init_from=str(from_peft[0]))).test(module, data(2), verbose=False)
+
+
+@pytest.mark.parametrize("way", ["layer", "file"])
+def test_what_could_not_be_written_is_refused_before_the_first_step(tmp_path, way):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Own(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.layers[0].q = Scaled(16, 16)
+
+        def on_train_start(self):
+            raise AssertionError("too late")
+
+    (tmp_path / "file").write_text("mine")
+    cls, words = (Own, "is a Scaled with a forward of its own") if way == "layer" else (Lit, "but is a file")
+    with pytest.raises(ValueError, match=words):
+        trainer(LoRACallback(export=str(tmp_path / way))).fit(cls(), data(), data(1))
+
+
+def test_a_merge_does_not_depend_on_the_export(tmp_path):
+    class Diverges(Callback):
+        def on_train_end(self, trainer, pl_module):
+            next(parameter for _, parameter in lora_parameters(pl_module)).data.fill_(float("nan"))
+
+    module = Lit()
+    with pytest.warns(UserWarning, match=r"was not written: `layers.0.q` has NaN"):
+        trainer(LoRACallback(r=4, export=str(tmp_path / "out")), Diverges(), max_epochs=1).fit(module, data(), data(1))
+    assert list(module.state_dict()) == list(Lit().state_dict()) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError("full"), RuntimeError("no memory")])
+def test_a_disk_that_is_full_costs_no_merge(tmp_path, monkeypatch, error):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr("lightning_lora.peft_format.peft_files.save_file", fails)
+    module = Lit()
+    with pytest.warns(UserWarning, match=f"was not written: {error}"):
+        trainer(LoRACallback(r=4, export=str(tmp_path / "out")), max_epochs=1).fit(module, data(), data(1))
+    assert list(module.state_dict()) == list(Lit().state_dict())
+
+
+def test_training_starts_from_another_runs_checkpoint(tmp_path):
+    files = checkpoints(tmp_path / "files")
+    first = fit(tmp_path, files=files, merge=False)
+    spy = Start()
+    trainer(LoRACallback(r=4, init_from=files.last_model_path), spy).fit(Lit(), data(), data(1))
+    assert torch.equal(spy.output, first(X))
+
+
+class Drawn(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.layers[0].q = nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, kind):
+    files = checkpoints(tmp_path / "files")
+    fit(tmp_path, files=files, export=str(tmp_path / "out"))
+    path = {"directory": str(tmp_path / "out"), "file": files.last_model_path}[kind]
+    for cls, lora, words in (
+        (Drawn, {"r": 4}, "was trained on another base: `"),
+        (Lit, {"r": 8}, "8"),
+        (Lit, {"r": 4, "targets": ["q"]}, ""),
+    ):
+        module = cls()
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        with pytest.raises(ValueError, match=re.escape(words)):
+            trainer(LoRACallback(init_from=path, **lora)).fit(module, data(), data(1))
+        assert list(before) == list(module.state_dict())
+        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_module_bare(from_peft):
+    class Fail(Lit):
+        def on_train_start(self):
+            raise RuntimeError("planned failure")
+
+    module = Fail()
+    with pytest.raises(RuntimeError, match="planned failure"):
+        trainer(LoRACallback(r=4, init_from=str(from_peft[0]))).fit(module, data(), data(1))
+    assert list(module.state_dict()) == list(Lit().state_dict()) and torch.equal(module.eval()(X), Lit().eval()(X))
+
+
+def test_a_path_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="`init_from='nowhere'` is not there"):
+        trainer(LoRACallback(init_from="nowhere")).fit(Lit(), data(), data(1))
+
+
+def test_a_model_without_memory(from_peft):
+    with torch.device("meta"):
+        model = net()
+    apply_lora(model, config := LoRAConfig(r=4))
+    with pytest.raises(ValueError, match=re.escape("A` has memory: the model is on the meta device")):
+        start_from(model, str(from_peft[0]), config, {})
+
+
+def test_processes_that_are_gone_export_nothing(tmp_path):
+    lora, files = LoRACallback(export=str(tmp_path / "out")), checkpoints(tmp_path)
+    runner = trainer(lora, files, strategy="ddp_spawn", devices=2)
+    with pytest.raises(MisconfigurationException, match="gone with the adapters"):
+        lora.setup(runner, Lit(), "fit")
+
+
+def test_both_ways_by_hand(tmp_path):
+    one, other = net(), net()
+    apply_lora(one, LoRAConfig(r=4))
+    for name, parameter in lora_parameters(one):
+        if name.endswith("B"):
+            nn.init.normal_(parameter)
+    save_adapter(one, tmp_path)
+    load_adapter(other, tmp_path)
+    assert torch.equal(one(X), other(X))

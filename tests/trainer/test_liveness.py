@@ -1,0 +1,205 @@
+"""Adapters that cannot learn, or are passed by in evaluation, are named with the likely cause."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as rematerialized
+
+from lightning_lora import LoRACallback, lora_parameters
+from tests.helpers import models
+from tests.helpers.models import Lit
+
+
+def weights(layer):
+    """Reads weights where no source of the model's classes shows it."""
+    return layer.weight, layer.bias
+
+
+class Net(nn.Module):
+    """Its second map can be passed by, cut off, or run in a block that gives no gradients."""
+
+    how = "plain"
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(torch.relu(x + getattr(self, self.how)(x)))
+
+    def plain(self, x):
+        return self.second(x)
+
+    def raw(self, x):
+        return F.linear(x, *weights(self.second))
+
+    def unused(self, x):
+        return x
+
+    def detached(self, x):
+        return self.second(x).detach()
+
+    def without(self, x):
+        with torch.no_grad():
+            return self.second(x)
+
+    def raw_in_evaluation(self, x):
+        return self.second(x) if self.training else self.raw(x)
+
+
+def module(how, **arguments):
+    model = Lit(**arguments)
+    model.net = Net()
+    model.net.how = how
+    return model
+
+
+def fit(model, *callbacks, **arguments):
+    """What was said of liveness in a short run."""
+    callback = LoRACallback(r=2, **({"targets": ["first", "second"]} | arguments))
+    trainer = models.trainer(callback, *callbacks, max_epochs=1, limit_train_batches=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, models.data(), models.data())
+    return [
+        str(each.message)
+        for each in caught
+        if any(word in str(each.message) for word in ("adapters", "did not run", "`dropout`"))
+    ]
+
+
+def test_living_adapters_are_not_mentioned_and_nothing_is_left_on_them():
+    model = module("plain")
+    assert fit(model, merge=False) == []
+    for adapter in (model.net.first.lora.default, model.net.second.lora.default):
+        assert {"forward", "added_to"}.isdisjoint(vars(adapter))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            "raw",
+            r"1 of 2 adapters got no gradient at the first step. `net.second` did not run: .*targets=\['net.second.w",
+        ),
+        ("unused", r"`net.second` did not run: it lies in a branch that this batch did not take"),
+        ("detached", r"`net.second` ran, but the loss does not depend on it: its output is unused or detached"),
+        ("without", r"`net.second` ran where gradients are off: under `torch.no_grad`, or in reentrant activation"),
+    ],
+)
+def test_an_adapter_without_gradient_is_named_with_its_cause(how, words):
+    (told, *_) = fit(module(how))
+    assert told.startswith("1 of 2 adapters got no gradient at the first step.")
+    assert pytest.raises(AssertionError, match=words).matches(AssertionError(told))
+
+
+def test_following_the_advice_on_a_raw_read_trains_it():
+    model = module("raw")
+    assert fit(model, targets=["first", "net.second.weight"], merge=False) == []
+    assert all(matrix.any() for _, matrix in lora_parameters(model))
+
+
+def test_where_no_adapter_gets_a_gradient_the_run_stops():
+    with pytest.raises(
+        MisconfigurationException, match=r"No adapter got a gradient at the first step. `net.second` ran"
+    ):
+        fit(module("detached"), targets=["second"], also_train=["head"])
+
+
+def test_it_can_be_switched_off():
+    assert fit(module("detached"), liveness=False) == []
+
+
+def test_an_adapter_that_evaluation_passes_by_is_named():
+    (told,) = fit(module("raw_in_evaluation"))
+    assert told.startswith("`net.second` did not run in the first evaluation. If evaluation takes another branch")
+
+
+class Thief(Callback):
+    """Takes a parameter out of the optimizer."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].param_groups[0]["params"].pop()
+
+
+def test_an_adapter_in_no_optimizer_is_an_error_before_the_first_step():
+    model = module("plain")
+    callback = LoRACallback(r=2, targets=["first", "second"])
+    trainer = models.trainer(Thief(), callback, max_epochs=1)
+    with pytest.raises(
+        MisconfigurationException, match=r"No optimizer holds the adapter of `net.second`, so it would never train"
+    ):
+        trainer.fit(model, models.data())
+
+
+class Alternating(Lit):
+    """Two optimizers; the second one's branch gets a gradient only from the second batch on, as a GAN's may."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(16, 3)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.other)]
+
+    def training_step(self, batch, index):
+        which = index % 2
+        optimizer = self.optimizers()[which]
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy((self.net, self.other)[which](batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_each_optimizer_is_checked_at_its_own_first_step():
+    model = Alternating()
+    (told,) = fit(model, targets=["q", "k", "v", "other"], merge=False)
+    assert told.startswith("`other` did not run in the first evaluation"), "as is so"
+    assert all(matrix.any() for name, matrix in lora_parameters(model))
+
+
+class SkipsFirst(Lit):
+    """Its first batch gives no loss."""
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) if index else None
+
+
+def test_a_step_without_any_gradient_is_not_the_first():
+    assert fit(SkipsFirst(), targets="attn") == []
+
+
+class Evaluated(Lit):
+    """Its network is in eval mode, as one from `from_pretrained` is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.eval()
+
+
+def test_dropout_that_does_nothing_is_mentioned():
+    assert fit(Evaluated(), targets="attn") == []
+    (told,) = fit(Evaluated(), targets="attn", dropout=0.1)
+    assert "(8 in all) train without `dropout`: their layers are in eval mode" in told
+
+
+class Rematerialized(Net):
+    """Reentrant checkpointing under a name that does not say so."""
+
+    def plain(self, x):
+        return rematerialized(self.second, x.detach(), use_reentrant=True)
+
+
+def test_reentrant_checkpointing_that_was_not_seen_is_named():
+    model = module("plain")
+    model.net = Rematerialized()
+    (told, *_) = fit(model)
+    assert (
+        "`net.second` ran where gradients are off: under `torch.no_grad`, or in reentrant activation checkpoint" in told
+    )

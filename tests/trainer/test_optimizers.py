@@ -1,0 +1,167 @@
+"""Any optimizer that the user has, restricted to what LoRA trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from torch import nn, optim
+
+from lightning_lora import LoRACallback
+from tests.helpers.models import Lit, data, net, trainer
+
+DECAY = lambda m: [p for p in m.parameters() if p.ndim > 1]  # noqa: E731
+NO_DECAY = lambda m: [p for p in m.parameters() if p.ndim < 2]  # noqa: E731
+SCHEDULERS = {
+    "lambda": lambda o: optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "one cycle": lambda o: optim.lr_scheduler.OneCycleLR(o, [1e-2] * len(o.param_groups), total_steps=16),
+    "cosine": lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 16),
+}
+
+
+def groups(m: nn.Module) -> list[dict]:
+    layers = [list(block.parameters()) for block in m.net.layers]
+    return [{"params": layers[0], "lr": 1e-3}, {"params": layers[1]}, {"params": m.net.head.parameters()}]
+
+
+CASES = {
+    "all": lambda m: optim.AdamW(m.parameters(), 1e-2),
+    "named": lambda m: optim.AdamW(m.named_parameters(), 1e-2),
+    "filtered": lambda m: optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-2, momentum=0.9),
+    "head only": lambda m: optim.AdamW(m.net.head.parameters(), 1e-2),
+    "head filtered": lambda m: optim.AdamW([p for p in m.net.head.parameters() if p.requires_grad], 1e-2),
+    "no decay": lambda m: optim.AdamW([{"params": DECAY(m)}, {"params": NO_DECAY(m), "weight_decay": 0.0}], 1e-2),
+    "layer-wise": lambda m: optim.AdamW(groups(m), 1e-2),
+    "list": lambda m: [optim.RMSprop(m.parameters(), 1e-2)],
+    "dict": lambda m: {"optimizer": optim.NAdam(m.parameters(), 1e-2)},
+    "two lists": lambda m: ([o := optim.AdamW(m.parameters(), 1e-2)], [SCHEDULERS["cosine"](o)]),
+    "tuple of dicts": lambda m: (
+        {"optimizer": (o := optim.AdamW(groups(m), 1e-2)), "lr_scheduler": SCHEDULERS["lambda"](o)},
+    ),
+    "one cycle by step": lambda m: {
+        "optimizer": (o := optim.AdamW(groups(m), 1e-2)),
+        "lr_scheduler": {"scheduler": SCHEDULERS["one cycle"](o), "interval": "step"},
+    },
+    "adagrad": lambda m: optim.Adagrad(m.net.head.parameters(), 1e-2, initial_accumulator_value=0.1),
+    "adadelta": lambda m: optim.Adadelta(m.parameters()),
+    "adafactor": lambda m: optim.Adafactor(m.parameters()),
+    "lbfgs": lambda m: optim.LBFGS(m.parameters(), 1e-2),
+}
+
+
+class Look(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.first = [[len(group["params"]) for group in o.param_groups] for o in trainer.optimizers]
+        for optimizer in trainer.optimizers:
+            optimizer.state_dict()
+
+    def on_train_end(self, trainer, pl_module):
+        self.groups = [group for o in trainer.optimizers for group in o.param_groups]
+        self.inside = [p for group in self.groups for p in group["params"]]
+        self.trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.base = {n: p.detach().clone() for n, p in pl_module.named_parameters() if ".lora." not in n}
+        self.moved = [n for n, p in self.trained.items() if n.endswith("B") and p.abs().max() > 0]
+
+
+def run(configure, module=None, callback=None, **kwargs) -> Look:
+    module, look = module or Lit(), Look()
+    module.configure_optimizers = lambda: configure(module)
+    trainer(callback or LoRACallback(r=4, merge=False), look, max_epochs=1, **kwargs).fit(module, data(), data(1))
+    return look
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_union_of_the_groups_is_what_is_trained(case):
+    look = run(CASES[case])
+    assert {id(p) for p in look.inside} == {id(p) for p in look.trained.values()}
+    assert len(look.inside) == len(look.trained) == 16
+    assert len(look.moved) == 8, "every B moved"
+    for name, parameter in net().named_parameters():
+        assert torch.equal(look.base[f"net.{name}"], parameter), name
+    expected = CASES[case](Lit())
+    first = expected[0] if isinstance(expected, (list, tuple)) else expected
+    first = first["optimizer"] if isinstance(first, dict) else first
+    first = first[0] if isinstance(first, list) else first
+    assert len(look.groups) == len(first.param_groups)
+
+
+def test_a_and_b_sit_in_the_group_of_their_weight():
+    look = run(CASES["layer-wise"])
+    where = {id(p): index for index, group in enumerate(look.groups) for p in group["params"]}
+    assert {where[id(p)] for n, p in look.trained.items() if "layers.0" in n} == {0}
+    assert {where[id(p)] for n, p in look.trained.items() if "layers.1" in n} == {1}
+    assert [group["lr"] for group in look.groups] == [1e-3, 1e-2, 1e-2] and look.groups[2]["params"] == []
+
+
+def test_rules_by_name_do_not_tear_the_adapter_from_its_weight():
+    def configure(m):
+        named = [p for n, p in m.named_parameters() if "weight" in n]
+        rest = [p for n, p in m.named_parameters() if "weight" not in n]
+        return optim.AdamW([{"params": rest, "weight_decay": 0.0}, {"params": named}], 1e-2)
+
+    assert [len(group["params"]) for group in run(configure).groups] == [0, 16]
+
+
+def test_param_names_follow():
+    look = run(CASES["named"])
+    assert look.groups[0]["param_names"] == list(look.trained)
+
+
+def test_an_optimizer_made_in_init_is_restricted():
+    class Early(Lit):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = optim.AdamW(self.parameters(), 1e-2)
+
+    module = Early()
+    look = run(lambda m: m.optimizer, module)
+    assert len(look.inside) == 16 and len(look.moved) == 8
+
+
+def test_gradients_required_as_without_lora_while_the_user_makes_the_optimizer():
+    seen = {}
+
+    def configure(m):
+        seen.update({n: p.requires_grad for n, p in m.named_parameters()})
+        return optim.AdamW(m.parameters(), 1e-2)
+
+    module = Lit()
+    module.net.layers[0].ln.weight.requires_grad_(False)
+    run(configure, module)
+    assert seen.pop("net.layers.0.ln.weight") is False and all(seen.values())
+
+
+def test_weight_decay_leaves_frozen_parameters_as_they_are():
+    look = run(lambda m: optim.SGD(m.parameters(), 0.1, weight_decay=0.5))
+    for name, parameter in net().named_parameters():
+        assert torch.equal(look.base[f"net.{name}"].view(torch.int32), parameter.view(torch.int32)), name
+
+
+def test_states_of_optimizers_are_fp32_and_no_larger_than_the_adapters():
+    module = Lit()
+    runner = trainer(LoRACallback(r=4, merge=False), max_epochs=1)
+    runner.fit(module, data())
+    state = runner.optimizers[0].state
+    assert len(state) == 16
+    assert {value["exp_avg"].dtype for value in state.values()} == {torch.float32}
+
+
+class ZeroRedundancyOptimizer(optim.SGD):
+    """By its name alone: the real one needs a process group."""
+
+
+def test_optimizers_that_cannot_be_edited_are_refused():
+    with pytest.raises(
+        MisconfigurationException, match=r"`ZeroRedundancyOptimizer` divides its parameters.*plain optimizer"
+    ):
+        run(lambda m: ZeroRedundancyOptimizer(m.parameters(), 1e-2))
+    with pytest.raises(MisconfigurationException, match="`SparseAdam` takes sparse gradients only"):
+        run(lambda m: optim.SparseAdam(list(m.parameters()), 1e-2))
+
+
+def test_no_optimizer_is_warned_of():
+    with pytest.warns(UserWarning, match="`configure_optimizers` returned None, so nothing trains the adapters"):
+        module = Lit()
+        module.configure_optimizers = lambda: None
+        trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
