@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.layers.adapter import Adapters
-from lightning_lora.patterns import first_match
+from lightning_lora.names import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -189,10 +188,6 @@ def _checked_mapping(argument: str, value: Any) -> list[tuple[str, Any]]:
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {name!r}.")
-    if hasattr(Adapters(), name):
-        raise ValueError(
-            f"`name` must not be an attribute of nn.ModuleDict, which holds the adapters, but got {name!r}."
-        )
 
 
 def _check_patterns(argument: str, patterns: Any) -> None:

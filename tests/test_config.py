@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, apply_lora
 
 REFUSED = [
     ({"r": 0}, ValueError, r"`r` must be at least 1, but got 0\. To train no adapter, leave LoRA out\."),
@@ -69,8 +69,11 @@ def test_refused_arguments_say_what_was_expected_and_what_came(arguments, error,
 
 @pytest.mark.parametrize("name", ["keys", "items", "values", "pop", "enabled", "active", "training", "forward"])
 def test_names_that_a_module_dict_has_taken_are_refused_before_anything_changes(name):
+    model = torch.nn.Linear(4, 2)
     with pytest.raises(ValueError, match=rf"`name` .*'{name}'"):
-        LoRAConfig(name=name)
+        apply_lora(model, LoRAConfig(name=name, targets="all"))
+    assert type(model) is torch.nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_lora import LoRAConfig
-from lightning_lora.patterns import covers, first_match, matches, nearest
+from lightning_lora.names import covers, first_match, matches, nearest
 
 few = settings(deadline=None, max_examples=60)
 parts = st.text("abcq_0123", min_size=1, max_size=4)

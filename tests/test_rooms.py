@@ -16,7 +16,7 @@ ROOMS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
 
 # From the ground up. A room imports from rooms of lower floors and from itself.
 FLOORS = [
-    {"version", "names", "patterns"},
+    {"version", "names"},
     {"config"},
     {"ops", "distributed", "files"},
     {"layers"},
@@ -35,7 +35,7 @@ LIBRARIES = {
     "files": {"torch", "safetensors"},
     "peft_format": {"torch", "safetensors"},
     "trainer": {"torch", "numpy", "safetensors", "typing_extensions"} | LIGHTNING,
-    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm"},
+    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm"} | LIGHTNING,
 }
 
 

@@ -21,8 +21,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.files.safe_file import read_tensors
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import join
+from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.layers import KINDS
-from lightning_lora.peft_format.peft_config import Scaled, written_config
 from lightning_lora.peft_format.peft_files import CONFIG, WEIGHTS, write_directory
 from lightning_lora.peft_format.provenance import OWN, base_in, header
 from lightning_lora.peft_format.targets import exact_targets

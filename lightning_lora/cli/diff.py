@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_lora.files.safetensors import NAMED, StoredTensor
 from lightning_lora.files.weights import open_weights
-from lightning_lora.ops.bits import same_bits
-from lightning_lora.ops.gram import cosine, distance, norm
+from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.ops.low_rank import cosine, distance, norm
 from lightning_lora.peft_format.stored import StoredPair, check_plain, is_adapter, open_adapter
 
 

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_lora.cli.base_match import why_tied
 from lightning_lora.cli.meta_model import is_embedding
-from lightning_lora.cli.tied import why_tied
 from lightning_lora.files.atomic import written_whole
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, open_weights
-from lightning_lora.ops.bits import same_bits
+from lightning_lora.names import matches, nearest
+from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import best_rank
-from lightning_lora.patterns import matches, nearest
 from lightning_lora.peft_format.stored import CONFIG, PREFIX, WEIGHTS
 
 

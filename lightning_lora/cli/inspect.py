@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import join
-from lightning_lora.ops.gram import Pair, norm
+from lightning_lora.ops.low_rank import Pair, norm
 from lightning_lora.peft_format.provenance import BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpoints import KEY, facts_in

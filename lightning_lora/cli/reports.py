@@ -8,12 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning_lora.cli.convert import Exported
-from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
 from lightning_lora.cli.diff import Difference, Differences
 from lightning_lora.cli.extract import Extraction
 from lightning_lora.cli.inspect import Inspection
 from lightning_lora.cli.merge import MergeReport
-from lightning_lora.cli.plan import PlannedCosts
+from lightning_lora.cli.plan import ACCOUNTINGS, ADAPTER, PlannedCosts
 from lightning_lora.model.table import bytes_text
 
 LISTED = 20  # rows of a list that has no limit of its own

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import StoredTensor, TensorFile, open_tensors
-from lightning_lora.patterns import nearest
+from lightning_lora.names import nearest
 
 INDEX = ".safetensors.index.json"
 

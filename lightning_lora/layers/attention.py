@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
-from lightning_lora.layers.merged_forward import acts, may_sum, summed
+from lightning_lora.layers.merged_forward import acts, may_sum, with_merged_weights
 from lightning_lora.layers.weight_view import Part, Rows
 from lightning_lora.ops.linear import frozen_linear
 
@@ -50,7 +50,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if not acts(self):
             return super().forward(query, key, value, *arguments)
         if may_sum(self, query) or query.is_nested:
-            with summed(self):
+            with with_merged_weights(self):
                 return super().forward(query, key, value, *arguments)
         if is_causal and attn_mask is None:
             raise RuntimeError(

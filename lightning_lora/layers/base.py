@@ -74,7 +74,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 @contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """While it lasts no adapter of ``model`` acts."""
     layers = [layer for _, layer in adapted_layers(model)]
     flags = [layer.lora.enabled for layer in layers]

@@ -1,13 +1,16 @@
-"""LoRA for convolutions of every kind, whatever their stride, padding, dilation and groups."""
+"""LoRA for convolutions and transposed convolutions, with any stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
+from lightning_lora.layers.weight_view import Part
 
 
 class ConvAdapter(Adapter):
@@ -64,3 +67,70 @@ class LoRAConv3d(LoRAConv, nn.Conv3d):
 
     lora_original_class = nn.Conv3d
     lora_pointwise = staticmethod(nn.functional.conv3d)
+
+
+class TransposedConvAdapter(Adapter):
+    """Adds a pointwise convolution with A, of r channels in each group, followed by a transposed one with B.
+
+    A is ``(r, in_channels)`` and B ``(out_channels / groups * kernel, r)``, so that ``B A`` has the shape of the weight
+    seen as a matrix the other way round, for any number of groups.
+    """
+
+    def forward(self, y: Tensor, x: Tensor, layer: LoRAConvTranspose, output_padding: list[int]) -> Tensor:
+        """The output ``y`` with the term for the input ``x``."""
+        kernel = parameter_of(layer).shape[1:]  # (out_channels / groups, *kernel_size)
+        ones = [1] * (len(kernel) - 1)
+        A = self.A.to(x.dtype).view(self.r, layer.groups, -1).transpose(0, 1)  # (groups, r, in_channels / groups)
+        hidden = layer.lora_pointwise(self.dropped(x), A.reshape(layer.groups * self.r, -1, *ones), groups=layer.groups)
+        B = (self.scale * self.B).to(x.dtype).t().reshape(self.r, *kernel).repeat(layer.groups, *[1] * len(kernel))
+        place = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+        return y + layer.lora_transposed(hidden, B, None, *place).to(y.dtype)
+
+
+class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
+    """What the three have in common."""
+
+    lora_adapter_class = TransposedConvAdapter
+    lora_pointwise: Callable[..., Tensor]
+    lora_transposed: Callable[..., Tensor]
+
+    @classmethod
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix: torch keeps the weight of a transposed convolution as ``(in_channels, ...)``."""
+        return [Part(transposed=True)]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
+        """The frozen transposed convolution, then each adapter's term."""
+        y = super().forward(input, output_size)
+        if self.lora.active():
+            dimensions = len(self.kernel_size)
+            stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
+            kept: Any = list(self.padding)  # numbers: a transposed convolution has no padding by name
+            padding = self._output_padding(input, output_size, stride, kept, kernel, dimensions, dilation)
+            for adapter in self.lora.active():
+                y = adapter(y, input, self, padding)
+        return y
+
+
+class LoRAConvTranspose1d(LoRAConvTranspose, nn.ConvTranspose1d):
+    """An ``nn.ConvTranspose1d`` with adapters."""
+
+    lora_original_class = nn.ConvTranspose1d
+    lora_pointwise = staticmethod(F.conv1d)
+    lora_transposed = staticmethod(F.conv_transpose1d)
+
+
+class LoRAConvTranspose2d(LoRAConvTranspose, nn.ConvTranspose2d):
+    """An ``nn.ConvTranspose2d`` with adapters."""
+
+    lora_original_class = nn.ConvTranspose2d
+    lora_pointwise = staticmethod(F.conv2d)
+    lora_transposed = staticmethod(F.conv_transpose2d)
+
+
+class LoRAConvTranspose3d(LoRAConvTranspose, nn.ConvTranspose3d):
+    """An ``nn.ConvTranspose3d`` with adapters."""
+
+    lora_original_class = nn.ConvTranspose3d
+    lora_pointwise = staticmethod(F.conv3d)
+    lora_transposed = staticmethod(F.conv_transpose3d)

@@ -1,4 +1,7 @@
-"""LoRA for ``nn.Embedding``: the same pair, with the one-hot vector of an index as input."""
+"""LoRA for ``nn.Embedding`` and ``nn.EmbeddingBag``.
+
+The input of the pair is the one-hot vector of an index; a bag takes the sum or the mean of rows of A.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.merged_forward import sum_of
 from lightning_lora.layers.weight_view import Part
 
 
@@ -88,3 +92,52 @@ def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     index = torch.arange(len(flat), device=flat.device)
     shortened = torch.embedding_renorm_(flat, index, max_norm, norm_type).view_as(rows)
     return shortened + (rows - rows.detach())
+
+
+class EmbeddingBagAdapter(Adapter):
+    """Adds ``scale * B`` times the bag of the columns of A."""
+
+    def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
+        """The bags ``y`` of shape ``(bags, embedding_dim)`` with their terms; the padding index has none."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        weights = None if weights is None else weights.to(dtype)
+        hidden = bags(layer, self.A.t().to(dtype), index, offsets, weights)  # (bags, r)
+        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
+
+
+class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
+    """An ``nn.EmbeddingBag`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``.
+
+    The largest of rows is no sum of anything, nor are rows cut to ``max_norm``: with these the whole sum is built.
+    """
+
+    lora_original_class = nn.EmbeddingBag
+    lora_adapter_class = EmbeddingBagAdapter
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """The frozen bags, then each adapter's term."""
+        if self.max_norm is not None or (self.mode == "max" and self.lora.active()):
+            total = sum_of(self, "weight") if self.lora.active() else self.weight.clone()  # torch cuts rows in place
+            return bags(self, total, input, offsets, per_sample_weights, self.max_norm)
+        y = super().forward(input, offsets, per_sample_weights)
+        for adapter in self.lora.active():
+            y = adapter(y, self, input, offsets, per_sample_weights)
+        return y
+
+
+def bags(
+    layer: LoRAEmbeddingBag, weight: Tensor, index: Tensor, offsets: Any, weights: Any, max_norm: float | None = None
+) -> Tensor:
+    """The bags of the rows of ``weight``, whose gradient is dense, as ``layer`` makes them."""
+    return F.embedding_bag(
+        index,
+        weight,
+        offsets,
+        max_norm=max_norm,
+        norm_type=layer.norm_type,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
+        mode=layer.mode,
+        per_sample_weights=weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )

@@ -1,16 +1,24 @@
-"""LoRA for ``nn.Linear`` and its sub-classes, quantized ones too."""
+"""LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D`` and quantized layers.
+
+``Conv1D`` keeps its weight transposed. Quantized layers, as those of bitsandbytes, have no matrix that could be read:
+the adapter adds its term to their output. They are recognised by the library that their class comes from, which is not
+imported.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.weight_view import Part
 from lightning_lora.ops.fused_dropout import can_drop, frozen_with_dropped
 from lightning_lora.ops.fused_linear import computed_dtype, frozen_with_low_rank, in_one
 from lightning_lora.ops.linear import add_hidden, add_low_rank, frozen_linear
-from lightning_lora.ops.reading import Siblings, frozen_with_hidden
+from lightning_lora.ops.shared_input import Siblings, frozen_with_hidden
 
 
 class LinearAdapter(Adapter):
@@ -80,3 +88,37 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
         for adapter in self.lora.active():
             y = adapter(y, input)
         return y
+
+
+class TransposedLinear(LoRALayer):
+    """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
+
+    lora_adapter_class = LinearAdapter
+
+    @classmethod
+    def lora_parts(cls, module: nn.Module) -> list[Part]:
+        """One matrix, kept the other way round."""
+        return [Part(transposed=True)]
+
+    def forward(self, x: Tensor) -> Any:
+        """The frozen map, then each adapter's term."""
+        y = super().forward(x)
+        for adapter in self.lora.active():
+            y = adapter(y, x)
+        return y
+
+
+def transposed_root(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class named ``Conv1D`` that ``cls`` is or derives from, told from ``nn.Conv1d`` by its case and its bases."""
+    return next((base for base in cls.__mro__ if base.__name__ == "Conv1D" and issubclass(base, nn.Module)), None)
+
+
+def transposed_kind(root: type[nn.Module]) -> type[LoRALayer]:
+    """The adapted class for that ``Conv1D``."""
+    return type("LoRAConv1D", (TransposedLinear, root), {"lora_original_class": root, "__module__": __name__})
+
+
+def is_quantizing(cls: type[nn.Module]) -> bool:
+    """Whether layers of class ``cls`` keep a weight that is no matrix."""
+    known = any(base.__module__.partition(".")[0] == "bitsandbytes" for base in cls.__mro__)
+    return known and issubclass(cls, nn.Linear)  # its embeddings are plain

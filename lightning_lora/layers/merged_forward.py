@@ -37,12 +37,12 @@ class OnWeight(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward, on the sums."""
-        with summed(self):
+        with with_merged_weights(self):
             return super().forward(*args, **kwargs)
 
 
 @contextmanager
-def summed(module: nn.Module) -> Iterator[None]:
+def with_merged_weights(module: nn.Module) -> Iterator[None]:
     """While it lasts, adapted layers in ``module`` have their sums in place of their weights, and no adapters."""
     with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
         layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active()]

@@ -13,18 +13,27 @@ from torch import nn
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.bilinear import LoRABilinear
-from lightning_lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.embedding_bag import LoRAEmbeddingBag
-from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear
+from lightning_lora.layers.conv import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAConvTranspose2d,
+    LoRAConvTranspose3d,
+)
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.linear import (
+    LoRALinear,
+    LoRAQuantizedLinear,
+    is_quantizing,
+    transposed_kind,
+    transposed_root,
+)
 from lightning_lora.layers.merged_forward import OnWeight
 from lightning_lora.layers.parameter import OnRead, expert_keys, holds_experts, readable_part, reading
-from lightning_lora.layers.quantized import is_quantizing
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
 from lightning_lora.layers.source_code import HANDLING, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
-from lightning_lora.layers.transposed_conv import LoRAConvTranspose1d, LoRAConvTranspose2d, LoRAConvTranspose3d
-from lightning_lora.layers.transposed_linear import transposed_kind, transposed_root
 from lightning_lora.layers.weight_view import Part
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.merged_forward import acts, may_sum, summed
+from lightning_lora.layers.merged_forward import acts, may_sum, with_merged_weights
 
 
 class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
@@ -26,7 +26,7 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
         if not acts(self):
             return super().forward(src, *args, **kwargs)
         fast = may_sum(self, src)
-        with summed(self) if fast else closed(self, "activation_relu_or_gelu"):
+        with with_merged_weights(self) if fast else closed(self, "activation_relu_or_gelu"):
             return super().forward(src, *args, **kwargs)
 
 

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local, reshard
-from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
-from lightning_lora.layers.base import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of, resting
-from lightning_lora.layers.initialization import seed_of
+from lightning_lora.layers.adapter import Adapter, Adapters, Pairs, seed_of
+from lightning_lora.layers.base import (
+    LoRALayer,
+    adapted_layers,
+    adapters_disabled,
+    attach,
+    detach,
+    is_adapted,
+    parameter_of,
+)
 from lightning_lora.layers.registry import class_for, host_of, swapped_class
 from lightning_lora.layers.weight_view import Part
 from lightning_lora.model.adapter_loading import accept_adapters
-from lightning_lora.model.freeze import freeze, thaw, trained_parameters
-from lightning_lora.model.hooks import leave_graphs, start_graphs
+from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
+from lightning_lora.model.hooks import accept_base, be_strict, leave_graphs, start_graphs
 from lightning_lora.model.initial_values import moved, put_back, remember
-from lightning_lora.model.loading import accept_base, be_strict
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.record import config_of, forget, is_merged, record_of
 from lightning_lora.model.shared_inputs import join_siblings
@@ -70,6 +76,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     """Adapt those of ``targets`` that are not yet adapted, and freeze the rest."""
+    _check_name_is_free(config.name)
     holders = parameter_holders(model)
     made = {name: _made(name, targets, config) for name, module in targets.modules.items() if not _has_pairs(module)}
     for name, module in targets.modules.items():
@@ -86,6 +93,13 @@ def inject(model: nn.Module, targets: Targets, config: LoRAConfig) -> None:
     accept_base(model)
     accept_adapters(model)
     start_graphs(model)
+
+
+def _check_name_is_free(name: str) -> None:
+    if hasattr(Adapters(), name):
+        raise ValueError(
+            f"`name` must not be an attribute of nn.ModuleDict, which holds the adapters, but got {name!r}."
+        )
 
 
 def _has_pairs(module: nn.Module) -> bool:
@@ -211,7 +225,7 @@ def drop_adapters(model: nn.Module) -> None:
         detach(layer)
     be_strict(model)
     leave_graphs(model)
-    thaw(model)
+    unfreeze(model)
     forget(model)
 
 
@@ -235,7 +249,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     _check_whole(model)
     trained = _swap_originals(model)
     try:
-        with resting(model):
+        with adapters_disabled(model):
             yield
     finally:
         reshard(model)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import shape_of, whole_parameters
 from lightning_lora.model.freeze import trained_parameters
-from lightning_lora.ops.bits import checksum
+from lightning_lora.ops.exact_sum import checksum
 
 Fingerprint = dict[str, list[int | None]]
 

@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers
 from lightning_lora.model.record import prune, record_of, records
-from lightning_lora.patterns import covers
+from lightning_lora.names import covers
 
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
@@ -39,7 +39,7 @@ def enforce(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in wanted)
 
 
-def thaw(model: nn.Module) -> None:
+def unfreeze(model: nn.Module) -> None:
     """Give every parameter of the base the ``requires_grad`` that it was found with."""
     reshard(model)  # what an evaluation gathered in inference mode takes no flag
     for _, module, record in records(model):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.distributed.sharded import local
 from lightning_lora.model.record import record_of, records
-from lightning_lora.ops.bits import same_bits
+from lightning_lora.ops.exact_sum import same_bits
 
 
 def remember(model: nn.Module) -> None:

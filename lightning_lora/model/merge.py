@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import is_piece, is_sharded, local, reshard, whole
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
-from lightning_lora.layers.quantized import is_quantizing
+from lightning_lora.layers.linear import is_quantizing
 from lightning_lora.layers.registry import class_for
-from lightning_lora.model.freeze import freeze, thaw
-from lightning_lora.model.hooks import leave_graphs, start_graphs
-from lightning_lora.model.loading import accept_base, be_strict
+from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.hooks import accept_base, be_strict, leave_graphs, start_graphs
 from lightning_lora.model.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
 from lightning_lora.ops import exact_sum as exact
-from lightning_lora.ops.bits import checksum
+from lightning_lora.ops.exact_sum import checksum
 
 
 def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
@@ -58,11 +57,11 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     lost = _merge_all(layers)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
-        thaw(holder)
+        unfreeze(holder)
         be_strict(holder)
         leave_graphs(holder)
     if not undo:
-        thaw(model)
+        unfreeze(model)
         forget(model)
     return lost
 
@@ -215,7 +214,7 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     weight.copy_(merged)  # the last step that an error could come before
     if layer.lora_settle():
         for part, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
-            part.nearly = exact.subtracted(matrix, pairs)
+            part.roundtrip = exact.subtracted(matrix, pairs)
         record.patches, record.checksum = _patches(originals, sums), checksum(weight)
     return record, sums
 
@@ -226,7 +225,7 @@ def _together(matrices: list[Tensor], weight: Tensor) -> Tensor:
 
 
 def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch]:
-    return [exact.patch_for(matrix, part.nearly) for matrix, part in zip(originals, sums, strict=True)]
+    return [exact.patch_for(matrix, part.roundtrip) for matrix, part in zip(originals, sums, strict=True)]
 
 
 def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:

@@ -15,7 +15,7 @@ from lightning_lora.layers.registry import plain_class
 from lightning_lora.layers.weight_view import Part
 from lightning_lora.model.freeze import adapter_parameters, asked_for
 from lightning_lora.model.table import Row, beside, bytes_text, row_of, table
-from lightning_lora.patterns import matches
+from lightning_lora.names import matches
 from lightning_lora.targets.resolve import Targets, find_targets
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
-from lightning_lora.ops.reading import Siblings
+from lightning_lora.ops.shared_input import Siblings
 from lightning_lora.targets.roles import family_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.distributed.sharded import gathered, laid_out_as, local, reshard, shape_of, units, whole
 from lightning_lora.layers.base import adapted_layers, is_adapted
-from lightning_lora.layers.quantized import is_quantizing
+from lightning_lora.layers.linear import is_quantizing
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_layers, records
@@ -54,10 +54,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
     own = keep_adapter(model, own_state(model))
-    return {key: given(value) for key, value in own.items()} | _merged_state(model)
+    return {key: full_detached(value) for key, value in own.items()} | _merged_state(model)
 
 
-def given(value: Any) -> Any:
+def full_detached(value: Any) -> Any:
     """``value`` as it is given away: whole, and without a gradient."""
     return whole(value).detach() if isinstance(value, Tensor) else value
 
@@ -219,7 +219,7 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _copied(value: Any) -> Any:
-    return given(value).clone() if isinstance(value, Tensor) else value
+    return full_detached(value).clone() if isinstance(value, Tensor) else value
 
 
 def _load_own(module: nn.Module, prefix: str, own: Mapping[str, Any], found: dict[str, Any]) -> None:

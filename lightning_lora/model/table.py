@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_lora.layers.weight_view import Part
-from lightning_lora.patterns import folded
+from lightning_lora.names import folded
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,78 @@
-"""What an ``adapter_config.json`` must be for plain LoRA: every value checked, every other method refused by name."""
+"""PEFT's ``adapter_config.json``: every value checked, methods other than plain LoRA refused by name.
+
+Its rules are read from peft 0.21 (``tuners/lora/config.py``, ``tuners/lora/model.py``), which is not imported.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.config import BIASES
 from lightning_lora.files.json_files import shown
-from lightning_lora.patterns import Value
-from lightning_lora.peft_format.peft_config import ALL_LINEAR, PeftConfig
+from lightning_lora.names import Value
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an ``adapter_config.json`` asks for, checked; names are relative to the model that peft wraps.
+
+    Args:
+        r: rank where ``rank_pattern`` says nothing.
+        alpha: numerator of the scale where ``alpha_pattern`` says nothing.
+        targets: names and their tails, or a regular expression, or ``"all-linear"``.
+        exclude: names and their tails, or a regular expression.
+        layers: numbers of the layers to adapt; ``None`` for all.
+        layers_pattern: what such a number comes after.
+        rank_pattern: ranks by regular expression.
+        alpha_pattern: alphas by regular expression.
+        rslora: whether the scale is ``alpha / sqrt(r)``.
+        modules_to_save: the ends of the names of modules that are trained in full.
+        bias: which biases train.
+        dropout: probability of dropping an input of A.
+        gaussian: whether A starts as a normal.
+        classifies: whether the task has a classification head.
+    """
+
+    r: int
+    alpha: float
+    targets: list[str] | str
+    exclude: list[str] | str | None
+    layers: list[int] | None
+    layers_pattern: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    rslora: bool
+    modules_to_save: list[str]
+    bias: str
+    dropout: float
+    gaussian: bool
+    classifies: bool
+
+    def rank_for(self, name: str) -> int:
+        """Rank of the adapter of the module ``name``."""
+        return first_key(self.rank_pattern, name, self.r)
+
+    def alpha_for(self, name: str) -> float:
+        """Alpha of the adapter of the module ``name``."""
+        return first_key(self.alpha_pattern, name, self.alpha)
+
+    def scale_for(self, name: str) -> float:
+        """Factor in front of ``B A`` for the module ``name``."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def first_key(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first regular expression that ``name`` or a tail of it matches, as in peft."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
 
 INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change it

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import shape_of, whole
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.quantized import is_quantizing
+from lightning_lora.layers.linear import is_quantizing, transposed_root
 from lightning_lora.layers.registry import parts_of, plain_class, root_of
-from lightning_lora.layers.transposed_linear import transposed_root
 
 KINDS = ("linear", "transposed", "embedding", "convolution")
 SLICES, ON_META = "is adapted in slices", "is on the meta device, without values: load the base first"

@@ -12,9 +12,9 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files.json_files import shown
 from lightning_lora.model.freeze import BIAS
-from lightning_lora.model.state import clean_state, frozen_names, given, needed_names
+from lightning_lora.model.state import clean_state, frozen_names, full_detached, needed_names
+from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.layers import PeftPair, adapters_of, expected_shapes, from_peft, keys_of, refusal
-from lightning_lora.peft_format.peft_config import PeftConfig
 from lightning_lora.peft_format.save import PREFIX, REPEATED, holders, places_in
 from lightning_lora.peft_format.targets import exact_pattern, module_names, saved, targeted
 
@@ -158,8 +158,8 @@ def _beside(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Tensor]:
     for key, value in plain.items():
         if not isinstance(own.get(key), Tensor):
             raise ValueError(f"The adapter's file has {shown(key)}, which the model has not.")
-        _check_value(key, value, given(own[key]))
-        if key in frozen and not _same(value, given(own[key]).cpu()):
+        _check_value(key, value, full_detached(own[key]))
+        if key in frozen and not _same(value, full_detached(own[key]).cpu()):
             raise ValueError(
                 f"The adapter's file holds `{key}` of its base, and the model has other values there. Load the base "
                 "that it was trained on first."
@@ -201,4 +201,4 @@ def filled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """``state`` with the biases that train in a ``model`` that was just adapted, and that peft knows by no name."""
     own = clean_state(model)
     missing = [key for key in needed_names(model) if key not in state and BIAS.fullmatch(key.rpartition(".")[2])]
-    return {**state, **{key: given(own[key]).clone() for key in missing}}
+    return {**state, **{key: full_detached(own[key]).clone() for key in missing}}

@@ -19,9 +19,9 @@ from lightning_lora.layers.registry import is_linear, plain_class
 from lightning_lora.model.apply import apply_lora, remove_lora
 from lightning_lora.model.record import config_of, is_merged, records
 from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
-from lightning_lora.peft_format.config import read_config
+from lightning_lora.peft_format.config import PeftConfig, read_config
+from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.load import Sorted, check_adapted, check_targets, config_for, filled, sort, values_for
-from lightning_lora.peft_format.peft_config import PeftConfig, Scaled, written_config
 from lightning_lora.peft_format.provenance import base_of, check_base, check_digest, header
 from lightning_lora.peft_format.save import Contents, contents_of, for_vllm, holders
 from lightning_lora.peft_format.targets import exact_targets, inner_name

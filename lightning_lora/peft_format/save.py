@@ -16,8 +16,8 @@ from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.record import merged_layers
-from lightning_lora.model.state import buffer_names, clean_state, given, lora_state_dict
-from lightning_lora.patterns import covers
+from lightning_lora.model.state import buffer_names, clean_state, full_detached, lora_state_dict
+from lightning_lora.names import covers
 from lightning_lora.peft_format.layers import PeftPair, adapters_of, kind_in_peft, refusal, refused_pairs, to_peft
 from lightning_lora.peft_format.targets import lies_in, saved
 
@@ -84,7 +84,7 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     state = clean_state(inner)
     inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
     _check_finite(pairs)
-    values = {**plain, **{key: given(state[key]) for key in inside}}  # in one order: sharded ones are gathered
+    values = {**plain, **{key: full_detached(state[key]) for key in inside}}  # in one order: sharded ones are gathered
     bases = _all_names(inner, adapted)
     return Contents(pairs, modules_to_save, {_key(key, bases): _as_written(key, v) for key, v in values.items()})
 

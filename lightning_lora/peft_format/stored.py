@@ -18,7 +18,7 @@ import torch
 
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import FLOATS, StoredTensor, TensorFile, open_tensors
-from lightning_lora.ops.gram import Pair
+from lightning_lora.ops.low_rank import Pair
 from lightning_lora.peft_format.provenance import DIGEST, check_digest
 
 PREFIX = "base_model.model."

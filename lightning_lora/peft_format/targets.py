@@ -14,8 +14,8 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import is_linear
-from lightning_lora.patterns import nearest
-from lightning_lora.peft_format.peft_config import ALL_LINEAR, PeftConfig
+from lightning_lora.names import nearest
+from lightning_lora.peft_format.config import ALL_LINEAR, PeftConfig
 
 HEADS = ("score", "classifier")
 

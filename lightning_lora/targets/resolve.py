@@ -14,7 +14,7 @@ from lightning_lora.layers.parameter import ReadAdapter, readable_part
 from lightning_lora.layers.registry import class_for, is_known, parts_of, refusal, refused_parameter
 from lightning_lora.layers.weight_reads import is_read_raw
 from lightning_lora.layers.weight_view import Part
-from lightning_lora.patterns import covers, folded, matches, nearest
+from lightning_lora.names import covers, folded, matches, nearest
 from lightning_lora.targets.fused_qkv import fused_parts
 from lightning_lora.targets.roles import roles_in, stem
 from lightning_lora.targets.select import Alias, Choice, aliases_in, by_name, by_preset, matrix_names

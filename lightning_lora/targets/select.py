@@ -1,4 +1,7 @@
-"""What the user's words choose: modules, matrices in them, or parameters by name."""
+"""What the user's words choose: modules, matrices in them, or parameters by name.
+
+The words are a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``) or a list of patterns.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import is_known, is_linear, parts_of
-from lightning_lora.patterns import matches
+from lightning_lora.names import matches
 from lightning_lora.targets.fused_qkv import FUSED_PARTS
-from lightning_lora.targets.presets import preset
-from lightning_lora.targets.roles import is_fused
+from lightning_lora.targets.roles import is_fused, is_query_or_value, roles_in, unique
 
 
 @dataclass
@@ -117,3 +119,17 @@ def _add(chosen: dict[str, Choice], name: str, choice: Choice) -> None:
 
 def _matches(all_names: Iterable[str], pattern: str) -> bool:
     return any(matches(name, pattern) for name in all_names)
+
+
+def preset(model: nn.Module, which: str) -> dict[str, tuple[str, ...] | None]:
+    """The names that the preset ``which`` chooses in ``model``, each with the matrices to take if that is not all."""
+    roles = roles_in(model)
+    if which == "qv":
+        cut = {name for name in roles.attention if is_fused(name) or name in roles.whole}
+        chosen = [name for name in roles.attention if name in cut or is_query_or_value(name)]
+        return {name: ("q", "v") if name in cut else None for name in chosen}
+    if which == "all":
+        out = set(roles.heads) | set(roles.routers)
+        found = {*roles.linear, *roles.attention, *roles.experts} - out
+        return dict.fromkeys([name for name in unique(model) if name in found] or roles.convolutions)
+    return dict.fromkeys(roles.attention if which == "attn" else roles.mlp + roles.experts)

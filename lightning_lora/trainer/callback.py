@@ -193,7 +193,7 @@ class LoRACallback(CallbackBase):
             return
         where = unwritable(pl_module)
         if where is not None and self._run is not None:
-            path = export_merged(trainer, self._run.files.know_base())
+            path = export_merged(trainer, self._run.files.base_fingerprint())
             rank_zero_info(
                 f"{where} The merged weights are in {path}, for `safetensors.torch.load_file`, and the module keeps "
                 "its adapters."

@@ -59,7 +59,7 @@ class Files:
         wrap(stack, self.strategy, "lightning_module_state_dict", self.module_state)
         wrap(stack, self.strategy, "load_model_state_dict", self.load_module_state)
 
-    def know_base(self) -> Fingerprint:
+    def base_fingerprint(self) -> Fingerprint:
         """The fingerprint of the base, taken once; every rank must call it."""
         self.base = self.base or fingerprint(self.module, self.strategy.root_device)
         return self.base
@@ -83,7 +83,7 @@ class Files:
             return original(checkpoint, filepath, storage_options=storage_options)
         checkpoints.check_complete(checkpoint, self.module)
         checkpoint = checkpoints.without_base(checkpoint, self.module)
-        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.know_base(), kinds(self.module))
+        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.base_fingerprint(), kinds(self.module))
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {
                 **checkpoint["callbacks"],
@@ -111,7 +111,7 @@ class Files:
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not is_adapted(self.module):
             self.adapt()
-        checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.know_base())
+        checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.base_fingerprint())
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
         if self.seams.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()

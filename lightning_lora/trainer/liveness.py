@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import adapted_layers
-from lightning_lora.names import join
-from lightning_lora.patterns import folded
+from lightning_lora.names import folded, join
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.patching import wrap
 

@@ -42,10 +42,10 @@ def wrap(stack: ExitStack, owner: object, name: str, replacement: Callable[..., 
 
     Not by ``functools.wraps``: Lightning's ``is_overridden`` looks through it.
     """
-    put(stack, owner, name, Wrapped(getattr(owner, name), replacement))
+    patch_attribute(stack, owner, name, Wrapped(getattr(owner, name), replacement))
 
 
-def put(stack: ExitStack, owner: object, name: str, value: object) -> None:
+def patch_attribute(stack: ExitStack, owner: object, name: str, value: object) -> None:
     """Let ``owner.name`` be ``value`` until ``stack`` closes, then again what was on the instance before."""
     previous = owner.__dict__.get(name, _ABSENT)
     object.__setattr__(owner, name, value)

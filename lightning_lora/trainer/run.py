@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from lightning_lora.config import BASE_DTYPES, LoRAConfig
 from lightning_lora.distributed.sharded import local
-from lightning_lora.layers.base import is_adapted, resting
+from lightning_lora.layers.base import adapters_disabled, is_adapted
 from lightning_lora.model.apply import check_same, drop_adapters, inject
 from lightning_lora.model.base_dtype import cast_by_autocast, lower
-from lightning_lora.model.freeze import freeze, is_frozen, thaw
+from lightning_lora.model.freeze import freeze, is_frozen, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.record import Record, all_records, config_of, is_merged, place_again
 from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
 from lightning_lora.model.summary import describe
-from lightning_lora.ops.bits import same_bits
+from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.targets.resolve import find_targets
 from lightning_lora.trainer.checkpoint_io import Files
 from lightning_lora.trainer.compatibility import SHARDING, is_a, overrides
@@ -100,7 +100,7 @@ class Run:
         result = original(*args, **kwargs)
         self.inject()
         if self.stage == "fit" or self.seams.loads_late:
-            self.files.know_base()  # while it is as the user built it
+            self.files.base_fingerprint()  # while it is as the user built it
         self.seams.settle(self.stack)
         self.exchange()
         self.lower_base()
@@ -128,7 +128,7 @@ class Run:
         if path is not None and not self.found_bare and self.stage == "fit":
             rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and goes on with those.")
         elif path is not None and self.found_bare:
-            start_from(self.module, path, self.config, self.files.know_base())
+            start_from(self.module, path, self.config, self.files.base_fingerprint())
             self.files.loaded = True
             self.snapshot = deepcopy(lora_state_dict(self.module))  # untrained is what still has these
 
@@ -154,9 +154,9 @@ class Run:
 
         self.files.restore_random_state()
         place_again(self.module, self.records)  # converting to SyncBatchNorm puts new modules in place of old ones
-        thaw(self.module)
+        unfreeze(self.module)
         try:
-            with resting(self.module):  # parameters that are adapted where they are read are themselves here
+            with adapters_disabled(self.module):  # parameters that are adapted where they are read are themselves here
                 result = original()
         finally:
             freeze(self.module, self.config)
@@ -201,9 +201,9 @@ class Run:
             self.ended = True
             place_again(self.module, self.records)
             if not self.found_frozen:
-                thaw(self.module)
+                unfreeze(self.module)
             if self.stage != "fit" or self.abandoned or (self.interrupted and self.untrained()):
-                self.leave_as_found()
+                self.restore()
 
     def untrained(self) -> bool:
         """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
@@ -213,7 +213,7 @@ class Run:
         every_B = [local(p) for name, p in lora_parameters(self.module) if name.endswith("B") and not p.is_meta]
         return not any(bool(B.any()) for B in every_B)
 
-    def leave_as_found(self) -> None:
+    def restore(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""
         if self.found_merged and is_adapted(self.module) and self.snapshot:
             load_lora_state_dict(self.module, self.snapshot)

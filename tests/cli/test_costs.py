@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_lora.cli.costs import ACCOUNTINGS, Costs
-from lightning_lora.cli.plan import plan_files
+from lightning_lora.cli.plan import ACCOUNTINGS, Costs, plan_files
 from lightning_lora.cli.shapes import Transformer
 
 GPT3 = Transformer(hidden=12288, layers=96, heads=96, vocab=50257, positions=2048, biases="all", tied=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_lora.cli.tied import why_tied
+from lightning_lora.cli.base_match import why_tied
 from lightning_lora.files.weights import open_weights
 from tests.helpers.on_disk import base_tensors, write_base
 

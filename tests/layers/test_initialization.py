@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.layers.initialization import default_seed, initial_A, seed_of
+from lightning_lora.layers.adapter import default_seed, initial_A, seed_of
 from tests.helpers import oracles
 
 

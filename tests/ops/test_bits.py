@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_lora.ops import bits as module
-from lightning_lora.ops.bits import bits, checksum, same_bits
+from lightning_lora.ops import exact_sum as module
+from lightning_lora.ops.exact_sum import bits, checksum, same_bits
 from tests.helpers import oracles
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -111,14 +111,14 @@ def test_the_matrix_itself_stays_and_nearly_is_what_subtracting_gives(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30)]
     result = exact.added(matrix, pairs)
     assert oracles.same_bits(matrix, noise(40, 30).to(dtype))
-    assert oracles.same_bits(result.nearly, exact.subtracted(result.merged, pairs))
+    assert oracles.same_bits(result.roundtrip, exact.subtracted(result.merged, pairs))
     assert not oracles.same_bits(result.merged, matrix)
 
 
 def there_and_back(original, pairs):
     """What a merge and an unmerge do to a matrix; the patch between them."""
     result = exact.added(original, pairs)
-    patch = exact.patch_for(original, result.nearly)
+    patch = exact.patch_for(original, result.roundtrip)
     return exact.patched(exact.subtracted(result.merged, pairs), patch), patch
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_lora.ops.gram import cosine, distance, inner, norm
+from lightning_lora.ops.low_rank import cosine, distance, inner, norm
 
 
 def drawn(out_features, in_features, r, seed):

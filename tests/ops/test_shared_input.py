@@ -27,7 +27,7 @@ from lightning_lora.ops.shared_input import FrozenWithHidden, LowRankInputs
 def on_cpu(monkeypatch):
     """Let the ops of GPUs serve on a CPU, where they are tested."""
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr("lightning_lora.ops.reading.WIDE", 1)
+    monkeypatch.setattr("lightning_lora.ops.shared_input.WIDE", 1)
 
 
 class Attention(nn.Module):
@@ -480,7 +480,7 @@ def test_a_compiled_map_that_is_not_called_and_dropout():
 
 
 def test_small_inputs_are_each_layers_own(monkeypatch):
-    monkeypatch.setattr("lightning_lora.ops.reading.WIDE", 2**22)
+    monkeypatch.setattr("lightning_lora.ops.shared_input.WIDE", 2**22)
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     with readings() as read:
         mine = gradients(model, x)

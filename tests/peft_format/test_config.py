@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
 from lightning_lora.peft_format.config import IGNORED, READ, REFUSED, read_config
-from lightning_lora.peft_format.peft_config import Scaled, written_config
+from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.targets import exact_targets, inner_name, saved, targeted
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q"]}

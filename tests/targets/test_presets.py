@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.targets.presets import preset
 from lightning_lora.targets.roles import is_fused
+from lightning_lora.targets.select import preset
 
 
 def module(**children):

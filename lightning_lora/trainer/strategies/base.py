@@ -27,7 +27,7 @@ from lightning_lora.distributed.sharded import (
 from lightning_lora.layers.base import adapted_layers, parameter_of
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
 from lightning_lora.trainer.imports import MisconfigurationException
-from lightning_lora.trainer.patching import put, wrap
+from lightning_lora.trainer.patching import patch_attribute, wrap
 
 
 class Seams:
@@ -137,7 +137,7 @@ class FSDP1(Sharded):
 
     def open(self, stack: ExitStack) -> None:
         """One file, not a directory."""
-        put(stack, self.strategy, "_state_dict_type", "full")
+        patch_attribute(stack, self.strategy, "_state_dict_type", "full")
         super().open(stack)
 
     def check(self, bare: bool) -> None:
@@ -178,7 +178,7 @@ class FSDP1(Sharded):
         theirs = [*(kwargs.get("ignored_states") or ()), *(kwargs.get("ignored_modules") or ())]
         ignored = [p for one in theirs for p in (one.parameters() if isinstance(one, nn.Module) else [one])]
         rest = {key: value for key, value in kwargs.items() if key != "ignored_modules"}
-        put(stack, self.strategy, "kwargs", {**rest, "ignored_states": [*ignored, *ours]})
+        patch_attribute(stack, self.strategy, "kwargs", {**rest, "ignored_states": [*ignored, *ours]})
 
     def _check_casts(self) -> None:
         own, adapters = self.strategy.mixed_precision, adapter_parameters(self.module)
@@ -195,7 +195,7 @@ class FSDP2(Sharded):
 
     def open(self, stack: ExitStack) -> None:
         """One file, not a directory."""
-        put(stack, self.strategy, "_save_distributed_checkpoint", False)
+        patch_attribute(stack, self.strategy, "_save_distributed_checkpoint", False)
         super().open(stack)
 
     def settle(self, stack: ExitStack) -> None:

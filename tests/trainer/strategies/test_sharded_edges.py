@@ -19,7 +19,7 @@ from lightning_lora.files.merged_file import write_merged
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.layers.registry import parts_of
 from lightning_lora.layers.weight_view import Part
-from lightning_lora.model.freeze import thaw
+from lightning_lora.model.freeze import unfreeze
 from lightning_lora.trainer.strategies.base import FSDP1, FSDP2, Sharded, states_in
 from tests.helpers.models import net
 from tests.helpers.scripts import run_script
@@ -52,7 +52,7 @@ def test_after_an_evaluation_the_parts_get_their_flags_back(tmp_path):
         with torch.no_grad():
             model(torch.ones(2, 4))
         assert not is_sharded(model[0]._parameters["weight"])  # the whole, which the root keeps
-        thaw(model)
+        unfreeze(model)
         assert all(is_sharded(parameter) and parameter.requires_grad for parameter in model.parameters())
     finally:
         distributed.destroy_process_group()
