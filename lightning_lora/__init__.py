@@ -17,7 +17,17 @@ docstring of each room states its rule. From the ground up:
     peft_format        PEFT's directories, read and written
     trainer            one run of a Lightning Trainer: callback, checkpoints, strategies
     cli                the command lightning-lora
+
+``LoRACallback`` and ``load_from_checkpoint`` import Lightning when they are first asked for (PEP 562), so the verbs and
+the command line start without it. Where Lightning is imported already they come at once, as LightningCLI knows the
+short name of a class only after its import.
 """
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
@@ -25,9 +35,11 @@ from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.plan import plan_lora
 from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
 from lightning_lora.peft_format.peft_files import load_adapter, save_adapter
-from lightning_lora.trainer.callback import LoRACallback
-from lightning_lora.trainer.from_checkpoint import load_from_checkpoint
 from lightning_lora.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from lightning_lora.trainer.callback import LoRACallback
+    from lightning_lora.trainer.from_checkpoint import load_from_checkpoint
 
 __all__ = [
     "LoRACallback",
@@ -45,3 +57,25 @@ __all__ = [
     "save_adapter",
     "unmerge_lora",
 ]
+
+_NEEDS_LIGHTNING = {
+    "LoRACallback": "lightning_lora.trainer.callback",
+    "load_from_checkpoint": "lightning_lora.trainer.from_checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NEEDS_LIGHTNING[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
+    for _name in _NEEDS_LIGHTNING:
+        __getattr__(_name)

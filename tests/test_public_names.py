@@ -73,6 +73,36 @@ assert not torch.cuda.is_initialized()
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_lightning_is_imported_when_it_is_asked_for():
+    script = """
+import sys
+import lightning_lora
+def imported():
+    return {"lightning", "lightning_fabric", "lightning.pytorch", "pytorch_lightning"} & sys.modules.keys()
+assert not imported(), imported()
+assert set(lightning_lora.__all__) <= set(dir(lightning_lora))
+lightning_lora.apply_lora(__import__("torch").nn.Linear(4, 2), lightning_lora.LoRAConfig(targets="all"))
+assert not imported(), imported()
+lightning_lora.LoRACallback
+assert "lightning.pytorch" in sys.modules
+assert "LoRACallback" in vars(lightning_lora), "the second access costs nothing"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
+def test_the_callback_comes_at_once_where_lightning_is_there(first):
+    script = f"import {first}, lightning_lora; assert 'LoRACallback' in vars(lightning_lora)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lightning_lora' has no attribute 'LoraCallback'"):
+        lightning_lora.LoraCallback  # noqa: B018
+
+
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
 def test_import_leaves_the_logger_that_the_user_may_have_silenced(first):
     script = f"""
