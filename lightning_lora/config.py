@@ -1,15 +1,25 @@
-"""What the user asks for: one frozen dataclass, validated in one place."""
+"""What the user asks for: what is adapted and how, and what a run does with it."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from lightning_lora.arguments import (
+    check_choice,
+    check_flag,
+    check_mapping,
+    check_number,
+    check_path,
+    check_patterns,
+    check_positive,
+    check_rank,
+    plain_data,
+)
 from lightning_lora.names import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
@@ -42,18 +52,11 @@ class LoRAConfig:
         rank_pattern: ranks that differ from ``r``, by pattern; the first key that matches counts.
         alpha_pattern: alphas that differ from ``alpha``, by pattern.
         seed: seed of A; ``None`` takes the one that ``seed_everything`` set, else 0.
-        lr_scale: factor on the learning rate of optimizer groups that hold adapters. Read by the callback.
-        merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``. Read by the callback.
         name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
-        liveness: check that every adapter runs and gets a gradient. Read by the callback.
-        init_from: PEFT directory, or checkpoint of another run, that fresh adapters start from. Read by the callback.
-        export: directory in which the end of fit writes the adapters in PEFT's format. Read by the callback.
-        base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
-            ``"fp16"``; ``None`` leaves them as they are. Read by the callback.
 
     Raises:
         ValueError: if a value is out of its range.
-        TypeError: if a value has the wrong type.
+        TypeError: if a value has the wrong type, or is an argument of a run: those are LoRACallback's.
 
     Example:
         >>> LoRAConfig(r=4, targets=["q_proj", "v_proj"]).scale_for("layers.0.q_proj")
@@ -72,46 +75,49 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     seed: int | None = None
-    lr_scale: float = 1.0
-    merge: bool | str = True
     name: str = "default"
-    liveness: bool = True
-    init_from: str | None = None
-    export: str | None = None
-    base_dtype: str | None = None
+
+    def __new__(cls, *_: Any, **arguments: Any) -> LoRAConfig:
+        """Say where the arguments of a run belong, which ``apply_lora`` could not follow."""
+        for field in fields(RunConfig):
+            if field.name in arguments:
+                raise TypeError(
+                    f"`{field.name}` is an argument of LoRACallback, not of LoRAConfig: it says what a run does. Write "
+                    f"LoRACallback({field.name}=...)."
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check every argument and keep copies of lists; everything else may then rely on it."""
-        _check_rank("r", self.r)
+        """Make every argument plain data and check it; everything else may then rely on it."""
+        _make_plain(self)
+        check_rank("r", self.r)
         if self.alpha is not None:
-            _check_positive("alpha", self.alpha)
+            check_positive("alpha", self.alpha)
         _check_targets(self.targets)
-        _check_patterns("exclude", self.exclude)
-        _check_patterns("also_train", self.also_train)
-        for key, rank in _checked_mapping("rank_pattern", self.rank_pattern):
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in _checked_mapping("alpha_pattern", self.alpha_pattern):
-            _check_positive(f"alpha_pattern[{key!r}]", alpha)
-        if not _is_number(self.dropout):
-            raise TypeError(f"`dropout` must be a number, but got {self.dropout!r}.")
+        for argument in ("exclude", "also_train"):
+            if getattr(self, argument) is not None:
+                check_patterns(argument, getattr(self, argument))
+        for argument, check in (("rank_pattern", check_rank), ("alpha_pattern", check_positive)):
+            if getattr(self, argument) is not None:
+                check_mapping(argument, getattr(self, argument))
+                for key, value in getattr(self, argument).items():
+                    check(f"{argument}[{key!r}]", value)
+        check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a probability in [0, 1), but got {self.dropout!r}.")
-        _check_choice("init", self.init, INITS)
-        _check_choice("bias", self.bias, BIASES)
-        _check_choice("merge", self.merge, MERGES)
-        _check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
-        _check_positive("lr_scale", self.lr_scale)
-        for argument in ("rslora", "liveness"):
-            if not isinstance(getattr(self, argument), bool):
-                raise TypeError(f"`{argument}` must be a bool, but got {getattr(self, argument)!r}.")
-        for argument in ("init_from", "export"):
-            if not isinstance(getattr(self, argument), (str, type(None))):
-                raise TypeError(f"`{argument}` must be a path as a string, but got {getattr(self, argument)!r}.")
+        check_choice("init", self.init, INITS)
+        check_choice("bias", self.bias, BIASES)
+        check_flag("rslora", self.rslora)
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
-        _check_name(self.name)
-        for field in fields(self):
-            object.__setattr__(self, field.name, _own_copy(getattr(self, field.name)))
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {self.name!r}.")
+
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The configuration that :meth:`to_dict` wrote; files of format 1 hold the arguments of the run as well."""
+        of_the_run = {field.name for field in fields(RunConfig)}
+        return cls(**{key: value for key, value in values.items() if key not in of_the_run})
 
     def rank_for(self, *names: str) -> int:
         """Rank of the adapter of the module with these names."""
@@ -129,81 +135,61 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: plain_data(getattr(self, field.name)) for field in fields(self)}
 
 
-def _own_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, list) else value
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does with its adapters, whatever they are: the arguments of a callback that no module needs.
+
+    Args:
+        lr_scale: factor on the learning rate of optimizer groups that hold adapters.
+        merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``.
+        liveness: check that every adapter runs and gets a gradient.
+        init_from: PEFT directory, or checkpoint of another run, that fresh adapters start from.
+        export: directory in which the end of fit writes the adapters in PEFT's format.
+        base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
+            ``"fp16"``; ``None`` leaves them as they are.
+
+    Raises:
+        ValueError: if a value is out of its range.
+        TypeError: if a value has the wrong type.
+    """
+
+    lr_scale: float = 1.0
+    merge: bool | str = True
+    liveness: bool = True
+    init_from: str | None = None
+    export: str | None = None
+    base_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Make every argument plain data and check it."""
+        _make_plain(self)
+        check_positive("lr_scale", self.lr_scale)
+        check_choice("merge", self.merge, MERGES)
+        check_flag("liveness", self.liveness)
+        check_path("init_from", self.init_from)
+        check_path("export", self.export)
+        check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else _own_copy(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_rank(argument: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To train no adapter, leave LoRA out.")
-
-
-def _check_positive(argument: str, value: Any) -> None:
-    if not _is_number(value):
-        raise TypeError(f"`{argument}` must be a number, but got {value!r}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{argument}` must be positive and finite, but got {value}.")
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+def _make_plain(config: LoRAConfig | RunConfig) -> None:
+    for field in fields(config):
+        object.__setattr__(config, field.name, plain_data(getattr(config, field.name)))
 
 
 def _check_targets(targets: Any) -> None:
-    if isinstance(targets, str):
-        if targets not in PRESETS:
-            raise ValueError(
-                f"`targets` must be one of the presets {', '.join(map(repr, PRESETS))} or a list of module names, "
-                f"but got {targets!r}. To adapt modules of that name write targets=[{targets!r}]."
-            )
-        return
-    _check_patterns("targets", targets)
-    if not targets:
-        raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
-
-
-def _checked_mapping(argument: str, value: Any) -> list[tuple[str, Any]]:
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"`{argument}` must be a dict from module names to numbers, but got {value!r}.")
-    _check_patterns(argument, None if value is None else list(value))
-    return list((value or {}).items())
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {name!r}.")
-
-
-def _check_patterns(argument: str, patterns: Any) -> None:
-    if patterns is None and argument != "targets":
-        return
-    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
-        raise TypeError(f"`{argument}` must be a list of module names, but got {patterns!r}.")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern or pattern == "re:":
-            raise TypeError(f"`{argument}` must hold module names as non-empty strings, but got {pattern!r}.")
-        if pattern.startswith("re:"):
-            _check_expression(argument, pattern)
-
-
-def _check_expression(argument: str, pattern: str) -> None:
-    try:
-        re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"`{argument}` has {pattern!r}, which is not a regular expression: {error}.") from error
+    if not isinstance(targets, str):
+        check_patterns("targets", targets)
+        if not targets:
+            raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
+    elif targets not in PRESETS:
+        raise ValueError(
+            f"`targets` must be one of the presets {', '.join(map(repr, PRESETS))} or a list of module names, but got "
+            f"{targets!r}. To adapt modules of that name write targets=[{targets!r}]."
+        )

@@ -1,15 +1,20 @@
 """The arguments: what is accepted, what they mean, and the words that refuse the rest."""
 
 import dataclasses
+import enum
 import io
 import math
 import pickle
+from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora
+from lightning_lora.config import RunConfig
 
 REFUSED = [
     ({"r": 0}, ValueError, r"`r` must be at least 1, but got 0\. To train no adapter, leave LoRA out\."),
@@ -40,11 +45,6 @@ REFUSED = [
     ({"dropout": math.nan}, ValueError, r"`dropout` must be a probability in \[0, 1\), but got nan"),
     ({"init": "zeros"}, ValueError, r"`init` must be one of 'kaiming', 'gaussian', but got 'zeros'"),
     ({"bias": True}, ValueError, r"`bias` must be one of 'none', 'all', 'lora_only', but got True"),
-    ({"merge": "first"}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got 'first'"),
-    ({"merge": 1}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got 1"),
-    ({"merge": None}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got None"),
-    ({"lr_scale": 0.0}, ValueError, r"`lr_scale` must be positive and finite, but got 0\.0"),
-    ({"lr_scale": None}, TypeError, r"`lr_scale` must be a number, but got None"),
     ({"rslora": 1}, TypeError, r"`rslora` must be a bool, but got 1"),
     ({"seed": 1.0}, TypeError, r"`seed` must be an integer or None, but got 1\.0"),
     ({"seed": True}, TypeError, r"`seed` must be an integer or None, but got True"),
@@ -59,6 +59,35 @@ REFUSED = [
     ({"alpha_pattern": 3}, TypeError, r"`alpha_pattern` must .*, but got 3"),
     ({"rank_pattern": {1: 2}}, TypeError, r"`rank_pattern` must .*, but got .*1"),
 ]
+
+
+REFUSED_OF_A_RUN = [
+    ({"merge": "first"}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got 'first'"),
+    ({"merge": 1}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got 1"),
+    ({"merge": None}, ValueError, r"`merge` must be one of True, False, 'last', 'best', but got None"),
+    ({"lr_scale": 0.0}, ValueError, r"`lr_scale` must be positive and finite, but got 0\.0"),
+    ({"lr_scale": None}, TypeError, r"`lr_scale` must be a number, but got None"),
+    ({"liveness": 1}, TypeError, r"`liveness` must be a bool, but got 1"),
+    ({"init_from": 3}, TypeError, r"`init_from` must be a path as a string, but got 3"),
+    ({"export": ["a"]}, TypeError, r"`export` must be a path as a string, but got \['a'\]"),
+    ({"base_dtype": "fp8"}, ValueError, r"`base_dtype` must be one of None, 'bf16', 'fp16', but got 'fp8'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), REFUSED_OF_A_RUN, ids=[str(c[0]) for c in REFUSED_OF_A_RUN])
+def test_refused_arguments_of_a_run(arguments, error, words):
+    with pytest.raises(error, match=words):
+        RunConfig(**arguments)
+    with pytest.raises(error, match=words):
+        LoRACallback(**arguments)
+
+
+@pytest.mark.parametrize("argument", [field.name for field in dataclasses.fields(RunConfig)])
+def test_an_argument_of_a_run_is_no_argument_of_the_adapter(argument):
+    with pytest.raises(
+        TypeError, match=rf"`{argument}` is an argument of LoRACallback, not of LoRAConfig: .* Write Lo"
+    ):
+        LoRAConfig(**{argument: getattr(RunConfig(), argument)})
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), REFUSED, ids=[str(case[0]) for case in REFUSED])
@@ -81,12 +110,10 @@ def test_names_that_a_module_dict_has_taken_are_refused_before_anything_changes(
     [
         {"r": 1},
         {"alpha": 0.5},
-        {"targets": ("q_proj", "re:.*v_proj")},
+        {"targets": ["q_proj", "re:.*v_proj"]},
         {"exclude": []},
         {"dropout": 0},
         {"dropout": 0.999},
-        {"merge": False},
-        {"merge": "best"},
         {"seed": -1},
         {"name": "A"},
     ],
@@ -111,13 +138,15 @@ def test_defaults_are_those_of_the_design():
         "rank_pattern": None,
         "alpha_pattern": None,
         "seed": None,
+        "name": "default",
+    }
+    assert dataclasses.asdict(RunConfig()) == {
         "lr_scale": 1.0,
         "merge": True,
-        "name": "default",
         "liveness": True,
         "init_from": None,
-        "base_dtype": None,
         "export": None,
+        "base_dtype": None,
     }
 
 
@@ -161,8 +190,68 @@ def test_to_dict_is_plain_data_that_makes_the_same_config_again(mapping):
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     assert loaded == config.to_dict()
-    assert (loaded["targets"], loaded["rank_pattern"], loaded["merge"]) == (["q", "v"], {"q": 1}, True)
+    assert (loaded["targets"], loaded["rank_pattern"], loaded["name"]) == (["q", "v"], {"q": 1}, "default")
     assert LoRAConfig(**loaded).to_dict() == config.to_dict()
+
+
+def test_files_of_format_1_hold_the_arguments_of_the_run_as_well():
+    config = LoRAConfig(r=2, targets=["q"])
+    assert LoRAConfig.from_file({**config.to_dict(), **RunConfig(merge="best").to_dict()}) == config
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        LoRAConfig.from_file({**config.to_dict(), "rank": 3})
+
+
+class Listed(Sequence):
+    """A sequence that is no list, as OmegaConf's."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+    def __len__(self):
+        return len(self.values)
+
+
+class Word(str, enum.Enum):
+    QV = "qv"
+
+
+FOREIGN = [
+    ({"targets": Listed("q", "v")}, {"targets": ["q", "v"]}),
+    ({"targets": ("q", "v")}, {"targets": ["q", "v"]}),
+    ({"targets": np.array(["q", "v"])}, {"targets": ["q", "v"]}),
+    ({"targets": [np.str_("q")], "exclude": Listed(np.str_("k"))}, {"targets": ["q"], "exclude": ["k"]}),
+    ({"targets": Word.QV}, {"targets": "qv"}),
+    ({"r": np.int64(4), "seed": np.int32(3)}, {"r": 4, "seed": 3}),
+    ({"r": torch.tensor(4)}, {"r": 4}),
+    ({"alpha": np.float64(2.5), "dropout": np.float32(0.5)}, {"alpha": 2.5, "dropout": 0.5}),
+    ({"alpha": np.logspace(0, 1, 3)[1]}, {"alpha": float(np.logspace(0, 1, 3)[1])}),
+    ({"rslora": np.bool_(True)}, {"rslora": True}),
+    ({"rank_pattern": MappingProxyType({np.str_("q"): np.int64(2)})}, {"rank_pattern": {"q": 2}}),
+    ({"alpha_pattern": {"q": np.float64(3)}}, {"alpha_pattern": {"q": 3.0}}),
+    ({"lr_scale": np.float64(3), "merge": np.bool_(False)}, {"lr_scale": 3.0, "merge": False}),
+    ({"init_from": Path("a") / "b", "export": Path("c")}, {"init_from": str(Path("a") / "b"), "export": "c"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "plain"), FOREIGN, ids=[str(case[1]) for case in FOREIGN])
+def test_a_configuration_is_plain_data_whatever_came_in(arguments, plain):
+    callback = LoRACallback(**arguments)
+    stored = {**callback.config.to_dict(), **callback.run_config.to_dict()}
+    assert {key: stored[key] for key in plain} == plain
+    assert types_in(stored) <= {dict, list, str, int, float, bool, type(None)}
+    buffer = io.BytesIO()
+    torch.save(stored, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == stored
+
+
+def types_in(value):
+    inside = value.items() if isinstance(value, dict) else value if isinstance(value, list) else []
+    pairs = [part for item in inside for part in (item if isinstance(value, dict) else [item])]
+    return {type(value)}.union(*map(types_in, pairs))
 
 
 def test_to_dict_is_a_copy():
@@ -173,5 +262,5 @@ def test_to_dict_is_a_copy():
 
 
 def test_pickle_gives_an_equal_config():
-    config = LoRAConfig(r=2, targets=["q"], alpha_pattern={"q": 3.0}, merge="best")
+    config = LoRAConfig(r=2, targets=["q"], alpha_pattern={"q": 3.0})
     assert pickle.loads(pickle.dumps(config)) == config

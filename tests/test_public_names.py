@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lightning_lora
+from lightning_lora.config import RunConfig
 
 NAMES = [
     "LoRACallback",
@@ -44,8 +46,9 @@ def test_every_public_name_has_a_docstring_with_an_example():
 
 def test_the_callback_takes_what_the_configuration_takes():
     callback = inspect.signature(lightning_lora.LoRACallback).parameters
-    config = inspect.signature(lightning_lora.LoRAConfig).parameters
-    assert {name: p.default for name, p in callback.items()} == {name: p.default for name, p in config.items()}
+    configs = (lightning_lora.LoRAConfig, RunConfig)
+    taken = {field.name: field.default for config in configs for field in dataclasses.fields(config)}
+    assert {name: p.default for name, p in callback.items()} == taken
     described = re.findall(r"^ {4}(\w+): ", inspect.getdoc(lightning_lora.LoRACallback).split("Args:")[1], re.MULTILINE)
     assert described[: len(callback)] == list(callback)
 

@@ -16,7 +16,7 @@ ROOMS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
 
 # From the ground up. A room imports from rooms of lower floors and from itself.
 FLOORS = [
-    {"version", "names"},
+    {"version", "names", "arguments"},
     {"config"},
     {"ops", "distributed", "files"},
     {"layers"},

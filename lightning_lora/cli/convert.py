@@ -17,7 +17,7 @@ import lightning
 from torch import Tensor
 
 from lightning_lora.cli.meta_model import skeleton
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.files.safe_file import read_tensors
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import join
@@ -119,7 +119,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": lightning.__version__,
-        checkpoints.KEY: checkpoints.facts(config, base, {}),
+        checkpoints.KEY: checkpoints.facts(config, RunConfig(), base, {}),
     }
     checkpoints.write_beside(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
@@ -195,7 +195,7 @@ def _relative(name: str, prefix: str) -> str:
 
 def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
     try:
-        return LoRAConfig(**json.loads(metadata[f"{OWN}.config"]))
+        return LoRAConfig.from_file(json.loads(metadata[f"{OWN}.config"]))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"`{directory}` does not say what adapter it holds ({error}): it is damaged, or of a later version."

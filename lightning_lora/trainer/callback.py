@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.model.apply import remove_lora
 from lightning_lora.model.hooks import start_graphs
 from lightning_lora.model.merge import merge_lora, quantized_layers, unwritable
@@ -104,9 +104,11 @@ class LoRACallback(CallbackBase):
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             seed=seed,
+            name=name,
+        )
+        self.run_config = RunConfig(
             lr_scale=lr_scale,
             merge=merge,
-            name=name,
             liveness=liveness,
             init_from=init_from,
             export=export,
@@ -122,8 +124,8 @@ class LoRACallback(CallbackBase):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adapt the module, and wrap what the run will call."""
-        check_compatibility(trainer, self, self.config, stage)
-        self._run = Run(trainer, pl_module, self.config, stage)
+        check_compatibility(trainer, self, stage)
+        self._run = Run(trainer, pl_module, self.config, self.run_config, stage)
         self._run.begin()
 
     @override
@@ -134,12 +136,12 @@ class LoRACallback(CallbackBase):
         self._run.keep_averages_exact()
         self._run.files.restore_random_state()
         for logger in trainer.loggers:
-            logger.log_hyperparams({"lora": self.config.to_dict()})
+            logger.log_hyperparams({"lora": {**self.config.to_dict(), **self.run_config.to_dict()}})
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the adapters in the first steps."""
-        if self._run is not None and self.config.liveness:
+        if self._run is not None and self.run_config.liveness:
             self._run.watch(trainer.optimizers)
 
     @override
@@ -174,14 +176,14 @@ class LoRACallback(CallbackBase):
             self._finish(trainer, pl_module)
 
     def _finish(self, trainer: Any, pl_module: pl.LightningModule) -> None:
-        wants_best = self.config.merge == "best" and not trainer.fast_dev_run
+        wants_best = self.run_config.merge == "best" and not trainer.fast_dev_run
         best = load_best(trainer, pl_module) if wants_best else None
         if wants_best and best is None:
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged or exported, the adapters stay.")
             return
-        if self.config.export is not None and not trainer.fast_dev_run:
-            export(trainer, pl_module, self.config.export, best)
-        if self.config.merge:
+        if self.run_config.export is not None and not trainer.fast_dev_run:
+            export(trainer, pl_module, self.run_config.export, best)
+        if self.run_config.merge:
             self._merge(trainer, pl_module)
 
     def _merge(self, trainer: Any, pl_module: pl.LightningModule) -> None:

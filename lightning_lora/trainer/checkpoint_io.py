@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.distributed.sharded import units
 from lightning_lora.files.merged_file import write_merged
@@ -36,12 +36,22 @@ class Files:
         trainer: the Trainer.
         module: its LightningModule.
         config: what is adapted.
+        run_config: what the run does with it.
         seams: of its strategy.
         adapt: adapts a module that is merged, or was built anew.
     """
 
-    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, seams: Seams, adapt: Callable[[], None]) -> None:
-        self.trainer, self.module, self.config, self.seams, self.adapt = trainer, module, config, seams, adapt
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        config: LoRAConfig,
+        run_config: RunConfig,
+        seams: Seams,
+        adapt: Callable[[], None],
+    ) -> None:
+        self.trainer, self.module, self.seams, self.adapt = trainer, module, seams, adapt
+        self.config, self.run_config = config, run_config
         self.strategy = trainer.strategy
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
@@ -83,7 +93,9 @@ class Files:
             return original(checkpoint, filepath, storage_options=storage_options)
         checkpoints.check_complete(checkpoint, self.module)
         checkpoint = checkpoints.without_base(checkpoint, self.module)
-        checkpoint[checkpoints.KEY] = checkpoints.facts(self.config, self.base_fingerprint(), kinds(self.module))
+        checkpoint[checkpoints.KEY] = checkpoints.facts(
+            self.config, self.run_config, self.base_fingerprint(), kinds(self.module)
+        )
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {
                 **checkpoint["callbacks"],
@@ -111,7 +123,8 @@ class Files:
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not is_adapted(self.module):
             self.adapt()
-        checkpoints.check(checkpoint, checkpoint_path, self.module, self.config, self.base_fingerprint())
+        checkpoints.check(checkpoint, checkpoint_path, self.config, self.base_fingerprint())
+        checkpoints.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
         if self.seams.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.model.apply import difference
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
@@ -20,12 +20,28 @@ from lightning_lora.model.state import base_names, frozen_names, keep_adapter, n
 from lightning_lora.trainer.imports import rank_zero_warn
 
 KEY = "lightning_lora"
+FORMATS = (1, 2)
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
-def facts(config: LoRAConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint says of its adapter, as plain data; ``kinds`` are those of its layers in PEFT's format."""
-    return {"format": 1, "config": config.to_dict(), "base": base, "kinds": kinds}
+def facts(config: LoRAConfig, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint records of its adapter, as plain data.
+
+    Format 1, written until version 0.1.0, holds the arguments of the run in ``config`` as well.
+
+    Args:
+        config: of the adapter.
+        run_config: of the run.
+        base: the fingerprint of the frozen weights.
+        kinds: of the adapted layers, in PEFT's format.
+    """
+    return {
+        "format": FORMATS[-1],
+        "config": config.to_dict(),
+        "run": run_config.to_dict(),
+        "base": base,
+        "kinds": kinds,
+    }
 
 
 def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict
     return checkpoint
 
 
-def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAConfig, base: Fingerprint) -> None:
+def check(checkpoint: dict[str, Any], path: Any, config: LoRAConfig, base: Fingerprint) -> None:
     """Raise unless the file's adapter is one of this configuration, on this base.
 
     Raises:
@@ -110,10 +126,16 @@ def check(checkpoint: dict[str, Any], path: Any, model: nn.Module, config: LoRAC
     written, trained_on = facts_in(checkpoint, path)
     check_config(written, path, config)
     check_base(trained_on, base, path)
-    if written.lr_scale != config.lr_scale:
+
+
+def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -> None:
+    """Warn where the file continues rates of another ``lr_scale``."""
+    recorded = checkpoint[KEY]
+    written = recorded.get("run", recorded["config"]).get("lr_scale", 1.0)
+    if written != lr_scale:
         rank_zero_warn(
-            f"{path} was written with lr_scale={written.lr_scale}; its learning rates are continued, and "
-            f"lr_scale={config.lr_scale} has no effect."
+            f"{path} was written with lr_scale={written}; its learning rates are continued, and lr_scale={lr_scale} "
+            "has no effect."
         )
 
 
@@ -150,7 +172,9 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
         ValueError: if it does not say, or in words of a later version.
     """
     try:
-        written, base = LoRAConfig(**checkpoint[KEY]["config"]), checkpoint[KEY]["base"]
+        if checkpoint[KEY].get("format") not in FORMATS:
+            raise ValueError(f"its format is {checkpoint[KEY].get('format')!r}, and {FORMATS[-1]} is the newest known")
+        written, base = LoRAConfig.from_file(checkpoint[KEY]["config"]), checkpoint[KEY]["base"]
         if not isinstance(checkpoint["state_dict"], dict) or not isinstance(base, dict):
             raise TypeError("no weights or no base")
     except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_utilities.core.overrides import is_overridden
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 
 UNPROVEN = ("XLAFSDPStrategy",)
@@ -24,19 +24,20 @@ def is_a(thing: object, *class_names: str) -> bool:
     return any(cls.__name__ in class_names for cls in type(thing).__mro__)
 
 
-def check_compatibility(trainer: Any, callback: Any, config: LoRAConfig, stage: str) -> None:
+def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
     """Raise for what does not go together with the callback.
 
     Raises:
         MisconfigurationException: naming the part of the Trainer and what to do about it.
     """
     _check_strategy(trainer)
-    _check_other_adapters(trainer, callback, config)
-    _check_callbacks(trainer, callback, config)
-    if config.base_dtype is not None:
-        _check_base_dtype(trainer, config.base_dtype)
+    run_config: RunConfig = callback.run_config
+    _check_other_adapters(trainer, callback, callback.config)
+    _check_callbacks(trainer, callback, run_config)
+    if run_config.base_dtype is not None:
+        _check_base_dtype(trainer, run_config.base_dtype)
     if stage == "fit":
-        _check_checkpoints(trainer, config)
+        _check_checkpoints(trainer, run_config)
 
 
 def _check_strategy(trainer: Any) -> None:
@@ -75,7 +76,7 @@ def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> No
         )
 
 
-def _check_callbacks(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
     before = trainer.callbacks[: trainer.callbacks.index(callback)]
     for other in before:
         if is_a(other, *AVERAGING):
@@ -131,7 +132,7 @@ def _check_base_dtype(trainer: Any, dtype: str) -> None:
             )
 
 
-def _check_checkpoints(trainer: Any, config: LoRAConfig) -> None:
+def _check_checkpoints(trainer: Any, config: RunConfig) -> None:
     if config.merge == "best" and not trainer.fast_dev_run and best_checkpoints(trainer) is None:
         raise MisconfigurationException(
             "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "

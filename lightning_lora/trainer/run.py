@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import BASE_DTYPES, LoRAConfig
+from lightning_lora.config import BASE_DTYPES, LoRAConfig, RunConfig
 from lightning_lora.distributed.sharded import local
 from lightning_lora.layers.base import adapters_disabled, is_adapted
 from lightning_lora.model.apply import check_same, drop_adapters, inject
@@ -43,15 +43,17 @@ class Run:
         trainer: the Trainer.
         module: its LightningModule.
         config: what to adapt.
+        run_config: what to do with it.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
     """
 
-    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, stage: str) -> None:
-        self.trainer, self.module, self.config, self.stage = trainer, module, config, stage
+    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, run_config: RunConfig, stage: str) -> None:
+        self.trainer, self.module, self.stage = trainer, module, stage
+        self.config, self.run_config = config, run_config
         self.strategy = trainer.strategy
         seams = next((SEAMS[name] for name in SEAMS if is_a(trainer.strategy, name)), Seams)
         self.seams = seams(trainer.strategy, module)
-        self.files = Files(trainer, module, config, self.seams, self.adapt_merged)
+        self.files = Files(trainer, module, config, run_config, self.seams, self.adapt_merged)
         self.ended = self.abandoned = False
         self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
         self.found_frozen = is_frozen(module)
@@ -110,21 +112,21 @@ class Run:
 
     def lower_base(self) -> None:
         """Keep the frozen weights in the dtype that the user asks for, until the end of the run."""
-        if self.config.base_dtype is None:
+        if self.run_config.base_dtype is None:
             return
         found = list(cast_by_autocast(self.module))
         if not found:
             rank_zero_warn(
-                f"`base_dtype={self.config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a linear "
-                "layer or a convolution of torch's own."
+                f"`base_dtype={self.run_config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a "
+                "linear layer or a convolution of torch's own."
             )
-        self.stack.callback(lower(found, BASE_DTYPES[self.config.base_dtype]))
+        self.stack.callback(lower(found, BASE_DTYPES[self.run_config.base_dtype]))
 
     def exchange(self) -> None:
         """Give fresh adapters the values that the user names, and see that they can be written where he says."""
-        path = self.config.init_from
-        if self.config.export is not None and self.stage == "fit":
-            check_export(self.module, self.config.export)
+        path = self.run_config.init_from
+        if self.run_config.export is not None and self.stage == "fit":
+            check_export(self.module, self.run_config.export)
         if path is not None and not self.found_bare and self.stage == "fit":
             rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and goes on with those.")
         elif path is not None and self.found_bare:
@@ -166,8 +168,8 @@ class Run:
         optimizers, schedulers, _ = _configure_optimizers(result)
         restrict(optimizers, self.module)
         self.seams.join(self.stack, optimizers, schedulers)
-        if self.config.lr_scale != 1:
-            scale_rates(optimizers, schedulers, self.config.lr_scale, self.module)
+        if self.run_config.lr_scale != 1:
+            scale_rates(optimizers, schedulers, self.run_config.lr_scale, self.module)
         return result
 
     def watch(self, optimizers: list[Any]) -> None:

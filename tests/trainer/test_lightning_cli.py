@@ -82,7 +82,7 @@ def test_short_arguments_with_lists_and_dicts(tmp_path):
     made = cli(tmp_path, "fit", *lora, "--lora.also_train=[head]", "--lora.alpha=8", cls=MonitoringCLI)
     config = callback(made).config
     assert (config.r, config.targets, config.rank_pattern) == (4, ["q", "layers.1.mlp"], {"mlp": 2})
-    assert (config.merge, config.also_train, config.alpha) == ("best", ["head"], 8)
+    assert (callback(made).run_config.merge, config.also_train, config.alpha) == ("best", ["head"], 8)
     saved = adapters_in(tmp_path)
     assert saved["net.layers.1.mlp.lora.default.A"].shape == (2, 16)
     assert saved["net.layers.0.q.lora.default.A"].shape == (4, 16) and "net.head.weight" in saved

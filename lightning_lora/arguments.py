@@ -1,0 +1,108 @@
+"""Arguments as plain data, and the checks that configurations share.
+
+A configuration is stored in checkpoints that load with ``torch.load(weights_only=True)``, in JSON and in YAML. So it
+holds plain data from the moment it is made, whatever sequence, mapping, number or path came in.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def plain_data(value: Any) -> Any:
+    """``value`` as lists, dicts, strings, numbers, bools and None; what is none of these stays as it is.
+
+    OmegaConf's lists and dicts are a ``Sequence`` and a ``Mapping``; NumPy's and torch's arrays and numbers have
+    ``tolist``.
+
+    Example:
+        >>> from pathlib import PurePosixPath
+        >>> plain_data({"targets": ("q", "v"), "export": PurePosixPath("runs/adapter")})
+        {'targets': ['q', 'v'], 'export': 'runs/adapter'}
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a sub-class: NumPy's, or an enum
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if hasattr(value, "tolist"):
+        return plain_data(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain_data(key): plain_data(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain_data(inner) for inner in value]
+    return value
+
+
+def check_rank(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To train no adapter, leave LoRA out.")
+
+
+def check_positive(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive, finite number."""
+    check_number(argument, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{argument}` must be positive and finite, but got {value}.")
+
+
+def check_number(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is a number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be a number, but got {value!r}.")
+
+
+def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``; 1 is not True."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be a bool, but got {value!r}.")
+
+
+def check_path(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is a path as a string, or None."""
+    if not isinstance(value, (str, type(None))):
+        raise TypeError(f"`{argument}` must be a path as a string, but got {value!r}.")
+
+
+def check_patterns(argument: str, patterns: Any) -> None:
+    """Raise unless ``patterns`` is a list of patterns of module names."""
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise TypeError(f"`{argument}` must be a list of module names, but got {patterns!r}.")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern or pattern == "re:":
+            raise TypeError(f"`{argument}` must hold module names as non-empty strings, but got {pattern!r}.")
+        if pattern.startswith("re:"):
+            _check_expression(argument, pattern)
+
+
+def _check_expression(argument: str, pattern: str) -> None:
+    try:
+        re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"`{argument}` has {pattern!r}, which is not a regular expression: {error}.") from error
+
+
+def check_mapping(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is a dict whose keys are patterns of module names."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{argument}` must be a dict from module names to numbers, but got {value!r}.")
+    check_patterns(argument, list(value))
