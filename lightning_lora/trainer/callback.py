@@ -7,9 +7,11 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.layers.base import is_adapted
 from lightning_lora.model.apply import remove_lora
 from lightning_lora.model.hooks import start_graphs
 from lightning_lora.model.merge import merge_lora, quantized_layers, unwritable
+from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_io import export_merged, load_best
 from lightning_lora.trainer.compatibility import check_compatibility, is_spawned
 from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info, rank_zero_warn
@@ -163,6 +165,20 @@ class LoRACallback(CallbackBase):
             self._run.liveness.check_evaluation()
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave in ``checkpoint`` what an adapter file holds; calling it again changes nothing more.
+
+        Lightning calls it for full saves only. During a run every kind of save is filtered where it is written as well.
+        A merged module is the plain model, and its state dict stays whole.
+        """
+        if is_adapted(pl_module):
+            adapter_only = checkpoints.without_base(checkpoint, pl_module)
+            checkpoint.clear()
+            checkpoint.update(adapter_only)
+
+    @override
     def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Merge; the strategy is torn down, and the module is back on the CPU."""
         if is_spawned(trainer):
@@ -177,7 +193,8 @@ class LoRACallback(CallbackBase):
 
     def _finish(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         wants_best = self.run_config.merge == "best" and not trainer.fast_dev_run
-        best = load_best(trainer, pl_module) if wants_best else None
+        weights_only = None if self._run is None else self._run.files.weights_only
+        best = load_best(trainer, pl_module, weights_only) if wants_best else None
         if wants_best and best is None:
             rank_zero_warn("`merge='best'` found no best checkpoint: nothing is merged or exported, the adapters stay.")
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.patching import wrap
 from lightning_lora.trainer.strategies.base import Seams
+
+# Absolute paths that this process wrote: opened again as they were written, hyperparameters of any class included.
+_WRITTEN_HERE: set[str] = set()
+
+
+def is_written_here(path: Any) -> bool:
+    """Whether a run of this process wrote the file at ``path``."""
+    return str(Path(path).resolve()) in _WRITTEN_HERE
 
 
 class Files:
@@ -57,6 +66,7 @@ class Files:
         self.random_states: list[random_state.State] | None = None
         self.loaded = False
         self.plain_files: set[str] = set()
+        self.weights_only: bool | None = None  # as the user gave it for this run
 
     def open(self, stack: ExitStack) -> None:
         """Stand between them until ``stack`` closes."""
@@ -88,6 +98,7 @@ class Files:
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
         """Every save ends here, weights-only ones and those of other callbacks too."""
+        _WRITTEN_HERE.add(str(Path(filepath).resolve()))
         if is_merged(self.module):  # while it is evaluated as it is
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
@@ -116,7 +127,10 @@ class Files:
         return [own] if self.trainer.state.status == "interrupted" else random_state.of_all_ranks(own)
 
     def load(self, original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Check the file before Lightning loads it."""
+        """Check the file before Lightning loads it; a file of another process is opened as plain data."""
+        self.weights_only = weights_only
+        if weights_only is None:
+            weights_only = not is_written_here(checkpoint_path)
         if str(checkpoint_path) in self.plain_files:
             return dict(original(checkpoint_path, weights_only=weights_only))
         read = self.strategy.checkpoint_io.load_checkpoint if self.seams.loads_late else original
@@ -149,14 +163,17 @@ class Files:
             )
 
 
-def load_best(trainer: Any, module: Any) -> dict[str, Any] | None:
-    """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``."""
+def load_best(trainer: Any, module: Any, weights_only: bool | None) -> dict[str, Any] | None:
+    """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``.
+
+    Lightning takes the path from the file that a run resumed from, which may come from a stranger. So only a file that
+    this process wrote is opened with all that it holds; any other as the user said for this run, else as plain data.
+    """
     path = getattr(best_checkpoints(trainer), "best_model_path", "")
     if not path:
         return None
-    checkpoint: dict[str, Any] = trainer.strategy.checkpoint_io.load_checkpoint(
-        path, map_location=torch.device("cpu"), weights_only=False
-    )
+    load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
+    checkpoint = checkpoints.read(load, path, False if is_written_here(path) else weights_only is not False)
     module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
     load_lora_state_dict(module, checkpoints.adapter_of(checkpoint, module))
     return checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict
         checkpoint = load(path, weights_only=weights_only)
     except FileNotFoundError:
         raise
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(_why_not_unpickled(path, str(error))) from error
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
@@ -115,6 +118,18 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict
             "model.load_state_dict(torch.load(path)['state_dict'])."
         )
     return checkpoint
+
+
+def _why_not_unpickled(path: Any, error: str) -> str:
+    """Name the class that ``weights_only=True`` refused, or else say that the file is damaged."""
+    refused = re.search(r"GLOBAL ([\w.]+)", error)
+    if refused is None:
+        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error:.300}"
+    return (
+        f"`ckpt_path={str(path)!r}` holds an object of {refused[1]}, perhaps a hyperparameter, and was not opened: "
+        "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
+        "path."
+    )
 
 
 def check(checkpoint: dict[str, Any], path: Any, config: LoRAConfig, base: Fingerprint) -> None:

@@ -16,7 +16,15 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from lightning_lora import LoRACallback, lora_parameters, lora_state_dict, remove_lora, unmerge_lora
+from lightning_lora import (
+    LoRACallback,
+    load_from_checkpoint,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
 from tests.helpers.models import BuiltInConfigureModel, Lit, checkpoints, data, net, trainer
 from tests.trainer.test_callback import Break, Spy
 
@@ -87,6 +95,48 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, cls):
     assert resumed["lr_schedulers"] == four["lr_schedulers"]
     for index, state in four["optimizer_states"][0]["state"].items():
         assert same(state, resumed["optimizer_states"][0]["state"][index])
+
+
+def test_on_save_checkpoint_filters_any_state_dict_of_the_module_and_only_once(tmp_path):
+    callback, module = LoRACallback(r=4, also_train=["head"], merge=False), Lit(batch_norm=True)
+    trainer(callback, max_epochs=1).fit(module, data())
+    trained = {"net.head.weight", "net.head.bias", *ADAPTERS}
+    moved = {f"net.bn.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    checkpoint = {"state_dict": module.state_dict(), "epoch": 3, "hyper_parameters": {"lr": 1.0}}
+    callback.on_save_checkpoint(None, module, checkpoint)
+    once = dict(checkpoint)
+    assert set(once["state_dict"]) == trained | moved
+    assert (once["epoch"], once["hyper_parameters"]) == (3, {"lr": 1.0})
+    callback.on_save_checkpoint(None, module, checkpoint)
+    assert checkpoint == once
+
+    merge_lora(module)
+    plain = {"state_dict": module.state_dict()}
+    callback.on_save_checkpoint(None, module, plain)
+    assert set(plain["state_dict"]) == set(Lit(batch_norm=True).state_dict())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_files_of_every_format_are_read(number):
+    path = Path(__file__).parents[1] / "fixtures" / f"format_{number}.ckpt"
+    recorded = load(path)
+    assert recorded["lightning_lora"]["format"] == number
+    assert set(recorded["lightning_lora"]) >= {"config", "base"}
+    module = load_from_checkpoint(Lit, path)
+    A, B = (recorded["state_dict"][f"net.layers.0.q.lora.default.{name}"] for name in "AB")
+    x, plain = torch.randn(5, 16), Lit().net.layers[0].q
+    expected = plain(x) + x @ A.T @ B.T * (4 / 2)
+    assert torch.allclose(module.eval().net.layers[0].q(x), expected, atol=1e-6)
+    lora = LoRACallback(r=2, alpha=4, targets=["q", "v"], dropout=0.1, lr_scale=3.0, seed=0)
+    trainer(lora, max_epochs=2).fit(Lit(), data(), ckpt_path=path)
+
+
+def test_a_file_of_a_later_format_says_so(tmp_path):
+    recorded = load(Path(__file__).parents[1] / "fixtures" / "format_2.ckpt")
+    recorded["lightning_lora"]["format"] = 3
+    torch.save(recorded, tmp_path / "later.ckpt")
+    with pytest.raises(ValueError, match=r"its format is 3, and 2 is the newest known\).* a later version"):
+        load_from_checkpoint(Lit, tmp_path / "later.ckpt")
 
 
 def test_statistics_of_batch_norm_move_and_travel(tmp_path):
