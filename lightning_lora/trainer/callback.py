@@ -220,7 +220,7 @@ class LoRACallback(CallbackBase):
             return
         lost = merge_lora(pl_module)
         if self._run is not None:
-            self._run.seams.merged()
+            self._run.strategy_adapter.after_merge()
         worst = max(lost, key=lost.__getitem__, default="")
         if lost.get(worst, 0) > 0.01:
             rank_zero_info(

@@ -26,8 +26,8 @@ from lightning_lora.peft_format.save import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn
-from lightning_lora.trainer.patching import wrap
-from lightning_lora.trainer.strategies.base import Seams
+from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.strategies.base import StrategyAdapter
 
 # Absolute paths that this process wrote: opened again as they were written, hyperparameters of any class included.
 _WRITTEN_HERE: set[str] = set()
@@ -46,7 +46,7 @@ class Files:
         module: its LightningModule.
         config: what is adapted.
         run_config: what the run does with it.
-        seams: of its strategy.
+        strategy_adapter: of its strategy.
         adapt: adapts a module that is merged, or was built anew.
     """
 
@@ -56,10 +56,10 @@ class Files:
         module: Any,
         config: LoRAConfig,
         run_config: RunConfig,
-        seams: Seams,
+        strategy_adapter: StrategyAdapter,
         adapt: Callable[[], None],
     ) -> None:
-        self.trainer, self.module, self.seams, self.adapt = trainer, module, seams, adapt
+        self.trainer, self.module, self.strategy_adapter, self.adapt = trainer, module, strategy_adapter, adapt
         self.config, self.run_config = config, run_config
         self.strategy = trainer.strategy
         self.base: Fingerprint = {}
@@ -70,14 +70,14 @@ class Files:
 
     def open(self, stack: ExitStack) -> None:
         """Stand between them until ``stack`` closes."""
-        self.seams.open(stack)
-        wrap(stack, self.strategy, "save_checkpoint", self.save)
-        wrap(stack, self.strategy, "load_checkpoint", self.load)
+        self.strategy_adapter.at_setup(stack)
+        patch_method(stack, self.strategy, "save_checkpoint", self.save)
+        patch_method(stack, self.strategy, "load_checkpoint", self.load)
 
     def take_module(self, stack: ExitStack) -> None:
         """Be asked for the module's state too, until ``stack`` closes."""
-        wrap(stack, self.strategy, "lightning_module_state_dict", self.module_state)
-        wrap(stack, self.strategy, "load_model_state_dict", self.load_module_state)
+        patch_method(stack, self.strategy, "lightning_module_state_dict", self.module_state)
+        patch_method(stack, self.strategy, "load_model_state_dict", self.load_module_state)
 
     def base_fingerprint(self) -> Fingerprint:
         """The fingerprint of the base, taken once; every rank must call it."""
@@ -92,8 +92,8 @@ class Files:
         """The reverse: all of it, or an error before anything is loaded."""
         state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
         load_lora_state_dict(self.module, state)
-        if self.seams.loads_late and self.trainer.state.fn == "fit":
-            self.seams.load_optimizers({**checkpoint, "state_dict": state})
+        if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":
+            self.strategy_adapter.load_optimizers({**checkpoint, "state_dict": state})
         self.loaded = True
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
@@ -133,14 +133,14 @@ class Files:
             weights_only = not is_written_here(checkpoint_path)
         if str(checkpoint_path) in self.plain_files:
             return dict(original(checkpoint_path, weights_only=weights_only))
-        read = self.strategy.checkpoint_io.load_checkpoint if self.seams.loads_late else original
+        read = self.strategy.checkpoint_io.load_checkpoint if self.strategy_adapter.loads_late else original
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not is_adapted(self.module):
             self.adapt()
         checkpoints.check(checkpoint, checkpoint_path, self.config, self.base_fingerprint())
         checkpoints.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
-        if self.seams.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
+        if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()
         return checkpoints.fit_to(checkpoint, self.module)
 

@@ -18,7 +18,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.names import folded, join
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
-from lightning_lora.trainer.patching import wrap
+from lightning_lora.trainer.patching import patch_method
 
 RAN, WITHOUT_GRADIENTS = 1, 2
 
@@ -51,7 +51,7 @@ class Liveness:
         for adapter in self.adapters.values() if self.watches else ():
             for method in ("forward", "added_to", "with_frozen"):
                 if hasattr(adapter, method):
-                    wrap(self.stack, adapter, method, _noting(adapter, ran))
+                    patch_method(self.stack, adapter, method, _noting(adapter, ran))
 
     def check_held(self, optimizers: list[Optimizer]) -> None:
         """Raise if an adapter is in no optimizer.

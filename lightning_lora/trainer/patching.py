@@ -37,7 +37,7 @@ def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
     return original
 
 
-def wrap(stack: ExitStack, owner: object, name: str, replacement: Callable[..., Any]) -> None:
+def patch_method(stack: ExitStack, owner: object, name: str, replacement: Callable[..., Any]) -> None:
     """Replace the method ``owner.name`` until ``stack`` closes.
 
     Not by ``functools.wraps``: Lightning's ``is_overridden`` looks through it.

@@ -29,11 +29,12 @@ from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.liveness import Liveness
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.optimizers import restrict
-from lightning_lora.trainer.patching import wrap
-from lightning_lora.trainer.strategies.base import FSDP1, FSDP2, Seams
+from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
+from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
 
-SEAMS: dict[str, type[Seams]] = dict(zip(SHARDING, (FSDP1, FSDP2, DeepSpeed), strict=True))
+STRATEGY_ADAPTERS: dict[str, type[StrategyAdapter]] = dict(zip(SHARDING, (FSDP1, FSDP2, DeepSpeed), strict=True))
 
 
 class Run:
@@ -51,9 +52,11 @@ class Run:
         self.trainer, self.module, self.stage = trainer, module, stage
         self.config, self.run_config = config, run_config
         self.strategy = trainer.strategy
-        seams = next((SEAMS[name] for name in SEAMS if is_a(trainer.strategy, name)), Seams)
-        self.seams = seams(trainer.strategy, module)
-        self.files = Files(trainer, module, config, run_config, self.seams, self.adapt_merged)
+        strategy_adapter = next(
+            (STRATEGY_ADAPTERS[name] for name in STRATEGY_ADAPTERS if is_a(trainer.strategy, name)), StrategyAdapter
+        )
+        self.strategy_adapter = strategy_adapter(trainer.strategy, module)
+        self.files = Files(trainer, module, config, run_config, self.strategy_adapter, self.adapt_merged)
         self.ended = self.abandoned = False
         self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
         self.found_frozen = is_frozen(module)
@@ -65,7 +68,7 @@ class Run:
     def begin(self) -> None:
         """Adapt the module; a merged one runs as it is, unless a file is loaded."""
         check_same(self.module, self.config)
-        wrap(self.stack, self.strategy, "teardown", self.end)
+        patch_method(self.stack, self.strategy, "teardown", self.end)
         self.files.open(self.stack)
         if not self.found_merged or self.stage == "fit":
             self.adapt()
@@ -79,17 +82,17 @@ class Run:
 
     def adapt(self) -> None:
         """Adapt what exists, and wrap what is called between here and the end."""
-        self.seams.check(self.found_bare)
+        self.strategy_adapter.before_injection(self.found_bare)
         self.unmerge()
         self.files.take_module(self.stack)
-        wrap(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
+        patch_method(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
         # What exists is adapted now, so that callbacks which copy the module in their `setup` see the adapters.
         late = "configure_model" if overrides(self.module, "configure_model") else "setup"
         if late == "setup":
             self.convert()
             inject(self.module, find_targets(self.module, self.config), self.config)
-        wrap(self.stack, self.module, late, self.complete)
+        patch_method(self.stack, self.module, late, self.complete)
 
     def unmerge(self) -> None:
         """Take a merge out, and keep what is needed to put it back."""
@@ -101,9 +104,9 @@ class Run:
         """The user's hook, after which the model is whole: adapt what it made, and say what is adapted."""
         result = original(*args, **kwargs)
         self.inject()
-        if self.stage == "fit" or self.seams.loads_late:
+        if self.stage == "fit" or self.strategy_adapter.loads_late:
             self.files.base_fingerprint()  # while it is as the user built it
-        self.seams.settle(self.stack)
+        self.strategy_adapter.before_wrap(self.stack)
         self.exchange()
         self.lower_base()
         if self.stage == "fit":
@@ -141,11 +144,11 @@ class Run:
 
     def inject(self) -> None:
         """Adapt all that the configuration means, or raise."""
-        self.seams.check(self.found_bare)
+        self.strategy_adapter.before_injection(self.found_bare)
         self.convert()
         targets = find_targets(self.module, self.config)
         targets.check()
-        with self.seams.injecting():
+        with self.strategy_adapter.during_injection():
             inject(self.module, targets, self.config)
         remember(self.module)
         self.records = all_records(self.module)
@@ -167,14 +170,14 @@ class Run:
             return result
         optimizers, schedulers, _ = _configure_optimizers(result)
         restrict(optimizers, self.module)
-        self.seams.join(self.stack, optimizers, schedulers)
+        self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
             scale_rates(optimizers, schedulers, self.run_config.lr_scale, self.module)
         return result
 
     def watch(self, optimizers: list[Any]) -> None:
         """Check from here on that the adapters are alive."""
-        if not self.seams.watches_gradients:
+        if not self.strategy_adapter.watches_gradients:
             return
         if self.liveness is not None:  # a tuner has run before
             self.liveness.close()
@@ -187,7 +190,7 @@ class Run:
         for callback in self.trainer.callbacks:
             averaged = getattr(callback, "_average_model", None)
             if getattr(averaged, "avg_fn", None) is not None:
-                wrap(self.stack, averaged, "avg_fn", equal_stays)
+                patch_method(self.stack, averaged, "avg_fn", equal_stays)
 
     @property
     def interrupted(self) -> bool:

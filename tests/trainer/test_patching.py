@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_lora.trainer.patching import wrap
+from lightning_lora.trainer.patching import patch_method
 
 
 class Model(nn.Module):
@@ -26,7 +26,7 @@ def louder(original, *args, **kwargs):
 def test_replaces_and_gives_back():
     model = Model()
     with ExitStack() as stack:
-        wrap(stack, model, "setup", louder)
+        patch_method(stack, model, "setup", louder)
         assert model.setup("test") == "SETUP TEST"
         assert Model().setup() == "setup fit"
     assert model.setup() == "setup fit" and "setup" not in vars(model)
@@ -37,8 +37,8 @@ def test_what_was_on_the_instance_comes_back():
     own = lambda: "mine"  # noqa: E731
     object.__setattr__(model, "setup", own)
     with pytest.raises(RuntimeError), ExitStack() as stack:
-        wrap(stack, model, "setup", louder)
-        wrap(stack, model, "setup", lambda original: original() + "!")
+        patch_method(stack, model, "setup", louder)
+        patch_method(stack, model, "setup", lambda original: original() + "!")
         assert model.setup() == "MINE!"
         raise RuntimeError
     assert vars(model)["setup"] is own
@@ -48,7 +48,7 @@ def test_what_was_on_the_instance_comes_back():
 def test_a_copy_carries_the_original(copied):
     model = Model()
     with ExitStack() as stack:
-        wrap(stack, model, "setup", louder)
+        patch_method(stack, model, "setup", louder)
         twin = copied(model)
         if copied is not copy.copy:
             assert twin.setup("fit") == "setup fit"
@@ -60,6 +60,6 @@ def test_lightning_sees_an_overridden_method():
     module = LightningModule()
     with ExitStack() as stack:
         assert not is_overridden("configure_model", module)
-        wrap(stack, module, "configure_model", lambda original: original())
+        patch_method(stack, module, "configure_model", lambda original: original())
         assert is_overridden("configure_model", module)
     assert not is_overridden("configure_model", module)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO under Lightning: its engine owns the optimizer, and its directories are not written."""
+"""DeepSpeed's ZeRO under Lightning: its engine owns the optimizer; checkpoints are one file, not its directories."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lightning_lora.distributed import deepspeed_optimizer as zero
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
 from lightning_lora.names import clean
 from lightning_lora.trainer.imports import MisconfigurationException
-from lightning_lora.trainer.patching import wrap
-from lightning_lora.trainer.strategies.base import Seams, states_in
+from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.strategies.base import StrategyAdapter, states_in
 
 PRECISIONS = ("32-true", "bf16-true")
 
 
-class DeepSpeed(Seams):
+class DeepSpeed(StrategyAdapter):
     """``DeepSpeedStrategy``, ZeRO 1 to 3."""
 
     loads_late = True
-    watches_gradients = False  # they go straight into the engine's buckets
+    watches_gradients = False  # gradients go into the engine's buckets
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
         super().__init__(strategy, module)
         self.groups: list[list[nn.Parameter]] = []
 
-    def open(self, stack: ExitStack) -> None:
-        """One file, which the strategy's ``CheckpointIO`` writes.
+    def at_setup(self, stack: ExitStack) -> None:
+        """Write one file by the strategy's ``CheckpointIO``.
 
         Raises:
             MisconfigurationException: for a precision in which DeepSpeed would cast what trains.
@@ -40,57 +40,57 @@ class DeepSpeed(Seams):
                 f"`precision={precision!r}` under DeepSpeedStrategy makes its engine cast what trains, and adapters "
                 f"stay in fp32. Use one of {', '.join(map(repr, PRECISIONS))}."
             )
-        wrap(stack, self.strategy, "save_checkpoint", self.save)
-        wrap(stack, self.strategy, "optimizer_state", self.optimizer_state)
+        patch_method(stack, self.strategy, "save_checkpoint", self.save)
+        patch_method(stack, self.strategy, "optimizer_state", self.optimizer_state)
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """By rank zero, for all."""
+        """Write the file on rank zero; the other ranks wait."""
         path = self.strategy.broadcast(filepath)
         if self.strategy.is_global_zero:
             self.strategy.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
         self.strategy.barrier()
 
-    def injecting(self) -> AbstractContextManager[None]:
-        """Outside of ``deepspeed.zero.Init``, in which Lightning calls ``configure_model`` for ZeRO 3."""
+    def during_injection(self) -> AbstractContextManager[None]:
+        """Leave ``deepspeed.zero.Init``, in which Lightning calls ``configure_model`` for ZeRO 3."""
         return zero.outside_of_init()
 
-    def settle(self, stack: ExitStack) -> None:
-        """Let the engine take fp32 adapters beside a base in bf16, which it otherwise casts.
+    def before_wrap(self, stack: ExitStack) -> None:
+        """Keep the engine from casting fp32 adapters to the bf16 of the base.
 
         Raises:
-            MisconfigurationException: if something else trains in another dtype: ZeRO keeps all that trains in one.
+            MisconfigurationException: if something else trains in another dtype; ZeRO takes one dtype alone.
         """
         adapters = adapter_parameters(self.module)
         for name, parameter in trained_parameters(self.module):
             if self.strategy.precision_plugin.precision != "32-true" and id(parameter) not in adapters:
                 raise MisconfigurationException(
-                    f"`{name}` would train in bf16 beside adapters in fp32, and ZeRO keeps all that trains in one "
-                    "dtype. Use precision='32-true', or leave out `also_train` and `bias`."
+                    f"`{name}` would train in bf16 and the adapters in fp32, but ZeRO takes parameters of one dtype "
+                    "alone. Use precision='32-true', or leave out `also_train` and `bias`."
                 )
         config = self.strategy.config
         back = (config.__setitem__, "bf16", config["bf16"]) if "bf16" in config else (config.pop, "bf16", None)
         stack.callback(*back)
         config["bf16"] = {"enabled": False}
 
-    def join(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
-        """Note the groups, whose parameters the engine flattens.
+    def after_optimizers(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
+        """Record the groups before the engine flattens their parameters.
 
         Raises:
-            MisconfigurationException: if it would drop one that is empty, on which a scheduler counts.
+            MisconfigurationException: if it would drop an empty group that a scheduler counts.
         """
         self.groups = [list(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
         if schedulers and not all(self.groups):
             raise MisconfigurationException(
-                "A group of the optimizer holds nothing that LoRA trains, DeepSpeed drops it, and the scheduler would "
-                "give its rate to another. Use one group in `configure_optimizers`, or no scheduler."
+                "A group of the optimizer holds nothing that LoRA trains. DeepSpeed drops it, and the scheduler would "
+                "give its rate to another group. Use one group in `configure_optimizers`, or no scheduler."
             )
 
     def optimizer_state(self, original: Any, optimizer: Any) -> dict[str, Any]:
-        """The state as torch writes it; every rank must call it."""
+        """The state in torch's own format; every rank must call it."""
         return zero.optimizer_state(getattr(optimizer, "_optimizer", optimizer), self.groups)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
-        """Both the state and the fp32 values that the engine steps on."""
+        """Load the states, and the fp32 values that the engine steps on."""
         (state,) = states_in(checkpoint, 1)
         name_of = {id(parameter): clean(name) for name, parameter in self.module.named_parameters()}
         values = {id(p): checkpoint["state_dict"][name_of[id(p)]] for group in self.groups for p in group}

@@ -14,7 +14,7 @@ from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
 from tests.helpers.models import net
 
 
-def seams(precision: str = "32-true", **config: object) -> DeepSpeed:
+def strategy_adapter(precision: str = "32-true", **config: object) -> DeepSpeed:
     model = net()
     apply_lora(model, LoRAConfig(r=2, targets=["q"], **config))
     plugin = SimpleNamespace(precision=precision)
@@ -24,21 +24,21 @@ def seams(precision: str = "32-true", **config: object) -> DeepSpeed:
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true"])
 def test_a_precision_in_which_the_engine_casts_what_trains(precision):
     with pytest.raises(MisconfigurationException, match=f"`precision='{precision}'` under DeepSpeedStrategy makes its"):
-        seams(precision).open(ExitStack())
+        strategy_adapter(precision).open(ExitStack())
 
 
 def test_two_dtypes_among_what_trains():
-    with pytest.raises(MisconfigurationException, match=r"`head.weight` would train in bf16 beside adapters in fp32"):
-        seams("bf16-true", also_train=["head"]).settle(ExitStack())
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` would train in bf16 and the adapters in fp32"):
+        strategy_adapter("bf16-true", also_train=["head"]).settle(ExitStack())
 
 
 def test_a_group_that_it_would_drop_and_a_scheduler_that_counts_on_it():
     adapters = [parameter for _, parameter in lora_parameters(net_with_adapters())]
     optimizer = torch.optim.AdamW([{"params": adapters}, {"params": [torch.nn.Parameter(torch.zeros(1))]}])
     optimizer.param_groups[1]["params"][:] = []
-    seams().join(ExitStack(), [optimizer], [])
-    with pytest.raises(MisconfigurationException, match="holds nothing that LoRA trains, DeepSpeed drops it, and the"):
-        seams().join(ExitStack(), [optimizer], [object()])
+    strategy_adapter().join(ExitStack(), [optimizer], [])
+    with pytest.raises(MisconfigurationException, match="holds nothing that LoRA trains. DeepSpeed drops it, and the"):
+        strategy_adapter().join(ExitStack(), [optimizer], [object()])
 
 
 def net_with_adapters() -> torch.nn.Module:
@@ -49,7 +49,7 @@ def net_with_adapters() -> torch.nn.Module:
 
 @pytest.mark.parametrize("found", [None, {"enabled": True}])
 def test_the_configuration_is_given_back(found):
-    one, stack = seams("bf16-true"), ExitStack()
+    one, stack = strategy_adapter("bf16-true"), ExitStack()
     one.strategy.config |= {} if found is None else {"bf16": found}
     one.settle(stack)
     assert one.strategy.config == {"bf16": {"enabled": False}}

@@ -20,7 +20,8 @@ from lightning_lora.layers.base import adapted_layers
 from lightning_lora.layers.registry import parts_of
 from lightning_lora.layers.weight_view import Part
 from lightning_lora.model.freeze import unfreeze
-from lightning_lora.trainer.strategies.base import FSDP1, FSDP2, Sharded, states_in
+from lightning_lora.trainer.strategies.base import states_in
+from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2, Sharded
 from tests.helpers.models import net
 from tests.helpers.scripts import run_script
 from tests.helpers.sharded_edges import Failing, Mixture, Tied
@@ -194,10 +195,13 @@ def test_a_mixture_is_not_stepped_on_at_once_and_no_file_says_so(monkeypatch):
     monkeypatch.setattr("lightning_lora.trainer.strategies.base.is_sharded", lambda p: p is model.head.weight)
     rest = [parameter for name, parameter in model.named_parameters() if name.endswith(".A")]
     optimizer = torch.optim.AdamW([{"params": [*rest, model.head.weight]}, {"params": [model.head.bias]}])
-    seams = Sharded(None, model)
-    seams.step_singly([optimizer])
+    strategy_adapter = Sharded(None, model)
+    strategy_adapter.step_singly([optimizer])
     assert [group["foreach"] for group in optimizer.param_groups] == [False, None]
-    assert [group["foreach"] for group in seams.optimizer_state(None, optimizer)["param_groups"]] == [None, None]
+    assert [group["foreach"] for group in strategy_adapter.optimizer_state(None, optimizer)["param_groups"]] == [
+        None,
+        None,
+    ]
 
 
 def test_how_to_step_is_not_taken_from_a_file():
