@@ -15,6 +15,7 @@ docstring of each room states its rule. From the ground up:
     targets            from the user's words to matrices
     model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module
     peft_format        PEFT's directories, read and written
+    methods            what a run asks of a method of fine-tuning; LoRA is the first
     trainer            one run of a Lightning Trainer: callback, checkpoints, strategies
     cli                the command lightning-lora
 

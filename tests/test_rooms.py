@@ -22,7 +22,7 @@ FLOORS = [
     {"layers"},
     {"targets"},
     {"model"},
-    {"peft_format"},
+    {"methods", "peft_format"},
     {"trainer"},
     {"cli"},
     {"__init__", "__main__"},
@@ -34,6 +34,7 @@ LIBRARIES = {
     "distributed": {"torch", "numpy", "deepspeed"},
     "files": {"torch", "safetensors"},
     "peft_format": {"torch", "safetensors"},
+    "methods": {"torch", "typing_extensions"},
     "trainer": {"torch", "numpy", "safetensors", "typing_extensions"} | LIGHTNING,
     "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm"} | LIGHTNING,
 }

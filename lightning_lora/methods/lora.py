@@ -1,0 +1,207 @@
+"""LoRA as a method of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.distributed.sharded import local
+from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
+from lightning_lora.methods.base import Method, MethodConfig, Watched
+from lightning_lora.model.apply import check_same, difference, drop_adapters, inject, remove_lora
+from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
+from lightning_lora.model.initial_values import remember
+from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
+from lightning_lora.model.merged_values import merged_values
+from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.state import (
+    base_names,
+    check_state,
+    frozen_names,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    needed_names,
+)
+from lightning_lora.model.summary import describe
+from lightning_lora.names import join
+from lightning_lora.targets.resolve import find_targets
+
+
+class LoRAMethod(Method):
+    """``W0 x + scale * B A x`` (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        config: what to adapt and how.
+
+    Example:
+        >>> method, model = LoRAMethod(LoRAConfig(r=2, targets="all")), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> method.complete(model)
+        ['0', '1']
+        >>> [name for name, _ in method.trained_parameters(model)]
+        ['0.lora.default.A', '0.lora.default.B', '1.lora.default.A', '1.lora.default.B']
+        >>> method.remove(model)
+        >>> method.present(model) is None
+        True
+    """
+
+    key: ClassVar[str] = "lora"
+    merges: ClassVar[bool] = True
+    peft: ClassVar[bool] = True
+    config: LoRAConfig
+
+    def __init__(self, config: LoRAConfig) -> None:
+        super().__init__(config)
+
+    @classmethod
+    @override
+    def from_dict(cls, arguments: Mapping[str, Any]) -> LoRAMethod:
+        return cls(LoRAConfig(**arguments))
+
+    @override
+    def difference(self, other: MethodConfig) -> str | None:
+        if not isinstance(other, LoRAConfig):
+            return f"a {type(other).__name__} instead of a LoRAConfig"
+        return difference(self.config, other)
+
+    @override
+    def check_same(self, model: nn.Module) -> None:
+        check_same(model, self.config)
+
+    @override
+    def present(self, model: nn.Module) -> LoRAConfig | None:
+        return config_of(model)
+
+    @override
+    def is_adapted(self, model: nn.Module) -> bool:
+        return is_adapted(model)
+
+    @override
+    def adapt(self, model: nn.Module) -> None:
+        inject(model, find_targets(model, self.config), self.config)
+
+    @override
+    def complete(self, model: nn.Module) -> list[str]:
+        targets = find_targets(model, self.config)
+        targets.check()
+        inject(model, targets, self.config)
+        remember(model)
+        return list(targets.modules)
+
+    @override
+    def drop(self, model: nn.Module) -> None:
+        drop_adapters(model)
+
+    @override
+    def remove(self, model: nn.Module) -> None:
+        remove_lora(model)
+
+    @override
+    def describe(self, model: nn.Module) -> str:
+        return describe(model)
+
+    @override
+    def added_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return lora_parameters(model)
+
+    @override
+    def trained_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return trained_parameters(model)
+
+    @override
+    def adapted_weights(self, model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]:
+        return {
+            id(parameter): (join(name, adapter.part.key), parameter_of(layer, adapter.part.key))
+            for name, layer in adapted_layers(model)
+            for adapter in layer.lora.every()
+            for parameter in adapter.parameters()
+        }
+
+    @override
+    def freeze(self, model: nn.Module) -> None:
+        freeze(model, self.config)
+
+    @override
+    @contextmanager
+    def as_found(self, model: nn.Module) -> Iterator[None]:
+        unfreeze(model)
+        try:
+            with adapters_disabled(model):  # a parameter that is adapted where it is read is itself here
+                yield
+        finally:
+            self.freeze(model)
+
+    @override
+    def is_untrained(self, model: nn.Module) -> bool:
+        """Whether every B is zero: a B on the meta device is."""
+        every_B = [local(p) for name, p in lora_parameters(model) if name.endswith(".B") and not p.is_meta]
+        return not any(bool(B.any()) for B in every_B)
+
+    @override
+    def watched(self, model: nn.Module) -> dict[str, Watched]:
+        calls = ("forward", "added_to", "with_frozen")
+        return {
+            join(name, adapter.part.name) if adapter.part.name else name: Watched(
+                adapter, adapter.B, calls, join(name, adapter.part.key)
+            )
+            for name, layer in adapted_layers(model)
+            for adapter in layer.lora.every()
+        }
+
+    @override
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        return lora_state_dict(model)
+
+    @override
+    def check_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        check_state(model, state)
+
+    @override
+    def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        load_lora_state_dict(model, state)
+
+    @override
+    def needed_names(self, model: nn.Module) -> list[str]:
+        return needed_names(model)
+
+    @override
+    def frozen_names(self, model: nn.Module) -> set[str]:
+        return frozen_names(model)
+
+    @override
+    def base_names(self, model: nn.Module) -> set[str]:
+        return base_names(model)
+
+    @override
+    def is_merged(self, model: nn.Module) -> bool:
+        return is_merged(model)
+
+    @override
+    def never_merges(self, model: nn.Module) -> str | None:
+        if not quantized_layers(model):
+            return None
+        return (
+            "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
+            "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
+        )
+
+    @override
+    def cannot_write(self, model: nn.Module) -> str | None:
+        return unwritable(model)
+
+    @override
+    def merge(self, model: nn.Module) -> dict[str, float]:
+        return merge_lora(model)
+
+    @override
+    def unmerge(self, model: nn.Module) -> None:
+        unmerge_lora(model)
+
+    @override
+    def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return merged_values(model)
