@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_lora.cli.meta_model import skeleton
 from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.files.safe_file import read_tensors
+from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import join
 from lightning_lora.peft_format.config_writer import Scaled, written_config
@@ -119,7 +120,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": lightning.__version__,
-        checkpoints.KEY: checkpoints.facts(config, RunConfig(), base, {}),
+        checkpoints.KEY: checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
     }
     checkpoints.write_beside(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})

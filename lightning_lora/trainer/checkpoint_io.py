@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.distributed.sharded import units
 from lightning_lora.files.merged_file import write_merged
-from lightning_lora.layers.base import is_adapted
+from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
-from lightning_lora.model.merged_values import merged_values
-from lightning_lora.model.record import is_merged
-from lightning_lora.model.state import clean_state, load_lora_state_dict, lora_state_dict
+from lightning_lora.model.state import clean_state
 from lightning_lora.names import clean
 from lightning_lora.peft_format.save import kinds
 from lightning_lora.trainer import checkpoints
@@ -38,44 +36,46 @@ def is_written_here(path: Any) -> bool:
     return str(Path(path).resolve()) in _WRITTEN_HERE
 
 
-class Files:
-    """What is between the module and its files for one run.
+class CheckpointFiles:
+    """Reads and writes the checkpoints of one run.
 
     Args:
         trainer: the Trainer.
         module: its LightningModule.
-        config: what is adapted.
+        method: what the module is adapted by.
         run_config: what the run does with it.
-        strategy_adapter: of its strategy.
-        adapt: adapts a module that is merged, or was built anew.
+        strategy_adapter: of the Trainer's strategy.
+        callback_key: the callback's key in checkpoints.
+        adapt_late: adapts a module that is merged, or was built anew.
     """
 
     def __init__(
         self,
         trainer: Any,
         module: Any,
-        config: LoRAConfig,
+        method: Method,
         run_config: RunConfig,
         strategy_adapter: StrategyAdapter,
-        adapt: Callable[[], None],
+        callback_key: str,
+        adapt_late: Callable[[], None],
     ) -> None:
-        self.trainer, self.module, self.strategy_adapter, self.adapt = trainer, module, strategy_adapter, adapt
-        self.config, self.run_config = config, run_config
-        self.strategy = trainer.strategy
+        self.trainer, self.strategy, self.module = trainer, trainer.strategy, module
+        self.method, self.run_config = method, run_config
+        self.strategy_adapter, self.callback_key, self.adapt_late = strategy_adapter, callback_key, adapt_late
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
         self.loaded = False
         self.plain_files: set[str] = set()
         self.weights_only: bool | None = None  # as the user gave it for this run
 
-    def open(self, stack: ExitStack) -> None:
-        """Stand between them until ``stack`` closes."""
+    def at_setup(self, stack: ExitStack) -> None:
+        """Save and load by this class until ``stack`` closes."""
         self.strategy_adapter.at_setup(stack)
         patch_method(stack, self.strategy, "save_checkpoint", self.save)
         patch_method(stack, self.strategy, "load_checkpoint", self.load)
 
     def take_module(self, stack: ExitStack) -> None:
-        """Be asked for the module's state too, until ``stack`` closes."""
+        """Give and load the state of the module by this class, too, until ``stack`` closes."""
         patch_method(stack, self.strategy, "lightning_module_state_dict", self.module_state)
         patch_method(stack, self.strategy, "load_model_state_dict", self.load_module_state)
 
@@ -86,12 +86,12 @@ class Files:
 
     def module_state(self, original: Any) -> dict[str, Any]:
         """The adapters, whatever a ``state_dict`` of the user's own would leave out."""
-        return lora_state_dict(self.module)
+        return self.method.state(self.module)
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """The reverse: all of it, or an error before anything is loaded."""
+        """Load the adapters: all of them, or an error before anything is loaded."""
         state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
-        load_lora_state_dict(self.module, state)
+        self.method.load(self.module, state)
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":
             self.strategy_adapter.load_optimizers({**checkpoint, "state_dict": state})
         self.loaded = True
@@ -99,19 +99,16 @@ class Files:
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
         """Every save ends here, weights-only ones and those of other callbacks too."""
         _WRITTEN_HERE.add(str(Path(filepath).resolve()))
-        if is_merged(self.module):  # while it is evaluated as it is
+        if self.method.is_merged(self.module):  # while it is evaluated as it is
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
-        checkpoints.check_complete(checkpoint, self.module)
-        checkpoint = checkpoints.without_base(checkpoint, self.module)
+        checkpoints.check_complete(checkpoint, self.method, self.module)
+        checkpoint = checkpoints.without_base(checkpoint, self.method, self.module)
         checkpoint[checkpoints.KEY] = checkpoints.facts(
-            self.config, self.run_config, self.base_fingerprint(), kinds(self.module)
+            self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
-            checkpoint["callbacks"] = {
-                **checkpoint["callbacks"],
-                f"LoRACallback[{self.config.name}]": {"r": self.config.r},
-            }
+            checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
@@ -128,16 +125,17 @@ class Files:
 
     def load(self, original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Check the file before Lightning loads it; a file of another process is opened as plain data."""
-        self.weights_only = weights_only
+        if self.weights_only is None:  # a tuner loads its own file during the run, and gives nothing
+            self.weights_only = weights_only
         if weights_only is None:
             weights_only = not is_written_here(checkpoint_path)
         if str(checkpoint_path) in self.plain_files:
-            return dict(original(checkpoint_path, weights_only=weights_only))
+            return dict(checkpoints.open_file(original, checkpoint_path, weights_only))
         read = self.strategy.checkpoint_io.load_checkpoint if self.strategy_adapter.loads_late else original
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
-        if not is_adapted(self.module):
-            self.adapt()
-        checkpoints.check(checkpoint, checkpoint_path, self.config, self.base_fingerprint())
+        if not self.method.is_adapted(self.module):
+            self.adapt_late()
+        checkpoints.check(checkpoint, checkpoint_path, self.method, self.base_fingerprint())
         checkpoints.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
@@ -163,7 +161,7 @@ class Files:
             )
 
 
-def load_best(trainer: Any, module: Any, weights_only: bool | None) -> dict[str, Any] | None:
+def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | None) -> dict[str, Any] | None:
     """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``.
 
     Lightning takes the path from the file that a run resumed from, which may come from a stranger. So only a file that
@@ -175,22 +173,23 @@ def load_best(trainer: Any, module: Any, weights_only: bool | None) -> dict[str,
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
     checkpoint = checkpoints.read(load, path, False if is_written_here(path) else weights_only is not False)
     module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
-    load_lora_state_dict(module, checkpoints.adapter_of(checkpoint, module))
+    method.load(module, checkpoints.adapter_of(checkpoint, method, module))
     return checkpoint
 
 
-def export_merged(trainer: Any, needed: Iterable[str]) -> Path:
+def export_merged(trainer: Any, method: Method, needed: Iterable[str]) -> Path:
     """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it.
 
     Args:
         trainer: the Trainer.
+        method: what its module is adapted by.
         needed: names of parameters that must be in it.
     """
     outermost = trainer.strategy.model
     module = outermost if units(outermost) else trainer.lightning_module
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
-    values = merged_values(module)
+    values = method.merged_values(module)
     try:
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)

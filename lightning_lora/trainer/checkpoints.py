@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, RunConfig
-from lightning_lora.model.apply import difference
+from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
-from lightning_lora.model.state import base_names, frozen_names, keep_adapter, needed_names, real_keys
+from lightning_lora.model.state import real_keys
 from lightning_lora.trainer.imports import rank_zero_warn
 
 KEY = "lightning_lora"
@@ -25,31 +26,31 @@ FORMATS = (1, 2)
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
-def facts(config: LoRAConfig, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
+def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint records of its adapter, as plain data.
 
     Format 1, written until version 0.1.0, holds the arguments of the run in ``config`` as well.
 
     Args:
-        config: of the adapter.
+        method: of the adapter.
         run_config: of the run.
         base: the fingerprint of the frozen weights.
         kinds: of the adapted layers, in PEFT's format.
     """
-    return {
-        "format": FORMATS[-1],
-        "config": config.to_dict(),
-        "run": run_config.to_dict(),
-        "base": base,
-        "kinds": kinds,
-    }
+    config = method.config.to_dict()
+    about = {"format": FORMATS[-1], "method": method.key, "config": config, "run": run_config.to_dict()}
+    return {**about, "base": base, "kinds": kinds}
 
 
-def without_base(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """``checkpoint`` without the base: averaging callbacks put whole models there, beside and inside their state."""
-    frozen, base = frozen_names(model), base_names(model)
+def without_base(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
+    """``checkpoint`` without the base: averaging callbacks put whole models there, as an entry and in their state."""
+    frozen, base = method.frozen_names(model), method.base_names(model)
     places = {key: value for key, value in checkpoint.items() if key in (*WEIGHTS, "callbacks")}
-    return {**checkpoint, **_without(places, frozen, base)}
+    places = _without(places, frozen, base)
+    for weights in WEIGHTS:  # also where a user's own `state_dict` left some of the base out
+        if isinstance(state := places.get(weights), dict):
+            places[weights] = {key: value for key, value in state.items() if names.clean(str(key)) not in base}
+    return {**checkpoint, **places}
 
 
 def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
@@ -87,24 +88,55 @@ def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
 
 
 def on_cpu(path: Any, weights_only: bool | None) -> Any:
-    """What is in the file at ``path``, for :func:`read` where no Trainer loads it."""
-    return torch.load(path, map_location="cpu", weights_only=weights_only)
+    """What is in the file at ``path``, for :func:`open_file` where no Trainer loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of in a file of another kind is in the error
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
-def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict[str, Any]:
-    """Load a file that a LoRA run wrote.
+def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
+    """What is in the file at ``path``: every checkpoint that the package reads is opened here.
+
+    Args:
+        load: takes the path and ``weights_only``.
+        path: a path or an address.
+        weights_only: ``False`` allows objects of any class, whose making can run any code.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if the file is damaged, or holds objects that were not allowed.
+    """
+    try:
+        return load(path, weights_only=weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        if not weights_only and isinstance(error, (ImportError, AttributeError)):
+            raise  # the file is sound, and a class in it cannot be imported
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Any, error: Exception) -> str:
+    # torch surrounds its reason with the advice to load the file again with less care.
+    text = str(error)
+    reason = text.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or f"{text:.300}"
+    refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text)
+    if not isinstance(error, pickle.UnpicklingError) or refused is None:
+        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {reason}"
+    return (
+        f"`ckpt_path={str(path)!r}` holds an object of {refused[1]}, perhaps a hyperparameter, and was not opened: "
+        "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
+        "path."
+    )
+
+
+def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, Any]:
+    """Open a file that a LoRA run wrote.
 
     Raises:
         ValueError: if it cannot be read, or holds no adapter.
     """
-    try:
-        checkpoint = load(path, weights_only=weights_only)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(_why_not_unpickled(path, str(error))) from error
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error}") from error
+    checkpoint = open_file(load, path, weights_only)
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
         if any(".lora." in key for key in state):
@@ -120,26 +152,14 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool | None) -> dict
     return checkpoint
 
 
-def _why_not_unpickled(path: Any, error: str) -> str:
-    """Name the class that ``weights_only=True`` refused, or else say that the file is damaged."""
-    refused = re.search(r"GLOBAL ([\w.]+)", error)
-    if refused is None:
-        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {error:.300}"
-    return (
-        f"`ckpt_path={str(path)!r}` holds an object of {refused[1]}, perhaps a hyperparameter, and was not opened: "
-        "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
-        "path."
-    )
-
-
-def check(checkpoint: dict[str, Any], path: Any, config: LoRAConfig, base: Fingerprint) -> None:
-    """Raise unless the file's adapter is one of this configuration, on this base.
+def check(checkpoint: dict[str, Any], path: Any, method: Method, base: Fingerprint) -> None:
+    """Raise unless the file's adapter is of this method and configuration, on this base.
 
     Raises:
         ValueError: naming the first difference.
     """
     written, trained_on = facts_in(checkpoint, path)
-    check_config(written, path, config)
+    check_config(written, path, method)
     check_base(trained_on, base, path)
 
 
@@ -154,15 +174,17 @@ def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -
         )
 
 
-def check_config(written: LoRAConfig, path: Any, config: LoRAConfig) -> None:
-    """Raise unless the file's adapter is one of ``config``.
+def check_config(written: LoRAConfig, path: Any, method: Method) -> None:
+    """Raise unless the file's adapter has the configuration of ``method``.
 
     Raises:
         ValueError: naming the first difference.
     """
-    other = difference(config, written)
-    if other is not None:
-        raise ValueError(f"`ckpt_path={str(path)!r}` was written with {other}: give LoRACallback the same arguments.")
+    difference = method.difference(written)
+    if difference is not None:
+        raise ValueError(
+            f"`ckpt_path={str(path)!r}` was written with {difference}: give LoRACallback the same arguments."
+        )
 
 
 def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
@@ -187,9 +209,12 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
         ValueError: if it does not say, or in words of a later version.
     """
     try:
-        if checkpoint[KEY].get("format") not in FORMATS:
-            raise ValueError(f"its format is {checkpoint[KEY].get('format')!r}, and {FORMATS[-1]} is the newest known")
-        written, base = LoRAConfig.from_file(checkpoint[KEY]["config"]), checkpoint[KEY]["base"]
+        recorded = checkpoint[KEY]
+        if recorded.get("format") not in FORMATS:
+            raise ValueError(f"its format is {recorded.get('format')!r}, and {FORMATS[-1]} is the newest known")
+        if recorded.get("method", "lora") != "lora":
+            raise ValueError(f"its method is {recorded['method']!r}, and LoRACallback reads 'lora'")
+        written, base = LoRAConfig.from_file(recorded["config"]), recorded["base"]
         if not isinstance(checkpoint["state_dict"], dict) or not isinstance(base, dict):
             raise TypeError("no weights or no base")
     except (KeyError, TypeError, ValueError) as error:
@@ -212,13 +237,13 @@ def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return checkpoint
 
 
-def check_complete(checkpoint: dict[str, Any], model: nn.Module) -> None:
+def check_complete(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> None:
     """Raise if the file about to be written lacks adapters: nobody could use it.
 
     Raises:
         ValueError: naming the hook that can have removed them.
     """
-    needed = needed_names(model)
+    needed = method.needed_names(model)
     if len(checkpoint.get("state_dict", ())) < len(needed):
         gone = next(key for key in needed if key not in checkpoint.get("state_dict", ()))
         raise ValueError(
@@ -227,6 +252,8 @@ def check_complete(checkpoint: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def adapter_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The adapter in a file that :func:`read` gave."""
-    return keep_adapter(model, checkpoint["state_dict"])
+def adapter_of(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
+    """The adapter in a file that :func:`read` opened, under clean names."""
+    base = method.base_names(model)
+    clean = {names.clean(key): value for key, value in checkpoint["state_dict"].items()}
+    return {name: value for name, value in clean.items() if name not in base}

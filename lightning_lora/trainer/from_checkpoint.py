@@ -55,7 +55,7 @@ def load_from_checkpoint(
     Example:
         >>> module = load_from_checkpoint(LitModel, "last.ckpt", merge=True)  # doctest: +SKIP
     """
-    checkpoint = checkpoints.read(checkpoints.on_cpu, checkpoint_path, weights_only)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, checkpoint_path, weights_only is not False)
     config, trained_on = checkpoints.facts_in(checkpoint, checkpoint_path)
     module = _bare(cls, checkpoint, hparams_file=hparams_file, weights_only=weights_only, **kwargs)
     if map_location is not None:

@@ -10,9 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint
-from lightning_lora.model.state import load_lora_state_dict, lora_parameters
 from lightning_lora.names import clean
 from lightning_lora.peft_format.layers import KINDS, ON_META, SLICES
 from lightning_lora.peft_format.peft_files import load_adapter, save_adapter
@@ -22,13 +21,13 @@ from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn
 
 
-def start_from(module: nn.Module, path: str, config: LoRAConfig, base: Fingerprint) -> None:
+def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) -> None:
     """Give the adapters of ``module`` the values in a PEFT directory, or in the checkpoint of another run.
 
     Raises:
         ValueError: if they are of another configuration or base, damaged, or the adapters have no place yet.
     """
-    empty = next((name for name, parameter in lora_parameters(module) if parameter.is_meta), None)
+    empty = next((name for name, parameter in method.added_parameters(module) if parameter.is_meta), None)
     if empty is not None:
         raise ValueError(
             f"`init_from={path!r}` comes before `{empty}` has memory: the model is on the meta device. Load the base "
@@ -39,11 +38,11 @@ def start_from(module: nn.Module, path: str, config: LoRAConfig, base: Fingerpri
     if Path(path).is_dir():
         load_adapter(module, path)
         return
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, None)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, weights_only=True)
     written, trained_on = checkpoints.facts_in(checkpoint, path)
-    checkpoints.check_config(written, path, config)
+    checkpoints.check_config(written, path, method)
     checkpoints.check_base(trained_on, base, path)
-    load_lora_state_dict(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
+    method.load(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
 
 
 def check_export(module: nn.Module, directory: str) -> None:

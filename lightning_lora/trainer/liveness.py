@@ -1,12 +1,12 @@
-"""Whether every adapter is alive: it runs, it gets a gradient, and an optimizer holds it.
+"""Check that every adapter is alive: it runs, it gets a gradient, and an optimizer holds it.
 
-What is dead is told at the first step and after the first evaluation, with its likely cause. Nothing is left on the
+A dead adapter is named at the first step and after the first evaluation, with its likely cause. Nothing is left on the
 adapters afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import adapted_layers
-from lightning_lora.names import folded, join
+from lightning_lora.methods.base import Watched
+from lightning_lora.names import folded
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
 
@@ -28,15 +27,11 @@ class Liveness:
 
     Args:
         module: the module that trains.
+        watched: its adapters by the name of their site.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.weights: dict[str, str] = {}
-        for name, layer in adapted_layers(module):
-            for adapter in layer.lora.every():
-                called = join(name, adapter.part.name) if adapter.part.name else name
-                self.adapters[called], self.weights[called] = adapter, join(name, adapter.part.key)
+    def __init__(self, module: nn.Module, watched: Mapping[str, Watched]) -> None:
+        self.adapters = dict(watched)
         self.trained: dict[int, int] = {}
         self.evaluated: dict[int, int] | None = None
         self.evaluation_checked = self.stepped = False
@@ -49,9 +44,9 @@ class Liveness:
         """Note in ``ran`` from now on which adapters run; compiled code is left alone, where only gradients tell."""
         self.close()
         for adapter in self.adapters.values() if self.watches else ():
-            for method in ("forward", "added_to", "with_frozen"):
-                if hasattr(adapter, method):
-                    patch_method(self.stack, adapter, method, _noting(adapter, ran))
+            for method in adapter.calls:
+                if hasattr(adapter.module, method):
+                    patch_method(self.stack, adapter.module, method, _noting(adapter.module, ran))
 
     def check_held(self, optimizers: list[Optimizer]) -> None:
         """Raise if an adapter is in no optimizer.
@@ -60,7 +55,7 @@ class Liveness:
             MisconfigurationException: naming them.
         """
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, adapter in self.adapters.items() if id(adapter.B) not in held]
+        missing = [name for name, adapter in self.adapters.items() if id(adapter.parameter) not in held]
         if missing and held:
             raise MisconfigurationException(
                 f"No optimizer holds the adapter of {listed(missing)}, so it would never train. Something took it out "
@@ -80,8 +75,8 @@ class Liveness:
         self.checked.add(id(optimizer))
         self._check_dropout()
         held = set(map(id, parameters))
-        inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.B) in held}
-        dead = {name: adapter for name, adapter in inside.items() if adapter.B.grad is None}
+        inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
+        dead = {name: adapter for name, adapter in inside.items() if adapter.parameter.grad is None}
         if dead and len(dead) == len(inside):
             raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
         if dead:
@@ -92,7 +87,8 @@ class Liveness:
             self.close()
 
     def _check_dropout(self) -> None:
-        idle = [name for name, adapter in self.adapters.items() if adapter.dropout and not adapter.training]
+        modules = {name: adapter.module for name, adapter in self.adapters.items()}
+        idle = [name for name, module in modules.items() if getattr(module, "dropout", 0) and not module.training]
         if idle:
             rank_zero_warn(
                 f"{listed(idle)} train without `dropout`: their layers are in eval mode, as models of transformers are "
@@ -110,7 +106,7 @@ class Liveness:
         """After the first evaluation: name the adapters that ran in training and not in it."""
         if self.evaluated is None or self.evaluation_checked:
             return
-        idle = [name for name, adapter in self.adapters.items() if id(adapter) not in self.evaluated]
+        idle = [name for name, adapter in self.adapters.items() if id(adapter.module) not in self.evaluated]
         self.evaluation_checked = True
         self.close()
         if not self.stepped:
@@ -127,13 +123,14 @@ class Liveness:
         self.stack.close()
 
     def _advice(self, names: list[str]) -> str:
-        return f"targets={[self.weights[name] for name in names[:4]]!r}" + (" and so on" if len(names) > 4 else "")
+        weights = [self.adapters[name].weight for name in names]
+        return f"targets={weights[:4]!r}" + (" and so on" if len(weights) > 4 else "")
 
-    def _causes(self, dead: dict[str, Adapter]) -> str:
+    def _causes(self, dead: dict[str, Watched]) -> str:
         if not self.watches:
             return f"{listed(list(dead))} did not run, or the loss does not depend on it: compiled code hides which."
-        idle = [name for name, adapter in dead.items() if id(adapter) not in self.trained]
-        hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter)) == WITHOUT_GRADIENTS]
+        idle = [name for name, adapter in dead.items() if id(adapter.module) not in self.trained]
+        hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter.module)) == WITHOUT_GRADIENTS]
         cut = [name for name in dead if name not in idle and name not in hidden]
         found = []
         if idle:
@@ -152,7 +149,7 @@ class Liveness:
         return " ".join(found)
 
 
-def _noting(adapter: Adapter, ran: dict[int, int]) -> Callable[..., Any]:
+def _noting(adapter: nn.Module, ran: dict[int, int]) -> Callable[..., Any]:
     def note(original: Any, *args: Any, **kwargs: Any) -> Any:
         ran[id(adapter)] = RAN if torch.is_grad_enabled() else ran.get(id(adapter), WITHOUT_GRADIENTS)
         return original(*args, **kwargs)

@@ -5,25 +5,31 @@ LoRA wants about ten times full fine-tuning's rate, and the module that sets it 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.trainer.imports import MisconfigurationException
-from lightning_lora.trainer.optimizers import holds_adapters
 
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 
 
-def scale_rates(optimizers: list[Optimizer], schedulers: list[Any], scale: float, model: nn.Module) -> None:
+def scale_rates(optimizers: list[Optimizer], schedulers: list[Any], scale: float, added: Container[int]) -> None:
     """Multiply every rate of the groups that hold adapters by ``scale``.
+
+    Args:
+        optimizers: the module's, restricted to what trains.
+        schedulers: theirs, plain or in Lightning's dicts.
+        scale: the factor.
+        added: the ``id`` of each parameter of an adapter.
 
     Raises:
         MisconfigurationException: if an optimizer has no rate, or a scheduler one floor for groups of both kinds.
     """
-    scaled = {id(g): holds_adapters(g, model) for optimizer in optimizers for g in optimizer.param_groups}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    scaled = {id(group): any(id(parameter) in added for parameter in group["params"]) for group in groups}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if scaled[id(group)]:

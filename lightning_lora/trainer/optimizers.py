@@ -1,6 +1,6 @@
-"""The user's optimizers, restricted to what LoRA trains, their groups edited in place.
+"""Restrict the user's optimizers to what trains, by editing their groups in place.
 
-The number of groups stays: schedulers hold one value for each, and break when one is added.
+The number of groups stays: schedulers hold one value for each group, and break when one is added.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import names
-from lightning_lora.layers.base import adapted_layers, parameter_of
-from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.methods.base import Method
 from lightning_lora.trainer.compatibility import is_a
 from lightning_lora.trainer.imports import MisconfigurationException
 
 Group = dict[str, Any]
 
 
-def restrict(optimizers: list[Optimizer], model: nn.Module) -> None:
-    """Make the union of all groups exactly what LoRA trains.
+def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> None:
+    """Make the union of all groups exactly what the method trains.
 
-    A and B go into every group that holds the weight they adapt, so that they get its learning rate, its weight decay
-    and its optimizer; where no group holds it, they stay where the user's code put them, or go into the first group.
+    An added parameter goes into every group that holds the weight it adapts, so that it gets the learning rate, the
+    weight decay and the optimizer of that weight. Where no group holds the weight, it stays where the user's code put
+    it, or goes into the first group.
 
     Raises:
         MisconfigurationException: for an optimizer that cannot be edited.
     """
     for optimizer in optimizers:
         refuse(optimizer)
-    wanted = _wanted(optimizers, model)
+    wanted = _wanted(optimizers, model, method)
     label = {id(parameter): name for name, parameter in names.named_parameters(model)}
     for optimizer in optimizers:
         keeps_state = bool(optimizer.state)
@@ -42,7 +42,7 @@ def restrict(optimizers: list[Optimizer], model: nn.Module) -> None:
 
 
 def refuse(optimizer: Optimizer) -> None:
-    """Raise for an optimizer in which adapters would silently never move, or could not step."""
+    """Raise for an optimizer that would never move adapters, without an error, or that could not step."""
     if is_a(optimizer, "ZeroRedundancyOptimizer"):
         raise MisconfigurationException(
             "`ZeroRedundancyOptimizer` divides its parameters among ranks when it is made, so adapters put into it "
@@ -55,22 +55,18 @@ def refuse(optimizer: Optimizer) -> None:
         )
 
 
-def _wanted(optimizers: list[Optimizer], model: nn.Module) -> dict[int, list[nn.Parameter]]:
+def _wanted(optimizers: list[Optimizer], model: nn.Module, method: Method) -> dict[int, list[nn.Parameter]]:
+    """The parameters that each group is to hold, by the ``id`` of the group."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    holding: dict[int, list[Group]] = {}
+    groups_with: dict[int, list[Group]] = {}
     for group in groups:
         for parameter in group["params"]:
-            holding.setdefault(id(parameter), []).append(group)
-    weight = {
-        id(p): parameter_of(layer, adapter.part.key)
-        for _, layer in adapted_layers(model)
-        for adapter in layer.lora.every()
-        for p in adapter.parameters()
-    }
+            groups_with.setdefault(id(parameter), []).append(group)
+    weight_of = {key: id(weight) for key, (_, weight) in method.adapted_weights(model).items()}
     wanted: dict[int, list[nn.Parameter]] = {id(group): [] for group in groups}
-    for _, parameter in trained_parameters(model):
-        beside = holding.get(id(weight.get(id(parameter))), [])
-        for group in beside or holding.get(id(parameter), []) or groups[:1]:
+    for _, parameter in method.trained_parameters(model):
+        of_the_weight = groups_with.get(weight_of.get(id(parameter), 0), [])
+        for group in of_the_weight or groups_with.get(id(parameter), []) or groups[:1]:
             wanted[id(group)].append(parameter)
     return wanted
 
@@ -86,7 +82,7 @@ def _edit(optimizer: Optimizer, group: Group, wanted: list[nn.Parameter], label:
 
 
 def _seed_state(optimizer: Optimizer) -> None:
-    """Adagrad and its like make their state when they are made, and step on nothing without it."""
+    """Make the state of new parameters where an optimizer makes it in ``__init__``, as Adagrad does."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in optimizer.state:
@@ -95,9 +91,3 @@ def _seed_state(optimizer: Optimizer) -> None:
                 fresh = type(optimizer)([parameter], **arguments)
                 if parameter in fresh.state:
                     optimizer.state[parameter] = fresh.state[parameter]
-
-
-def holds_adapters(group: Group, model: nn.Module) -> bool:
-    """Whether the group trains an adapter."""
-    adapters = adapter_parameters(model)
-    return any(id(parameter) in adapters for parameter in group["params"])

@@ -1,4 +1,8 @@
-"""One run of a Trainer over a module: what is wrapped for its length, and how the module is left after it."""
+"""One run of a Trainer over a module: what is patched for its length, and how the module is left after it.
+
+A run does not know its method. What is adapted, what trains, what a file holds and whether it merges are asked of a
+:class:`~lightning_lora.methods.base.Method`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import BASE_DTYPES, LoRAConfig, RunConfig
-from lightning_lora.distributed.sharded import local
-from lightning_lora.layers.base import adapters_disabled, is_adapted
-from lightning_lora.model.apply import check_same, drop_adapters, inject
+from lightning_lora.config import BASE_DTYPES, RunConfig
+from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import cast_by_autocast, lower
-from lightning_lora.model.freeze import freeze, is_frozen, unfreeze
-from lightning_lora.model.initial_values import remember
-from lightning_lora.model.merge import merge_lora, unmerge_lora
-from lightning_lora.model.record import Record, all_records, config_of, is_merged, place_again
-from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
-from lightning_lora.model.summary import describe
+from lightning_lora.model.freeze import is_frozen, unfreeze
+from lightning_lora.model.record import Record, all_records, place_again
 from lightning_lora.ops.exact_sum import same_bits
-from lightning_lora.targets.resolve import find_targets
-from lightning_lora.trainer.checkpoint_io import Files
+from lightning_lora.trainer.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.compatibility import SHARDING, is_a, overrides
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
@@ -38,28 +35,29 @@ STRATEGY_ADAPTERS: dict[str, type[StrategyAdapter]] = dict(zip(SHARDING, (FSDP1,
 
 
 class Run:
-    """From ``setup`` to ``strategy.teardown``, which alone is also called after an exception or Ctrl-C.
+    """From ``setup`` to ``strategy.teardown``, the only hook that is also called after an exception or Ctrl-C.
 
     Args:
         trainer: the Trainer.
         module: its LightningModule.
-        config: what to adapt.
-        run_config: what to do with it.
+        method: what the module is adapted by.
+        run_config: what the run does with it.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        callback_key: the callback's key in checkpoints.
     """
 
-    def __init__(self, trainer: Any, module: Any, config: LoRAConfig, run_config: RunConfig, stage: str) -> None:
-        self.trainer, self.module, self.stage = trainer, module, stage
-        self.config, self.run_config = config, run_config
+    def __init__(
+        self, trainer: Any, module: Any, method: Method, run_config: RunConfig, stage: str, callback_key: str
+    ) -> None:
+        self.trainer, self.module, self.method, self.run_config, self.stage = trainer, module, method, run_config, stage
         self.strategy = trainer.strategy
-        strategy_adapter = next(
-            (STRATEGY_ADAPTERS[name] for name in STRATEGY_ADAPTERS if is_a(trainer.strategy, name)), StrategyAdapter
+        self.strategy_adapter = strategy_adapter_for(trainer.strategy, module)
+        self.files = CheckpointFiles(
+            trainer, module, method, run_config, self.strategy_adapter, callback_key, self.adapt_late
         )
-        self.strategy_adapter = strategy_adapter(trainer.strategy, module)
-        self.files = Files(trainer, module, config, run_config, self.strategy_adapter, self.adapt_merged)
         self.ended = self.abandoned = False
-        self.found_merged, self.found_bare = is_merged(module), config_of(module) is None
-        self.found_frozen = is_frozen(module)
+        self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
+        self.was_frozen = is_frozen(module)
         self.snapshot: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
         self.liveness: Liveness | None = None
@@ -67,22 +65,15 @@ class Run:
 
     def begin(self) -> None:
         """Adapt the module; a merged one runs as it is, unless a file is loaded."""
-        check_same(self.module, self.config)
+        self.method.check_same(self.module)
         patch_method(self.stack, self.strategy, "teardown", self.end)
-        self.files.open(self.stack)
-        if not self.found_merged or self.stage == "fit":
+        self.files.at_setup(self.stack)
+        if not self.was_merged or self.stage == "fit":
             self.adapt()
 
-    def convert(self) -> None:
-        """Let a plug-in that puts quantized layers in place do so before those are adapted: it drops adapters."""
-        plugin = self.trainer.precision_plugin
-        made = any(isinstance(module, nn.Linear) for module in self.module.modules())
-        if made and is_a(plugin, "BitsandbytesPrecision") and config_of(self.module) is None:
-            plugin.convert_module(self.module)
-
     def adapt(self) -> None:
-        """Adapt what exists, and wrap what is called between here and the end."""
-        self.strategy_adapter.before_injection(self.found_bare)
+        """Adapt what exists, and patch what is called between here and the end."""
+        self.strategy_adapter.before_injection(self.was_bare)
         self.unmerge()
         self.files.take_module(self.stack)
         patch_method(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
@@ -91,88 +82,89 @@ class Run:
         late = "configure_model" if overrides(self.module, "configure_model") else "setup"
         if late == "setup":
             self.convert()
-            inject(self.module, find_targets(self.module, self.config), self.config)
+            self.method.adapt(self.module)
         patch_method(self.stack, self.module, late, self.complete)
+
+    def convert(self) -> None:
+        """Let a plug-in that replaces layers by quantized ones do so first: it would drop adapters."""
+        plugin = self.trainer.precision_plugin
+        is_built = any(isinstance(module, nn.Linear) for module in self.module.modules())
+        if is_built and is_a(plugin, "BitsandbytesPrecision") and self.method.present(self.module) is None:
+            plugin.convert_module(self.module)
 
     def unmerge(self) -> None:
         """Take a merge out, and keep what is needed to put it back."""
-        if is_merged(self.module):
-            self.snapshot = deepcopy(lora_state_dict(self.module))
-            unmerge_lora(self.module)
+        if self.method.is_merged(self.module):
+            self.snapshot = deepcopy(self.method.state(self.module))
+            self.method.unmerge(self.module)
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """The user's hook, after which the model is whole: adapt what it made, and say what is adapted."""
+        """After the user's hook the model is whole: adapt what the hook made, and report what is adapted."""
         result = original(*args, **kwargs)
         self.inject()
         if self.stage == "fit" or self.strategy_adapter.loads_late:
-            self.files.base_fingerprint()  # while it is as the user built it
+            self.files.base_fingerprint()  # while the base is as the user built it
         self.strategy_adapter.before_wrap(self.stack)
-        self.exchange()
+        self.check_export_and_start()
         self.lower_base()
         if self.stage == "fit":
-            rank_zero_info(describe(self.module))
+            rank_zero_info(self.method.describe(self.module))
         return result
 
-    def lower_base(self) -> None:
-        """Keep the frozen weights in the dtype that the user asks for, until the end of the run."""
-        if self.run_config.base_dtype is None:
-            return
-        found = list(cast_by_autocast(self.module))
-        if not found:
-            rank_zero_warn(
-                f"`base_dtype={self.run_config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a "
-                "linear layer or a convolution of torch's own."
-            )
-        self.stack.callback(lower(found, BASE_DTYPES[self.run_config.base_dtype]))
-
-    def exchange(self) -> None:
-        """Give fresh adapters the values that the user names, and see that they can be written where he says."""
-        path = self.run_config.init_from
-        if self.run_config.export is not None and self.stage == "fit":
-            check_export(self.module, self.run_config.export)
-        if path is not None and not self.found_bare and self.stage == "fit":
-            rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and goes on with those.")
-        elif path is not None and self.found_bare:
-            start_from(self.module, path, self.config, self.files.base_fingerprint())
-            self.files.loaded = True
-            self.snapshot = deepcopy(lora_state_dict(self.module))  # untrained is what still has these
-
-    def adapt_merged(self) -> None:
+    def adapt_late(self) -> None:
         """Adapt a module that ran merged until a file is to be loaded, or was built anew in ``setup``."""
         self.adapt()
         self.inject()
 
     def inject(self) -> None:
         """Adapt all that the configuration means, or raise."""
-        self.strategy_adapter.before_injection(self.found_bare)
+        self.strategy_adapter.before_injection(self.was_bare)
         self.convert()
-        targets = find_targets(self.module, self.config)
-        targets.check()
         with self.strategy_adapter.during_injection():
-            inject(self.module, targets, self.config)
-        remember(self.module)
+            self.method.complete(self.module)
         self.records = all_records(self.module)
 
+    def check_export_and_start(self) -> None:
+        """See that the adapters can be exported at the end, and give fresh ones the values of ``init_from``."""
+        path, fits = self.run_config.init_from, self.stage == "fit"
+        if self.run_config.export is not None and fits:
+            check_export(self.module, self.run_config.export)
+        if path is not None and self.was_bare:
+            start_from(self.module, path, self.method, self.files.base_fingerprint())
+            self.files.loaded = True
+            self.snapshot = deepcopy(self.method.state(self.module))  # a run that changes none of these trained nothing
+        elif path is not None and fits:
+            rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and trains them further.")
+
+    def lower_base(self) -> None:
+        """Keep the frozen weights in the dtype that the user asks for, until the end of the run."""
+        if self.run_config.base_dtype is None:
+            return
+        parameters = list(cast_by_autocast(self.module))
+        if not parameters:
+            rank_zero_warn(
+                f"`base_dtype={self.run_config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a "
+                "linear layer or a convolution of torch's own."
+            )
+        self.stack.callback(lower(parameters, BASE_DTYPES[self.run_config.base_dtype]))
+
     def configure_optimizers(self, original: Any) -> Any:
-        """The user's optimizers, made as without LoRA, then restricted."""
+        """Make the user's optimizers as without adapters, then restrict them to what trains."""
         from lightning.pytorch.core.optimizer import _configure_optimizers
 
         self.files.restore_random_state()
-        place_again(self.module, self.records)  # converting to SyncBatchNorm puts new modules in place of old ones
-        unfreeze(self.module)
-        try:
-            with adapters_disabled(self.module):  # parameters that are adapted where they are read are themselves here
-                result = original()
-        finally:
-            freeze(self.module, self.config)
+        place_again(self.module, self.records)  # SyncBatchNorm's conversion replaces modules
+        with self.method.as_found(self.module):
+            result = original()
         if result is None:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
         optimizers, schedulers, _ = _configure_optimizers(result)
-        restrict(optimizers, self.module)
+        restrict(optimizers, self.module, self.method)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
-            scale_rates(optimizers, schedulers, self.run_config.lr_scale, self.module)
+            added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
+            scale_rates(optimizers, schedulers, self.run_config.lr_scale, added)
         return result
 
     def watch(self, optimizers: list[Any]) -> None:
@@ -181,50 +173,51 @@ class Run:
             return
         if self.liveness is not None:  # a tuner has run before
             self.liveness.close()
-        self.liveness = Liveness(self.module)
+        self.liveness = Liveness(self.module, self.method.watched(self.module))
         self.stack.callback(self.liveness.close)
         self.liveness.check_held(optimizers)
 
     def keep_averages_exact(self) -> None:
-        """Let an averaging callback leave the base as it is: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
+        """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
         for callback in self.trainer.callbacks:
             averaged = getattr(callback, "_average_model", None)
             if getattr(averaged, "avg_fn", None) is not None:
                 patch_method(self.stack, averaged, "avg_fn", equal_stays)
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether an exception or Ctrl-C ended the run."""
-        return bool(self.trainer.state.status == "interrupted")
-
     def end(self, original: Any) -> None:
-        """The strategy's teardown, then nothing of this run is left."""
+        """After the strategy's teardown, take every patch of this run off."""
         try:
             original()
         finally:
             self.stack.close()
             self.ended = True
             place_again(self.module, self.records)
-            if not self.found_frozen:
+            if not self.was_frozen:
                 unfreeze(self.module)
-            if self.stage != "fit" or self.abandoned or (self.interrupted and self.untrained()):
+            interrupted = self.trainer.state.status == "interrupted"
+            if self.stage != "fit" or self.abandoned or (interrupted and self.is_untrained()):
                 self.restore()
 
-    def untrained(self) -> bool:
+    def is_untrained(self) -> bool:
         """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
-        if self.snapshot:
-            now = {name: parameter.detach() for name, parameter in lora_parameters(self.module)}
-            return all(same_bits(self.snapshot[name], value) for name, value in now.items() if name in self.snapshot)
-        every_B = [local(p) for name, p in lora_parameters(self.module) if name.endswith("B") and not p.is_meta]
-        return not any(bool(B.any()) for B in every_B)
+        if not self.snapshot:
+            return self.method.is_untrained(self.module)
+        now = {name: parameter.detach() for name, parameter in self.method.added_parameters(self.module)}
+        return all(same_bits(self.snapshot[name], value) for name, value in now.items() if name in self.snapshot)
 
     def restore(self) -> None:
-        """After a run that trained nothing: merged if it was merged, bare if it was bare and nothing was loaded."""
-        if self.found_merged and is_adapted(self.module) and self.snapshot:
-            load_lora_state_dict(self.module, self.snapshot)
-            merge_lora(self.module)
-        elif self.found_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
-            drop_adapters(self.module)
+        """After a run that trained nothing: merged if it was merged, bare if it was bare and no file was loaded."""
+        if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
+            self.method.load(self.module, self.snapshot)
+            self.method.merge(self.module)
+        elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
+            self.method.drop(self.module)
+
+
+def strategy_adapter_for(strategy: Any, module: nn.Module) -> StrategyAdapter:
+    """The adapter for ``strategy``, known by the name of its class."""
+    kinds = (STRATEGY_ADAPTERS[name] for name in STRATEGY_ADAPTERS if is_a(strategy, name))
+    return next(kinds, StrategyAdapter)(strategy, module)
 
 
 def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:

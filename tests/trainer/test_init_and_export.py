@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_parameters, save_adapter
+from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.trainer.init_and_export import start_from
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
 
@@ -143,7 +144,7 @@ def test_adapters_that_are_there_go_on_and_it_is_said(from_peft):
     module = Lit()
     trainer(LoRACallback(r=4, merge=False), max_epochs=1).fit(module, data(), data(1))
     before, spy = module.eval()(X).detach(), Start()
-    with pytest.warns(UserWarning, match="was not read: the module has adapters, and goes on with those"):
+    with pytest.warns(UserWarning, match="was not read: the module has adapters, and trains them further"):
         trainer(LoRACallback(r=4, init_from=str(from_peft[0])), spy, max_epochs=1).fit(module, data(), data(1))
     assert torch.equal(spy.output, before)
     with warnings.catch_warnings():
@@ -245,9 +246,10 @@ def test_a_path_that_is_not_there():
 def test_a_model_without_memory(from_peft):
     with torch.device("meta"):
         model = net()
-    apply_lora(model, config := LoRAConfig(r=4))
+    method = LoRAMethod(LoRAConfig(r=4))
+    method.complete(model)
     with pytest.raises(ValueError, match=re.escape("A` has memory: the model is on the meta device")):
-        start_from(model, str(from_peft[0]), config, {})
+        start_from(model, str(from_peft[0]), method, {})
 
 
 def test_processes_that_are_gone_export_nothing(tmp_path):

@@ -153,8 +153,9 @@ class FSDP1(Sharded):
         beside = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
         if own is not None and own.param_dtype not in (None, torch.float32) and beside:
             raise MisconfigurationException(
-                f"`{beside[0]}` trains in addition to the adapters and stays out of FSDP's units, so `mixed_precision` of "
-                "the strategy would not cast it. Use precision='bf16-mixed' instead, or leave out `also_train` and `bias`."
+                f"`{beside[0]}` trains in addition to the adapters and stays out of FSDP's units, so `mixed_precision` "
+                "of the strategy would not cast it. Use precision='bf16-mixed' instead, or leave out `also_train` and "
+                "`bias`."
             )
 
 

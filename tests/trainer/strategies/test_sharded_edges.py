@@ -148,14 +148,14 @@ def test_tensor_parallel_layers_are_refused_by_name():
     for _, layer in adapted_layers(model):
         layer.weight.device_mesh = SimpleNamespace(mesh_dim_names=("data_parallel", "tensor_parallel"))
     with pytest.raises(MisconfigurationException, match=r"`layers.0.q.weight` is split by tensor parallelism"):
-        FSDP2(None, model).settle(ExitStack())
+        FSDP2(None, model).before_wrap(ExitStack())
 
 
 def test_a_cast_that_would_pass_by_what_trains():
     half = SimpleNamespace(param_dtype=torch.bfloat16)
     strategy = SimpleNamespace(mixed_precision=half, kwargs={}, root_device=torch.device("cpu"))
-    with pytest.raises(MisconfigurationException, match=r"`head.weight` trains beside the adapters and stays out of"):
-        FSDP1(strategy, adapted()).settle(ExitStack())
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` trains in addition to the adapters and stays"):
+        FSDP1(strategy, adapted()).before_wrap(ExitStack())
 
 
 @pytest.mark.parametrize("name", ["ignored_modules", "ignored_states"])
@@ -164,7 +164,7 @@ def test_what_the_user_lets_fsdp1_ignore_stays_ignored(name):
     theirs = [model.layers[0].mlp] if name == "ignored_modules" else iter(model.layers[0].mlp.parameters())
     strategy = SimpleNamespace(mixed_precision=None, kwargs={name: theirs}, root_device=torch.device("cpu"))
     stack = ExitStack()
-    FSDP1(strategy, model).settle(stack)
+    FSDP1(strategy, model).before_wrap(stack)
     ignored = {id(parameter) for parameter in strategy.kwargs["ignored_states"]}
     assert ignored == {id(p) for p in model.parameters() if p.requires_grad} | {
         id(p) for p in model.layers[0].mlp.parameters()
@@ -184,24 +184,22 @@ def test_a_file_without_the_state_of_the_optimizers_or_with_that_of_others():
 @pytest.mark.parametrize("choice", ["fused", "foreach"])
 def test_a_step_that_cannot_take_both_kinds(monkeypatch, choice):
     model = adapted()
-    monkeypatch.setattr("lightning_lora.trainer.strategies.base.is_sharded", lambda p: p is model.head.weight)
+    monkeypatch.setattr("lightning_lora.trainer.strategies.fsdp.is_sharded", lambda p: p is model.head.weight)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **{choice: True})
     with pytest.raises(MisconfigurationException, match=f"`{choice}=True` cannot step on sharded parameters and whole"):
-        Sharded(None, model).join(ExitStack(), [optimizer], [])
+        Sharded(None, model).after_optimizers(ExitStack(), [optimizer], [])
 
 
 def test_a_mixture_is_not_stepped_on_at_once_and_no_file_says_so(monkeypatch):
     model = adapted()
-    monkeypatch.setattr("lightning_lora.trainer.strategies.base.is_sharded", lambda p: p is model.head.weight)
+    monkeypatch.setattr("lightning_lora.trainer.strategies.fsdp.is_sharded", lambda p: p is model.head.weight)
     rest = [parameter for name, parameter in model.named_parameters() if name.endswith(".A")]
     optimizer = torch.optim.AdamW([{"params": [*rest, model.head.weight]}, {"params": [model.head.bias]}])
     strategy_adapter = Sharded(None, model)
     strategy_adapter.step_singly([optimizer])
     assert [group["foreach"] for group in optimizer.param_groups] == [False, None]
-    assert [group["foreach"] for group in strategy_adapter.optimizer_state(None, optimizer)["param_groups"]] == [
-        None,
-        None,
-    ]
+    written = strategy_adapter.optimizer_state(None, optimizer)["param_groups"]
+    assert [group["foreach"] for group in written] == [None, None]
 
 
 def test_how_to_step_is_not_taken_from_a_file():

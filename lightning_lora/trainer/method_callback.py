@@ -1,0 +1,103 @@
+"""What the callbacks of all methods share: hooks of a few lines over :mod:`lightning_lora.trainer.run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_lora.config import RunConfig
+from lightning_lora.methods.base import Method
+from lightning_lora.model.hooks import start_graphs
+from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.compatibility import check_compatibility
+from lightning_lora.trainer.end_of_fit import finish
+from lightning_lora.trainer.imports import CallbackBase, pl
+from lightning_lora.trainer.run import Run
+
+
+class MethodCallback(CallbackBase):
+    """Base of the callbacks: a sub-class is its arguments, its method and its docstring.
+
+    Args:
+        method: what the module is adapted by.
+        run_config: what a run does with it.
+    """
+
+    def __init__(self, method: Method, run_config: RunConfig) -> None:
+        super().__init__()
+        self.method, self.run_config = method, run_config
+        self._run: Run | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The key of the callback in checkpoints; r is not in it, as a changed r must fail and not be skipped."""
+        return f"{type(self).__name__}[{self.method.config.name}]"
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Adapt the module, and patch what the run will call."""
+        check_compatibility(trainer, self, stage)
+        self._run = Run(trainer, pl_module, self.method, self.run_config, stage, self.state_key)
+        self._run.begin()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue a resumed run's random stream, and log the configuration."""
+        assert self._run is not None
+        start_graphs(pl_module)  # checkpointing may have been switched on since
+        self._run.keep_averages_exact()
+        self._run.files.restore_random_state()
+        for logger in trainer.loggers:
+            logger.log_hyperparams({self.method.key: {**self.method.config.to_dict(), **self.run_config.to_dict()}})
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the adapters in the first steps."""
+        if self._run is not None and self.run_config.liveness:
+            self._run.watch(trainer.optimizers)
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """At each optimizer's first step, name the adapters without a gradient."""
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.check_step(optimizer, trainer.optimizers)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the adapters in the first evaluation."""
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.begin_evaluation()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the adapters that did not run in it."""
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.check_evaluation()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave in ``checkpoint`` what an adapter file holds; calling it again changes nothing more.
+
+        Lightning calls it for full saves only. During a run every kind of save is filtered where it is written as well.
+        A merged module is the plain model, and its state dict stays whole.
+        """
+        if self.method.is_adapted(pl_module):
+            adapter_only = checkpoints.without_base(checkpoint, self.method, pl_module)
+            checkpoint.clear()
+            checkpoint.update(adapter_only)
+
+    @override
+    def on_fit_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        """Export and merge; the strategy is torn down, and the module is back on the CPU."""
+        assert self._run is not None
+        finish(self._run)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the run; one that has not ended by now was only to tune a batch size or a learning rate."""
+        if self._run is not None and not self._run.ended:
+            self._run.abandoned = True
+        self._run = None
