@@ -117,7 +117,7 @@ class Adapter(nn.Module):
         """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B.
 
         The sum asks for a gradient in inference too: torch may make another product of one that does not (see
-        :func:`lightning_lora.ops.linear.frozen_linear`).
+        :func:`lightning_lora.ops.linear.base_linear`).
         """
         if torch.compiler.is_compiling():
             return self._sum(weight)

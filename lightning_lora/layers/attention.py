@@ -16,7 +16,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.merged_forward import acts, may_sum, with_merged_weights
 from lightning_lora.layers.weight_view import Part, Rows
-from lightning_lora.ops.linear import frozen_linear
+from lightning_lora.ops.linear import base_linear
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -112,12 +112,12 @@ def _frozen_projection(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor
     if not layer._qkv_same_embed_dim:
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return tuple(frozen_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+        return tuple(base_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
     thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
     sizes = [count * layer.embed_dim for count in thirds]
     split = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
     inputs = (query, key, value)[: len(sizes)]
-    maps = [frozen_linear(*each) for each in zip(inputs, torch.split(layer.in_proj_weight, sizes), split, strict=True)]
+    maps = [base_linear(*each) for each in zip(inputs, torch.split(layer.in_proj_weight, sizes), split, strict=True)]
     return tuple(part.contiguous() for y in maps for part in torch.split(y, layer.embed_dim, -1))
 
 

@@ -9,52 +9,38 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import Part
-from lightning_lora.ops.fused_dropout import can_drop, frozen_with_dropped
-from lightning_lora.ops.fused_linear import computed_dtype, frozen_with_low_rank, in_one
-from lightning_lora.ops.linear import add_hidden, add_low_rank, frozen_linear
-from lightning_lora.ops.shared_input import Siblings, frozen_with_hidden
+from lightning_lora.ops.linear import add_pair, linear
+from lightning_lora.ops.shared_input import Siblings
 
 
 class LinearAdapter(Adapter):
-    """Adds ``scale * B A x``."""
+    """Adds ``scale * B A x``: a pair of :func:`lightning_lora.ops.linear.linear`."""
 
-    siblings: Siblings | None = None
+    shared_input: Siblings | None = None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its input ``x``."""
-        B = self.part.placed(self.B, y.shape[-1])
-        siblings = self.siblings if torch.compiler.is_compiling() and not self._probability() else None
-        if siblings is not None and siblings.can_share(self, x):
-            return add_hidden(y, siblings.traced(self, x), B, self.scale)
-        return add_low_rank(y, self.dropped(x), self.A, B, self.scale)
+        """The layer's output ``y`` of shape ``(..., out_features)`` plus the low-rank term for its input ``x``."""
+        return add_pair(y, x, self)
 
-    def with_frozen(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output with the term, of one node where that serves."""
-        p = self._probability()
-        if self._is_watched() or not in_one(x, weight, bias, self.A, self.B) or (p and not can_drop(x, p, self.r)):
-            y: Tensor = self(frozen_linear(x, weight, bias), x)
-            return y
-        dtype = computed_dtype(x)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        shared = None if self.siblings is None or p else self.siblings.read(self, x)
-        if shared is not None:
-            return frozen_with_hidden(shared, weight, bias, self.B)
-        if p:
-            return frozen_with_dropped(x.to(dtype), weight, bias, self.A, self.B, self.scale, p)
-        return frozen_with_low_rank(x.to(dtype), weight, bias, self.A, self.B, self.scale)
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """A and B for the fused op, which does not call ``forward``."""
+        return self.A, self.B
 
-    def _probability(self) -> float:
-        """Of dropping an input now."""
+    def placed_B(self, out_features: int) -> Tensor:
+        """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
+        return self.part.placed(self.B, out_features)
+
+    def dropout_probability(self) -> float:
+        """The probability of dropping an element of the input of A in this call."""
         return self.dropout if self.training else 0.0
 
-    def _is_watched(self) -> bool:
-        """Whether somebody hooks on to calls of it, which there are none of then."""
+    def is_hooked(self) -> bool:
+        """Whether a hook expects calls of this module; the fused op makes none."""
         own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
@@ -66,14 +52,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     lora_adapter_class = LinearAdapter
 
     def forward(self, input: Tensor) -> Tensor:
-        """The frozen map, then each adapter's term."""
-        adapters = self.lora.active()
-        if len(adapters) == 1:
-            return adapters[0].with_frozen(input, self.weight, self.bias)  # type: ignore[operator, no-any-return]
-        y = frozen_linear(input, self.weight, self.bias)
-        for adapter in adapters:
-            y = adapter(y, input)
-        return y
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return linear(input, self.weight, self.bias, self.lora.active())  # type: ignore[arg-type]
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):

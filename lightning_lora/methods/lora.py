@@ -144,7 +144,7 @@ class LoRAMethod(Method):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, Watched]:
-        calls = ("forward", "added_to", "with_frozen")
+        calls = ("forward", "added_to", "operands")
         return {
             join(name, adapter.part.name) if adapter.part.name else name: Watched(
                 adapter, adapter.B, calls, join(name, adapter.part.key)

@@ -24,4 +24,4 @@ def join_siblings(model: nn.Module) -> None:
         for adapters in found.values():
             siblings = Siblings(adapters) if len(adapters) > 1 else None
             for adapter in adapters:
-                adapter.siblings = siblings
+                adapter.shared_input = siblings

@@ -1,16 +1,81 @@
-"""The formula of the method: the frozen map, and the low-rank term added to it."""
+"""A linear layer with LoRA: ``h = W0 x + b + scale * B A x`` (Hu et al. 2021, equation 3).
+
+Layers call :func:`linear` and nothing else. It decides how the sum is computed: as one node of autograd where that is
+possible, otherwise as the base output plus the low-rank term of each pair.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.ops.fused_dropout import can_drop, frozen_with_dropped
+from lightning_lora.ops.fused_linear import computed_dtype, frozen_with_low_rank, in_one
+from lightning_lora.ops.shared_input import ScaledA, Siblings, frozen_with_hidden
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``W0 x + b`` with the bits that torch gives for a weight that trains.
 
-    Of strided input with three or more dimensions ``torch.nn.functional.linear`` makes another product when the weight
-    asks for no gradient: one for each batch, where it makes a single one of a copy. A's product needs that copy anyway.
+class Pair(ScaledA, Protocol):
+    """A and B of one adapter, and what decides how their term is computed.
+
+    Calling a pair runs the hooks of its module, which the fused op does not.
+    """
+
+    shared_input: Siblings | None
+
+    @property
+    def B(self) -> Tensor:
+        """``(out_features, r)``, or fewer rows where only some rows of W0 are adapted."""
+
+    def dropout_probability(self) -> float:
+        """The probability of dropping an element of the input of A in this call."""
+
+    def is_hooked(self) -> bool:
+        """Whether a hook expects calls of the pair."""
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """A and B for the fused op, which does not call the pair."""
+
+    def placed_B(self, out_features: int) -> Tensor:
+        """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` plus the low-rank term for ``x``: :func:`add_pair` between the hooks of the module."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]) -> Tensor:
+    """``W0 x + b`` plus ``scale * B A dropout(x)`` for each pair.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: W0, frozen, ``(out_features, in_features)``.
+        bias: ``(out_features,)``.
+        pairs: the active adapters; without any the result is the base output, bit for bit.
+
+    Returns:
+        ``(..., out_features)``.
+
+    Example:
+        >>> import torch
+        >>> linear(torch.tensor([1.0, 2.0]), torch.eye(2), None, [])
+        tensor([1., 2.])
+    """
+    if len(pairs) == 1 and _can_fuse(x, weight, bias, pairs[0]):
+        return _fused(x, weight, bias, pairs[0])
+    y = base_linear(x, weight, bias)
+    for pair in pairs:
+        y = pair(y, x)
+    return y
+
+
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``W0 x + b`` with the bits that torch gives for a weight that requires a gradient.
+
+    For strided input of three or more dimensions ``torch.nn.functional.linear`` computes one product per batch when the
+    weight requires no gradient, and a single product of a copy when it does. The product with A needs that copy anyway.
 
     Args:
         x: ``(..., in_features)``.
@@ -23,29 +88,51 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``y + scale * B A x`` (Hu et al. 2021, equation 3).
+def add_pair(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
+    """``y + scale * B A dropout(x)``, as separate operations of torch.
 
     A and B are fp32 whatever the model's dtype; they are cast to the activations' dtype, never the other way round:
-    casting activations up costs more time and memory than the whole backbone's weight gradients.
+    casting activations up costs more time and memory than all weight gradients of the backbone.
 
     Args:
-        y: the frozen layer's output, ``(..., out_features)``.
-        x: its input, ``(..., in_features)``.
-        A: ``(r, in_features)``.
-        B: ``(out_features, r)``.
-        scale: ``alpha / r``.
+        y: base output, ``(..., out_features)``.
+        x: input of the layer, ``(..., in_features)``.
+        pair: A and B.
+    """
+    B, p = pair.placed_B(y.shape[-1]), pair.dropout_probability()
+    group = pair.shared_input if torch.compiler.is_compiling() and not p else None
+    if group is not None and group.can_share(pair, x):
+        return add_low_rank_term(y, group.traced(pair, x), B, pair.scale)
+    dropped = F.dropout(x, p) if p else x
+    hidden = F.linear(dropped, pair.A.to(x.dtype))  # (..., r)
+    return add_low_rank_term(y, hidden, B, pair.scale)
+
+
+def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``y + scale * B h`` for ``h = A x`` of shape ``(..., r)``.
 
     Example:
         >>> import torch
-        >>> A, B, x = torch.ones(1, 2), torch.ones(3, 1), torch.ones(2)
-        >>> add_low_rank(torch.zeros(3), x, A, B, scale=0.5)
+        >>> add_low_rank_term(torch.zeros(3), torch.tensor([2.0]), torch.ones(3, 1), scale=0.5)
         tensor([1., 1., 1.])
     """
-    return add_hidden(y, F.linear(x, A.to(x.dtype)), B, scale)
-
-
-def add_hidden(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``y + scale * B h`` for ``h = A x`` of shape ``(..., r)``."""
-    B = B if scale == 1 else scale * B  # at small sizes a step is bound by the number of kernels
+    B = B if scale == 1 else scale * B  # at small sizes the number of kernels limits the speed of a step
     return y + F.linear(hidden, B.to(hidden.dtype)).to(y.dtype)
+
+
+def _can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> bool:
+    if torch.compiler.is_compiling() or pair.is_hooked() or not in_one(x, weight, bias, pair.A, pair.B):
+        return False
+    p = pair.dropout_probability()
+    return not p or can_drop(x, p, len(pair.A))
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
+    (A, B), p, dtype = pair.operands(), pair.dropout_probability(), computed_dtype(x)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if p:
+        return frozen_with_dropped(x.to(dtype), weight, bias, A, B, pair.scale, p)
+    shared = None if pair.shared_input is None else pair.shared_input.read(pair, x)
+    if shared is not None:
+        return frozen_with_hidden(shared, weight, bias, B)
+    return frozen_with_low_rank(x.to(dtype), weight, bias, A, B, pair.scale)

@@ -134,18 +134,14 @@ def _reaches_input(ctx: Any) -> bool:
     return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))
 
 
-class Pair(Protocol):
-    """A, B and the scale of one layer."""
+class ScaledA(Protocol):
+    """What layers that read the same input share: A and the scale of each."""
 
     scale: float
 
     @property
     def A(self) -> Tensor:
         """``(r, in_features)``."""
-
-    @property
-    def B(self) -> Tensor:
-        """``(out_features, r)``."""
 
 
 WIDE = 2**22  # elements of an input from which on reading it again costs more than the sharing
@@ -175,18 +171,18 @@ class Reading:
     x: weakref.ref[Tensor]
     state: tuple[object, ...]
     matrices: Sequence[Tensor]
-    hidden: dict[Pair, Tensor]
+    hidden: dict[ScaledA, Tensor]
     data: Tensor
     total: InputGradient
 
-    def is_of(self, adapters: Sequence[Pair], x: Tensor) -> bool:
+    def is_of(self, adapters: Sequence[ScaledA], x: Tensor) -> bool:
         """Whether ``x`` and every A are the same and as they were, and the graph of their products is there."""
         if self.x() is not x or self.total.is_spent or self.state != state_of(adapters, x):
             return False
         return all(adapter.A is A for adapter, A in zip(adapters, self.matrices, strict=True))
 
 
-def state_of(adapters: Sequence[Pair], x: Tensor) -> tuple[object, ...]:
+def state_of(adapters: Sequence[ScaledA], x: Tensor) -> tuple[object, ...]:
     """How ``x`` and every A are now, and by whom they are read: nothing is shared with another thread or stream."""
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     every_A = [(adapter.scale, *moment_of(adapter.A)) for adapter in adapters]
@@ -208,11 +204,11 @@ class Siblings:
         adapters: one of each layer, of the same ``in_features``.
     """
 
-    def __init__(self, adapters: Sequence[Pair]) -> None:
+    def __init__(self, adapters: Sequence[ScaledA]) -> None:
         self.adapters = list(adapters)
         self.reading: Reading | None = None
 
-    def read(self, adapter: Pair, x: Tensor) -> Shared | None:
+    def read(self, adapter: ScaledA, x: Tensor) -> Shared | None:
         """What ``adapter`` gets of ``x``, or ``None`` where nothing is shared.
 
         Nothing is shared while tensors for backward are packed (activation checkpointing, offloading): what was kept
@@ -233,13 +229,13 @@ class Siblings:
             self.reading = None
         return Shared(hidden, reading.data, reading.total, x.requires_grad)
 
-    def traced(self, adapter: Pair, x: Tensor) -> Tensor:
+    def traced(self, adapter: ScaledA, x: Tensor) -> Tensor:
         """``A x`` of ``adapter`` while a compiler traces."""
         at = next(i for i, other in enumerate(self.adapters) if other is adapter)
         hidden: Tensor = low_rank_input(x, at, *(other.A for other in self.adapters))
         return hidden
 
-    def can_share(self, adapter: Pair, x: Tensor) -> bool:
+    def can_share(self, adapter: ScaledA, x: Tensor) -> bool:
         """Not for a copy of a layer that left the others behind, nor where an A is elsewhere, in part or not there."""
         every_A, device, width = [a.A for a in self.adapters], x.device, x.shape[-1]
         plain = all(type(A) in PLAIN and A.dim() == 2 and A.shape[1] == width and A.device == device for A in every_A)

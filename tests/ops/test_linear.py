@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.ops.fused_linear import FrozenWithLowRank, in_one
+from lightning_lora.ops.linear import linear
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
 
@@ -170,6 +172,31 @@ def test_it_serves_no_transform_and_no_rows_of_a_fused_map(on_cpu):
 
 def test_a_cpu_has_the_plain_formula():
     assert not in_one(torch.randn(4, 6), *parts(model()))
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "plain formula"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_any_number_of_pairs_by_the_one_function(monkeypatch, devices, count):
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", devices)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(4, 6), torch.randn(4)
+    pairs = [LinearAdapter(6, 4, r=r, alpha=r, scale=0.5 * r, seed=r) for r in (2, 3)[:count]]
+    wanted = weight.double()
+    for pair in pairs:
+        nn.init.normal_(pair.B)
+        wanted = wanted + pair.scale * pair.B.double() @ pair.A.double()
+    y = linear(X.float(), weight, bias, pairs)
+    assert_near(y, F.linear(X.float().double(), wanted, bias.double()), 1e-6)
+
+
+def test_the_fused_op_asks_a_pair_for_its_operands_and_does_not_call_it(on_cpu):
+    pair = LinearAdapter(6, 4, r=2, alpha=2, scale=1.0)
+    with (
+        mock.patch.object(pair, "operands", wraps=pair.operands) as operands,
+        mock.patch.object(pair, "forward", wraps=pair.forward) as forward,
+    ):
+        linear(X.float(), torch.randn(4, 6), None, [pair])
+    assert operands.call_count == 1 and forward.call_count == 0
 
 
 def test_dropout_and_hooks_have_the_plain_formula(on_cpu):

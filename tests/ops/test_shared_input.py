@@ -280,10 +280,10 @@ def test_a_graph_is_not_kept_by_what_nobody_asked_for():
     del y
     gc.disable()
     try:
-        assert model.q_proj.lora.default.siblings.reading is None
+        assert model.q_proj.lora.default.shared_input.reading is None
         held = torch.randn(2, 5, 6, dtype=torch.float64)
         model.q_proj(held), model.k_proj(held), model.v_proj(held)
-        assert model.q_proj.lora.default.siblings.reading is None  # all have it
+        assert model.q_proj.lora.default.shared_input.reading is None  # all have it
         gone = weakref.ref(held)
         del held
         assert gone() is None
@@ -335,8 +335,8 @@ def test_copies_and_pickles_read_for_themselves():
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     model.q_proj(x)  # something is there to be found
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        shared = twin.q_proj.lora.default.siblings
-        assert shared is twin.k_proj.lora.default.siblings is not model.q_proj.lora.default.siblings
+        shared = twin.q_proj.lora.default.shared_input
+        assert shared is twin.k_proj.lora.default.shared_input is not model.q_proj.lora.default.shared_input
         assert shared.reading is None
         assert_same(gradients(twin, x), gradients(plain(model), x))
     alone = copy.deepcopy(model.k_proj)
@@ -371,10 +371,12 @@ def test_which_layers_are_asked_to_share():
     apply_lora(model, LoRAConfig(r=2, targets=[name for name, _ in model.named_children()]))
     pairs = {name: child.lora.default for name, child in model.named_children()}
     together = [
-        {n for n, p in pairs.items() if any(p is m for m in q.siblings.adapters)} for q in pairs.values() if q.siblings
+        {n for n, p in pairs.items() if any(p is m for m in q.shared_input.adapters)}
+        for q in pairs.values()
+        if q.shared_input
     ]
     assert {frozenset(group) for group in together} == {frozenset({"to_k", "to_v"}), frozenset({"w1", "w3"})}
-    assert pairs["to_q"].siblings is None and pairs["first"].siblings is None
+    assert pairs["to_q"].shared_input is None and pairs["first"].shared_input is None
 
 
 def test_dropout_is_each_maps_own():
