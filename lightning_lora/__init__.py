@@ -7,6 +7,7 @@ The package is a house of rooms, one folder each. A room imports from the rooms 
 docstring of each room states its rule. From the ground up:
 
     names, arguments   names of modules and patterns over them; arguments as plain data
+    torch_internals    what only private names of torch answer, in one file
     config             LoRAConfig and RunConfig, what the user asks for
     ops                W0 x + scale * B A x on tensors, and the exact sum of a merge
     distributed        what each rank holds and exchanges

@@ -16,7 +16,7 @@ ROOMS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
 
 # From the ground up. A room imports from rooms of lower floors and from itself.
 FLOORS = [
-    {"version", "names", "arguments"},
+    {"version", "names", "arguments", "torch_internals"},
     {"config"},
     {"ops", "distributed", "files"},
     {"layers"},
@@ -85,6 +85,10 @@ def test_a_room_imports_only_its_libraries(file):
     for name in imports(FILES[file]):
         top = name.split(".")[0]
         assert top in sys.stdlib_module_names or top in allowed | {"lightning_lora"}, f"{file} imports {name}"
+
+
+def test_private_names_of_torch_have_one_owner():
+    assert [file for file, path in FILES.items() if "torch._C" in path.read_text()] == ["torch_internals"]
 
 
 def test_no_file_is_in_a_circle_of_imports():

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed, nn
 
+from lightning_lora.torch_internals import backward_id, call_after_backward
+
 
 class Replicas:
     """Averages the gradients of ``parameters`` over the ranks at the end of every backward, until it is closed.
@@ -63,10 +65,10 @@ class Replicas:
 
     def queue(self, gradient: Tensor) -> None:
         """At any gradient: average when this backward has ended, as FSDP ends its own."""
-        backward = torch._C._current_graph_task_id()  # one that failed never came to its end
+        backward = backward_id()  # a flag would stay set after a backward that failed
         if backward != self.queued_in and not self.paused:
             self.queued_in = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.average)
+            call_after_backward(self.average)
 
     @torch.no_grad()
     def average(self) -> None:

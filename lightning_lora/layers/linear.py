@@ -16,6 +16,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import Part
 from lightning_lora.ops.linear import add_pair, linear
 from lightning_lora.ops.shared_input import Siblings
+from lightning_lora.torch_internals import has_module_hooks
 
 
 class LinearAdapter(Adapter):
@@ -41,8 +42,7 @@ class LinearAdapter(Adapter):
 
     def is_hooked(self) -> bool:
         """Whether a hook expects calls of this module; the fused op makes none."""
-        own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return has_module_hooks(self)
 
 
 class LoRALinear(LoRALayer, nn.Linear):

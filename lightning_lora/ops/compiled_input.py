@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.dispatch import is_packing, version_of
+from lightning_lora.torch_internals import saved_tensors_have_hooks, version_of
 
 
 @dataclass
@@ -36,7 +36,7 @@ def low_rank_input(x: Tensor, index: int, *every_A: Tensor) -> Tensor:
     A function that the graph holds as one call: what is under the compiler runs it with tensors of its own, again and
     again, and finds there by identity and version that the next call has the same ``x``.
     """
-    if x.is_inference() or is_packing():  # no version to compare, or nothing to be kept for another call
+    if x.is_inference() or saved_tensors_have_hooks():  # no version to compare, or nothing to be kept for another call
         return F.linear(x, every_A[index].to(x.dtype))
     state = state_of(x, every_A)
     found = last.pop() if last else None
@@ -54,4 +54,4 @@ def state_of(x: Tensor, every_A: Sequence[Tensor]) -> tuple[object, ...]:
     """What must be as it was for the products to be the same."""
     device = x.device.type
     mode = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return (*mode, x._version, *((id(A), version_of(A)) for A in every_A))
+    return (*mode, version_of(x), *((id(A), version_of(A)) for A in every_A))

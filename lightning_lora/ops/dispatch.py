@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.products import HALVES
+from lightning_lora.torch_internals import in_functorch_transform, version_of
 
 SHARED_MEMORY = 200 * 1024  # bytes for a program: the GPUs on which the kernels were measured, Hopper, and later
 LARGEST_R = 32  # with which they were
@@ -46,23 +47,13 @@ def as_it_was(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often ``tensor`` was written to; an inference tensor has no count."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def is_packing() -> bool:
-    """Whether tensors that are kept for backward are packed now: by activation checkpointing, or offloading."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def kernels_serve(tensor: Tensor) -> bool:
     """Whether the kernels serve for ``tensor``, which nobody differentiates twice."""
     return (
         tensor.is_cuda
         and tensor.dtype in HALVES
         and not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
+        and not in_functorch_transform()
         and runs_kernels(tensor.get_device())
     )
 

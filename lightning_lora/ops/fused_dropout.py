@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.dispatch import LARGEST_R, as_it_was, outside_autocast, runs_kernels, version_of
+from lightning_lora.ops.dispatch import LARGEST_R, as_it_was, outside_autocast, runs_kernels
 from lightning_lora.ops.fused_linear import computed_dtype
 from lightning_lora.ops.products import HALVES, both_terms, product, rows_of, scaled, sum_of_products
+from lightning_lora.torch_internals import version_of
 
 LEAST, MOST = 2**-12, 0.9  # p is rounded to 1 / 65536: near 0 and near 1 that would be no small change
 

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.ops.dispatch import LARGEST_R, as_it_was, outside_autocast, version_of
+from lightning_lora.ops.dispatch import LARGEST_R, as_it_was, outside_autocast
 from lightning_lora.ops.gated_product import Factors, factors_of, gradient_of_A, multiplied
 from lightning_lora.ops.products import both_terms, product, rows_of, scaled, sum_of_products
+from lightning_lora.torch_internals import (
+    in_dispatch_mode,
+    in_forward_mode,
+    in_functorch_transform,
+    in_jit_trace,
+    version_of,
+)
 
 PLAIN = {Tensor, nn.Parameter, type(None)}
 DEVICES = ("cuda",)  # a CPU's products differ in last bits by what they accumulate onto
@@ -28,13 +35,13 @@ def in_one(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor)
         and type(x) is Tensor
         and {type(weight), type(bias), type(A), type(B)} <= PLAIN
         and computed_dtype(x) == computed_dtype(weight)
-        and not torch._C._is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
+        and not in_jit_trace()
+        and not in_dispatch_mode()
         and B.shape[0] == weight.shape[0]
         and not (weight.requires_grad and torch.is_grad_enabled())
         and x.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not in_functorch_transform()
+        and not in_forward_mode()
     )
 
 

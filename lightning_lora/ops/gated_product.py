@@ -6,13 +6,12 @@ gradient does; it is computed from the factors, which autograd keeps for the mul
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.dispatch import is_packing, kernels_serve, runs_kernels
+from lightning_lora.ops.dispatch import kernels_serve, runs_kernels
 from lightning_lora.ops.products import HALVES, product, rows_of, scaled
+from lightning_lora.torch_internals import factors_of_product, has_tensor_hooks, saved_tensors_have_hooks, version_of
 
 Factors = tuple[Tensor, Tensor] | None
 WIDE = 2**23  # elements from which on the memory is worth a kernel
@@ -30,24 +29,25 @@ def kept_factors(x: Tensor) -> Factors:
 
     Not while tensors for backward are packed (activation checkpointing, offloading), where asking for them unpacks.
     """
-    node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0" or is_packing() or x._backward_hooks:
-        return None
-    if x.is_inference() or x._version:  # written to since, it is their product no more
+    if saved_tensors_have_hooks() or has_tensor_hooks(x) or version_of(x):  # written in place, x is no product any more
         return None
     try:
-        factors: tuple[Tensor, Tensor] = node._saved_self, node._saved_other
-    except RuntimeError:  # changed in place since, which is for backward to say
+        factors = factors_of_product(x)
+    except RuntimeError:  # a factor was changed in place since: the error is for backward to raise
         return None
-    for factor in factors:
-        if factor is None or factor.shape != x.shape or factor.dtype != x.dtype or not factor.is_contiguous():
-            return None
-    return factors
+    if factors is None:
+        return None
+    gate, up = factors
+    return (gate, up) if gate is not None and up is not None and _alike(gate, x) and _alike(up, x) else None
+
+
+def _alike(factor: Tensor, x: Tensor) -> bool:
+    return factor.shape == x.shape and factor.dtype == x.dtype and factor.is_contiguous()
 
 
 def multiplied(x: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
     """``x`` itself, if somebody still has it who may differentiate by it, else the product again."""
-    return x if x is not None and not x._version else one * other
+    return x if x is not None and not version_of(x) else one * other
 
 
 def gradient_of_A(back: Tensor, x: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lora.torch_internals import in_functorch_transform
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +43,7 @@ def sum_of_products(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
     """``total + one @ other``, in place unless somebody differentiates it in turn, or makes a batch of gradients."""
     if total is None:
         return torch.mm(one, other)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or in_functorch_transform():
         return torch.addmm(total, one, other)
     return total.addmm_(one, other)
 
@@ -58,6 +60,6 @@ def scaled(A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """``one @ other`` in ``dtype``: not rounded to the inputs' own on the way, where cuBLAS can do without."""
     wide = dtype == torch.float32 and one.dtype in HALVES and one.is_cuda and torch.version.hip is None
-    if wide and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if wide and not torch.is_grad_enabled() and not in_functorch_transform():
         return torch.mm(one, other, out_dtype=dtype)
     return torch.mm(one, other).to(dtype)

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.compiled_input import low_rank_input
-from lightning_lora.ops.dispatch import as_it_was, is_packing, outside_autocast, version_of
+from lightning_lora.ops.dispatch import as_it_was, outside_autocast
 from lightning_lora.ops.fused_linear import PLAIN, computed_dtype
 from lightning_lora.ops.products import both_terms, product, rows_of, scaled, sum_of_products
+from lightning_lora.torch_internals import (
+    backward_id,
+    backward_reaches,
+    cuda_stream_id,
+    saved_tensors_have_hooks,
+    version_of,
+)
 
 
 class InputGradient:
@@ -35,13 +42,13 @@ class InputGradient:
 
     def add(self, gradient: Tensor, weight: Tensor) -> None:
         """``gradient @ weight`` on top of what is there."""
-        now = torch._C._current_graph_task_id()
+        now = backward_id()
         self.sums[now] = sum_of_products(self.sums.pop(now, None), gradient, weight)
 
     def take(self) -> Tensor | None:
         """What this pass added up, which is then gone."""
         self.is_spent = True
-        return self.sums.pop(torch._C._current_graph_task_id(), None)
+        return self.sums.pop(backward_id(), None)
 
 
 class LowRankInputs(torch.autograd.Function):
@@ -121,17 +128,12 @@ class FrozenWithHidden(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates this in turn
             up = as_it_was(ctx.B, ctx.version).to(gradient.dtype)
         wants_hidden, _, _, wants_bias, wants_B, *_ = ctx.needs_input_grad
-        if ctx.wants_x and (torch.compiler.is_compiling() or _reaches_input(ctx)):
+        if ctx.wants_x and (torch.compiler.is_compiling() or backward_reaches(ctx.next_functions[0][0])):
             ctx.total.add(gradient, weight)
         back = torch.mm(gradient, up) if wants_hidden else None
         db = gradient.sum(0) if wants_bias else None
         dB = product(gradient.t(), hidden, ctx.B.dtype) if wants_B else None
         return back, None, None, db, dB, None, None
-
-
-def _reaches_input(ctx: Any) -> bool:
-    """Whether this pass goes on to :class:`LowRankInputs`: what nobody takes would stay with the graph."""
-    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))
 
 
 class ScaledA(Protocol):
@@ -184,7 +186,7 @@ class Reading:
 
 def state_of(adapters: Sequence[ScaledA], x: Tensor) -> tuple[object, ...]:
     """How ``x`` and every A are now, and by whom they are read: nothing is shared with another thread or stream."""
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    stream = cuda_stream_id(x.device) if x.is_cuda else 0
     every_A = [(adapter.scale, *moment_of(adapter.A)) for adapter in adapters]
     return computed_dtype(x), x.grad_fn, get_ident(), stream, moment_of(x), every_A
 
@@ -215,7 +217,7 @@ class Siblings:
         for one layer could be asked for while another is computed again; nor of an inference tensor, which has no
         version to compare.
         """
-        if x.numel() < WIDE or is_packing() or not torch.is_grad_enabled() or x.is_inference():
+        if x.numel() < WIDE or saved_tensors_have_hooks() or not torch.is_grad_enabled() or x.is_inference():
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # layers may be replayed one by one
             return None

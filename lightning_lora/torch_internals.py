@@ -1,0 +1,85 @@
+"""Questions about the state of torch that only its private names answer.
+
+This is the only file of the package that names ``torch._C``: a release of torch that renames one of these is met here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def backward_id() -> int:
+    """The number of the backward pass that runs now in this thread; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` once, at the end of the backward pass that runs now."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def backward_reaches(node: Any) -> bool:
+    """Whether the backward pass that runs now goes on to ``node``, a node of the autograd graph."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether tensors saved for backward are packed by hooks: activation checkpointing, or offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written in place; -1 for an inference tensor, which has no count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def factors_of_product(x: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
+    """The two tensors that ``x`` was multiplied from, as autograd saved them; ``None`` if no product made ``x``.
+
+    Raises:
+        RuntimeError: if one of them was changed in place since.
+    """
+    node: Any = x.grad_fn
+    if node is None or node.name() != "MulBackward0":
+        return None
+    return node._saved_self, node._saved_other
+
+
+def has_tensor_hooks(tensor: Tensor) -> bool:
+    """Whether a hook waits for the gradient of ``tensor``."""
+    return bool(tensor._backward_hooks)
+
+
+def in_functorch_transform() -> bool:
+    """Whether ``torch.func`` transforms the code that runs now: ``vmap``, ``grad``, batched gradients."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def in_jit_trace() -> bool:
+    """Whether ``torch.jit.trace`` records."""
+    return torch._C._is_tracing()
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operation, as while ``make_fx`` traces."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def cuda_stream_id(device: torch.device) -> int:
+    """The CUDA stream that ``device`` works on now, without making an object for it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def has_module_hooks(module: nn.Module) -> bool:
+    """Whether a hook of its own or a global one runs when ``module`` is called."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
