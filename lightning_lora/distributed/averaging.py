@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from lightning_lora.torch_internals import backward_id, call_after_backward
 
 
-class Replicas:
+class GradientAveraging:
     """Averages the gradients of ``parameters`` over the ranks at the end of every backward, until it is closed.
 
     An average of averages is itself, so gradients may accumulate over several backwards, all or only the last of them

@@ -36,7 +36,7 @@ def set_random_state(state: State, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def of_all_ranks(state: State) -> list[State]:
+def states_of_all_ranks(state: State) -> list[State]:
     """The states of all ranks in order; every rank must call it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [state]

@@ -34,19 +34,19 @@ def is_partitioned(tensor: object) -> bool:
     return status is not None and status.name != "AVAILABLE"
 
 
-def is_piece(tensor: object) -> bool:
+def is_split(tensor: object) -> bool:
     """Whether ``tensor`` is a parameter that FSDP1 or ZeRO 3 has taken to pieces, which no rank can write."""
     return hasattr(tensor, "ds_id") or bool(getattr(tensor, "_fsdp_flattened", False))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this rank holds of ``tensor``, in the same memory and without a gradient."""
     if is_partitioned(tensor):
         return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of ``tensor``; every rank must call it."""
     if is_partitioned(tensor):
         with gathered([tensor]):
@@ -63,13 +63,13 @@ def gathered(tensors: Iterable[Tensor], write: bool = False) -> AbstractContextM
     return zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
 
 
-def laid_out_as(own: Tensor, value: Tensor) -> Tensor:
+def shard_like(own: Tensor, value: Tensor) -> Tensor:
     """The whole ``value`` as ``own`` is laid out over the ranks, each of which has all of it already."""
     if not is_sharded(own) or is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor
 
-    part = value[region(own)].to(own.device).contiguous()
+    part = value[shard_region(own)].to(own.device).contiguous()
     return DTensor.from_local(
         part,
         own.device_mesh,  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return next(shape for shape in (partitioned, packed, tensor.shape) if shape is not None)
 
 
-def region(tensor: Tensor) -> tuple[slice, ...]:
+def shard_region(tensor: Tensor) -> tuple[slice, ...]:
     """Where in the whole ``tensor`` the part of this rank lies."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
@@ -108,31 +108,31 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def units(model: nn.Module) -> list[nn.Module]:
+def fsdp1_units(model: nn.Module) -> list[nn.Module]:
     """The FSDP1 units in ``model``."""
     unit = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     return [module for module in model.modules() if isinstance(module, unit)]
 
 
 @torch.no_grad()
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of ``model`` under its first clean name, gathered for as long as the loop stands at it.
 
     At no time is more than one FSDP1 unit, or one FSDP2 parameter, in memory. Every rank must go through all of it.
     """
     reshard(model)
     name_of = {id(parameter): name for name, parameter in names.named_parameters(model)}
-    for unit in units(model):
+    for unit in fsdp1_units(model):
         with unit.summon_full_params(unit, recurse=False, writeback=False):  # type: ignore[operator]
             yield from ((name_of.pop(id(p)), p.detach()) for p in _own_parameters(unit) if id(p) in name_of)
     for name, parameter in names.named_parameters(model):
         if id(parameter) in name_of:
-            yield name, whole(parameter).detach()
+            yield name, full_tensor(parameter).detach()
 
 
 def _own_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters in ``unit`` that are in no unit inside it."""
-    inside = {id(module) for inner in units(unit)[1:] for module in inner.modules()}
+    inside = {id(module) for inner in fsdp1_units(unit)[1:] for module in inner.modules()}
     for module in unit.modules():
         if id(module) not in inside:
             yield from module.parameters(recurse=False)
@@ -146,11 +146,11 @@ def clip_by_norm(parameters: Iterable[Tensor], limit: float) -> None:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (False, True)]
-    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norms = [full_tensor(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
     if norms:
         factor = (limit / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)  # as torch's
         for gradient in gradients:
-            local(gradient).mul_(factor.to(gradient.device))
+            local_shard(gradient).mul_(factor.to(gradient.device))
 
 
 @torch.no_grad()
@@ -158,4 +158,4 @@ def clip_by_value(parameters: Iterable[Tensor], limit: float) -> None:
     """Bring every element of their gradients between ``-limit`` and ``limit``."""
     for parameter in parameters:
         if parameter.grad is not None:
-            local(parameter.grad).clamp_(-limit, limit)
+            local_shard(parameter.grad).clamp_(-limit, limit)

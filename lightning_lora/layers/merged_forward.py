@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import is_piece, units
+from lightning_lora.distributed.sharded import fsdp1_units, is_split
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 
@@ -82,7 +82,7 @@ def may_sum(module: nn.Module, x: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
     adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active()]
-    if any(is_piece(adapter.A) for adapter in adapters) or units(module):
+    if any(is_split(adapter.A) for adapter in adapters) or fsdp1_units(module):
         return False
     drops = any(adapter.training and adapter.dropout for adapter in adapters)
     return x.is_nested or (x.dtype in PRECISE and not drops and not torch.is_autocast_enabled(x.device.type))

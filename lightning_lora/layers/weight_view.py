@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.distributed.sharded import region, shape_of
+from lightning_lora.distributed.sharded import shape_of, shard_region
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Part:
         Raises:
             ValueError: if it is sharded along a dimension of a convolution's kernel.
         """
-        here, sizes = region(weight), weight.shape
+        here, sizes = shard_region(weight), weight.shape
         experts, here, sizes = (here[0], here[1:], sizes[1:]) if self.stacked else (slice(0, 1), here, sizes)
         rows, *rest = here
         if len(rest) == 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.distributed.sharded import local
+from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
 from lightning_lora.methods.base import Method, MethodConfig, Watched
 from lightning_lora.model.apply import check_same, difference, drop_adapters, inject, remove_lora
@@ -139,7 +139,7 @@ class LoRAMethod(Method):
     @override
     def is_untrained(self, model: nn.Module) -> bool:
         """Whether every B is zero: a B on the meta device is."""
-        every_B = [local(p) for name, p in lora_parameters(model) if name.endswith(".B") and not p.is_meta]
+        every_B = [local_shard(p) for name, p in lora_parameters(model) if name.endswith(".B") and not p.is_meta]
         return not any(bool(B.any()) for B in every_B)
 
     @override

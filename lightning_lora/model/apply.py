@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local, reshard
+from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs, seed_of
 from lightning_lora.layers.base import (
     LoRALayer,
@@ -272,7 +272,7 @@ def _swap_originals(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     for module, key, original in list(moved(model)):
         tensor = {**module._parameters, **module._buffers}[key]
         assert tensor is not None
-        trained.append((tensor, local(tensor).clone() if is_sharded(tensor) else tensor.data))
+        trained.append((tensor, local_shard(tensor).clone() if is_sharded(tensor) else tensor.data))
         _put(tensor, original.to(tensor.device, tensor.dtype, copy=True))
     return trained
 
@@ -281,6 +281,6 @@ def _swap_originals(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 def _put(tensor: Tensor, value: Tensor) -> None:
     """Let ``tensor`` have ``value``; FSDP knows a sharded one by its memory, which must stay."""
     if is_sharded(tensor):
-        local(tensor).copy_(value)
+        local_shard(tensor).copy_(value)
     else:
         tensor.data = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import shape_of, whole_parameters
+from lightning_lora.distributed.sharded import full_parameters, shape_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.ops.exact_sum import checksum
 
@@ -23,7 +23,7 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
         device: where to sum, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     trained = {name for name, _ in trained_parameters(model)}
-    return {name: sums_of(value, device) for name, value in whole_parameters(model) if name not in trained}
+    return {name: sums_of(value, device) for name, value in full_parameters(model) if name not in trained}
 
 
 def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:

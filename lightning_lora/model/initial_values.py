@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.distributed.sharded import local
+from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.model.record import record_of, records
 from lightning_lora.ops.exact_sum import same_bits
 
@@ -23,7 +23,7 @@ def remember(model: nn.Module) -> None:
         for key, tensor in _own(module).items():
             may_move = key in record.trained or key in module._buffers
             if may_move and not tensor.is_meta and key not in record.originals:
-                record.originals[key] = local(tensor).to("cpu", copy=True)
+                record.originals[key] = local_shard(tensor).to("cpu", copy=True)
 
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -35,7 +35,7 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             if key not in own or id(own[key]) in seen:
                 continue
             seen.add(id(own[key]))
-            if not same_bits(local(own[key]), original.to(own[key].dtype)):
+            if not same_bits(local_shard(own[key]), original.to(own[key].dtype)):
                 yield module, key, original
 
 
@@ -43,7 +43,7 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 def put_back(model: nn.Module) -> None:
     """Give the base its own values back."""
     for module, key, original in list(moved(model)):
-        local(_own(module)[key]).copy_(original)
+        local_shard(_own(module)[key]).copy_(original)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

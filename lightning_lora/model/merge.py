@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import is_piece, is_sharded, local, reshard, whole
+from lightning_lora.distributed.sharded import full_tensor, is_sharded, is_split, local_shard, reshard
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantizing
@@ -96,7 +96,7 @@ def unwritable(model: nn.Module) -> str | None:
     for name, layer in adapted_layers(model):
         for key in layer.lora.by_weight():
             weight = parameter_of(layer, key)
-            if is_piece(weight):
+            if is_split(weight):
                 return f"`{join(name, key)}` is in pieces, which FSDP1 or ZeRO 3 made of it, and cannot take the sum."
             if is_sharded(weight) and key in record_of(layer).shared:
                 return f"`{join(name, key)}` is tied and sharded: FSDP2 would tie it again after it took the sum."
@@ -150,7 +150,7 @@ def _unmerge_all(merged: list[tuple[str, nn.Module, Merged]]) -> None:
     """Unmerge every layer, or none."""
     for name, module, record in merged:
         for key, weight in record.weights.items():
-            if checksum(local(parameter_of(module, key))) not in (weight.checksum, weight.original):
+            if checksum(local_shard(parameter_of(module, key))) not in (weight.checksum, weight.original):
                 raise ValueError(
                     f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, "
                     "so the base cannot be restored. Nothing was changed. To go on from these weights call "
@@ -206,7 +206,7 @@ def _merge(layer: LoRALayer) -> float:
 
 @torch.no_grad()
 def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.Sum]]:
-    weight, matrices_of = local(parameter_of(layer, key)), adapters[0].part.matrices
+    weight, matrices_of = local_shard(parameter_of(layer, key)), adapters[0].part.matrices
     before, originals, factors = checksum(weight), matrices_of(weight), factors_of(adapters, parameter_of(layer, key))
     sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
     merged = _together([part.merged for part in sums], weight)
@@ -230,10 +230,10 @@ def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch
 
 def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
     """For each matrix in this rank's part of ``weight`` the factors of every adapter's delta, at least in fp32."""
-    dtype, device = torch.promote_types(weight.dtype, torch.float32), local(weight).device
+    dtype, device = torch.promote_types(weight.dtype, torch.float32), local_shard(weight).device
     found: list[list[tuple[Tensor, Tensor]]] = []
     for adapter in adapters:
-        A, B = (whole(matrix).detach().to(device, dtype) for matrix in (adapter.A, adapter.B))
+        A, B = (full_tensor(matrix).detach().to(device, dtype) for matrix in (adapter.A, adapter.B))
         left, right = (
             side if side.dim() == 3 else side.unsqueeze(0)
             for side in adapter.part.factors(A, adapter.scale * B, weight)
@@ -249,7 +249,7 @@ def _unmerge(module: nn.Module, record: Merged) -> bool:
     adapters = record.adapters
     for key, pairs in adapters.by_weight().items():
         for adapter in pairs:
-            adapter.to(local(parameter_of(module, key)).device)
+            adapter.to(local_shard(parameter_of(module, key)).device)
     attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
     record_of(module).merged = None
     return True
@@ -265,16 +265,16 @@ def _put_back(module: nn.Module, record: Merged) -> bool:
         if shared is not None:
             setattr(module, key, shared)
         elif weight is not None:
-            local(parameter_of(module, key)).copy_(weight)
+            local_shard(parameter_of(module, key)).copy_(weight)
     return True
 
 
 @torch.no_grad()
 def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
     """The parameter ``key`` as it was before the merge, or ``None`` if that cannot be had."""
-    weight, merged = local(parameter_of(module, key)), record.weights[key]
+    weight, merged = local_shard(parameter_of(module, key)), record.weights[key]
     if merged.shared is not None:
-        return merged.shared if checksum(local(merged.shared)) == merged.original else None
+        return merged.shared if checksum(local_shard(merged.shared)) == merged.original else None
     if checksum(weight) == merged.original:  # the base was loaded over the merge
         return weight.clone()
     adapters = record.adapters.by_weight()[key]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import whole_parameters
+from lightning_lora.distributed.sharded import full_parameters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.merge import factors_of
@@ -26,7 +26,7 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, parameter in module._parameters.items():
             holders.setdefault(id(parameter), []).append((join(name, key), module, key))
     of_name = {name: holders[id(parameter)] for name, parameter in named_parameters(model)}
-    for first, value in whole_parameters(model):
+    for first, value in full_parameters(model):
         for name, module, key in of_name[first]:
             if not isinstance(module, Adapter):
                 yield name, _sum(value, module.lora.by_weight().get(key, []) if isinstance(module, LoRALayer) else [])

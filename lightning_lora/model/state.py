@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.distributed.sharded import gathered, laid_out_as, local, reshard, shape_of, units, whole
+from lightning_lora.distributed.sharded import (
+    fsdp1_units,
+    full_tensor,
+    gathered,
+    local_shard,
+    reshard,
+    shape_of,
+    shard_like,
+)
 from lightning_lora.layers.base import adapted_layers, is_adapted
 from lightning_lora.layers.linear import is_quantizing
 from lightning_lora.model.freeze import trained_parameters
@@ -59,7 +67,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def full_detached(value: Any) -> Any:
     """``value`` as it is given away: whole, and without a gradient."""
-    return whole(value).detach() if isinstance(value, Tensor) else value
+    return full_tensor(value).detach() if isinstance(value, Tensor) else value
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -205,7 +213,7 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
         for name, module in names.named_modules(model):
             own: dict[str, Any] = {}
             _save_own(module, own, prefix := f"{name}." if name else "")
-            found = {key: laid_out_as(value, state[key]) for key, value in own.items() if key in state}
+            found = {key: shard_like(value, state[key]) for key, value in own.items() if key in state}
             before.append((module, prefix, {key: _copied(own[key]) for key in found}))
             _load_own(module, prefix, own, found)
     except BaseException:
@@ -213,7 +221,8 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
             _load_own(module, prefix, {}, kept)
         raise
     _reset_buffers(model, state)
-    for module in set(model.modules()) - set(units(model)):  # who keeps something beside what was loaded hears of it
+    # Modules that keep something in addition to what was loaded are notified.
+    for module in set(model.modules()) - set(fsdp1_units(model)):
         for hook in module._load_state_dict_post_hooks.values():
             hook(module, nn.modules.module._IncompatibleKeys([], []))
 
@@ -237,4 +246,4 @@ def _reset_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
     name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
-            local(module._buffers[key]).copy_(original)  # type: ignore[arg-type]
+            local_shard(module._buffers[key]).copy_(original)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections import Counter
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.distributed.sharded import local
+from lightning_lora.distributed.sharded import local_shard
 
 
 def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
@@ -19,6 +19,6 @@ def parameter_holders(model: nn.Module) -> Counter[tuple[int, bool]]:
 def memory_of(module: nn.Module, key: str) -> tuple[int, bool]:
     """What two parameters have in common only if one is the other, as an object or as memory."""
     parameter = module._parameters[key]
-    if parameter is None or parameter.is_meta or is_lazy(parameter) or not local(parameter).data_ptr():
+    if parameter is None or parameter.is_meta or is_lazy(parameter) or not local_shard(parameter).data_ptr():
         return (id(parameter), False)
-    return (local(parameter).data_ptr(), True)
+    return (local_shard(parameter).data_ptr(), True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import shape_of, whole
+from lightning_lora.distributed.sharded import full_tensor, shape_of
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.linear import is_quantizing, transposed_root
@@ -134,7 +134,7 @@ def to_peft(module: nn.Module, adapters: Adapter | Pairs) -> PeftPair:
 
 
 def _values(parameter: Tensor) -> Tensor:
-    return whole(parameter).detach().to("cpu", torch.float32, copy=True)
+    return full_tensor(parameter).detach().to("cpu", torch.float32, copy=True)
 
 
 def _placed(pair: Adapter, out_features: int) -> Tensor:

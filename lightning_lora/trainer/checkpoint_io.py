@@ -14,7 +14,7 @@ from torch import distributed
 
 from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
-from lightning_lora.distributed.sharded import units
+from lightning_lora.distributed.sharded import fsdp1_units
 from lightning_lora.files.merged_file import write_merged
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
@@ -121,7 +121,7 @@ class CheckpointFiles:
     def _random_states(self) -> list[random_state.State]:
         own = random_state.random_state(self.strategy.root_device)
         # After an exception the other ranks may never come to this point.
-        return [own] if self.trainer.state.status == "interrupted" else random_state.of_all_ranks(own)
+        return [own] if self.trainer.state.status == "interrupted" else random_state.states_of_all_ranks(own)
 
     def load(self, original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Check the file before Lightning loads it; a file of another process is opened as plain data."""
@@ -186,7 +186,7 @@ def export_merged(trainer: Any, method: Method, needed: Iterable[str]) -> Path:
         needed: names of parameters that must be in it.
     """
     outermost = trainer.strategy.model
-    module = outermost if units(outermost) else trainer.lightning_module
+    module = outermost if fsdp1_units(outermost) else trainer.lightning_module
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
     values = method.merged_values(module)

@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.distributed.averaging import Replicas
+from lightning_lora.distributed.averaging import GradientAveraging
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def replicas(tmp_path, monkeypatch):
     made: list[int] = []
     reduce = distributed.all_reduce
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: made.append(len(tensor)) or reduce(tensor))
-    found = Replicas([nn.Parameter(torch.ones(n)) for n in (2, 3, 4)])
+    found = GradientAveraging([nn.Parameter(torch.ones(n)) for n in (2, 3, 4)])
     found.made = made
     yield found
     found.close()

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from lightning_lora.distributed.random_state import of_all_ranks, random_state, set_random_state
+from lightning_lora.distributed.random_state import random_state, set_random_state, states_of_all_ranks
 
 CPU = torch.device("cpu")
 
@@ -28,4 +28,4 @@ def test_the_stream_continues_after_a_file(tmp_path):
 
 def test_one_process_is_one_rank():
     state = random_state(CPU)
-    assert of_all_ranks(state) == [state]
+    assert states_of_all_ranks(state) == [state]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_lora import names
-from lightning_lora.distributed.averaging import Replicas
+from lightning_lora.distributed.averaging import GradientAveraging
 from lightning_lora.distributed.sharded import (
     clip_by_norm,
     clip_by_value,
-    is_piece,
+    fsdp1_units,
+    full_tensor,
     is_sharded,
-    laid_out_as,
-    units,
-    whole,
+    is_split,
+    shard_like,
 )
 from lightning_lora.layers.base import adapted_layers, parameter_of
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
@@ -60,11 +60,11 @@ class Sharded(StrategyAdapter):
         self.step_singly(optimizers)
         if distributed.get_world_size() == 1:
             return
-        replicas = Replicas([p for _, p in trained_parameters(self.module) if not is_sharded(p)])
-        replicas.align()
-        stack.callback(replicas.close)
-        patch_method(stack, self.strategy, "block_backward_sync", lambda original: replicas.pause())
-        patch_method(stack, self.strategy, "pre_backward", _queueing(replicas))
+        averaging = GradientAveraging([p for _, p in trained_parameters(self.module) if not is_sharded(p)])
+        averaging.align()
+        stack.callback(averaging.close)
+        patch_method(stack, self.strategy, "block_backward_sync", lambda original: averaging.pause())
+        patch_method(stack, self.strategy, "pre_backward", _queueing(averaging))
 
     def step_singly(self, optimizers: list[Any]) -> None:
         """Step parameter by parameter on a mixture: torch's default on CUDA, ``foreach``, fails on one."""
@@ -80,7 +80,7 @@ class Sharded(StrategyAdapter):
         for written, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
             if any(group is other for other in self.stepped_singly):
                 written["foreach"] = None
-        gathered = _mapped(state["state"], lambda value: whole(value).cpu() if is_sharded(value) else value)
+        gathered = _mapped(state["state"], lambda value: full_tensor(value).cpu() if is_sharded(value) else value)
         return {**state, "state": gathered}
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
@@ -114,9 +114,12 @@ class FSDP1(Sharded):
         Raises:
             MisconfigurationException: saying what to do instead.
         """
-        name, inside = type(self.module).__name__, {id(p) for unit in units(self.module) for p in unit.parameters()}
+        name, inside = (
+            type(self.module).__name__,
+            {id(p) for unit in fsdp1_units(self.module) for p in unit.parameters()},
+        )
         adapters = adapter_parameters(self.module)
-        pieces = {id(parameter) for parameter in self.module.parameters() if is_piece(parameter)}
+        pieces = {id(parameter) for parameter in self.module.parameters() if is_split(parameter)}
         if pieces - inside:
             raise MisconfigurationException(
                 f"{name} was set up for FSDPStrategy by an earlier run, and Lightning cannot do so twice where "
@@ -135,7 +138,7 @@ class FSDP1(Sharded):
         Raises:
             MisconfigurationException: if a parameter of the base trains that FSDP should have cast.
         """
-        if units(self.module):  # by an earlier run
+        if fsdp1_units(self.module):  # by an earlier run
             return
         self._check_casts()
         device, kwargs = self.strategy.root_device, self.strategy.kwargs
@@ -188,12 +191,12 @@ class FSDP2(Sharded):
         self.strategy.optimizers = []
 
 
-def _queueing(replicas: Replicas) -> Callable[..., Any]:
+def _queueing(averaging: GradientAveraging) -> Callable[..., Any]:
     """Average in every backward of Lightning, also on ranks where nothing that is whole has a gradient."""
 
     def watch(original: Any, loss: Tensor) -> Any:
         if loss.requires_grad:
-            loss.register_hook(replicas.queue)  # type: ignore[no-untyped-call]
+            loss.register_hook(averaging.queue)  # type: ignore[no-untyped-call]
         return original(loss)
 
     return watch
@@ -232,7 +235,7 @@ def _mixes(group: Mapping[str, Any]) -> bool:
 
 
 def _laid_out(state: Mapping[str, Any], parameter: Tensor) -> Any:
-    return _mapped(state, lambda value: laid_out_as(parameter, value) if value.shape == parameter.shape else value)
+    return _mapped(state, lambda value: shard_like(parameter, value) if value.shape == parameter.shape else value)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
