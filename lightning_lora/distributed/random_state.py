@@ -1,4 +1,4 @@
-"""The random state of every rank, in the one file: a resumed run draws what the uninterrupted one would have drawn."""
+"""The random state of every rank, for one checkpoint: a resumed run draws the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_state(device: torch.device) -> State:
 
 
 def set_random_state(state: State, device: torch.device) -> None:
-    """The reverse."""
+    """Restore what :func:`random_state` returned."""
     kind, keys, *rest = state["numpy"]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -37,7 +37,7 @@ def set_random_state(state: State, device: torch.device) -> None:
 
 
 def states_of_all_ranks(state: State) -> list[State]:
-    """The states of all ranks in order; every rank must call it."""
+    """Gather the states of all ranks, in order; every rank must call this."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * distributed.get_world_size()

@@ -1,7 +1,7 @@
-"""Parameters of which each rank holds a part: the part that is here, the whole, and the units that gather it.
+"""Parameters that are sharded over ranks: the local shard, the full tensor, and the units that gather it.
 
-FSDP2 keeps them as ``DTensor``, FSDP1 as pieces of one flat parameter for each unit, DeepSpeed's ZeRO 3 as empty
-tensors with their part in an attribute.
+FSDP2 stores them as ``DTensor``, FSDP1 as views of one flat parameter per unit, and DeepSpeed's ZeRO 3 as empty tensors
+with the shard in an attribute.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lightning_lora import names
 
 
 def _loaded(module: str, name: str) -> type[Any]:
-    """A class of torch's where its module is loaded: without that nothing can be of it."""
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else type(None)
+    """A class of torch if its module is already imported; otherwise no object can be an instance of it."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else type(None)
 
 
 def is_sharded(tensor: object) -> bool:
@@ -29,25 +29,25 @@ def is_sharded(tensor: object) -> bool:
 
 
 def is_partitioned(tensor: object) -> bool:
-    """Whether ``tensor`` is a parameter of ZeRO 3 that is not gathered now."""
+    """Whether ``tensor`` is a parameter that ZeRO 3 has partitioned and has not gathered now."""
     status = getattr(tensor, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 
 
 def is_split(tensor: object) -> bool:
-    """Whether ``tensor`` is a parameter that FSDP1 or ZeRO 3 has taken to pieces, which no rank can write."""
+    """Whether FSDP1 or ZeRO 3 manages ``tensor`` as a shard of a flat buffer, so that it cannot be written directly."""
     return hasattr(tensor, "ds_id") or bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``, in the same memory and without a gradient."""
+    """The shard of ``tensor`` on this rank: the same memory, detached from autograd."""
     if is_partitioned(tensor):
         return tensor.ds_tensor.detach()  # type: ignore[attr-defined, no-any-return]
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()  # type: ignore[attr-defined]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of ``tensor``; every rank must call it."""
+    """The full tensor, gathered from all ranks; every rank must call this."""
     if is_partitioned(tensor):
         with gathered([tensor]):
             return tensor.detach().clone()
@@ -55,7 +55,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Iterable[Tensor], write: bool = False) -> AbstractContextManager[None]:
-    """While it lasts, those of ``tensors`` that ZeRO 3 has partitioned are whole, to be read, or written alike."""
+    """Context manager in which ZeRO 3 gathers the partitioned ones of ``tensors``.
+
+    Args:
+        tensors: any tensors; those that are not partitioned stay as they are.
+        write: whether the values of rank 0 are scattered to all ranks at the end.
+    """
     partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
     if not partitioned:
         return nullcontext()
@@ -64,14 +69,14 @@ def gathered(tensors: Iterable[Tensor], write: bool = False) -> AbstractContextM
 
 
 def shard_like(own: Tensor, value: Tensor) -> Tensor:
-    """The whole ``value`` as ``own`` is laid out over the ranks, each of which has all of it already."""
+    """``value``, a full tensor that every rank has, sharded over the ranks as ``own`` is."""
     if not is_sharded(own) or is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor
 
-    part = value[shard_region(own)].to(own.device).contiguous()
+    shard = value[shard_region(own)].to(own.device).contiguous()
     return DTensor.from_local(
-        part,
+        shard,
         own.device_mesh,  # type: ignore[attr-defined]
         own.placements,  # type: ignore[attr-defined]
         shape=own.shape,
@@ -80,14 +85,14 @@ def shard_like(own: Tensor, value: Tensor) -> Tensor:
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of all of ``tensor``: partitioned by ZeRO 3, or packed into four bits, it has another of its own."""
+    """The shape of the full tensor: ``.shape`` differs if ZeRO 3 partitioned it or if it is packed into 4 bits."""
     packed = getattr(getattr(tensor, "quant_state", None), "shape", None)
     partitioned = getattr(tensor, "ds_shape", None)
     return next(shape for shape in (partitioned, packed, tensor.shape) if shape is not None)
 
 
 def shard_region(tensor: Tensor) -> tuple[slice, ...]:
-    """Where in the whole ``tensor`` the part of this rank lies."""
+    """The slices of the full tensor that the shard of this rank covers."""
     if not is_sharded(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -101,7 +106,7 @@ def shard_region(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every FSDP2 unit in ``model`` keep its own part alone: after an evaluation the root still has the whole."""
+    """Free the gathered parameters of every FSDP2 unit in ``model``: after an evaluation the root still holds them."""
     unit = _loaded("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, unit):
@@ -116,9 +121,10 @@ def fsdp1_units(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of ``model`` under its first clean name, gathered for as long as the loop stands at it.
+    """Iterate over every parameter of ``model`` as a full tensor, by its first clean name.
 
-    At no time is more than one FSDP1 unit, or one FSDP2 parameter, in memory. Every rank must go through all of it.
+    A parameter is gathered only during its iteration: at most one FSDP1 unit, or one FSDP2 parameter, is in memory.
+    Every rank must iterate to the end.
     """
     reshard(model)
     name_of = {id(parameter): name for name, parameter in names.named_parameters(model)}
@@ -131,31 +137,31 @@ def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters in ``unit`` that are in no unit inside it."""
-    inside = {id(module) for inner in fsdp1_units(unit)[1:] for module in inner.modules()}
+    """The parameters of ``unit`` that belong to no nested unit."""
+    nested = {id(module) for inner in fsdp1_units(unit)[1:] for module in inner.modules()}
     for module in unit.modules():
-        if id(module) not in inside:
+        if id(module) not in nested:
             yield from module.parameters(recurse=False)
 
 
 @torch.no_grad()
 def clip_by_norm(parameters: Iterable[Tensor], limit: float) -> None:
-    """Scale the gradients of ``parameters`` so that the norm of all, sharded or not, is at most ``limit``.
+    """Scale the gradients of ``parameters`` so that their total norm is at most ``limit``.
 
-    ``torch.nn.utils.clip_grad_norm_`` takes either kind alone. Every rank must call it.
+    ``torch.nn.utils.clip_grad_norm_`` accepts either sharded or plain gradients, not both. Every rank must call this.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (False, True)]
-    norms = [full_tensor(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    groups = [[gradient for gradient in gradients if is_sharded(gradient) is sharded] for sharded in (False, True)]
+    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in groups if group]
     if norms:
-        factor = (limit / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)  # as torch's
+        factor = (limit / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)  # the formula of torch
         for gradient in gradients:
             local_shard(gradient).mul_(factor.to(gradient.device))
 
 
 @torch.no_grad()
 def clip_by_value(parameters: Iterable[Tensor], limit: float) -> None:
-    """Bring every element of their gradients between ``-limit`` and ``limit``."""
+    """Clamp every element of the gradients of ``parameters`` to ``[-limit, limit]``."""
     for parameter in parameters:
         if parameter.grad is not None:
             local_shard(parameter.grad).clamp_(-limit, limit)
