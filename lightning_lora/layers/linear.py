@@ -15,14 +15,14 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import Part
 from lightning_lora.ops.linear import add_pair, linear
-from lightning_lora.ops.shared_input import Siblings
+from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.torch_internals import has_module_hooks
 
 
 class LinearAdapter(Adapter):
     """Adds ``scale * B A x``: a pair of :func:`lightning_lora.ops.linear.linear`."""
 
-    shared_input: Siblings | None = None
+    shared_input: SharedInputGroup | None = None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` plus the low-rank term for its input ``x``."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
-from lightning_lora.ops.shared_input import Siblings
+from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.targets.roles import family_of
 
 
@@ -22,6 +22,6 @@ def join_siblings(model: nn.Module) -> None:
                 if isinstance(adapter, LinearAdapter):  # not some rows of the map alone
                     found.setdefault((family, adapter_name, shape_of(adapter.A)[-1]), []).append(adapter)
         for adapters in found.values():
-            siblings = Siblings(adapters) if len(adapters) > 1 else None
+            siblings = SharedInputGroup(adapters) if len(adapters) > 1 else None
             for adapter in adapters:
                 adapter.shared_input = siblings

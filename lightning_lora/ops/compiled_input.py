@@ -1,7 +1,7 @@
-"""Layers that read the same input, while a compiler traces them: one product for all of their A, as in eager mode.
+"""Layers that share an input, under a compiler: one product with the stacked A of all, as in eager mode.
 
-The compiler merges equal products by itself, but not those of several A with one input, nor their gradients. What is
-kept from one call for the next is kept while a graph is traced, and never in a graph that runs.
+A compiler merges equal products by itself, but neither the products of several A with one input nor their gradients.
+The cache exists only while a graph is traced; a compiled graph does not use it.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from lightning_lora.torch_internals import saved_tensors_have_hooks, version_of
 
 
 @dataclass
-class Traced:
-    """The products of an input with every A, those that were not yet asked for, by index."""
+class CachedHidden:
+    """``A x`` of an input for every A that was not yet asked for, by index."""
 
     x: weakref.ref[Tensor]
     state: tuple[object, ...]
-    products: dict[int, Tensor]
+    hidden: dict[int, Tensor]
 
 
-last: list[Traced] = []  # one at most
+cache: list[CachedHidden] = []  # at most one
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def low_rank_input(x: Tensor, index: int, *every_A: Tensor) -> Tensor:
-    """``A x`` of the A at ``index``, of shape ``(..., r)``; the first call on an ``x`` makes those of all.
+def hidden_while_compiling(x: Tensor, index: int, *all_A: Tensor) -> Tensor:
+    """``A x`` for the A at ``index``, of shape ``(..., r)``; the first call with an ``x`` computes it for every A.
 
-    A function that the graph holds as one call: what is under the compiler runs it with tensors of its own, again and
-    again, and finds there by identity and version that the next call has the same ``x``.
+    The graph holds this function as one call. The layers of the compiler below run it again and again with tensors of
+    their own; there identity and version show that the next call has the same ``x``.
     """
-    if x.is_inference() or saved_tensors_have_hooks():  # no version to compare, or nothing to be kept for another call
-        return F.linear(x, every_A[index].to(x.dtype))
-    state = state_of(x, every_A)
-    found = last.pop() if last else None
-    if found is None or found.x() is not x or found.state != state or index not in found.products:
-        product = F.linear(x, torch.cat(every_A).to(x.dtype))
-        split = torch.split(product, [len(A) for A in every_A], dim=-1)
-        found = Traced(weakref.ref(x, lambda _: last.clear()), state, dict(enumerate(split)))
-    mine = found.products.pop(index)
-    if found.products:
-        last.append(found)
-    return mine
+    if x.is_inference() or saved_tensors_have_hooks():  # no version to compare; nothing may be kept for another call
+        return F.linear(x, all_A[index].to(x.dtype))
+    state = input_state(x, all_A)
+    cached = cache.pop() if cache else None
+    if cached is None or cached.x() is not x or cached.state != state or index not in cached.hidden:
+        stacked = F.linear(x, torch.cat(all_A).to(x.dtype))  # (..., sum of r)
+        split = torch.split(stacked, [len(A) for A in all_A], dim=-1)
+        cached = CachedHidden(weakref.ref(x, lambda _: cache.clear()), state, dict(enumerate(split)))
+    hidden = cached.hidden.pop(index)
+    if cached.hidden:
+        cache.append(cached)
+    return hidden
 
 
-def state_of(x: Tensor, every_A: Sequence[Tensor]) -> tuple[object, ...]:
-    """What must be as it was for the products to be the same."""
+def input_state(x: Tensor, all_A: Sequence[Tensor]) -> tuple[object, ...]:
+    """All that must be unchanged for the cached products to be valid."""
     device = x.device.type
     mode = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return (*mode, version_of(x), *((id(A), version_of(A)) for A in every_A))
+    return (*mode, version_of(x), *((id(A), version_of(A)) for A in all_A))

@@ -1,4 +1,4 @@
-"""Where the kernels serve, and what torch is asked about the moment."""
+"""When the Triton kernels can be used, and guards around a backward that is written by hand."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.products import HALVES
+from lightning_lora.ops.products import HALF_DTYPES
 from lightning_lora.torch_internals import in_functorch_transform, version_of
 
-SHARED_MEMORY = 200 * 1024  # bytes for a program: the GPUs on which the kernels were measured, Hopper, and later
-LARGEST_R = 32  # with which they were
+# The kernels were measured on Hopper GPUs with ranks of at most 32.
+MIN_SHARED_MEMORY = 200 * 1024  # bytes per program
+MAX_R = 32
 
 Backward = Callable[..., Any]
 
 
-def outside_autocast(backward: Backward) -> Backward:
-    """``backward`` as it was written: called inside an autocast region, it would have other dtypes than its forward."""
+def without_autocast(backward: Backward) -> Backward:
+    """Decorator that turns autocast off, as ``backward`` called inside an autocast region must use forward's dtypes."""
 
     @functools.wraps(backward)
     def plain(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -33,11 +34,11 @@ def outside_autocast(backward: Backward) -> Backward:
     return plain
 
 
-def as_it_was(tensor: Tensor, version: int) -> Tensor:
-    """``tensor``, which is differentiated through now, as it was in forward.
+def check_unmodified(tensor: Tensor, version: int) -> Tensor:
+    """Return ``tensor``, which a second derivative needs as it was in forward.
 
     Raises:
-        RuntimeError: if it was written to since, as torch has it of what it keeps for backward.
+        RuntimeError: if it was modified in place since, as torch raises for tensors that it saved itself.
     """
     if version_of(tensor) != version:
         raise RuntimeError(
@@ -47,19 +48,19 @@ def as_it_was(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def kernels_serve(tensor: Tensor) -> bool:
-    """Whether the kernels serve for ``tensor``, which nobody differentiates twice."""
+def can_use_kernels(tensor: Tensor) -> bool:
+    """Whether the Triton kernels can compute on ``tensor``: a half dtype, a measured GPU, and no second derivative."""
     return (
         tensor.is_cuda
-        and tensor.dtype in HALVES
+        and tensor.dtype in HALF_DTYPES
         and not torch.is_grad_enabled()
         and not in_functorch_transform()
-        and runs_kernels(tensor.get_device())
+        and supports_kernels(tensor.get_device())
     )
 
 
 @functools.cache
-def runs_kernels(device: int) -> bool:
-    """Whether a GPU is of the kind on which the kernels were measured, and Triton is there, as it is beside torch."""
+def supports_kernels(device: int) -> bool:
+    """Whether GPU ``device`` is of the kind that the kernels were measured on, and Triton is installed."""
     memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return memory >= SHARED_MEMORY and importlib.util.find_spec("triton") is not None
+    return memory >= MIN_SHARED_MEMORY and importlib.util.find_spec("triton") is not None

@@ -1,7 +1,8 @@
-"""Triton kernels for products with a dropped input, its mask drawn anew by each: nothing of the input's size for it.
+"""Triton kernels for products with a dropped input: each draws the mask again, so that none is stored.
 
-Dropout by the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), Philox4x32
-with seven rounds, which by their table 2 is the fewest that pass BigCrush. Eight elements take one draw, 16 bits each.
+The random numbers are those of the counter-based generator Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3") with seven rounds, by their table 2 the fewest that pass BigCrush. One draw gives eight elements 16
+random bits each.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lora.ops.gated_kernels import add_parts, padded, panel_of
+from lightning_lora.ops.gated_kernels import padded_rank, panel_rows, sum_partials
 
 
 @triton.jit
 def _keeps(seed, rows, first, width, threshold, BM: tl.constexpr, BN: tl.constexpr):
     counter = rows[:, None] * ((width + 7) // 8) + (first // 8 + tl.arange(0, BN // 8))[None, :]
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    one, two, three, four = tl.philox(seed, low, high, low * 0, low * 0, 7)
-    words = tl.join(tl.join(one, two), tl.join(three, four))  # (BM, BN / 8, 2, 2)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, 7)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (BM, BN / 8, 2, 2)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BM, BN)) >= threshold
 
 
@@ -46,7 +47,7 @@ def _dropped_product(
 
 @triton.jit
 def _dropped_gradients(
-    x, back, A, dx, dA_parts, seed_at, n, width, r, threshold, factor,
+    x, d_hidden, A, dx, dA_partials, seed_at, n, width, r, threshold, factor,
     PANEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     panel, block = tl.program_id(0), tl.program_id(1)
@@ -62,59 +63,61 @@ def _dropped_gradients(
         here = rows[:, None] < n
         at = rows[:, None] * width + columns[None, :]
         keeps = _keeps(seed, rows, first, width, threshold, BM, BN)
-        g = tl.load(back + rows[:, None] * r + ranks[None, :], mask=here & ranked[None, :], other=0.0)
+        g = tl.load(d_hidden + rows[:, None] * r + ranks[None, :], mask=here & ranked[None, :], other=0.0)
         low = tl.where(keeps, tl.dot(g, a) * factor, 0.0)
         tl.store(dx + at, low.to(dx.dtype.element_ty), mask=here & inside)
         tile = tl.where(keeps, tl.load(x + at, mask=here & inside, other=0.0), 0.0)
         dA = tl.dot(tl.trans(g), tile, dA)
     at = (panel.to(tl.int64) * r + ranks[:, None]) * width + columns[None, :]
-    tl.store(dA_parts + at, dA * factor, mask=ranked[:, None] & inside)
+    tl.store(dA_partials + at, dA * factor, mask=ranked[:, None] & inside)
 
 
-def chance(p: float) -> tuple[int, float]:
-    """Below which 16 random bits an element is dropped, and the factor on the others that keeps the mean."""
+def threshold_and_factor(p: float) -> tuple[int, float]:
+    """The number below which 16 random bits drop an element, and the factor on kept elements that keeps the mean."""
     threshold = round(p * 65536)
     return threshold, 65536 / (65536 - threshold)
 
 
-def dropped_product(x: Tensor, down: Tensor, seed: Tensor, p: float) -> Tensor:
-    """``dropout(x) @ down.T``.
+def dropped_product(x: Tensor, A: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``dropout(x) @ A.T``, ``(n, r)``.
 
-    One H200, 8192 x 4096, r = 16: 32 us, and 20 us without dropout.
+    On one H200, 8192 x 4096, r = 16: 32 us, against 20 us without dropout.
 
     Args:
         x: ``(n, in_features)``, contiguous.
-        down: A as it is computed with, ``(r, in_features)``.
+        A: ``(r, in_features)``, in the dtype of ``x``.
         seed: of the mask, one number on the device.
-        p: how much is dropped, rounded to 1 / 65536.
+        p: probability of dropping an element, rounded to 1 / 65536.
     """
-    (n, width), r = x.shape, len(down)
+    (n, width), r = x.shape, len(A)
     hidden = x.new_empty(n, r)
+    threshold, factor = threshold_and_factor(p)
     _dropped_product[(triton.cdiv(n, 32),)](
-        x, down, hidden, seed, n, r, *chance(p), width, 32, 128, padded(r), num_warps=4, num_stages=3
+        x, A, hidden, seed, n, r, threshold, factor, width, 32, 128, padded_rank(r), num_warps=4, num_stages=3
     )
     return hidden
 
 
 def dropped_gradients(
-    x: Tensor, back: Tensor, down: Tensor, seed: Tensor, p: float, scale: float, dtype: torch.dtype
+    x: Tensor, d_hidden: Tensor, A: Tensor, seed: Tensor, p: float, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``mask * (back @ down)`` and ``scale * back.T @ dropout(x)`` in ``dtype``, by the mask of the same ``seed``.
+    """``mask * (d_hidden @ A)`` and ``scale * d_hidden.T @ dropout(x)`` in ``dtype``, with the mask of ``seed``.
 
-    One H200, 8192 x 4096, r = 16: 71 us, and 48 us for both products without dropout.
+    On one H200, 8192 x 4096, r = 16: 71 us, against 48 us for both products without dropout.
     """
-    (n, width), r = x.shape, len(down)
+    (n, width), r = x.shape, len(A)
     blocks = triton.cdiv(width, 128)
-    panel = panel_of(n, blocks, 32)
-    dx, parts = torch.empty_like(x), torch.empty(triton.cdiv(n, panel), r, width, device=x.device)
-    _dropped_gradients[(len(parts), blocks)](
-        x, back, down, dx, parts, seed, n, width, r, *chance(p), panel, 32, 128, padded(r), num_warps=2, num_stages=3
+    panel, (threshold, factor) = panel_rows(n, blocks, 32), threshold_and_factor(p)
+    dx, partials = torch.empty_like(x), torch.empty(triton.cdiv(n, panel), r, width, device=x.device)
+    sizes = panel, 32, 128, padded_rank(r)
+    _dropped_gradients[(len(partials), blocks)](
+        x, d_hidden, A, dx, partials, seed, n, width, r, threshold, factor, *sizes, num_warps=2, num_stages=3
     )
-    return dx, add_parts(parts, scale, dtype)
+    return dx, sum_partials(partials, scale, dtype)
 
 
-def mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """What dropout multiplies ``x`` by: zero, or one over the share that is kept."""
+def dropout_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The factors that dropout multiplies ``x`` by: 0, or ``1 / (1 - p)``."""
     ones = x.new_ones(len(x), 1), x.new_ones(1, x.shape[1])
     kept, _ = dropped_gradients(x.detach(), *ones, seed, p, 1.0, torch.float32)
-    return (kept != 0).to(x.dtype) * chance(p)[1]
+    return (kept != 0).to(x.dtype) * threshold_and_factor(p)[1]

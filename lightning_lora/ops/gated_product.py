@@ -1,7 +1,7 @@
-"""An input that is a product, as a gated MLP's: its factors are kept for backward anyway, and it need not be.
+"""Do not save ``act(gate) * up``, the input of a gated MLP's last layer: autograd already keeps both factors.
 
-``act(gate(x)) * up(x)`` is the widest input in a transformer block, and no frozen layer needs it in backward. A's
-gradient does; it is computed from the factors, which autograd keeps for the multiplication itself.
+It is the widest input in a transformer block. Only the gradient of A needs it, and computes it from the factors, which
+autograd saved for the multiplication itself.
 """
 
 from __future__ import annotations
@@ -9,31 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.dispatch import kernels_serve, runs_kernels
-from lightning_lora.ops.products import HALVES, product, rows_of, scaled
+from lightning_lora.ops.dispatch import can_use_kernels, supports_kernels
+from lightning_lora.ops.products import HALF_DTYPES, as_matrix, matmul, scaled
 from lightning_lora.torch_internals import factors_of_product, has_tensor_hooks, saved_tensors_have_hooks, version_of
 
 Factors = tuple[Tensor, Tensor] | None
-WIDE = 2**23  # elements from which on the memory is worth a kernel
+MIN_ELEMENTS = 2**23  # below this the saved memory is not worth a kernel
 
 
-def factors_of(x: Tensor) -> Factors:
-    """As :func:`kept_factors`, where the memory is worth a kernel and one serves."""
-    if x.numel() < WIDE or not x.is_cuda or x.dtype not in HALVES or not runs_kernels(x.get_device()):
+def large_saved_factors(x: Tensor) -> Factors:
+    """:func:`saved_factors` where ``x`` is large and the kernels can be used."""
+    if x.numel() < MIN_ELEMENTS or not x.is_cuda or x.dtype not in HALF_DTYPES or not supports_kernels(x.get_device()):
         return None
-    return kept_factors(x)
+    return saved_factors(x)
 
 
-def kept_factors(x: Tensor) -> Factors:
-    """The two tensors, shaped alike, that ``x`` was multiplied from, where autograd keeps both.
+def saved_factors(x: Tensor) -> Factors:
+    """The two tensors, of the shape of ``x``, whose product it is and which autograd saved both.
 
-    Not while tensors for backward are packed (activation checkpointing, offloading), where asking for them unpacks.
+    ``None`` while hooks pack saved tensors (activation checkpointing, offloading): reading them would unpack them.
     """
-    if saved_tensors_have_hooks() or has_tensor_hooks(x) or version_of(x):  # written in place, x is no product any more
+    if (
+        saved_tensors_have_hooks() or has_tensor_hooks(x) or version_of(x)
+    ):  # modified in place, x is no product any more
         return None
     try:
         factors = factors_of_product(x)
-    except RuntimeError:  # a factor was changed in place since: the error is for backward to raise
+    except RuntimeError:  # a factor was modified in place: the error is for backward to raise
         return None
     if factors is None:
         return None
@@ -45,15 +47,23 @@ def _alike(factor: Tensor, x: Tensor) -> bool:
     return factor.shape == x.shape and factor.dtype == x.dtype and factor.is_contiguous()
 
 
-def multiplied(x: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    """``x`` itself, if somebody still has it who may differentiate by it, else the product again."""
-    return x if x is not None and not version_of(x) else one * other
+def input_or_product(x: Tensor | None, gate: Tensor, up: Tensor) -> Tensor:
+    """``x`` if it still exists unmodified, as a second derivative may be taken by it, else the product again."""
+    return x if x is not None and not version_of(x) else gate * up
 
 
-def gradient_of_A(back: Tensor, x: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale * back^T x`` in ``dtype``, or ``scale * back^T (x * gate)``."""
-    if gate is not None and kernels_serve(x):
+def gradient_of_A(d_hidden: Tensor, x: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * d_hidden^T x`` in ``dtype``, or ``scale * d_hidden^T (x * gate)``.
+
+    Args:
+        d_hidden: gradient of ``A x``, ``(n, r)``.
+        x: input, or its first factor, ``(..., in_features)``.
+        gate: the second factor.
+        scale: in front of ``B A``.
+        dtype: of the result, ``(r, in_features)``.
+    """
+    if gate is not None and can_use_kernels(x):
         from lightning_lora.ops import gated_kernels as kernels
 
-        return kernels.gated_gradient(back, rows_of(x), rows_of(gate), scale, dtype)
-    return scaled(product(back.t(), rows_of(x if gate is None else x * gate), dtype), scale, dtype)
+        return kernels.gated_gradient(d_hidden, as_matrix(x), as_matrix(gate), scale, dtype)
+    return scaled(matmul(d_hidden.t(), as_matrix(x if gate is None else x * gate), dtype), scale, dtype)

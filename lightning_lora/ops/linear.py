@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.fused_dropout import can_drop, frozen_with_dropped
-from lightning_lora.ops.fused_linear import computed_dtype, frozen_with_low_rank, in_one
-from lightning_lora.ops.shared_input import ScaledA, Siblings, frozen_with_hidden
+from lightning_lora.ops.fused_dropout import can_fuse_dropout, fused_dropout_linear
+from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
+from lightning_lora.ops.shared_input import ScaledA, SharedInputGroup, linear_from_hidden
 
 
 class Pair(ScaledA, Protocol):
@@ -24,7 +24,7 @@ class Pair(ScaledA, Protocol):
     Calling a pair runs the hooks of its module, which the fused op does not.
     """
 
-    shared_input: Siblings | None
+    shared_input: SharedInputGroup | None
 
     @property
     def B(self) -> Tensor:
@@ -102,7 +102,7 @@ def add_pair(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
     B, p = pair.placed_B(y.shape[-1]), pair.dropout_probability()
     group = pair.shared_input if torch.compiler.is_compiling() and not p else None
     if group is not None and group.can_share(pair, x):
-        return add_low_rank_term(y, group.traced(pair, x), B, pair.scale)
+        return add_low_rank_term(y, group.hidden_while_compiling(pair, x), B, pair.scale)
     dropped = F.dropout(x, p) if p else x
     hidden = F.linear(dropped, pair.A.to(x.dtype))  # (..., r)
     return add_low_rank_term(y, hidden, B, pair.scale)
@@ -121,18 +121,18 @@ def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Ten
 
 
 def _can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> bool:
-    if torch.compiler.is_compiling() or pair.is_hooked() or not in_one(x, weight, bias, pair.A, pair.B):
+    if torch.compiler.is_compiling() or pair.is_hooked() or not can_fuse(x, weight, bias, pair.A, pair.B):
         return False
     p = pair.dropout_probability()
-    return not p or can_drop(x, p, len(pair.A))
+    return not p or can_fuse_dropout(x, p, len(pair.A))
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
-    (A, B), p, dtype = pair.operands(), pair.dropout_probability(), computed_dtype(x)
+    (A, B), p, dtype = pair.operands(), pair.dropout_probability(), compute_dtype(x)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if p:
-        return frozen_with_dropped(x.to(dtype), weight, bias, A, B, pair.scale, p)
-    shared = None if pair.shared_input is None else pair.shared_input.read(pair, x)
-    if shared is not None:
-        return frozen_with_hidden(shared, weight, bias, B)
-    return frozen_with_low_rank(x.to(dtype), weight, bias, A, B, pair.scale)
+        return fused_dropout_linear(x.to(dtype), weight, bias, A, B, pair.scale, p)
+    share = None if pair.shared_input is None else pair.shared_input.share(pair, x)
+    if share is not None:
+        return linear_from_hidden(share, weight, bias, B)
+    return fused_linear(x.to(dtype), weight, bias, A, B, pair.scale)

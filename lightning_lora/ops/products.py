@@ -1,4 +1,4 @@
-"""The products that :mod:`lightning_lora.ops.fused_linear` and its neighbours are made of, forward and backward."""
+"""Matrix products that the fused ops share, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,59 +7,62 @@ from torch import Tensor
 
 from lightning_lora.torch_internals import in_functorch_transform
 
-HALVES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def rows_of(x: Tensor) -> Tensor:
+def as_matrix(x: Tensor) -> Tensor:
     """``x`` of shape ``(..., features)`` as ``(n, features)``."""
     return x.reshape(-1, x.shape[-1])
 
 
-def both_terms(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
-    """``W0 x + b + B h``, the frozen product accumulating onto the low-rank one.
+def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, B: Tensor) -> Tensor:
+    """``W0 x + b + B h``: the second product accumulates onto the first.
 
-    With a bias the frozen map comes first: cuBLAS adds a bias by another rounding, and while B is zero the output is
-    the base's.
+    With a bias the base output comes first: cuBLAS rounds the addition of a bias differently, and while B is zero the
+    result must be the base output. Without one the low-rank term comes first.
 
     Args:
         x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)``.
+        weight: W0, ``(out_features, in_features)``.
         bias: ``(out_features,)``.
         hidden: ``scale * A x``, ``(n, r)``.
-        up: B in the dtype of ``x``, ``(out_features, r)``.
+        B: in the dtype of ``x``, ``(out_features, r)``.
+
+    Returns:
+        ``(..., out_features)``.
     """
-    y = x.new_empty(*x.shape[:-1], len(up))
-    rows = rows_of(y)  # written through: a node that gives out a view of what it made takes no writes in place
+    y = x.new_empty(*x.shape[:-1], len(B))
+    rows = as_matrix(y)  # the products write into this view: returned itself, it could not be modified in place
     if bias is not None:
-        torch.addmm(bias, rows_of(x), weight.t(), out=rows)
-        rows.addmm_(hidden, up.t())
+        torch.addmm(bias, as_matrix(x), weight.t(), out=rows)
+        rows.addmm_(hidden, B.t())
     else:
-        torch.mm(hidden, up.t(), out=rows)
-        rows.addmm_(rows_of(x), weight.t())
+        torch.mm(hidden, B.t(), out=rows)
+        rows.addmm_(as_matrix(x), weight.t())
     return y
 
 
-def sum_of_products(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
-    """``total + one @ other``, in place unless somebody differentiates it in turn, or makes a batch of gradients."""
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left @ right``, in place unless it is differentiated again or gradients are batched."""
     if total is None:
-        return torch.mm(one, other)
+        return torch.mm(left, right)
     if torch.is_grad_enabled() or in_functorch_transform():
-        return torch.addmm(total, one, other)
-    return total.addmm_(one, other)
+        return torch.addmm(total, left, right)
+    return total.addmm_(left, right)
 
 
-def scaled(A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale * A`` in ``dtype``, rounded once; by no kernel where it is that already."""
+def scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * matrix`` in ``dtype``, rounded once; ``matrix`` itself if nothing changes."""
     if scale == 1:
-        return A.to(dtype)
-    if dtype == A.dtype or torch.is_grad_enabled():
-        return (scale * A).to(dtype)
-    return torch.mul(A, scale, out=torch.empty_like(A, dtype=dtype))
+        return matrix.to(dtype)
+    if dtype == matrix.dtype or torch.is_grad_enabled():
+        return (scale * matrix).to(dtype)
+    return torch.mul(matrix, scale, out=torch.empty_like(matrix, dtype=dtype))
 
 
-def product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """``one @ other`` in ``dtype``: not rounded to the inputs' own on the way, where cuBLAS can do without."""
-    wide = dtype == torch.float32 and one.dtype in HALVES and one.is_cuda and torch.version.hip is None
-    if wide and not torch.is_grad_enabled() and not in_functorch_transform():
-        return torch.mm(one, other, out_dtype=dtype)
-    return torch.mm(one, other).to(dtype)
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` in ``dtype``; cuBLAS writes fp32 from half inputs without rounding to their dtype first."""
+    to_fp32 = dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None
+    if to_fp32 and not torch.is_grad_enabled() and not in_functorch_transform():
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
-from lightning_lora.ops.gated_product import factors_of, kept_factors
+from lightning_lora.ops.gated_product import large_saved_factors, saved_factors
 
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     """Let what serves on GPUs serve on a CPU, at any size."""
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr("lightning_lora.ops.fused_linear.factors_of", kept_factors)
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.large_saved_factors", saved_factors)
 
 
 class Gated(nn.Module):
@@ -55,7 +55,7 @@ def test_values_and_gradients_of_every_order(monkeypatch):
     leaf = x.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (leaf, *pairs))
     assert torch.autograd.gradgradcheck(lambda x, *_: model(x), (leaf, *pairs))
-    monkeypatch.setattr("lightning_lora.ops.fused_linear.factors_of", factors_of)  # none on a CPU
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.large_saved_factors", large_saved_factors)  # none on a CPU
     for mine, theirs in zip(found, gradients(model, x), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -67,7 +67,7 @@ def test_the_product_itself_is_not_kept(monkeypatch):
     x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
     y = model(x)
     assert held[0]() is None
-    monkeypatch.setattr("lightning_lora.ops.fused_linear.factors_of", factors_of)
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.large_saved_factors", large_saved_factors)
     other = model(x)
     assert held[1]() is not None
     torch.testing.assert_close(y, other)
@@ -75,18 +75,18 @@ def test_the_product_itself_is_not_kept(monkeypatch):
 
 def test_whose_factors_are_taken():
     one, other = (torch.randn(3, 4, requires_grad=True) * 1 for _ in range(2))
-    found = kept_factors(one * other)
+    found = saved_factors(one * other)
     assert found is not None and torch.equal(found[0], one) and torch.equal(found[1], other)
-    assert kept_factors(one * 2) is None
-    assert kept_factors(one + other) is None
-    assert kept_factors(one * other[:1]) is None  # broadcast
-    assert kept_factors(one * other.detach()) is None  # which keeps one of them
-    assert kept_factors((one * other).detach()) is None
-    assert kept_factors(torch.randn(3, 4)) is None
-    assert kept_factors(one.T * other.T) is None  # not as rows
+    assert saved_factors(one * 2) is None
+    assert saved_factors(one + other) is None
+    assert saved_factors(one * other[:1]) is None  # broadcast
+    assert saved_factors(one * other.detach()) is None  # which keeps one of them
+    assert saved_factors((one * other).detach()) is None
+    assert saved_factors(torch.randn(3, 4)) is None
+    assert saved_factors(one.T * other.T) is None  # not as rows
     with torch.autograd.graph.save_on_cpu():
-        assert kept_factors(one * other) is None
-    assert factors_of(one * other) is None  # on a CPU
+        assert saved_factors(one * other) is None
+    assert large_saved_factors(one * other) is None  # on a CPU
 
 
 def test_what_was_written_to_since():
@@ -94,11 +94,11 @@ def test_what_was_written_to_since():
     x = one * other
     with torch.no_grad():
         one.add_(1)
-    assert kept_factors(x) is None
+    assert saved_factors(x) is None
     x = other * other.clone()
     with torch.no_grad():
         x[0] = 0
-    assert kept_factors(x) is None
+    assert saved_factors(x) is None
 
 
 def test_an_input_that_was_written_to_has_its_own_gradient(monkeypatch):
@@ -166,4 +166,4 @@ def test_a_product_that_somebody_hooks_on_to_is_kept():
     one, other = (torch.randn(3, 4, requires_grad=True) * 1 for _ in range(2))
     x = one * other
     x.register_hook(lambda gradient: gradient * 3)
-    assert kept_factors(x) is None
+    assert saved_factors(x) is None

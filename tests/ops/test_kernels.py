@@ -60,11 +60,11 @@ def test_every_kernel_draws_the_same_mask(n, width, r, p):
     torch.manual_seed(0)
     x, down, back = draw(n, width), draw(r, width), draw(n, r)
     seed = torch.tensor([3_141_592_653_589_793], device=DEVICE)
-    mask = dropout_kernels.mask(x, seed, p).double()
+    mask = dropout_kernels.dropout_mask(x, seed, p).double()
     share = float((mask != 0).double().mean())
     assert abs(share - (1 - p)) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
     assert float(mask.max()) == pytest.approx(1 / (1 - p), rel=1e-2)
-    mask = (mask != 0).double() * dropout_kernels.chance(p)[1]
+    mask = (mask != 0).double() * dropout_kernels.threshold_and_factor(p)[1]
     assert_near(dropout_kernels.dropped_product(x, down, seed, p), (mask * x.double()) @ down.double().T)
     dx, dA = dropout_kernels.dropped_gradients(x, back, down, seed, p, 0.5, torch.float32)
     assert_near(dx, mask * (back.double() @ down.double()))
@@ -76,7 +76,7 @@ def test_masks_of_other_seeds_rows_and_columns_have_nothing_in_common():
     from lightning_lora.ops import dropout_kernels
 
     x = draw(256, 250)  # a width of which the last draw is used in part
-    one, other = (dropout_kernels.mask(x, torch.tensor([s], device=DEVICE), 0.5) != 0 for s in (1, 2))
+    one, other = (dropout_kernels.dropout_mask(x, torch.tensor([s], device=DEVICE), 0.5) != 0 for s in (1, 2))
     assert abs(float((one == other).double().mean()) - 0.5) < 0.01
     assert abs(float((one[1:] == one[:-1]).double().mean()) - 0.5) < 0.01
     assert abs(float((one[:, 1:] == one[:, :-1]).double().mean()) - 0.5) < 0.01
@@ -90,7 +90,7 @@ def test_masks_of_other_seeds_rows_and_columns_have_nothing_in_common():
 @pytest.mark.parametrize("shape", [(64, 48), (3, 20, 40)])
 def test_the_node_with_dropout_inside(bias, shape):
     from lightning_lora.ops import dropout_kernels
-    from lightning_lora.ops.fused_dropout import frozen_with_dropped
+    from lightning_lora.ops.fused_dropout import fused_dropout_linear
 
     torch.manual_seed(0)
     width, out, r, p, scale = shape[-1], 24, 4, 0.25, 0.5
@@ -99,13 +99,13 @@ def test_the_node_with_dropout_inside(bias, shape):
     A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((r, width), (out, r)))
     gradient = draw(*shape[:-1], out)
     torch.manual_seed(1)
-    y = frozen_with_dropped(x, weight, offset, A, B, scale, p)
+    y = fused_dropout_linear(x, weight, offset, A, B, scale, p)
     found = torch.autograd.grad(y, (x, A, B), gradient, retain_graph=True)
     twice = torch.autograd.grad(y, (x, A, B), gradient, create_graph=True)
     torch.manual_seed(1)
     seed = torch.randint(2**62, (1,), device=DEVICE)
-    mask = dropout_kernels.mask(x.detach().reshape(-1, width), seed, p)
-    mask = (mask != 0).double() * dropout_kernels.chance(p)[1]
+    mask = dropout_kernels.dropout_mask(x.detach().reshape(-1, width), seed, p)
+    mask = (mask != 0).double() * dropout_kernels.threshold_and_factor(p)[1]
     wide, wide_A, wide_B = (tensor.detach().double().requires_grad_() for tensor in (x, A, B))
     mask = mask.view(shape)
     wanted = wide @ weight.double().T + scale * ((wide * mask) @ wide_A.T) @ wide_B.T
@@ -135,8 +135,8 @@ def test_the_mask_is_that_of_philox():
     from lightning_lora.ops import dropout_kernels
 
     seed, p, width = 4_000_000_000_123_456_789 % 2**62, 0.3, 20
-    mask = dropout_kernels.mask(draw(3, width), torch.tensor([seed], device=DEVICE), p) != 0
-    threshold, _ = dropout_kernels.chance(p)
+    mask = dropout_kernels.dropout_mask(draw(3, width), torch.tensor([seed], device=DEVICE), p) != 0
+    threshold, _ = dropout_kernels.threshold_and_factor(p)
     for row in range(3):
         for column in range(width):
             draws = philox(seed, row * 3 + column // 8)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.layers.linear import LinearAdapter
-from lightning_lora.ops.fused_linear import FrozenWithLowRank, in_one
+from lightning_lora.ops.fused_linear import FusedLinear, can_fuse
 from lightning_lora.ops.linear import linear
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -35,7 +35,7 @@ def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: 
 
 def one_node(x, *rest):
     """The op on an input of any shape."""
-    return FrozenWithLowRank.apply(x, *rest)
+    return FusedLinear.apply(x, *rest)
 
 
 def reference(x, weight, bias, A, B, scale):
@@ -118,7 +118,7 @@ def model(dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
 def test_a_model_trains_as_by_the_plain_formula(on_cpu, dtype, monkeypatch):
     one = model(dtype)
     other, x = copy.deepcopy(one), torch.randn(4, 6, dtype=dtype)
-    with mock.patch.object(FrozenWithLowRank, "apply", wraps=FrozenWithLowRank.apply) as applied:
+    with mock.patch.object(FusedLinear, "apply", wraps=FusedLinear.apply) as applied:
         one(x).float().square().mean().backward()
     assert applied.call_count == 2
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ())
@@ -145,21 +145,21 @@ def parts(net: nn.Module) -> tuple[torch.Tensor, ...]:
 
 def test_where_it_serves(on_cpu):
     net, x = model(), torch.randn(4, 6)
-    assert in_one(x, *parts(net))
-    assert not in_one(x.double(), *parts(net))  # another dtype: torch says so by itself
-    assert not in_one(torch.empty(0, 6), *parts(net))
-    assert not in_one(nn.Parameter(x), *parts(net))  # a class of its own
+    assert can_fuse(x, *parts(net))
+    assert not can_fuse(x.double(), *parts(net))  # another dtype: torch says so by itself
+    assert not can_fuse(torch.empty(0, 6), *parts(net))
+    assert not can_fuse(nn.Parameter(x), *parts(net))  # a class of its own
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert in_one(x, *parts(net)) and in_one(x.bfloat16(), *parts(net))
-        assert not in_one(x.double(), *parts(net))  # which autocast leaves alone
+        assert can_fuse(x, *parts(net)) and can_fuse(x.bfloat16(), *parts(net))
+        assert not can_fuse(x.double(), *parts(net))  # which autocast leaves alone
     net[0].weight.requires_grad_()
-    assert not in_one(x, *parts(net))
+    assert not can_fuse(x, *parts(net))
 
 
 def test_it_serves_no_transform_and_no_rows_of_a_fused_map(on_cpu):
     net, x = model(), torch.randn(4, 6)
     found = []
-    net.register_forward_hook(lambda *_: found.append(in_one(x, *parts(net))))
+    net.register_forward_hook(lambda *_: found.append(can_fuse(x, *parts(net))))
     torch.func.grad(lambda x: net(x).sum())(x)
     torch.func.vmap(net)(x)
     with torch.autograd.forward_ad.dual_level():
@@ -167,11 +167,11 @@ def test_it_serves_no_transform_and_no_rows_of_a_fused_map(on_cpu):
     torch.jit.trace(net, x, check_trace=False)
     assert len(found) >= 4 and not any(found)
     weight, bias, A, B = parts(net)
-    assert not in_one(x, weight, bias, A, B[:4])
+    assert not can_fuse(x, weight, bias, A, B[:4])
 
 
 def test_a_cpu_has_the_plain_formula():
-    assert not in_one(torch.randn(4, 6), *parts(model()))
+    assert not can_fuse(torch.randn(4, 6), *parts(model()))
 
 
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["fused", "plain formula"])
@@ -201,7 +201,7 @@ def test_the_fused_op_asks_a_pair_for_its_operands_and_does_not_call_it(on_cpu):
 
 def test_dropout_and_hooks_have_the_plain_formula(on_cpu):
     net, x, seen = model(dropout=0.5), torch.randn(4, 6), []
-    with mock.patch.object(FrozenWithLowRank, "apply", wraps=FrozenWithLowRank.apply) as applied:
+    with mock.patch.object(FusedLinear, "apply", wraps=FusedLinear.apply) as applied:
         net.train()(x)
         assert applied.call_count == 0
         net.eval()(x)
@@ -369,6 +369,6 @@ def test_a_base_that_was_thawed_is_evaluated_as_it_was_trained(on_cpu):
     with torch.no_grad():
         frozen = net(x)
     net.requires_grad_()
-    assert not in_one(x, *parts(net))  # its weights get gradients
+    assert not can_fuse(x, *parts(net))  # its weights get gradients
     with torch.no_grad():
-        assert in_one(x, *parts(net)) and torch.equal(net(x), frozen)
+        assert can_fuse(x, *parts(net)) and torch.equal(net(x), frozen)

@@ -19,15 +19,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
-from lightning_lora.ops import compiled_input as traced_input
-from lightning_lora.ops.shared_input import FrozenWithHidden, LowRankInputs
+from lightning_lora.ops import compiled_input
+from lightning_lora.ops.shared_input import LinearFromHidden, StackedHidden
 
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     """Let the ops of GPUs serve on a CPU, where they are tested."""
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr("lightning_lora.ops.shared_input.WIDE", 1)
+    monkeypatch.setattr("lightning_lora.ops.shared_input.MIN_ELEMENTS", 1)
 
 
 class Attention(nn.Module):
@@ -94,7 +94,7 @@ def assert_same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: f
 
 
 def readings() -> mock._patch:
-    return mock.patch.object(LowRankInputs, "apply", wraps=LowRankInputs.apply)
+    return mock.patch.object(StackedHidden, "apply", wraps=StackedHidden.apply)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -280,10 +280,10 @@ def test_a_graph_is_not_kept_by_what_nobody_asked_for():
     del y
     gc.disable()
     try:
-        assert model.q_proj.lora.default.shared_input.reading is None
+        assert model.q_proj.lora.default.shared_input.cached is None
         held = torch.randn(2, 5, 6, dtype=torch.float64)
         model.q_proj(held), model.k_proj(held), model.v_proj(held)
-        assert model.q_proj.lora.default.shared_input.reading is None  # all have it
+        assert model.q_proj.lora.default.shared_input.cached is None  # all have it
         gone = weakref.ref(held)
         del held
         assert gone() is None
@@ -337,7 +337,7 @@ def test_copies_and_pickles_read_for_themselves():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         shared = twin.q_proj.lora.default.shared_input
         assert shared is twin.k_proj.lora.default.shared_input is not model.q_proj.lora.default.shared_input
-        assert shared.reading is None
+        assert shared.cached is None
         assert_same(gradients(twin, x), gradients(plain(model), x))
     alone = copy.deepcopy(model.k_proj)
     torch.testing.assert_close(alone(x), model.k_proj(x))
@@ -381,7 +381,7 @@ def test_which_layers_are_asked_to_share():
 
 def test_dropout_is_each_maps_own():
     model, x = adapted(dropout=0.5), torch.randn(2, 5, 6, dtype=torch.float64)
-    with mock.patch.object(FrozenWithHidden, "apply", wraps=FrozenWithHidden.apply) as shared:
+    with mock.patch.object(LinearFromHidden, "apply", wraps=LinearFromHidden.apply) as shared:
         model.train()(x)
         assert shared.call_count == 0
         model.eval()(x)
@@ -442,7 +442,7 @@ def test_a_compiler_gets_one_product_for_all_of_an_inputs_A():
     assert products[0] == maps + attention + inputs + maps
     assert products[1] == maps + 2 * attention + 2 * inputs + 2 * maps
     assert_same(gradients(compiled, x, other), gradients(plain_inside(model), x, other))
-    assert not traced_input.last
+    assert not compiled_input.cache
 
 
 def plain_inside(model: nn.Module) -> nn.Module:
@@ -482,7 +482,7 @@ def test_a_compiled_map_that_is_not_called_and_dropout():
 
 
 def test_small_inputs_are_each_layers_own(monkeypatch):
-    monkeypatch.setattr("lightning_lora.ops.shared_input.WIDE", 2**22)
+    monkeypatch.setattr("lightning_lora.ops.shared_input.MIN_ELEMENTS", 2**22)
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     with readings() as read:
         mine = gradients(model, x)
