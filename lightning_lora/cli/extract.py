@@ -23,7 +23,7 @@ from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, open_weights
 from lightning_lora.names import matches, nearest
 from lightning_lora.ops.exact_sum import same_bits
-from lightning_lora.ops.low_rank import best_rank
+from lightning_lora.ops.low_rank import truncated_svd
 from lightning_lora.peft_format.stored import CONFIG, PREFIX, WEIGHTS
 
 
@@ -187,7 +187,7 @@ def _pair(one: StoredTensor, other: StoredTensor, r: int, transposed: bool, repo
     if not size:
         report.unchanged.append(name)
         return {}
-    near = best_rank(delta.T if transposed else delta, r)
+    near = truncated_svd(delta.T if transposed else delta, r)
     whole = float(torch.linalg.vector_norm(before, dtype=torch.float64))
     report.layers[name] = Extracted(size, size / whole if whole else math.inf, near.energy)
     return {f"{PREFIX}{name}.lora_A.weight": near.A, f"{PREFIX}{name}.lora_B.weight": near.B}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import join
-from lightning_lora.ops.low_rank import Pair, norm
+from lightning_lora.ops.low_rank import DeltaFactors, norm
 from lightning_lora.peft_format.provenance import BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpoints import KEY, facts_in
@@ -183,7 +183,8 @@ def _live(name: tuple[str, str], A: Tensor, B: Tensor, config: LoRAConfig) -> In
     if A.dim() != B.dim() or B.shape[-1] != r:
         raise ValueError(f"`{join(*name)}` has A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}: damaged.")
     scale = config.scale_for(*known_as) if config.rank_for(*known_as) == r else None
-    deltas: list[Pair] = [((1.0 if scale is None else scale) * b, a) for b, a in zip(_stack(B), _stack(A), strict=True)]
+    factor = 1.0 if scale is None else scale
+    deltas: list[DeltaFactors] = [(factor * b, a) for b, a in zip(_stack(B), _stack(A), strict=True)]
     dtype = str(A.dtype).removeprefix("torch.")
     shown = ".".join(part for part in name if part)
     return InspectedLayer(shown, A.shape[-1], B.shape[-2], r, scale, size, math.hypot(*map(norm, deltas)), dtype)

@@ -175,7 +175,7 @@ def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport) -> It
     lost = 0.0
     for rows, values in target.start.slabs():
         matrix = values.to(weight.torch_dtype())
-        found = exact.added(matrix, [(left[rows], right)])
+        found = exact.add_delta(matrix, [(left[rows], right)])
         if not bool(found.merged.isfinite().all()):
             _refuse(weight, matrix)
         lost = math.hypot(lost, found.lost * found.size)

@@ -183,7 +183,7 @@ def _merge_all(layers: list[tuple[str, LoRALayer]]) -> dict[str, float]:
 
 def _merge(layer: LoRALayer) -> float:
     merged: dict[str, MergedWeight] = {}
-    sums: list[exact.Sum] = []
+    sums: list[exact.MergedMatrix] = []
     key, shared = "", None
     try:
         for key, adapters in layer.lora.by_weight().items():
@@ -205,16 +205,16 @@ def _merge(layer: LoRALayer) -> float:
 
 
 @torch.no_grad()
-def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.Sum]]:
+def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.MergedMatrix]]:
     weight, matrices_of = local_shard(parameter_of(layer, key)), adapters[0].part.matrices
     before, originals, factors = checksum(weight), matrices_of(weight), factors_of(adapters, parameter_of(layer, key))
-    sums = [exact.added(*pair) for pair in zip(originals, factors, strict=True)]
+    sums = [exact.add_delta(*pair) for pair in zip(originals, factors, strict=True)]
     merged = _together([part.merged for part in sums], weight)
     record = MergedWeight(_patches(originals, sums), checksum(merged), before)
     weight.copy_(merged)  # the last step that an error could come before
     if layer.lora_settle():
         for part, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
-            part.roundtrip = exact.subtracted(matrix, pairs)
+            part.roundtrip = exact.subtract_delta(matrix, pairs)
         record.patches, record.checksum = _patches(originals, sums), checksum(weight)
     return record, sums
 
@@ -224,7 +224,7 @@ def _together(matrices: list[Tensor], weight: Tensor) -> Tensor:
     return torch.stack(matrices).view(weight.shape) if matrices else weight.clone()
 
 
-def _patches(originals: list[Tensor], sums: list[exact.Sum]) -> list[exact.Patch]:
+def _patches(originals: list[Tensor], sums: list[exact.MergedMatrix]) -> list[exact.Patch]:
     return [exact.patch_for(matrix, part.roundtrip) for matrix, part in zip(originals, sums, strict=True)]
 
 
@@ -281,7 +281,7 @@ def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
     pairs = zip(
         adapters[0].part.matrices(weight), factors_of(adapters, parameter_of(module, key)), merged.patches, strict=True
     )
-    matrices = [exact.patched(exact.subtracted(matrix, factors), patch) for matrix, factors, patch in pairs]
+    matrices = [exact.apply_patch(exact.subtract_delta(matrix, factors), patch) for matrix, factors, patch in pairs]
     original = _together(matrices, weight)
     return original if checksum(original) == merged.original else None
 

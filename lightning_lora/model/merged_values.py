@@ -40,4 +40,4 @@ def _sum(value: Tensor, adapters: list[Adapter]) -> Tensor:
     if not adapters:
         return value
     pairs = zip(adapters[0].part.matrices(value), factors_of(adapters, value), strict=True)
-    return torch.stack([exact.added(matrix, factors).merged for matrix, factors in pairs]).view(value.shape)
+    return torch.stack([exact.add_delta(matrix, factors).merged for matrix, factors in pairs]).view(value.shape)

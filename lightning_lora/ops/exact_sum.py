@@ -1,11 +1,11 @@
-"""Add delta to a weight so that it can be subtracted again bit for bit.
+"""Merge ``W = W0 + scale * B A`` so that W0 can be restored bit for bit.
 
-``(W + delta) - delta`` is not ``W`` in floating point. But where delta is small against W it mostly rounds to W, so it
-is enough to keep the elements where it does not. That needs the very same delta twice: it is summed in a fixed order by
-separate elementwise products and sums. A GEMM's bits depend on the matrix library, the number of threads, autocast and
-the precision setting; these do not.
+``(W0 + delta) - delta`` is not ``W0`` in floating point. But where delta is small against W0, most elements round back
+to W0, so it is enough to keep the others. Both times delta must have the same bits. So it is computed by elementwise
+products and sums in a fixed order: the bits of a matrix product depend on the library, the number of threads, autocast
+and the precision setting.
 
-Tensors are compared by their bits: -0 is not 0, and a NaN equals itself.
+Tensors are compared by their bits: -0 differs from 0, and a NaN equals itself.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15  # elements worked on at once on a CPU: they stay in its cache, and one thread does them
+BLOCK = 1 << 15  # elements per step on a CPU: they fit into its cache, and torch uses one thread for them
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer: an odd factor loses no bit of a product
+_ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer; multiplying by an odd number is reversible
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """``tensor`` seen as integers of its width."""
+def as_integers(tensor: Tensor) -> Tensor:
+    """``tensor`` reinterpreted as integers of the same width."""
     return tensor.detach().view(_INTEGERS.get(tensor.element_size(), torch.uint8))
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors agree in shape, dtype and every bit, wherever they live."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit; they may be on different devices."""
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    one, other = one.detach().reshape(-1), other.detach().to(one.device).reshape(-1)
-    return torch.equal(bits(one), bits(other))
+    first, second = first.detach().reshape(-1), second.detach().to(first.device).reshape(-1)
+    return torch.equal(as_integers(first), as_integers(second))
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit sum over words and their places, the same on every device; a change of any one word changes it."""
+    """A 64-bit checksum of words and positions, equal on every device; a change of any single word changes it."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
     words = raw.view(torch.int64)
@@ -52,16 +52,16 @@ def _odd_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _weighted(words: Tensor, factors: Tensor) -> Tensor:
-    """For each block of ``words`` the sum of its mixed products with ``factors``; the last block may be short."""
+    """The sum of the mixed products of ``words`` and ``factors`` for each block; the last block may be shorter."""
     if words.numel() % len(factors):
-        whole = words.numel() // len(factors) * len(factors)
-        rest = _mixed(words[whole:], factors[: words.numel() - whole]).sum().view(1)
-        return torch.cat([_weighted(words[:whole], factors), rest]) if whole else rest
+        end = words.numel() // len(factors) * len(factors)  # of the last full block
+        rest = _mixed(words[end:], factors[: words.numel() - end]).sum().view(1)
+        return torch.cat([_weighted(words[:end], factors), rest]) if end else rest
     return _mixed(words.view(-1, len(factors)), factors).sum(1)
 
 
 def _mixed(words: Tensor, factors: Tensor) -> Tensor:
-    """Products folded on themselves, one to one: without the fold two words of opposite sign could change places."""
+    """Products, their upper half folded onto the lower: without it, swapping two words of opposite sign is not seen."""
     products = words * factors
     return products ^ (products >> 32)
 
@@ -71,25 +71,25 @@ Factors = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass
 class Patch:
-    """Elements of a matrix: all of them, or those at ``index`` of the flattened matrix."""
+    """Values of a matrix: all of them, or those at ``index`` of the flattened matrix."""
 
     values: Tensor
     index: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Its memory in bytes."""
         return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
 
 
 @dataclass
-class Sum:
-    """A matrix after delta was added.
+class MergedMatrix:
+    """The result of adding delta to a matrix.
 
     Args:
-        merged: the sum, rounded once to the matrix's dtype.
-        roundtrip: the sum without delta again, rounded: the matrix, but for a few elements.
-        lost: the share of delta's norm that rounding the sum lost.
-        size: delta's norm.
+        merged: the sum, rounded once to the dtype of the matrix.
+        roundtrip: ``merged - delta``, rounded: equal to the matrix except for a few elements.
+        lost: the norm of the rounding error of ``merged``, divided by the norm of delta.
+        size: the Frobenius norm of delta.
     """
 
     merged: Tensor
@@ -99,9 +99,9 @@ class Sum:
 
 
 def delta_blocks(matrix: Tensor, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
-    """The sum of ``left @ right`` over ``factors``, in blocks of rows of ``matrix``, at least in fp32.
+    """Iterate over delta, the sum of ``left @ right`` over ``factors``, in blocks of rows, in fp32 or fp64.
 
-    Blocks are sized for the processor's cache, and share one buffer: use each before asking for the next.
+    Blocks fit into the cache of a CPU. They share one buffer: each is overwritten by the next.
     """
     height, width = matrix.shape
     dtype = torch.promote_types(matrix.dtype, torch.float32)
@@ -120,23 +120,23 @@ def delta_blocks(matrix: Tensor, factors: Factors) -> Iterator[tuple[slice, Tens
 
 
 @torch.no_grad()
-def added(matrix: Tensor, factors: Factors) -> Sum:
-    """``matrix`` with the sum of ``left @ right`` added."""
+def add_delta(matrix: Tensor, factors: Factors) -> MergedMatrix:
+    """``matrix`` plus the sum of ``left @ right`` over ``factors``."""
     merged, roundtrip = torch.empty_like(matrix), torch.empty_like(matrix)
-    lost = whole = 0.0
+    error = squares = 0.0
     for rows, delta in delta_blocks(matrix, factors):
         exact = matrix[rows].to(delta.dtype) + delta
         merged[rows] = exact
         roundtrip[rows] = merged[rows].to(delta.dtype) - delta
         rounding = merged[rows].double() - matrix[rows].double() - delta.double()
-        lost += _squares(rounding.nan_to_num_(0, 0, 0))  # a weight that is no number lost nothing
-        whole += _squares(delta)
-    return Sum(merged, roundtrip, math.sqrt(lost / whole) if whole else 0.0, math.sqrt(whole))
+        error += _squares(rounding.nan_to_num_(0, 0, 0))  # a NaN or infinite weight loses nothing
+        squares += _squares(delta)
+    return MergedMatrix(merged, roundtrip, math.sqrt(error / squares) if squares else 0.0, math.sqrt(squares))
 
 
 @torch.no_grad()
-def subtracted(matrix: Tensor, factors: Factors) -> Tensor:
-    """``matrix`` without the sum of ``left @ right``: nearly what it was before that was added."""
+def subtract_delta(matrix: Tensor, factors: Factors) -> Tensor:
+    """``matrix`` minus the sum of ``left @ right`` over ``factors``: the original except for a few elements."""
     result = torch.empty_like(matrix)
     for rows, delta in delta_blocks(matrix, factors):
         result[rows] = matrix[rows].to(delta.dtype) - delta
@@ -149,16 +149,16 @@ def _squares(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def patch_for(original: Tensor, roundtrip: Tensor) -> Patch:
-    """What turns ``roundtrip`` into ``original``: the wrong elements, or a plain copy where that is smaller."""
-    wrong = (bits(original) != bits(roundtrip)).flatten().nonzero().flatten()
-    index = wrong.to(torch.int32 if original.numel() < 2**31 else torch.int64)
-    sparse = Patch(original.flatten()[wrong].cpu(), index.cpu())
+    """The patch that turns ``roundtrip`` into ``original``: the differing elements, or a copy where that is smaller."""
+    differing = (as_integers(original) != as_integers(roundtrip)).flatten().nonzero().flatten()
+    index = differing.to(torch.int32 if original.numel() < 2**31 else torch.int64)
+    sparse = Patch(original.flatten()[differing].cpu(), index.cpu())
     return sparse if sparse.nbytes() < original.nbytes else Patch(original.to("cpu", copy=True))
 
 
 @torch.no_grad()
-def patched(roundtrip: Tensor, patch: Patch) -> Tensor:
-    """``roundtrip`` with the elements of ``patch`` put in."""
+def apply_patch(roundtrip: Tensor, patch: Patch) -> Tensor:
+    """``roundtrip`` with the elements of ``patch`` replaced: the original, bit for bit."""
     values = patch.values.to(roundtrip.device)
     if patch.index is None:
         return values

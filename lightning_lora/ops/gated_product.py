@@ -29,9 +29,9 @@ def saved_factors(x: Tensor) -> Factors:
 
     ``None`` while hooks pack saved tensors (activation checkpointing, offloading): reading them would unpack them.
     """
-    if (
-        saved_tensors_have_hooks() or has_tensor_hooks(x) or version_of(x)
-    ):  # modified in place, x is no product any more
+    if version_of(x):  # modified in place, x is no product any more
+        return None
+    if saved_tensors_have_hooks() or has_tensor_hooks(x):
         return None
     try:
         factors = factors_of_product(x)

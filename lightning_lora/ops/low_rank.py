@@ -1,10 +1,10 @@
-"""The best approximation of a matrix by one of rank r, and norms of ``delta = B A`` without building delta.
+"""The truncated SVD of a matrix, and norms of ``delta = B A`` without building delta.
 
-The approximation is the truncated SVD (Eckart and Young 1936). Small matrices are decomposed in full, in fp64. For
-large ones only the leading subspace is computed, by subspace iteration from more random vectors than needed (Halko,
-Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4), until what it captures stops growing.
+The truncated SVD is the best approximation of rank r (Eckart and Young 1936). Small matrices are decomposed in full, in
+fp64. For large ones only the leading subspace is computed, by randomized subspace iteration with oversampling (Halko,
+Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4), until the captured energy stops growing.
 
-Norms use ``||B A||^2 = tr(A^T B^T B A) = <B^T B, A A^T>``: two Gram matrices of r x r, whatever the size of the layer.
+Norms use ``||B A||^2 = tr(A^T B^T B A) = <B^T B, A A^T>``: two Gram matrices of r x r for a layer of any size.
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]  # B (out, r) with the scale in it, and A (r, in)
+DeltaFactors = tuple[Tensor, Tensor]  # scale * B (out_features, r), and A (r, in_features)
 
 
-def inner(one: Pair, other: Pair) -> float:
-    """The inner product of two deltas, the sum of the products of their elements.
+def inner(first: DeltaFactors, second: DeltaFactors) -> float:
+    """The Frobenius inner product of two deltas.
 
     Example:
-        >>> one, other = (torch.eye(2), torch.ones(2, 3)), (torch.ones(2, 1), torch.ones(1, 3))
-        >>> inner(one, other)
+        >>> first, second = (torch.eye(2), torch.ones(2, 3)), (torch.ones(2, 1), torch.ones(1, 3))
+        >>> inner(first, second)
         6.0
     """
-    (B, A), (D, C) = _doubles(one), _doubles(other)
+    (B, A), (D, C) = _in_fp64(first), _in_fp64(second)
     return float(((B.T @ D) * (A @ C.T)).sum())
 
 
-def norm(pair: Pair) -> float:
+def norm(pair: DeltaFactors) -> float:
     """The Frobenius norm of delta."""
     square = inner(pair, pair)
     return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN
 
 
-def distance(one: Pair, other: Pair) -> float:
+def distance(first: DeltaFactors, second: DeltaFactors) -> float:
     """The Frobenius norm of the difference of two deltas.
 
-    By QR of ``[B, -D]`` and of ``[A; C]``: in Gram matrices the difference of near deltas drowns at 1e-8 of their norm.
+    By QR of ``[B, -D]`` and of ``[A; C]``: Gram matrices lose differences below 1e-8 of the norm to rounding.
     """
-    (B, A), (D, C) = _doubles(one), _doubles(other)
+    (B, A), (D, C) = _in_fp64(first), _in_fp64(second)
     left, right = torch.cat([B, -D], 1), torch.cat([A, C], 0)
     return float(torch.linalg.matrix_norm(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T))
 
 
-def cosine(one: Pair, other: Pair) -> float | None:
+def cosine(first: DeltaFactors, second: DeltaFactors) -> float | None:
     """The cosine of the angle between two deltas, ``None`` where one of them is zero."""
-    size = norm(one) * norm(other)
-    return max(-1.0, min(1.0, inner(one, other) / size)) if size else None
+    norms = norm(first) * norm(second)
+    return max(-1.0, min(1.0, inner(first, second) / norms)) if norms else None
 
 
-def _doubles(pair: Pair) -> Pair:
+def _in_fp64(pair: DeltaFactors) -> DeltaFactors:
     return pair[0].double(), pair[1].double()
 
 
-FULL = 512  # the smaller side up to which the whole SVD is made
-SPARE = 16  # vectors beyond r
-ROUNDS = 60  # at most
-GROWTH = 1e-6  # of the captured energy in one round, below which it stops
+FULL_SVD = 512  # largest smaller side of a matrix that is decomposed in full
+OVERSAMPLING = 16  # random vectors in addition to r
+MAX_ITERATIONS = 60
+TOLERANCE = 1e-6  # relative growth of the captured energy at which the iteration stops
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``B A`` near a matrix.
+    """An approximation ``B A`` of a matrix.
 
     Args:
         A: shape ``(r, in_features)``.
         B: shape ``(out_features, r)``; the singular values are shared evenly between the two.
-        energy: the share of the matrix's squared Frobenius norm that ``B A`` has.
+        energy: the squared Frobenius norm of ``B A``, divided by that of the matrix.
     """
 
     A: Tensor
@@ -78,25 +78,25 @@ class LowRank:
 
 
 @torch.no_grad()
-def best_rank(matrix: Tensor, r: int) -> LowRank:
-    """The matrix of rank ``r`` nearest to ``matrix``; rows beyond the rank that it can have are zero.
+def truncated_svd(matrix: Tensor, r: int) -> LowRank:
+    """The best approximation of rank ``r``; if ``matrix`` has fewer rows or columns, the other rows of A are zero.
 
     Args:
         matrix: shape ``(out_features, in_features)``.
         r: rank.
 
     Example:
-        >>> near = best_rank(torch.diag(torch.tensor([3.0, 4.0])), 1)
-        >>> round(near.energy, 4), (near.B @ near.A).round(decimals=4)[1, 1].item()
+        >>> low_rank = truncated_svd(torch.diag(torch.tensor([3.0, 4.0])), 1)
+        >>> round(low_rank.energy, 4), (low_rank.B @ low_rank.A).round(decimals=4)[1, 1].item()
         (0.64, 4.0)
     """
-    whole = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    U, S, V = _full(matrix) if min(matrix.shape) <= max(FULL, 2 * (r + SPARE)) else _leading(matrix, r)
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    U, S, V = _full(matrix) if min(matrix.shape) <= max(FULL_SVD, 2 * (r + OVERSAMPLING)) else _leading(matrix, r)
     root = S[:r].sqrt()
     A, B = root[:, None] * V[:r], U[:, :r] * root
     missing = r - len(root)
     A, B = torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
-    energy = float(S[:r].double().square().sum()) / whole if whole else 1.0
+    energy = float(S[:r].double().square().sum()) / total if total else 1.0
     return LowRank(A.float().contiguous(), B.float().contiguous(), min(1.0, energy))
 
 
@@ -106,17 +106,17 @@ def _full(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A few more than ``r`` leading singular vectors and values of a large ``matrix``."""
+    """The ``r + OVERSAMPLING`` leading singular vectors and values of a large ``matrix``."""
     tall = matrix.shape[0] >= matrix.shape[1]
     M = matrix if tall else matrix.T
     generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(M.shape[1], r + SPARE, generator=generator, dtype=torch.float32).to(M)
+    Q = torch.randn(M.shape[1], r + OVERSAMPLING, generator=generator, dtype=torch.float32).to(M)
     captured = 0.0
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ITERATIONS):
         P = torch.linalg.qr(M @ torch.linalg.qr(Q).Q).Q
         Q = M.T @ P
         before, captured = captured, float(torch.linalg.svdvals(Q)[:r].double().square().sum())
-        if captured - before <= GROWTH * captured:
+        if captured - before <= TOLERANCE * captured:
             break
     V, S, W = torch.linalg.svd(Q, full_matrices=False)  # P^T M = (V S W)^T
     U = P @ W.T

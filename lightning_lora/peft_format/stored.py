@@ -18,7 +18,7 @@ import torch
 
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import FLOATS, StoredTensor, TensorFile, open_tensors
-from lightning_lora.ops.low_rank import Pair
+from lightning_lora.ops.low_rank import DeltaFactors
 from lightning_lora.peft_format.provenance import DIGEST, check_digest
 
 PREFIX = "base_model.model."
@@ -61,12 +61,12 @@ class StoredPair:
         """``(in_features, out_features)``, the first times the size of a convolution's kernel."""
         return math.prod(self.A.shape[1:]), self.B.shape[0]
 
-    def read(self, dtype: torch.dtype = torch.float64) -> Pair:
+    def read(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
         """B with the scale in it, shape ``(out_features, r)``, and A, shape ``(r, in_features)``."""
         A, B = (tensor.read().to(dtype).flatten(1) for tensor in (self.A, self.B))
         return (1.0 if self.scale is None else self.scale) * B, A
 
-    def read_finite(self, dtype: torch.dtype = torch.float64) -> Pair:
+    def read_finite(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
         """The same.
 
         Raises:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lora.ops import exact_sum as module
-from lightning_lora.ops.exact_sum import bits, checksum, same_bits
+from lightning_lora.ops.exact_sum import as_integers, checksum, same_bits
 from tests.helpers import oracles
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +20,7 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bits_are_integers_of_the_same_width(dtype):
     tensor = torch.tensor([0.0, -0.0, 1.0], dtype=dtype)
-    seen = bits(tensor)
+    seen = as_integers(tensor)
     assert (seen.dtype, seen.shape) == (oracles.INTEGERS[dtype.itemsize], tensor.shape)
     assert seen[0] == 0
     assert seen[1] == torch.iinfo(seen.dtype).min  # the sign bit alone

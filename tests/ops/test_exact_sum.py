@@ -78,7 +78,7 @@ def test_delta_has_the_same_bits_under_any_setting():
 def test_the_sum_is_rounded_once(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30, size=0.3)]
     expected = matrix.double() + summed(pairs)
-    merged = exact.added(matrix, pairs).merged
+    merged = exact.add_delta(matrix, pairs).merged
     inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     once = torch.finfo(dtype).eps / 2 * expected.abs() + 8 * inner
     assert merged.dtype == dtype
@@ -88,7 +88,7 @@ def test_the_sum_is_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_share_of_delta_that_rounding_lost_is_told(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30, size=1e-2)]
-    result, delta = exact.added(matrix, pairs), summed(pairs)
+    result, delta = exact.add_delta(matrix, pairs), summed(pairs)
     expected = (result.merged.double() - (matrix.double() + delta)).norm() / delta.norm()
     if dtype == torch.float64:
         assert result.lost < 1e-13
@@ -97,11 +97,11 @@ def test_the_share_of_delta_that_rounding_lost_is_told(dtype):
 
 
 def test_a_delta_far_below_the_last_place_of_an_fp32_weight_is_told_as_lost():
-    assert exact.added(noise(40, 30) + 4, [factors(40, 30, size=1e-9)]).lost > 0.9
+    assert exact.add_delta(noise(40, 30) + 4, [factors(40, 30, size=1e-9)]).lost > 0.9
 
 
 def test_nothing_is_lost_of_nothing():
-    result = exact.added(noise(2, 3), [factors(2, 3, size=0.0)])
+    result = exact.add_delta(noise(2, 3), [factors(2, 3, size=0.0)])
     assert result.lost == 0.0
     assert oracles.same_bits(result.merged, noise(2, 3))
 
@@ -109,17 +109,17 @@ def test_nothing_is_lost_of_nothing():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_matrix_itself_stays_and_nearly_is_what_subtracting_gives(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30)]
-    result = exact.added(matrix, pairs)
+    result = exact.add_delta(matrix, pairs)
     assert oracles.same_bits(matrix, noise(40, 30).to(dtype))
-    assert oracles.same_bits(result.roundtrip, exact.subtracted(result.merged, pairs))
+    assert oracles.same_bits(result.roundtrip, exact.subtract_delta(result.merged, pairs))
     assert not oracles.same_bits(result.merged, matrix)
 
 
 def there_and_back(original, pairs):
     """What a merge and an unmerge do to a matrix; the patch between them."""
-    result = exact.added(original, pairs)
+    result = exact.add_delta(original, pairs)
     patch = exact.patch_for(original, result.roundtrip)
-    return exact.patched(exact.subtracted(result.merged, pairs), patch), patch
+    return exact.apply_patch(exact.subtract_delta(result.merged, pairs), patch), patch
 
 
 @few
@@ -183,13 +183,13 @@ def test_patch_holds_exactly_the_elements_whose_bits_differ():
     assert patch.index.tolist() == [1, 4]
     assert oracles.same_bits(patch.values, torch.tensor([1.0, -0.0]))
     assert patch.nbytes() == 16
-    assert oracles.same_bits(exact.patched(nearly, patch), original)
+    assert oracles.same_bits(exact.apply_patch(nearly, patch), original)
 
 
 def test_patch_of_equal_matrices_is_empty():
     patch = exact.patch_for(torch.ones(3, 3), torch.ones(3, 3))
     assert patch.nbytes() == 0
-    assert oracles.same_bits(exact.patched(torch.ones(3, 3), patch), torch.ones(3, 3))
+    assert oracles.same_bits(exact.apply_patch(torch.ones(3, 3), patch), torch.ones(3, 3))
 
 
 def test_a_patch_shares_no_memory_with_the_matrix():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lora.ops.low_rank import FULL, best_rank
+from lightning_lora.ops.low_rank import FULL_SVD, truncated_svd
 
 
 def spectrum(out_features, in_features, values, seed=0):
@@ -19,17 +19,20 @@ def spectrum(out_features, in_features, values, seed=0):
 SPECTRA = {"fast": lambda k: 0.8**k, "slow": lambda k: k**-0.5, "flat": torch.ones_like}
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (5, 900), (FULL + 40, FULL + 90), (FULL + 90, FULL + 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(40, 30), (30, 40), (5, 900), (FULL_SVD + 40, FULL_SVD + 90), (FULL_SVD + 90, FULL_SVD + 40)],
+)
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_as_the_full_svd(shape, kind):
     matrix, r = spectrum(*shape, SPECTRA[kind]), 8
     S = torch.linalg.svdvals(matrix.double())
     best = float(S[:r].square().sum() / S.square().sum())
-    found = best_rank(matrix, r)
+    found = truncated_svd(matrix, r)
     product = found.B.double() @ found.A.double()
     kept = 1 - float((matrix - product).norm() / matrix.norm()) ** 2
     assert found.energy == pytest.approx(kept, abs=1e-5), "what it says is what it keeps"
-    large = min(shape) > FULL
+    large = min(shape) > FULL_SVD
     assert kept <= best + 1e-6
     assert kept >= best * (1 - (1e-3 if large and kind == "flat" else 1e-5))
     assert (found.A.dtype, found.B.dtype) == (torch.float32, torch.float32)
@@ -38,15 +41,15 @@ def test_as_the_full_svd(shape, kind):
 
 def test_a_matrix_of_low_rank_comes_back():
     generator = torch.Generator().manual_seed(0)
-    for size in (60, FULL + 20):
+    for size in (60, FULL_SVD + 20):
         matrix = torch.randn(size, 4, generator=generator) @ torch.randn(4, size + 5, generator=generator)
-        found = best_rank(matrix, 4)
+        found = truncated_svd(matrix, 4)
         torch.testing.assert_close(found.B @ found.A, matrix, rtol=1e-4, atol=1e-4)
         assert found.energy == pytest.approx(1)
 
 
 def test_more_rank_than_the_matrix_has_rows_is_zero_there():
-    found = best_rank(torch.ones(2, 3), 5)
+    found = truncated_svd(torch.ones(2, 3), 5)
     assert (found.A.shape, found.B.shape) == ((5, 3), (2, 5))
     torch.testing.assert_close(found.B @ found.A, torch.ones(2, 3))
     assert not found.A[2:].any()
@@ -54,11 +57,11 @@ def test_more_rank_than_the_matrix_has_rows_is_zero_there():
 
 def test_zero_and_the_global_random_stream():
     before = torch.get_rng_state()
-    found = best_rank(torch.zeros(FULL + 20, FULL + 20), 2)
+    found = truncated_svd(torch.zeros(FULL_SVD + 20, FULL_SVD + 20), 2)
     assert found.energy == 1 and not (found.B @ found.A).any()
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_same_twice():
-    matrix = spectrum(FULL + 30, FULL + 10, SPECTRA["slow"])
-    assert torch.equal(best_rank(matrix, 3).A, best_rank(matrix, 3).A)
+    matrix = spectrum(FULL_SVD + 30, FULL_SVD + 10, SPECTRA["slow"])
+    assert torch.equal(truncated_svd(matrix, 3).A, truncated_svd(matrix, 3).A)
