@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.scripts import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("mlxtend")
@@ -16,10 +15,7 @@ pytest.importorskip("matplotlib")
 
 
 def run(folder: Path, script: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=240, check=False, env={**os.environ}
-    )
+    done = run_python(EXAMPLES / script, *arguments, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

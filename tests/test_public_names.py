@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import subprocess
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 import lightning_lora
 from lightning_lora.config import RunConfig
+from tests.helpers.scripts import run_code
 
 NAMES = [
     "LoRACallback",
@@ -59,6 +58,7 @@ def test_the_version_is_the_changelog_s():
     assert newest == declared == lightning_lora.__version__
 
 
+@pytest.mark.slow
 def test_import_patches_nothing_and_sets_nothing():
     script = """
 import os, torch, lightning, lightning.pytorch, pytorch_lightning
@@ -72,10 +72,11 @@ import lightning_lora
 assert facts() == before
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    done = run_code(script)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_lightning_is_imported_when_it_is_asked_for():
     script = """
 import sys
@@ -90,14 +91,15 @@ lightning_lora.LoRACallback
 assert "lightning.pytorch" in sys.modules
 assert "LoRACallback" in vars(lightning_lora), "the second access costs nothing"
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
+    done = run_code(script)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
 def test_the_callback_comes_at_once_where_lightning_is_there(first):
     script = f"import {first}, lightning_lora; assert 'LoRACallback' in vars(lightning_lora)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
+    done = run_code(script)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -106,6 +108,7 @@ def test_an_unknown_name_is_an_attribute_error():
         lightning_lora.LoraCallback  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
 def test_import_leaves_the_logger_that_the_user_may_have_silenced(first):
     script = f"""
@@ -118,7 +121,7 @@ assert rank_zero.log is before
 assert issubclass(lightning_lora.LoRACallback, lightning.pytorch.Callback)
 assert issubclass(lightning_lora.LoRACallback, pytorch_lightning.Callback)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    done = run_code(script)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from tests.helpers.on_disk import (
     write_adapter,
     write_base,
 )
+from tests.helpers.scripts import run_module
 
 ROOT = Path(__file__).parents[2]
 Q = "model.layers.0.self_attn.q_proj"
@@ -44,11 +45,11 @@ def trained(path):
 
 
 def fill(folder):
+    trained(folder / "run.ckpt")  # first, while the folder is empty: ModelCheckpoint warns of other files
     base = base_tensors(torch.bfloat16)
     write_base(folder / "base", base, 2)
     write_adapter(folder / "adapter", attention_pairs())
     write_adapter(folder / "other", {name: (A, 2 * B) for name, (A, B) in attention_pairs().items()})
-    trained(folder / "run.ckpt")
     write_base(folder / "tuned", {name: value + values(*value.shape).bfloat16() for name, value in base.items()})
     return folder
 
@@ -72,18 +73,17 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Every sub-command in a process of its own, all at once: most of their time is imports."""
+    """The folder in which every sub-command ran, and of each: output, errors and exit status."""
     folder = fill(tmp_path_factory.mktemp("cli"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "lightning_lora", *call],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name, call in CALLS.items()
-    }  # fmt: skip
-    finished = {name: (*process.communicate(timeout=240), process.returncode) for name, process in started.items()}
-    return folder, finished
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        return folder, {name: captured(call) for name, call in CALLS.items()}
+
+
+def captured(call):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main(call)
+    return out.getvalue(), err.getvalue(), status
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "import"])
@@ -91,15 +91,18 @@ def test_every_command_runs(done, name):
     assert done[1][name][2] == 0, done[1][name][1]
 
 
-def test_export_and_import_are_each_others_reverse(done):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_a_process_of_its_own_does_the_same(done, tmp_path, name):
+    process = run_module("lightning_lora", *CALLS[name], folder=fill(tmp_path))
+    assert (process.stdout, process.stderr, process.returncode) == done[1][name]
+
+
+def test_export_and_import_are_each_others_reverse(done, monkeypatch):
     folder, finished = done
     assert finished["export"][0].startswith("exported: 1 adapted maps, ")
-    again = subprocess.run(
-        [sys.executable, "-m", "lightning_lora", "import", "exported", "again.ckpt", "--json"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-    assert json.loads(again.stdout)["layers"] == ["layer"]
+    monkeypatch.chdir(folder)
+    assert json.loads(captured(["import", "exported", "again.ckpt", "--json"])[0])["layers"] == ["layer"]
     one, other = (torch.load(folder / name, weights_only=True)["state_dict"] for name in ("run.ckpt", "again.ckpt"))
     assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 

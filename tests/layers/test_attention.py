@@ -852,6 +852,7 @@ def test_compiled_whole_gives_the_same_outputs_and_gradients(name, training):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", ["self-batch-first", "kdim"])
 def test_compiled_whole_without_gradients_gives_the_same_outputs(name, context):

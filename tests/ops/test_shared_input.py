@@ -618,6 +618,7 @@ def test_a_traced_graph_may_be_differentiated():
     torch.testing.assert_close(graph(x.requires_grad_()), model(x))
 
 
+@pytest.mark.slow
 def test_compiled_autograd():
     torch._dynamo.reset()
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)

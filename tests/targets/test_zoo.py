@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
 from tests.helpers import oracles, zoo
+from tests.helpers.selection import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
 # Where what is chosen is not what an expert would choose; each says so in an error or in the table at the start.
@@ -17,7 +18,9 @@ KNOWN = {
     ("squeezebert", "all"): "its one linear layer is taken for the output",
     ("zamba2", "mlp"): "the map behind a shared block is called `linear`, and it lies in a block",
 }
-every_case = pytest.mark.parametrize("name", zoo.CASES)
+# Fused and separate projections, encoders and decoders, experts, images, sound, two towers, no attention.
+FAST = ["gpt2", "falcon", "llama", "mixtral", "mamba", "squeezebert", "t5", "vit", "swin", "wav2vec2", "clip"]
+every_case = pytest.mark.parametrize("name", slow_except(FAST, zoo.CASES))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +99,7 @@ def test_it_starts_as_the_base_trains_acts_in_eval_merges_and_comes_back(name):
         assert oracles.same_bits(model.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if case.rows])
+@pytest.mark.parametrize("name", slow_except(FAST, [name for name, case in zoo.CASES.items() if case.rows]))
 def test_query_and_value_are_the_rows_that_an_expert_would_name(name):
     case = zoo.CASES[name]
     model, base, _ = adapted(name, "qv")

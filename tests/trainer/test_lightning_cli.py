@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_lora
 from tests.helpers.models import Lit, data
+from tests.helpers.scripts import run_code
 
 COMMON = [
     "--trainer.accelerator=cpu",
@@ -154,9 +153,7 @@ class CLI(LightningCLI):
 
 
 def printed(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_code(SCRIPT, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as s
 
 from lightning_lora import LoRACallback
 from tests.helpers.models import Lit, data, trainer
+from tests.helpers.selection import slow_except
 
 STEPS = 16
 SCHEDULERS = {
@@ -37,6 +38,9 @@ SCHEDULERS = {
     "ChainedScheduler": lambda o, lr: s.ChainedScheduler([s.ConstantLR(o, 0.5, 3), s.ExponentialLR(o, 0.9)]),
     "SWALR": lambda o, lr: optim.swa_utils.SWALR(o, swa_lr=lr / 3, anneal_epochs=5),
 }
+
+# Factors of the initial rate, a floor, an absolute rate, a metric, and a list.
+FAST = ["LambdaLR", "CosineAnnealingLR with a floor", "OneCycleLR", "ReduceLROnPlateau", "SequentialLR"]
 
 
 class Rates(Callback):
@@ -72,7 +76,7 @@ def rates(name: str, lr: float, scale: float) -> list:
     return spy.seen
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", slow_except(FAST, SCHEDULERS))
 def test_every_scheduler_follows_the_scaled_rate(name):
     scaled, written = rates(name, 1e-3, 10.0), rates(name, 1e-2, 1.0)
     assert len(scaled) == STEPS and len({rate for [rate] in scaled}) >= (1 if name == "none" else 2)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 def ran(tmp_path_factory):
     """The folder of all runs, and what each rank noted of them."""
     folder = tmp_path_factory.mktemp("strategies")
-    done = run_script("strategy_runs.py", folder, seconds=400)
+    done = run_script("strategy_runs.py", folder)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder, [
         torch.load(folder / f"results-{rank}.pt", weights_only=False, map_location="cpu") for rank in (0, 1)
