@@ -108,6 +108,7 @@ def test_three_ways_of_one_module(example, encoder, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_the_command(example, encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "rotten_tomatoes", movies)
     arguments = ["--full", "--steps", "8", "--model", encoder, "--out", str(tmp_path / "picture.png")]

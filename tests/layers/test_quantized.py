@@ -79,6 +79,7 @@ def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, 
     assert own == fresh != quantizing().test(Wide(), data(2), verbose=False)
 
 
+@pytest.mark.slow
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     def run(name: str, epochs: int, ckpt: object = None) -> dict:
         files = checkpoints(tmp_path / name, monitor=None)

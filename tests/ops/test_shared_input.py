@@ -119,6 +119,7 @@ def test_ranks_and_scales_of_their_own():
     assert_same(gradients(model, x), gradients(plain(model), x))
 
 
+@pytest.mark.slow
 def test_gradients_of_every_order():
     model = adapted()
     x = torch.randn(1, 3, 6, dtype=torch.float64, requires_grad=True)
@@ -449,6 +450,7 @@ def plain_inside(model: nn.Module) -> nn.Module:
     return Bent(plain(model.inner))
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_a_write_between_two_maps():
     torch._dynamo.reset()
     model = adapted()
@@ -467,6 +469,7 @@ def test_a_compiler_sees_a_write_between_two_maps():
                 torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_compiled_map_that_is_not_called_and_dropout():
     torch._dynamo.reset()
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)

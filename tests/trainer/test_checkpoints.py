@@ -355,6 +355,7 @@ def test_a_new_file_is_put_in_the_place_of_the_old_one_and_not_written_over_it(t
 # ---------------------------------------------------------------- company
 
 
+@pytest.mark.slow
 def test_averaging_trains_resumes_and_saves_adapters_alone(tmp_path):
     for name, averaging in (
         ("ema", lambda: EMAWeightAveraging(decay=0.9)),
