@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 from importlib.metadata import entry_points
@@ -13,6 +14,7 @@ import pytest
 import lightning_lora
 from lightning_lora.config import RunConfig
 from tests.helpers.scripts import run_code
+from tests.helpers.signatures import signatures
 
 NAMES = [
     "LoRACallback",
@@ -36,6 +38,17 @@ ROOT = Path(__file__).parent.parent
 def test_all():
     assert sorted(lightning_lora.__all__) == sorted(NAMES)
     assert all(callable(getattr(lightning_lora, name)) for name in NAMES)
+
+
+def test_every_public_signature_is_the_committed_one():
+    file = ROOT / "tests" / "signatures.txt"
+    changes = "\n".join(
+        difflib.unified_diff(file.read_text().splitlines(), signatures().splitlines(), "committed", "now", lineterm="")
+    )
+    assert not changes, (
+        f"Public signatures changed:\n{changes}\nIf that is meant, say so in CHANGELOG.md and run\n"
+        "    python -m tests.helpers.signatures > tests/signatures.txt"
+    )
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
