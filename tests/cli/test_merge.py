@@ -217,6 +217,7 @@ def test_modules_that_the_adapter_has_in_full(tmp_path, shards):
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_peft_merges_to_the_same(tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)

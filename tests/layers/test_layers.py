@@ -12,7 +12,7 @@ from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora, unme
 from tests.helpers import oracles
 from tests.helpers.oracles import CASES, SCALE, adapt, as_double, assert_close, build, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore:Complex modules are")
+pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are")
 every_case = pytest.mark.parametrize("case", CASES)
 PADDED = [case for case in CASES if build(case)[0].layer.__dict__.get("padding_idx") is not None]
 OWN_FORWARD = [case for case in CASES if case.startswith(("standardized", "normalized", "looked-up"))]

@@ -284,7 +284,6 @@ def test_a_copied_model_trains_apart():
     assert not same_bits(other.body[0].lora.default.B, model.body[0].lora.default.B)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("case", oracles.CASES)
 def test_disabled_adapters_give_the_bases_output_bit_for_bit(case):
     model, x = oracles.build(case)

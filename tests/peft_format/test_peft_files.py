@@ -675,6 +675,7 @@ MISFITS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The adapter was trained on another base")
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_configuration_that_does_not_fit(case, tmp_path):
     arguments = {"r": 2, "alpha": 6, "targets": ["mlp.*"], "also_train": ["head"]}

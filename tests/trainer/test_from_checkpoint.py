@@ -39,6 +39,7 @@ def fit(folder, cls=Lit, lora=None, **kwargs):
     return module.eval(), files.last_model_path
 
 
+@pytest.mark.filterwarnings("ignore:Found keys that are")
 @pytest.mark.parametrize("cls", [Lit, BuiltInConfigureModel, Named])
 def test_it_gives_what_was_trained(tmp_path, cls):
     trained, path = fit(tmp_path, cls)

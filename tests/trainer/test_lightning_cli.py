@@ -100,6 +100,7 @@ def test_yaml(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:`Plain.configure_optimizers` will be overridden")
 def test_the_optimizer_of_the_command_line_is_restricted(tmp_path):
     class OptimizerCLI(ShortCLI):
         def add_arguments_to_parser(self, parser):

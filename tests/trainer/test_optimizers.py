@@ -160,6 +160,7 @@ def test_optimizers_that_cannot_be_edited_are_refused():
         run(lambda m: optim.SparseAdam(list(m.parameters()), 1e-2))
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_no_optimizer_is_warned_of():
     with pytest.warns(UserWarning, match="`configure_optimizers` returned None, so nothing trains the adapters"):
         module = Lit()

@@ -148,6 +148,7 @@ def test_a_file_saved_outside_a_run_over_live_adapters_is_told_apart(tmp_path):
     assert same(dict(again.state_dict()), dict(module.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:The base differs in low bits")
 def test_a_run_in_fp16_is_evaluated_on_the_base_it_was_trained_on(tmp_path):
     files, module = ModelCheckpoint(tmp_path), Lit()
     runner = trainer(LoRACallback(r=4), files, precision="16-true", max_epochs=1)
@@ -404,6 +405,7 @@ class Modes(Callback):
             self.same = torch.equal(pl_module(x), pl_module(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*train without `dropout`")
 @pytest.mark.parametrize(("cls", "training"), [(InEval, False), (Lit, True)])
 def test_adapters_follow_the_mode_of_their_layers(cls, training):
     modes = Modes()
