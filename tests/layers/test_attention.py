@@ -1,9 +1,7 @@
 """nn.MultiheadAttention: adapters on q, k, v and out_proj against the plain layer with the product in its weights."""
 
 import copy
-import pickle
 from contextlib import nullcontext
-from itertools import chain
 
 import pytest
 import torch
@@ -13,12 +11,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora
 from tests.helpers import oracles
+from tests.helpers.layer_cases.attention import CASES, EACH_HEAD, NO_WEIGHTS, TARGETS, WIDTH, case
 from tests.helpers.oracles import SCALE, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched", "ignore:enable_nested_tensor is True")
-WIDTH, TARGETS, SOURCES = 6, 4, 5
 MATRICES = ["q", "k", "v", "out_proj"]
 MODES = {
     "train": (True, nullcontext),
@@ -29,108 +27,7 @@ MODES = {
 }
 
 
-def case(key="self", batch=3, padding=None, pairs=None, call=None, **arguments):
-    """How to make a layer and what to call it with; ``batch=None`` is one sequence without that dimension."""
-
-    def make():
-        layer = nn.MultiheadAttention(**({"embed_dim": WIDTH, "num_heads": 2} | arguments))
-        for parameter in layer.parameters():
-            parameter.data = torch.randn(parameter.shape) * 0.5
-        sources = TARGETS if key == "self" else SOURCES
-        query, memory, other = (
-            tokens(length, batch, width, layer.batch_first)
-            for length, width in ((TARGETS, WIDTH), (sources, layer.kdim), (sources, layer.vdim))
-        )
-        inputs = {"self": [query] * 3, "memory": [query, memory, memory], "three": [query, memory, other]}[key]
-        masks = {}
-        if padding:
-            masks["key_padding_mask"] = padding_mask(padding, batch, sources)
-        if pairs:
-            masks["attn_mask"] = pairs_mask(pairs, (batch or 1) * layer.num_heads, sources)
-        return layer, inputs, masks | (call or {})
-
-    return make
-
-
-def tokens(length, batch, width, batch_first):
-    shape = (length, width) if batch is None else (batch, length, width) if batch_first else (length, batch, width)
-    return torch.randn(shape)
-
-
-def padding_mask(kind, batch, sources):
-    shape = (sources,) if batch is None else (batch, sources)
-    if kind == "float":
-        return torch.randn(shape)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[..., -1] = True
-    if batch is not None:
-        mask[0], mask[1, 2:] = False, True
-    return mask
-
-
-def pairs_mask(kind, heads, sources):
-    if kind == "causal":
-        return torch.ones(TARGETS, sources).triu(1).bool()
-    shape = (heads, TARGETS, sources) if kind.endswith("3d") else (TARGETS, sources)
-    if kind.startswith("float"):
-        return torch.randn(shape)
-    mask = torch.rand(shape) < 0.4
-    mask[..., 0] = False
-    return mask
-
-
-NO_WEIGHTS, EACH_HEAD = {"need_weights": False}, {"average_attn_weights": False}
-CASES = {
-    "self": case(),
-    "self-no-weights": case(call=NO_WEIGHTS),
-    "self-each-head": case(call=EACH_HEAD),
-    "self-batch-first": case(batch_first=True),
-    "self-batch-first-no-weights": case(batch_first=True, call=NO_WEIGHTS),
-    "self-unbatched": case(batch=None),
-    "self-unbatched-no-weights": case(batch=None, batch_first=True, call=NO_WEIGHTS),
-    "self-unbatched-each-head": case(batch=None, pairs="float-3d", padding="bool", call=EACH_HEAD),
-    "self-one-batch": case(batch=1, batch_first=True, pairs="bool-3d", call=NO_WEIGHTS),
-    "self-three-heads": case(num_heads=3, batch_first=True),
-    "self-three-heads-no-weights": case(num_heads=3, padding="bool", call=NO_WEIGHTS),
-    "self-no-bias": case(bias=False, batch_first=True),
-    "self-no-bias-no-weights": case(bias=False, call=NO_WEIGHTS),
-    "self-bias-kv": case(add_bias_kv=True, padding="bool", pairs="bool-2d"),
-    "self-bias-kv-no-weights": case(add_bias_kv=True, batch_first=True, pairs="float-3d", call=NO_WEIGHTS),
-    "self-zero-attention": case(add_zero_attn=True, padding="float"),
-    "self-bias-kv-zero-attention": case(add_bias_kv=True, add_zero_attn=True, padding="bool", pairs="bool-3d"),
-    "self-padding": case(padding="bool", batch_first=True),
-    "self-padding-no-weights": case(padding="bool", batch_first=True, call=NO_WEIGHTS),
-    "self-padding-float": case(padding="float", batch_first=True, call=NO_WEIGHTS),
-    "self-pairs": case(pairs="bool-2d", batch_first=True),
-    "self-pairs-no-weights": case(pairs="bool-2d", batch_first=True, call=NO_WEIGHTS),
-    "self-pairs-float": case(pairs="float-2d", call=EACH_HEAD),
-    "self-pairs-for-each-head": case(pairs="bool-3d", batch_first=True, call=NO_WEIGHTS),
-    "self-pairs-float-for-each-head": case(pairs="float-3d"),
-    "self-both-masks": case(padding="bool", pairs="bool-3d", batch_first=True),
-    "self-both-masks-no-weights": case(padding="bool", pairs="bool-2d", batch_first=True, call=NO_WEIGHTS),
-    "self-both-masks-float": case(padding="float", pairs="float-2d", call=NO_WEIGHTS),
-    "self-masks-of-two-types": case(padding="bool", pairs="float-2d", batch_first=True),
-    "self-causal": case(pairs="causal", batch_first=True, call={"is_causal": True}),
-    "self-causal-no-weights": case(pairs="causal", batch_first=True, call=NO_WEIGHTS | {"is_causal": True}),
-    "self-causal-padding": case(pairs="causal", padding="bool", call=NO_WEIGHTS | {"is_causal": True}),
-    "memory": case("memory"),
-    "memory-no-weights": case("memory", batch_first=True, padding="bool", call=NO_WEIGHTS),
-    "memory-three-heads": case("memory", num_heads=3, bias=False, pairs="float-3d", call=EACH_HEAD),
-    "memory-unbatched": case("memory", batch=None, padding="float"),
-    "three": case("three", batch_first=True),
-    "three-no-weights": case("three", pairs="bool-2d", call=NO_WEIGHTS),
-    "kdim": case("three", kdim=5, vdim=7),
-    "kdim-no-weights": case("three", kdim=5, vdim=7, batch_first=True, padding="bool", call=NO_WEIGHTS),
-    "kdim-memory": case("memory", kdim=5, vdim=5, batch_first=True, pairs="bool-3d", add_zero_attn=True),
-    "kdim-no-bias": case("three", kdim=5, bias=False, num_heads=3, call=EACH_HEAD),
-    "kdim-unbatched": case("three", vdim=8, batch=None, add_bias_kv=True),
-}
-every_case = pytest.mark.parametrize("name", CASES)
 every_mode = pytest.mark.parametrize("mode", MODES)
-BOTH_WAYS = ["train", "eval-no-grad"]  # as the package writes it out, and torch's own code on the sums
-some_cases = pytest.mark.parametrize(
-    "name", ["self", "self-batch-first-no-weights", "self-bias-kv", "memory", "three", "kdim", "kdim-memory"]
-)
 
 
 def build(make):
@@ -217,7 +114,7 @@ def assert_close(found, other, tolerance=1e-5):
             assert error < tolerance, f"off by {error:.1e} of the largest value"
 
 
-GRADED, UNGRADED = ("train", "eval"), ("train-no-grad", "eval-no-grad", "eval-inference")
+UNGRADED = ("train-no-grad", "eval-no-grad", "eval-inference")
 
 
 def start_is_the_same(plain, inputs, others, modes, targets=("attn",)):
@@ -230,129 +127,6 @@ def start_is_the_same(plain, inputs, others, modes, targets=("attn",)):
 def but(apart, *name):
     """The modes in which the start of a case has the plain layer's last bits."""
     return [mode for mode in MODES if (*name, mode) not in apart]
-
-
-@every_case
-def test_start_is_the_plain_layers_bit_for_bit(name):
-    start_is_the_same(*build(name), MODES)
-
-
-@every_case
-def test_every_matrix_has_a_pair(name):
-    assert sorted(pairs_in(adapt(build(name)[0])["attn"])) == sorted(MATRICES)
-
-
-@every_case
-def test_output_is_that_of_the_weights_with_the_product_added(name):
-    plain, model, inputs, others = trained(name)
-    wanted = expected(plain, values_of(model["attn"]), inputs, others)
-    for mode in MODES:
-        found = call(model["attn"], mode, inputs, others)
-        assert_close(found, wanted)
-    with pytest.raises(AssertionError):  # the adapters matter
-        assert_close(found, plain(*inputs, **others), 1e-2)
-
-
-@every_case
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_gradients_are_those_through_the_weights_with_the_product_added(name, training):
-    plain, model, inputs, others = trained(name)
-    layer = model["attn"].train(training)
-    values = values_of(layer)
-    leaves = {id(x): x.requires_grad_() for x in inputs}
-    found, wanted = layer(*inputs, **others), expected(plain, values, inputs, others)
-    mixed = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3)) for y in found if y is not None]
-    inside = torch.autograd.grad(scalar(wanted, mixed), [*chain(*values.values()), *leaves.values()])
-    scalar(found, mixed).backward()
-    pairs = [matrix for pair in pairs_in(layer).values() for matrix in (pair.A, pair.B)]
-    for matrix, gradient in zip([*pairs, *leaves.values()], inside, strict=True):
-        assert matrix.grad.dtype == torch.float32
-        assert_close([matrix.grad, None], [gradient, None], 2e-5)
-    frozen = [parameter for parameter in layer.parameters() if not any(parameter is matrix for matrix in pairs)]
-    assert len(frozen) == len(list(plain.parameters()))
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen)
-
-
-def scalar(outputs, mixed):
-    given = [y for y in outputs if y is not None]
-    return sum((y * m).sum() for y, m in zip(given, mixed, strict=True))
-
-
-@every_case
-def test_eval_gives_what_training_gives(name):
-    _, model, inputs, others = trained(name)
-    layer = model["attn"]
-    found = call(layer, "train", inputs, others)
-    assert_same_bits(call(layer, "eval", inputs, others), found)
-    for mode in ("train-no-grad", "eval-no-grad", "eval-inference"):
-        assert_close(call(layer, mode, inputs, others), found, 2e-6)
-
-
-@every_case
-def test_merged_output_equals_the_unmerged_one(name):
-    _, model, inputs, others = trained(name)
-    unmerged = {mode: call(model["attn"], mode, inputs, others) for mode in BOTH_WAYS}
-    merge_lora(model)
-    assert type(model["attn"]) is nn.MultiheadAttention
-    for mode in BOTH_WAYS:
-        assert_close(call(model["attn"], mode, inputs, others), unmerged[mode])
-
-
-@some_cases
-def test_merged_weights_are_the_rounded_sums_and_unmerge_gives_every_bit_back(name):
-    plain, model, inputs, others = trained(name)
-    layer = model["attn"]
-    sums, values, output = summed(plain, values_of(layer)), oracles.snapshot(model), layer(*inputs, **others)
-    for _ in range(2):
-        merge_lora(model)
-        parameters = dict(layer.named_parameters())
-        for key, total in sums.items():
-            assert not same_bits(parameters[key], plain.get_parameter(key))
-            assert ((parameters[key].double() - total).abs() <= 6e-8 * total.abs() + 1e-7).all()
-        unmerge_lora(model)
-        oracles.assert_same_values(model, values)
-        assert_same_bits(layer(*inputs, **others), output)
-
-
-@some_cases
-def test_parameters_are_the_same_objects_before_during_and_after(name):
-    plain, inputs, others = build(name)
-    model = nn.ModuleDict({"attn": plain})
-    layer, keys, before = plain, list(model.state_dict()), dict(plain.named_parameters())
-    out_proj, ids = layer.out_proj, {key: id(parameter) for key, parameter in before.items()}
-    for leave in (merge_lora, remove_lora):
-        apply_lora(model, LoRAConfig(r=2, alpha=2 * SCALE, targets=["attn"]))
-        train_by_hand(model)
-        for mode in MODES:
-            call(layer, mode, inputs, others)
-            assert {key: id(p) for key, p in layer.named_parameters() if "lora." not in key} == ids
-        assert model["attn"] is layer and layer.out_proj is out_proj
-        assert isinstance(layer, nn.MultiheadAttention)
-        assert [key for key in model.state_dict() if ".lora." not in key] == keys
-        leave(model)
-        assert type(layer) is nn.MultiheadAttention and type(layer.out_proj) is type(out_proj)
-        assert list(model.state_dict()) == keys
-        after = dict(layer.named_parameters())
-        assert all(after[key] is before[key] and after[key].requires_grad for key in before)
-
-
-@some_cases
-def test_adapter_keys_name_what_they_adapt(name):
-    _, model, _, _ = trained(name)
-    wanted = [f"attn.lora.default.{part}.{m}" for part in "qkv" for m in "AB"]
-    wanted += [f"attn.out_proj.lora.default.{m}" for m in "AB"]
-    assert sorted(key for key in model.state_dict() if ".lora." in key) == sorted(wanted)
-    assert sorted(key for key, _ in lora_parameters(model)) == sorted(wanted)
-
-
-@pytest.mark.parametrize("name", ["self", "memory", "kdim"])
-def test_a_and_b_have_the_shapes_of_the_paper(name):
-    plain, model, _, _ = trained(name)
-    widths = {"q": WIDTH, "k": plain.kdim, "v": plain.vdim, "out_proj": WIDTH}
-    for part, pair in pairs_in(model["attn"]).items():
-        assert pair.A.shape == (2, widths[part])
-        assert pair.B.shape == (WIDTH, 2)
-        assert pair.scale == SCALE
 
 
 @pytest.mark.parametrize(
@@ -405,34 +179,6 @@ def test_query_and_value_leave_the_rows_of_the_key_untouched():
     before, after = plain.in_proj_weight.split(WIDTH), model["attn"].in_proj_weight.split(WIDTH)
     assert [same_bits(*rows) for rows in zip(before, after, strict=True)] == [False, True, False]
     assert same_bits(model["attn"].out_proj.weight, plain.out_proj.weight)
-
-
-@some_cases
-def test_disable_and_remove_give_the_plain_output_back(name):
-    plain, model, inputs, others = trained(name)
-    wanted = {mode: call(plain, mode, inputs, others) for mode in MODES}
-    with disable_lora(model):
-        for mode in MODES:
-            assert_close(call(model["attn"], mode, inputs, others), wanted[mode], 1e-6)
-    remove_lora(model)
-    oracles.assert_same_values(model["attn"], oracles.snapshot(plain))
-    assert model["attn"].__dict__.keys() == plain.__dict__.keys()
-    assert_same_bits(call(model["attn"], "train", inputs, others), wanted["train"])
-
-
-@some_cases
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_act_alike_and_stand_alone(name, copied):
-    _, model, inputs, others = trained(name)
-    output, values = model["attn"](*inputs, **others), oracles.snapshot(model)
-    other = copied(model)
-    assert type(other["attn"]) is type(model["attn"])
-    assert_same_bits(other["attn"](*inputs, **others), output)
-    merge_lora(other)
-    assert_close(other["attn"](*inputs, **others), output)
-    unmerge_lora(other)
-    oracles.assert_same_values(other, values)
-    oracles.assert_same_values(model, values)
 
 
 DROPPED = {
@@ -591,15 +337,6 @@ def test_start_in_autocast_is_the_plain_layers_bit_for_bit(name, mode):
     wanted = in_autocast(plain, mode, inputs, others)
     assert wanted[0].dtype == torch.bfloat16
     assert_same_bits(in_autocast(adapt(plain)["attn"], mode, inputs, others), wanted)
-
-
-@every_mode
-@pytest.mark.parametrize("name", AUTOCAST_CASES)
-def test_autocast_computes_in_its_dtype(name, mode):
-    plain, model, inputs, others = trained(name)
-    found = in_autocast(model["attn"], mode, inputs, others)
-    assert found[0].dtype == torch.bfloat16
-    assert_close(found, expected(plain, values_of(model["attn"]), inputs, others), 5e-2)
 
 
 class MadeTensors(TorchDispatchMode):
