@@ -69,7 +69,7 @@ def test_adapters_are_there_in_fp32_and_train_and_so_is_their_optimizer_state(tm
 
 def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("lightning_lora.trainer.callback.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_lora.trainer.end_of_fit.rank_zero_info", said.append)
     files, module = checkpoints(tmp_path, monitor=None), Wide()
     runner = quantizing(LoRACallback(r=4), files)
     runner.fit(module, data())

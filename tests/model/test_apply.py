@@ -114,7 +114,6 @@ SAME = [
     ({"dropout": 0.5}, {}),
     ({"seed": 9}, {}),
     ({"init": "gaussian"}, {}),
-    ({"lr_scale": 3.0, "merge": False}, {}),
     ({"exclude": []}, {}),
 ]
 
