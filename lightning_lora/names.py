@@ -1,7 +1,7 @@
-"""Names of modules and parameters as the user wrote them, and the patterns that choose among them.
+"""Names of modules and parameters as the user wrote them, and patterns that choose among them.
 
-Wrappers (torch.compile, FSDP, checkpointing) put names of their own between; those are left out. A pattern is a suffix,
-a glob or a regular expression.
+Wrappers (torch.compile, FSDP, activation checkpointing) insert names of their own, which are removed here. A pattern is
+a suffix, a glob or a regular expression.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def clean(name: str) -> str:
-    """``name`` without what torch.compile, FSDP and checkpoint wrappers put between.
+    """``name`` without the parts that torch.compile, FSDP and checkpoint wrappers insert.
 
     Example:
         >>> clean("net._orig_mod.fc.weight")
@@ -28,14 +28,19 @@ def clean(name: str) -> str:
 
 
 def join(module: str, key: str) -> str:
-    """The name of what a module holds under ``key``; the model itself has the empty name."""
+    """The name of what ``module`` holds under ``key``. The model itself has the empty name."""
     return f"{module}.{key}" if module else key
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is a wrapper of torch.compile, FSDP or a checkpoint wrapper, not the user's module in it."""
+    return not WRAPPERS.isdisjoint(module._modules)
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under its clean name; one that is used under two names comes twice, a wrapper not at all."""
+    """Every module under its clean name. One that is used under two names comes twice; wrappers are left out."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if not WRAPPERS & module._modules.keys():
+        if not is_wrapper(module):
             yield clean(name), module
 
 
@@ -49,7 +54,7 @@ Value = TypeVar("Value")
 
 
 def matches(name: str, pattern: str) -> bool:
-    r"""Whether the dotted ``name`` is meant by ``pattern``.
+    r"""Whether ``pattern`` chooses the dotted ``name``.
 
     Example:
         >>> matches("net.layers.0.q_proj", "q_proj"), matches("net.layers.0.q_proj", "proj")
@@ -66,29 +71,34 @@ def matches(name: str, pattern: str) -> bool:
 
 def first_match(names: Iterable[str], patterns: Mapping[str, Value], default: Value) -> Value:
     """The value of the first pattern that matches one of ``names``."""
-    found = (value for pattern, value in patterns.items() if any(matches(name, pattern) for name in names))
-    return next(found, default)
+    matching = (value for pattern, value in patterns.items() if any(matches(name, pattern) for name in names))
+    return next(matching, default)
 
 
 def covers(name: str, patterns: Iterable[str]) -> bool:
-    """Whether ``name``, or a module that it lies in, is meant by one of ``patterns``."""
+    """Whether one of ``patterns`` chooses ``name`` or a module that it lies in."""
     parts = name.split(".")
     heads = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
     return any(matches(head, pattern) for pattern in patterns for head in heads)
 
 
 def folded(name: str) -> str:
-    """``name`` with its numbers as stars, unless it is nothing else: one layer stands for all."""
+    """``name`` with its numbers as stars, so that one layer stands for all; a name of numbers alone stays.
+
+    Example:
+        >>> folded("layers.3.q_proj"), folded("0")
+        ('layers.*.q_proj', '0')
+    """
     return name if name.replace(".", "").isdigit() else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The ``names`` that look most like ``pattern``, numbers in them folded so that one layer stands for all."""
+    """The ``names`` that look most like ``pattern``; of names that differ by a number only one is given."""
     stars = {folded(name): name for name in names}
     tails: dict[str, str] = {}
     for short in stars:
         for tail in (short, short.split(".")[-1]):
             tails.setdefault(tail, short)
     close = difflib.get_close_matches(pattern.removeprefix("re:"), tails, n=count * 2, cutoff=0.4)
-    found = list(dict.fromkeys(tails[tail] for tail in close))[:count]
-    return found or list(stars)[:count]
+    similar = list(dict.fromkeys(tails[tail] for tail in close))[:count]
+    return similar or list(stars)[:count]

@@ -13,12 +13,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
 from lightning_lora.methods.base import Method, MethodConfig, Watched
-from lightning_lora.model.apply import check_same, difference, drop_adapters, inject, remove_lora
+from lightning_lora.model.apply import drop_adapters, remove_lora
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
+from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values
 from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.same_config import check_same, difference
 from lightning_lora.model.state import (
     base_names,
     check_state,
@@ -83,15 +85,15 @@ class LoRAMethod(Method):
 
     @override
     def adapt(self, model: nn.Module) -> None:
-        inject(model, find_targets(model, self.config), self.config)
+        inject(find_targets(model, self.config), self.config)
 
     @override
     def complete(self, model: nn.Module) -> list[str]:
         targets = find_targets(model, self.config)
         targets.check()
-        inject(model, targets, self.config)
-        remember(model)
-        return list(targets.modules)
+        inject(targets, self.config)
+        remember(targets.survey)
+        return targets.names()
 
     @override
     def drop(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A module with adapters, live or merged, takes an adapter state dict by its own ``load_state_dict``.
+"""Adapter state dicts load by a module's own ``load_state_dict``, whether its adapters are live or merged.
 
 Many libraries restore the best checkpoint by ``module.load_state_dict(torch.load(path)["state_dict"])`` after ``fit``.
 The file of a LoRA run holds no frozen parameter, and torch alone would refuse it.
@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import is_merged, record_of
 from lightning_lora.model.state import (
@@ -23,6 +22,7 @@ from lightning_lora.model.state import (
     lora_parameters,
     own_state,
 )
+from lightning_lora.targets.survey import Survey, survey_of
 
 
 class AdapterStateDict:
@@ -33,47 +33,42 @@ class AdapterStateDict:
     """
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        """Load the entries of ``module`` in ``state_dict``, all or none, if they are those of an adapter."""
+        """If the entries of ``module`` in ``state_dict`` are those of an adapter, load all of them or none."""
         # Below the module that was adapted, only the one whose `load_state_dict` was called knows the whole file.
         if names.clean(prefix) and record_of(module).config is None:
             return
-        own_entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        adapter = {names.clean(key[len(prefix) :]): value for key, value in own_entries.items()}
+        entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        adapter = {names.clean(key[len(prefix) :]): value for key, value in entries.items()}
         if not is_adapter_state(module, adapter):
             return
         check_state(module, adapter)
         with unmerged(module):
             load_lora_state_dict(module, adapter)
-        for key in own_entries:
+        for key in entries:
             del state_dict[key]
         state_dict.update({prefix + key: value for key, value in own_state(module).items()})  # torch copies nothing
 
 
 def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether ``state`` has entries of adapters, perhaps not those of ``model``, that torch cannot load by itself.
+    """Whether ``state`` has entries of adapters, of ``model`` or of another one, that torch cannot load by itself.
 
     Into a model with live adapters torch loads a state dict that also holds frozen parameters.
     """
-    own, adapters = clean_state(model), {name for name, _ in lora_parameters(model)}
+    present, adapters = clean_state(model), {name for name, _ in lora_parameters(model)}
     named = (key for key in state if "lora" in key.split("."))
-    if not any(key in adapters or key not in own for key in named):
+    if not any(key in adapters or key not in present for key in named):
         return False
     return is_merged(model) or not frozen_names(model) & state.keys()
 
 
-def accept_adapters(model: nn.Module) -> None:
+def accept_adapters(model: nn.Module | Survey) -> None:
     """Let adapter state dicts load into ``model`` and into every part of it that holds an adapted layer.
 
-    The hooks stay when the adapters are merged, and go with the records of their modules.
+    The hooks stay when the adapters are merged, and are removed with the records of their modules.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in [name for name, module in modules.items() if isinstance(module, LoRALayer)]:
-        parts = name.split(".") if name else []
-        for end in range(len(parts) + 1):
-            _register(modules[".".join(parts[:end])])
-
-
-def _register(module: nn.Module) -> None:
-    record = record_of(module)
-    if record.load_hook is None:
-        record.load_hook = module.register_load_state_dict_pre_hook(AdapterStateDict())  # type: ignore[no-untyped-call]
+    for module in survey_of(model).around_layers().values():
+        record = record_of(module)
+        if record.load_hook is None:
+            record.load_hook = module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                AdapterStateDict()
+            )

@@ -16,8 +16,8 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.weight_reads import is_read_raw
-from lightning_lora.model.tied import memory_of
 from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.targets.survey import memory_of
 
 CAST_BY_AUTOCAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)

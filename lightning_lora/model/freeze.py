@@ -1,4 +1,4 @@
-"""What trains: adapters, the biases and modules that were asked for, and nothing else of the base."""
+"""What trains: the adapters, and of the base only the biases and modules that the configuration names."""
 
 from __future__ import annotations
 
@@ -13,35 +13,46 @@ from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers
 from lightning_lora.model.record import prune, record_of, records
 from lightning_lora.names import covers
+from lightning_lora.targets.survey import Site, Survey, survey_of
 
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
 
-def freeze(model: nn.Module, config: LoRAConfig) -> None:
-    """Set ``requires_grad`` to what LoRA trains, and remember what it was."""
-    adapters = adapter_parameters(model)
-    for name, module in names.named_modules(model):
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in adapters:
-                continue
-            record = record_of(module)
-            record.found.setdefault(key, parameter.requires_grad)
-            adapted = isinstance(module, LoRALayer) and bool(module.lora.every())
-            if asked_for(names.join(name, key), adapted, config) and parameter.is_floating_point():
-                record.trained.add(key)
-    enforce(model)
+def freeze(model: nn.Module | Survey, config: LoRAConfig) -> None:
+    """Let only what LoRA trains require a gradient, and record the ``requires_grad`` that the base had before."""
+    survey = survey_of(model)
+    for site in survey.sites.values():
+        for key, parameter in site.module._parameters.items():
+            if parameter is not None:
+                record_of(site.module).found.setdefault(key, parameter.requires_grad)
+                if trains(site, key, has_pairs(site.module), config):
+                    record_of(site.module).trained.add(key)
+    _set_flags(survey)
 
 
-def enforce(model: nn.Module) -> None:
-    """Set ``requires_grad`` of every parameter by what was decided."""
-    wanted = {id(parameter) for _, parameter in trained_parameters(model)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in wanted)
+def trains(site: Site, key: str, adapted: bool, config: LoRAConfig) -> bool:
+    """Whether the parameter ``key`` of a module that is ``adapted``, or is not, trains in addition to the adapters."""
+    parameter = site.module._parameters[key]
+    named = any(asked_for(names.join(name, key), adapted, config) for name in site.names)
+    return named and parameter is not None and parameter.is_floating_point()
+
+
+def has_pairs(module: nn.Module) -> bool:
+    """Whether ``module`` is an adapted layer, and not only a module around one whose class was swapped too."""
+    return isinstance(module, LoRALayer) and bool(module.lora.every())
+
+
+def _set_flags(survey: Survey) -> None:
+    base = {id(parameter): parameter for _, parameter in survey.parameters()}
+    adapters = {id(parameter): parameter for layer in survey.layers() for parameter in layer.lora.parameters()}
+    trained = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
+    for parameter in (base | adapters).values():
+        parameter.requires_grad_(id(parameter) in trained or id(parameter) in adapters)
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Give every parameter of the base the ``requires_grad`` that it was found with."""
-    reshard(model)  # what an evaluation gathered in inference mode takes no flag
+    """Give every parameter of the base the ``requires_grad`` that it had before :func:`freeze`."""
+    reshard(model)  # a parameter that an evaluation gathered in inference mode takes no flag
     for _, module, record in records(model):
         for key, flag in record.found.items():
             parameter = module._parameters.get(key)
@@ -57,7 +68,7 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
-    """Whether the base's parameter ``name``, of a layer that is adapted or not, trains beside the adapters."""
+    """Whether ``config`` asks to train the base's parameter ``name``, of a layer that is ``adapted`` or not."""
     if covers(name, config.also_train or ()):
         return True
     if not BIAS.fullmatch(name.rpartition(".")[2]):
@@ -66,15 +77,15 @@ def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters of every adapter by identity, so that no name can be mistaken for one."""
+    """The parameters of all adapters by ``id``: no name tells whether a parameter is an adapter's."""
     layers = [layer for _, layer in adapted_layers(model)]
     return {id(parameter): parameter for layer in layers for parameter in layer.lora.parameters()}
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Everything that LoRA trains in ``model``, under first clean names in the model's order."""
-    beside = {id(module._parameters[key]) for _, module, record in records(model) for key in record.trained}
-    wanted = beside | adapter_parameters(model).keys()
+    """Everything that LoRA trains in ``model``, under first clean names, in the model's order."""
+    in_full = {id(module._parameters[key]) for _, module, record in records(model) for key in record.trained}
+    trained = in_full | adapter_parameters(model).keys()
     for name, parameter in names.named_parameters(model):
-        if id(parameter) in wanted:
+        if id(parameter) in trained:
             yield name, parameter

@@ -1,8 +1,8 @@
-"""The two kinds of hooks on an adapted model: for base checkpoints, and for reentrant activation checkpointing.
+"""What a model has while its adapters are live: a frozen base, and hooks for base checkpoints and for checkpointing.
 
-A base checkpoint loads into an adapted model as into a plain one. Reentrant activation checkpointing gives no gradients
-where its inputs ask for none, as after a frozen embedding. So where a model uses it, the outputs of its first frozen
-layers are made to ask for a gradient; ``use_reentrant=False`` needs nothing.
+A base checkpoint loads into an adapted model as into a plain one. Reentrant activation checkpointing computes no
+gradients where no input requires one, as after a frozen embedding. So in a model that uses it, the outputs of the first
+frozen layers are made to require a gradient. ``use_reentrant=False`` needs nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,45 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.source_code import computing_methods
+from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.targets.survey import Survey, survey_of
 
 CHECKPOINTS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}
 
 
 class GraphStart:
-    """A forward hook: the output of a frozen layer asks for a gradient, as that of a trained one would."""
+    """A forward hook: the output of a frozen layer requires a gradient, as that of a trained layer does."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """A copy, as code that goes on in place may not do that to the start of a graph."""
+        """A copy of the output: autograd lets no code write into a leaf in place."""
         starts = isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
         return output.detach().requires_grad_().clone() if starts and torch.is_grad_enabled() else output
 
 
-def start_graphs(model: nn.Module) -> None:
-    """Mend reentrant checkpointing in ``model``, if its code has any."""
-    if not any(is_reentrant(module) for module in model.modules()):
+def equip(model: nn.Module | Survey, config: LoRAConfig) -> None:
+    """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
+    survey = survey_of(model)
+    freeze(survey, config)
+    accept_base(survey)
+    start_graphs(survey)
+
+
+def strip(model: nn.Module) -> None:
+    """The reverse of :func:`equip`, where the adapters of ``model`` were merged or removed."""
+    unfreeze(model)
+    be_strict(model)
+    leave_graphs(model)
+
+
+def start_graphs(model: nn.Module | Survey) -> None:
+    """Let adapters get gradients under reentrant checkpointing, if the code of ``model`` uses that."""
+    modules = [module for _, module in survey_of(model).modules]
+    if not any(is_reentrant(module) for module in modules):
         return
-    for module in model.modules():
+    for module in modules:
         parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
         frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
         first = frozen and not module._modules and not isinstance(module, LoRALayer)
@@ -43,7 +62,7 @@ def start_graphs(model: nn.Module) -> None:
 
 
 def leave_graphs(model: nn.Module) -> None:
-    """Take those hooks off."""
+    """Remove the hooks of :func:`start_graphs`."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, GraphStart):
@@ -51,7 +70,7 @@ def leave_graphs(model: nn.Module) -> None:
 
 
 def is_reentrant(module: nn.Module) -> bool:
-    """Whether ``module`` checkpoints what lies in it, and may do so by reentering."""
+    """Whether ``module`` checkpoints the modules in it, and may do so with ``use_reentrant=True``."""
     if getattr(module, "gradient_checkpointing", False) is True:  # Hugging Face
         keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         return keywords.get("use_reentrant", True) is not False
@@ -70,44 +89,45 @@ def _reenters(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-    said = [word.value for word in node.keywords if word.arg == "use_reentrant"]
-    return called in CHECKPOINTS and not any(isinstance(v, ast.Constant) and v.value is False for v in said)
+    values = [keyword.value for keyword in node.keywords if keyword.arg == "use_reentrant"]
+    return called in CHECKPOINTS and not any(isinstance(v, ast.Constant) and v.value is False for v in values)
 
 
 class BaseCheckpoint:
-    """A ``load_state_dict`` post-hook: a file without any adapter is a base's, and lacks none of them.
+    """A ``load_state_dict`` post-hook: a file with no adapter at all is the base's, and its adapters are not missing.
 
-    A file that has some adapters and lacks others stays as wrong as it was. It has to be told at the top of the model:
-    torch shows each module only its own part of the file.
+    A file with some of the adapters stays an error. Only a hook on the root can tell the two apart: torch gives each
+    module only its own entries of the file.
     """
 
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
-        """Drop the adapters' names from the missing keys."""
-        own = {
+        """Remove the adapters' names from the missing keys."""
+        adapters = {
             names.join(name, f"lora.{key}")
             for name, layer in names.named_modules(module)
             if isinstance(layer, LoRALayer)
             for key, _ in layer.lora.named_parameters()
         }
-        missing = {key for key in incompatible.missing_keys if ends_in(key, own)}
-        if len(missing) == len(own) and len(incompatible.missing_keys) < len(module.state_dict()):
+        missing = {key for key in incompatible.missing_keys if ends_in(key, adapters)}
+        if len(missing) == len(adapters) and len(incompatible.missing_keys) < len(module.state_dict()):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
 
 
-def ends_in(key: str, own: set[str]) -> bool:
-    """Whether ``key``, the name of something in a model that may hold this one, is one of this one's names."""
+def ends_in(key: str, tails: set[str]) -> bool:
+    """Whether ``key``, a name in a model that may hold this one as a part, ends in one of ``tails``."""
     parts = names.clean(key).split(".")
-    return any(".".join(parts[start:]) in own for start in range(len(parts)))
+    return any(".".join(parts[start:]) in tails for start in range(len(parts)))
 
 
-def accept_base(model: nn.Module) -> None:
+def accept_base(model: nn.Module | Survey) -> None:
     """Let base checkpoints load into ``model``, which has adapters now."""
+    model = survey_of(model).model
     if not any(isinstance(hook, BaseCheckpoint) for hook in model._load_state_dict_post_hooks.values()):
         model.register_load_state_dict_post_hook(BaseCheckpoint())  # type: ignore[no-untyped-call]
 
 
 def be_strict(model: nn.Module) -> None:
-    """The reverse, where ``model`` has no adapters any more."""
+    """Remove the hook of :func:`accept_base`, where ``model`` has no adapters any more."""
     for module in model.modules():
         for key, hook in list(module._load_state_dict_post_hooks.items()):
             if isinstance(hook, BaseCheckpoint):

@@ -1,4 +1,4 @@
-"""What of the base moves though the base is frozen: trained biases and modules, and buffers such as statistics."""
+"""Initial values of what changes in a frozen base: trained biases and modules, and buffers such as statistics."""
 
 from __future__ import annotations
 
@@ -7,45 +7,46 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import names
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.model.record import record_of, records
 from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.targets.survey import Survey, survey_of
 
 
-def remember(model: nn.Module) -> None:
-    """Keep a copy, on the CPU, of everything that may move, as it is now; what was kept before stays as it was.
+def remember(model: nn.Module | Survey) -> None:
+    """Copy to the CPU everything that may change. What has a copy already keeps that.
 
-    Of what is sharded each rank keeps its own part.
+    Of a sharded tensor each rank keeps its own part.
     """
-    for _, module in names.named_modules(model):
-        record = record_of(module)
-        for key, tensor in _own(module).items():
-            may_move = key in record.trained or key in module._buffers
-            if may_move and not tensor.is_meta and key not in record.originals:
+    for site in survey_of(model).sites.values():
+        record = record_of(site.module)
+        for key, tensor in _saved_tensors(site.module).items():
+            may_change = key in record.trained or key in site.module._buffers
+            if may_change and not tensor.is_meta and key not in record.originals:
                 record.originals[key] = local_shard(tensor).to("cpu", copy=True)
 
 
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Every tensor of the base that differs from what was remembered, a cast aside, with that value."""
+    """Every tensor of the base that changed since :func:`remember`, with its initial value; a cast is no change."""
     seen: set[int] = set()
     for _, module, record in records(model):
-        own = _own(module)
+        tensors = _saved_tensors(module)
         for key, original in record.originals.items():
-            if key not in own or id(own[key]) in seen:
+            if key not in tensors or id(tensors[key]) in seen:
                 continue
-            seen.add(id(own[key]))
-            if not same_bits(local_shard(own[key]), original.to(own[key].dtype)):
+            seen.add(id(tensors[key]))
+            if not same_bits(local_shard(tensors[key]), original.to(tensors[key].dtype)):
                 yield module, key, original
 
 
 @torch.no_grad()
 def put_back(model: nn.Module) -> None:
-    """Give the base its own values back."""
+    """Give the base its initial values back."""
     for module, key, original in list(moved(model)):
-        local_shard(_own(module)[key]).copy_(original)
+        local_shard(_saved_tensors(module)[key]).copy_(original)
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of ``module`` itself, and the buffers that its state dict has."""
     buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
     return {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}

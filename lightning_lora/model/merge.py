@@ -15,8 +15,8 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, attach, detach, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantizing
 from lightning_lora.layers.registry import class_for
-from lightning_lora.model.freeze import freeze, unfreeze
-from lightning_lora.model.hooks import accept_base, be_strict, leave_graphs, start_graphs
+from lightning_lora.model.freeze import unfreeze
+from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.record import Merged, MergedWeight, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
 from lightning_lora.ops import exact_sum as exact
@@ -57,9 +57,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     lost = _merge_all(layers)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # a part of an adapted model stays frozen with it
-        unfreeze(holder)
-        be_strict(holder)
-        leave_graphs(holder)
+        strip(holder)
     if not undo:
         unfreeze(model)
         forget(model)
@@ -125,9 +123,7 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
     _unmerge_all(merged)
     for holder, config in holders(model):
-        freeze(holder, config)
-        accept_base(holder)
-        start_graphs(holder)
+        equip(holder, config)
 
 
 @contextmanager

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import plain_class
 from lightning_lora.layers.weight_view import Part
-from lightning_lora.model.freeze import adapter_parameters, asked_for
-from lightning_lora.model.table import Row, beside, bytes_text, row_of, table
+from lightning_lora.model.freeze import trains
+from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full
 from lightning_lora.names import matches
 from lightning_lora.targets.resolve import Targets, find_targets
+from lightning_lora.targets.survey import Site, Survey
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Plan:
 
     Args:
         rows: one for each matrix.
-        beside: parameters of the base that would train too, with their sizes.
-        base: number of parameters that the model has.
-        every_name: the names of all modules and parameters, so that :meth:`to_yaml` names nothing else.
+        in_full: parameters of the base that would train too, with their sizes.
+        base: number of parameters of the model.
+        every_name: the names of all modules, parameters and matrices: a pattern in :meth:`to_yaml` matches only one.
     """
 
     rows: list[Row]
-    beside: dict[str, int]
+    in_full: dict[str, int]
     base: int
     every_name: list[str]
 
     def __str__(self) -> str:
         """The table and the totals."""
-        trained = sum(row.parameters for row in self.rows) + sum(self.beside.values())
-        lines = ["LoRA would adapt", *table(self.rows), *beside(self.beside, "and train in full")]
+        trained = sum(row.parameters for row in self.rows) + sum(self.in_full.values())
+        lines = ["LoRA would adapt", *table(self.rows), *trained_in_full(self.in_full, "and train in full")]
         share, size = trained / max(1, self.base), bytes_text(4 * trained)
         total = f"{trained:,} trainable parameters, {share:.2%} of the base's {self.base:,}; {size} in fp32"
         return "\n".join([*lines, total])
@@ -54,16 +54,16 @@ class Plan:
         return "\n".join([f"# {len(self.rows)} matrices, {size:,} parameters", *lines, ""])
 
     def _pattern(self, name: str) -> str:
-        """The name, where that names nothing else."""
-        others = (other for other in self.every_name if other != name and matches(other, name))
-        return f"re:{re.escape(name) or '()'}" if not name or any(True for _ in others) else name
+        """The name itself, or an exact pattern where the name would match another one too."""
+        ambiguous = any(matches(candidate, name) for candidate in self.every_name if candidate != name)
+        return f"re:{re.escape(name) or '()'}" if not name or ambiguous else name
 
 
 def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     """What :func:`apply_lora` would adapt in ``model``, which is not changed and may be on the meta device.
 
     Args:
-        model: any module, built as it will be adapted.
+        model: any module, with all layers that will be adapted.
         config: what to adapt and how.
 
     Returns:
@@ -82,30 +82,35 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     """
     targets = find_targets(model, config)
     targets.check()
-    rows = [_row(name, part, targets, config) for name, parts in targets.parts.items() for part in parts]
-    every_name = [name for name, _ in names.named_modules(model)] + [name for name, _ in names.named_parameters(model)]
-    parts = [names.join(name, part.name) for name, parts in targets.parts.items() for part in parts if part.name]
-    base = sum(parameter.numel() for _, parameter in _of_the_base(model))
-    return Plan(rows, _beside(model, targets, config), base, every_name + parts)
+    rows = [_row(site, part, config) for site in targets.sites for part in site.parts]
+    base = _base_parameters(targets.survey)
+    size = sum(parameter.numel() for parameter in base.values())
+    return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base))
 
 
-def _row(name: str, part: Part, targets: Targets, config: LoRAConfig) -> Row:
-    module = targets.modules[name]
-    known_as = [names.join(own, part.name) for own in targets.names[name] if part.name] + targets.names[name]
-    r, scale, weight = config.rank_for(*known_as), config.scale_for(*known_as), parameter_of(module, part.key)
-    return row_of(known_as[0], plain_class(module).__name__, part, weight, r, scale, targets.why[name])
+def _row(site: Site, part: Part, config: LoRAConfig) -> Row:
+    names, weight = site.names_of(part), parameter_of(site.module, part.key)
+    class_name = plain_class(site.module).__name__
+    return row_of(names[0], class_name, part, weight, config.rank_for(*names), config.scale_for(*names), site.why)
 
 
-def _beside(model: nn.Module, targets: Targets, config: LoRAConfig) -> dict[str, int]:
-    adapted = {id(module) for module in targets.modules.values()}
-    owner = {id(p): module for _, module in names.named_modules(model) for p in module._parameters.values()}
-    return {
-        name: parameter.numel()
-        for name, parameter in _of_the_base(model)
-        if asked_for(name, id(owner[id(parameter)]) in adapted, config) and parameter.is_floating_point()
+def _base_parameters(survey: Survey) -> dict[str, nn.Parameter]:
+    adapters = {id(parameter) for layer in survey.layers() for parameter in layer.lora.parameters()}
+    return {name: parameter for name, parameter in survey.parameters() if id(parameter) not in adapters}
+
+
+def _in_full(targets: Targets, base: Mapping[str, nn.Parameter], config: LoRAConfig) -> dict[str, int]:
+    """The parameters of the base that train in full, with their sizes."""
+    adapted = set(targets.names())
+    trained = {
+        id(site.module._parameters[key])
+        for name, site in targets.survey.sites.items()
+        for key in site.module._parameters
+        if trains(site, key, name in adapted, config)
     }
+    return {name: parameter.numel() for name, parameter in base.items() if id(parameter) in trained}
 
 
-def _of_the_base(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    adapters = adapter_parameters(model)
-    return ((name, p) for name, p in names.named_parameters(model) if id(p) not in adapters)
+def _every_name(targets: Targets, base: Iterable[str]) -> list[str]:
+    modules = [name for site in targets.survey.sites.values() for name in site.names]
+    return [*modules, *base, *(site.names_of(part)[0] for site in targets.sites for part in site.parts if part.name)]

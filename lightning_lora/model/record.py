@@ -1,7 +1,7 @@
-"""What is remembered on a module: how it was found, and after a merge what an exact unmerge needs.
+"""The record on a module: its state before LoRA, and after a merge what an exact unmerge needs.
 
-Each module keeps the facts about its own parameters, in one plain attribute. So they travel with ``deepcopy`` and
-``pickle`` and are found from any part of a model, whatever holds it.
+Each module keeps the facts about its own parameters in one plain attribute. So a record is copied by ``deepcopy`` and
+``pickle``, and any part of a model has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapter import Adapters
 from lightning_lora.ops.exact_sum import Patch
+from lightning_lora.targets.survey import Survey, survey_of
 
 _ATTRIBUTE = "_lightning_lora"
 
@@ -25,10 +26,10 @@ class MergedWeight:
     """What undoes the merge into one parameter.
 
     Args:
-        patches: for each matrix in it, the elements that subtracting delta does not give back.
+        patches: for each matrix in it, the elements that subtracting delta does not restore.
         checksum: of the merged weight.
         original: checksum of the weight before the merge.
-        shared: the parameter that was there, where other modules have it too; the merged one is the layer's own.
+        shared: the parameter before the merge, where other modules have it too; the merged one is a new parameter.
     """
 
     patches: list[Patch]
@@ -39,11 +40,11 @@ class MergedWeight:
 
 @dataclass
 class Merged:
-    """An adapted layer's adapters after they went into its weights.
+    """The adapters of a layer after they were merged into its weights.
 
     Args:
-        adapters: A and B, private to the record.
-        weights: what was done to each parameter.
+        adapters: A and B, which only the record holds now.
+        weights: how to undo the merge into each parameter.
     """
 
     adapters: Adapters
@@ -56,8 +57,8 @@ class Record:
 
     Args:
         config: on the module that ``apply_lora`` was called with.
-        found: ``requires_grad`` as found, while the module is frozen.
-        trained: the base's parameters that train beside the adapters.
+        found: ``requires_grad`` before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
+        trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
@@ -82,9 +83,9 @@ def record_of(module: nn.Module) -> Record:
     return record
 
 
-def records(model: nn.Module) -> Iterator[tuple[str, nn.Module, Record]]:
+def records(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, Record]]:
     """Every record in ``model`` with its module under its first clean name."""
-    for name, module in model.named_modules():
+    for name, module in survey_of(model).modules:
         if _ATTRIBUTE in module.__dict__:
             yield names.clean(name), module, module.__dict__[_ATTRIBUTE]
 
@@ -95,14 +96,14 @@ def all_records(model: nn.Module) -> dict[str, Record]:
 
 
 def place_again(model: nn.Module, kept: dict[str, Record]) -> None:
-    """Give the records in ``kept`` to modules that lost them, because another module was put in their place."""
+    """Put the records in ``kept`` on the modules that replaced those which had them, as SyncBatchNorm's do."""
     for name, module in names.named_modules(model):
         if name in kept:
             module.__dict__.setdefault(_ATTRIBUTE, kept[name])
 
 
 def forget(model: nn.Module) -> None:
-    """Take every record off, with the hook that belongs to it."""
+    """Remove every record, and the hook that belongs to it."""
     for _, module, record in list(records(model)):
         if record.load_hook is not None:
             record.load_hook.remove()
@@ -110,29 +111,29 @@ def forget(model: nn.Module) -> None:
 
 
 def prune(model: nn.Module) -> None:
-    """Take off the records that say nothing."""
+    """Remove the records that hold nothing."""
     for _, module, record in list(records(model)):
         if record == Record():
             del module.__dict__[_ATTRIBUTE]
 
 
-def config_of(model: nn.Module) -> LoRAConfig | None:
+def config_of(model: nn.Module | Survey) -> LoRAConfig | None:
     """The configuration that ``model``, or a part of it, was adapted with."""
     return next((config for _, config in holders(model)), None)
 
 
-def holders(model: nn.Module) -> list[tuple[nn.Module, LoRAConfig]]:
+def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, LoRAConfig]]:
     """The modules in ``model`` that were adapted, ``model`` itself or parts of it, with their configurations."""
     return [(module, record.config) for _, module, record in records(model) if record.config is not None]
 
 
-def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Merged]]:
+def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, Merged]]:
     """Every layer whose adapters are merged."""
     for name, module, record in records(model):
         if record.merged is not None:
             yield name, module, record.merged
 
 
-def is_merged(model: nn.Module) -> bool:
+def is_merged(model: nn.Module | Survey) -> bool:
     """Whether adapters are merged into ``model``."""
     return any(True for _ in merged_layers(model))

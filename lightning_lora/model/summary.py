@@ -1,4 +1,4 @@
-"""The table that is shown at the start of a run: what was adapted, what trains, and what stays frozen."""
+"""The table at the start of a run: what is adapted, what trains, and which output heads stay frozen."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.state import lora_parameters
-from lightning_lora.model.table import Row, beside, bytes_text, row_of, table
+from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full
 from lightning_lora.targets.roles import roles_in
 
 
 def describe(model: nn.Module) -> str:
-    """What LoRA does to ``model``, as a few lines of text; layers that differ only by a number share a row."""
+    """What LoRA adapts and trains in ``model``, as text; layers that differ only by a number share a row."""
     return "\n".join(
         ["LoRA adapts", *table(rows_of(model)), *_also_trained(model), _totals(model), *_frozen_heads(model)]
     )
@@ -29,16 +29,15 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 
 def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
-    part, kind = adapter.part, layer.lora_original_class.__name__
-    own = names.join(name, part.name) if part.name else name
-    return row_of(own, kind, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
+    part, class_name = adapter.part, layer.lora_original_class.__name__
+    matrix = names.join(name, part.name) if part.name else name
+    return row_of(matrix, class_name, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
 
 
 def _also_trained(model: nn.Module) -> list[str]:
-    own = {id(parameter) for _, parameter in lora_parameters(model)}
-    return beside(
-        {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in own}, "and trains in full"
-    )
+    adapters = {id(parameter) for _, parameter in lora_parameters(model)}
+    in_full = {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in adapters}
+    return trained_in_full(in_full, "and trains in full")
 
 
 def _totals(model: nn.Module) -> str:
@@ -63,7 +62,7 @@ def _frozen_heads(model: nn.Module) -> list[str]:
 
 
 def output_heads(model: nn.Module) -> list[str]:
-    """The linear maps that give the output: known by their name, or the last one that is in no block."""
+    """The linear layers that compute the output, known by name; without such names the last layer, if in no block."""
     roles = roles_in(model)
     blocks = {*roles.attention, *roles.mlp}
     last = [name for name in roles.linear if name not in blocks][-1:]

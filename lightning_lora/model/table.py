@@ -1,4 +1,4 @@
-"""Rows of adapted matrices as text, for people."""
+"""Text tables of adapted matrices."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Row:
     """One adapted matrix.
 
     Args:
-        name: of the layer, or of the matrix in it.
-        kind: the layer's class.
-        shape: ``in -> out``, of each expert's where there are several.
+        name: name of the layer, or of the matrix in it.
+        kind: class name of the layer.
+        shape: ``in -> out``, with the number of experts where there are several.
         r: rank.
         scale: factor in front of ``B A``.
-        parameters: how many A and B have together.
-        why: what chose it.
+        parameters: number of parameters of A and B together.
+        why: the preset or pattern that chose the matrix.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def row_of(name: str, kind: str, part: Part, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
-    """The row of the matrix ``part`` of a layer, whose parameter is ``weight``."""
+    """The row of the matrix ``part`` of a layer whose parameter is ``weight``."""
     in_features, out_features = part.features(weight)
     (experts,) = part.stack(weight) or (1,)
     shape = f"{in_features} -> {out_features}"
@@ -44,36 +44,33 @@ def row_of(name: str, kind: str, part: Part, weight: Tensor, r: int, scale: floa
 
 
 def table(rows: Iterable[Row]) -> list[str]:
-    """Lines with a head; rows that differ only by a number in the name share one."""
-    together: dict[tuple[str, ...], list[Row]] = {}
+    """Aligned lines with a heading; rows that differ only by a number in the name share a line."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = (folded(row.name), row.kind, row.shape, str(row.r), f"{row.scale:g}", row.why)
-        together.setdefault(key, []).append(row)
-    head = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable", "by")
-    lines = [head, *(_line(key, same) for key, same in together.items())]
-    shown = [line if any(row.why for row in map(_first, together.values())) else line[:-1] for line in lines]
-    widths = [max(len(line[column]) for line in shown) for column in range(len(shown[0]))]
-    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in shown]
+        groups.setdefault(key, []).append(row)
+    heading = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable", "by")
+    lines = [heading, *(_line(key, group) for key, group in groups.items())]
+    if not any(group[0].why for group in groups.values()):
+        lines = [line[:-1] for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
-def _first(rows: list[Row]) -> Row:
-    return rows[0]
+def _line(key: tuple[str, ...], group: list[Row]) -> tuple[str, ...]:
+    name = key[0] if len(group) > 1 else group[0].name or "(the model itself)"
+    size = sum(row.parameters for row in group)
+    return (name, str(len(group)), *key[1:5], f"{size:,}", key[5])
 
 
-def _line(key: tuple[str, ...], same: list[Row]) -> tuple[str, ...]:
-    name = key[0] if len(same) > 1 else same[0].name or "(the model itself)"
-    size = sum(row.parameters for row in same)
-    return (name, str(len(same)), *key[1:5], f"{size:,}", key[5])
-
-
-def beside(sizes: Mapping[str, int], words: str) -> list[str]:
-    """A line about parameters of the base that train too; those that differ by a number are one."""
-    together: dict[str, int] = {}
+def trained_in_full(sizes: Mapping[str, int], words: str) -> list[str]:
+    """A line about parameters of the base that train too; names that differ only by a number are summed."""
+    sums: dict[str, int] = {}
     for name, size in sizes.items():
-        together[folded(name)] = together.get(folded(name), 0) + size
-    listed = ", ".join(f"{name} ({size:,})" for name, size in list(together.items())[:6])
-    more = f" and {len(together) - 6} more" if len(together) > 6 else ""
-    return [f"{words}: {listed}{more}"] if together else []
+        sums[folded(name)] = sums.get(folded(name), 0) + size
+    listed = ", ".join(f"{name} ({size:,})" for name, size in list(sums.items())[:6])
+    more = f" and {len(sums) - 6} more" if len(sums) > 6 else ""
+    return [f"{words}: {listed}{more}"] if sums else []
 
 
 def bytes_text(size: float) -> str:

@@ -1,7 +1,7 @@
-"""What the maps of a model do, told from its structure and names: attention, MLP, experts, routers, output heads.
+"""The role of each linear layer, by structure and names: attention, MLP, experts, router, output head.
 
-There is no table of models. An attention block is a module that owns a query map beside a key or value map, or one map
-that fuses them; what repeats around it is a transformer block, and the other linear maps in there are its MLP.
+There is no table of models. An attention block is a module that owns a query projection and a key or value projection,
+or one fused projection. The numbered module around it is a transformer block, whose other linear layers are its MLP.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_lora import names
 from lightning_lora.layers.parameter import holds_experts
 from lightning_lora.layers.registry import is_linear, root_of
+from lightning_lora.names import join
+from lightning_lora.targets.survey import Survey, survey_of
 
 
 def _words(words: str) -> re.Pattern[str]:
@@ -49,7 +50,18 @@ HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Roles:
-    """The maps of a model by first clean name, sorted by what they do."""
+    """The layers of a model by first clean name, in the model's order.
+
+    Args:
+        linear: all plain linear layers.
+        attention: linear layers, ``nn.MultiheadAttention`` and experts that belong to attention.
+        whole: every ``nn.MultiheadAttention``.
+        experts: modules that keep the weights of many experts in one parameter, but those of attention.
+        routers: linear layers that choose among experts.
+        mlp: linear layers of MLPs.
+        heads: output heads.
+        convolutions: all convolutions.
+    """
 
     linear: list[str]
     attention: list[str]
@@ -61,9 +73,9 @@ class Roles:
     convolutions: list[str]
 
 
-def roles_in(model: nn.Module) -> Roles:
-    """Sort the linear maps and convolutions of ``model``."""
-    modules = unique(model)
+def roles_in(model: nn.Module | Survey) -> Roles:
+    """The roles of the layers of ``model``, a module or its survey."""
+    modules = survey_of(model).by_name
     linear = [name for name, module in modules.items() if is_linear(module)]
     owners = _attention_owners(linear, modules)
     attention = _attention(linear, owners, modules)
@@ -73,16 +85,15 @@ def roles_in(model: nn.Module) -> Roles:
     heads = _heads([name for name in linear if name not in attention], [*owners, *whole], modules)
     if convolutions and len(linear) == 1:  # the one linear layer of a convolutional network is its output
         heads |= set(linear)
-    outputs = {names.join(name, "out_proj") for name in whole}
+    outputs = {join(name, "out_proj") for name in whole}
     rest = attention | outputs | heads | set(routers)
     experts = [name for name, module in modules.items() if holds_experts(module)]
-    either = attention | whole | outputs
-    either |= {name for name in experts if _inside(name, set(owners))}
+    in_attention = attention | whole | outputs | {name for name in experts if _inside(name, set(owners))}
     return Roles(
         linear=linear,
-        attention=[name for name in modules if name in either],
+        attention=[name for name in modules if name in in_attention],
         whole=whole,
-        experts=[name for name in experts if name not in either],
+        experts=[name for name in experts if name not in in_attention],
         routers=routers,
         mlp=_mlp([name for name in linear if name not in rest], [*owners, *whole], modules),
         heads=[name for name in linear if name in heads],
@@ -91,19 +102,19 @@ def roles_in(model: nn.Module) -> Roles:
 
 
 def is_fused(name: str) -> bool:
-    """Whether the name says that the map holds query, key or value in one."""
+    """Whether the name says that the layer is a fused projection: query, key or value in one weight."""
     return _leaf_is(name, FUSED) or (_leaf_is(name, IN_ATTENTION) and bool(ATTENTION.search(_parent(name))))
 
 
 def family_of(name: str) -> str | None:
-    """What the maps of one module are called that mostly read the same input: those of attention, or a gated MLP's."""
+    """The group of layers in one module that mostly read the same input: ``"attention"``, ``"gated"`` (MLP) or none."""
     if _leaf_is(name, QUERY, KEY, VALUE):
         return "attention"
     return "gated" if GATED.fullmatch(name) else None
 
 
 def is_query_or_value(name: str) -> bool:
-    """Whether the name says that the map gives queries or values."""
+    """Whether the name says that the layer computes queries or values."""
     return _leaf_is(name, QUERY, VALUE)
 
 
@@ -113,27 +124,15 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``name`` chooses among experts: a gate beside them, or what lies in a router."""
+    """Whether ``name`` chooses among experts: a gate in the same module as they, or a layer in a router."""
     gates = [name, *_around(name)] if ROUTER.fullmatch(_parent(name).rpartition(".")[2]) else [name]
     return any(_leaf_is(gate, ROUTER) and _has_experts(_parent(gate), modules) for gate in gates if gate)
 
 
 def _has_experts(parent: str, modules: dict[str, nn.Module]) -> bool:
-    inside = modules[parent]._modules
-    linear = any(
-        is_linear(module) for child, module in inside.items() if module is not None and not ROUTER.fullmatch(child)
-    )
-    return any(EXPERTS.fullmatch(child) for child in inside) or (_called(parent, MLP) and not linear)
-
-
-def unique(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of ``model`` under its first clean name."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, module in names.named_modules(model):
-        if first.setdefault(id(module), name) == name:
-            found[name] = module
-    return found
+    children = {key: child for key, child in modules[parent]._modules.items() if child is not None}
+    linear = any(is_linear(child) for key, child in children.items() if not ROUTER.fullmatch(key))
+    return any(EXPERTS.fullmatch(key) for key in modules[parent]._modules) or (_called(parent, MLP) and not linear)
 
 
 def _parent(name: str) -> str:
@@ -141,7 +140,7 @@ def _parent(name: str) -> str:
 
 
 def _around(name: str) -> list[str]:
-    """The names of all that ``name`` lies in, the model itself first."""
+    """The names of all modules that ``name`` lies in, the model itself first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:length]) for length in range(len(parts))]
 
@@ -155,7 +154,7 @@ def _leaf_is(name: str, *patterns: re.Pattern[str]) -> bool:
 
 
 def stem(name: str) -> str:
-    """The name that says what a map is for: a map and its norm may lie in a module that is called so (LeViT)."""
+    """The name that says what a layer is for: where it and its norm lie in a module, as in LeViT, the module's name."""
     head, _, last = name.rpartition(".")
     wrapped = last in ("linear", "ln") and head and not head.rpartition(".")[2].isdigit()
     return stem(head) if wrapped else name
@@ -170,10 +169,10 @@ def _any_token(tokens: Iterable[str], pattern: re.Pattern[str]) -> bool:
 
 
 def _called(name: str, pattern: re.Pattern[str], modules: dict[str, nn.Module] | None = None) -> bool:
-    """Whether the name of a module, a number in a list aside, or the name of its class says so."""
+    """Whether the last word of a module's name that is no number, or its class's name, fits ``pattern``."""
     last = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
-    kind = type(modules[name]).__name__ if modules and name in modules else ""
-    return bool(pattern.search(last) or pattern.search(kind)) if modules else bool(pattern.fullmatch(last))
+    class_name = type(modules[name]).__name__ if modules and name in modules else ""
+    return bool(pattern.search(last) or pattern.search(class_name)) if modules else bool(pattern.fullmatch(last))
 
 
 def _attention_owners(linear: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -194,18 +193,18 @@ def _attention_owners(linear: list[str], modules: dict[str, nn.Module]) -> list[
 
 
 def _attention(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) -> set[str]:
-    found: set[str] = set()
+    members: set[str] = set()
     within: dict[str, list[str]] = {}
     for name in linear:
         for container in _around(name):
             within.setdefault(container, []).append(name)
     for owner in owners:
-        anything = _called(owner, ATTENTION, modules)
-        found |= _members(within[owner], owner, _anything if anything else _projection)
-        around = _parent(owner)  # BERT keeps the output map beside the owner, in a module that is called attention
+        belongs = _anything if _called(owner, ATTENTION, modules) else _projection
+        members |= _members(within[owner], owner, belongs)
+        around = _parent(owner)  # BERT's output projection is not in the owner but in a module around both
         if owner and around and _called(around, ATTENTION, modules):
-            found |= _members(within[around], around, _output)
-    return found
+            members |= _members(within[around], around, _output)
+    return members
 
 
 def _anything(tokens: list[str]) -> bool:
@@ -233,8 +232,8 @@ def _heads(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) 
         container = _head_container(name, modules)
         if container is not None and not any(container in _around(owner) for owner in owners):
             inside.setdefault(container, []).append(name)
-    last = {each[-1] for each in inside.values()}  # of several maps in a head the last one gives the output
-    whole = {name for container, each in inside.items() if _is_all_head(container, modules) for name in each}
+    last = {layers[-1] for layers in inside.values()}  # of several layers in a head the last one gives the output
+    whole = {name for container, layers in inside.items() if _is_all_head(container, modules) for name in layers}
     return tied | last | (whole if len(whole) < len(linear) else set())
 
 
@@ -253,7 +252,7 @@ def _head_container(name: str, modules: dict[str, nn.Module]) -> str | None:
 
 
 def _mlp(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The maps that are called so, and what else lies in the blocks that repeat around attention."""
+    """The linear layers whose names say MLP, and the other ones in the blocks that repeat around attention."""
     called = {name for name in linear if _any_token(name.split("."), MLP) or _follows_intermediate(name, modules)}
     blocks = {block for owner in owners if (block := _numbered(owner))}
     nameless = {around for owner in owners if not _numbered(owner) for around in (owner, *_around(owner)[-2:])} - {""}
@@ -268,12 +267,12 @@ def _mlp(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) ->
 
 
 def _follows_intermediate(name: str, modules: dict[str, nn.Module]) -> bool:
-    """BERT's second map lies in ``output``, beside ``intermediate``."""
+    """Whether ``name`` lies in ``output``, and ``intermediate`` in the same module: BERT's second MLP layer."""
     around = [container for container in _around(name) if container.rpartition(".")[2] == "output"]
     return any("intermediate" in modules[_parent(container)]._modules for container in around)
 
 
 def _numbered(name: str) -> str:
-    """What repeats around ``name``: the nearest module that it lies in whose name is a number."""
+    """The nearest module around ``name`` whose own name is a number: a block that repeats."""
     parts = name.split(".")[:-1]
     return next((".".join(parts[:length]) for length in range(len(parts), 0, -1) if parts[length - 1].isdigit()), "")

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.apply import apply_lora, check_same
+from lightning_lora.model.apply import apply_lora
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.merge import merge_lora
+from lightning_lora.model.same_config import check_same
 from lightning_lora.model.state import load_lora_state_dict
 from lightning_lora.names import clean
 from lightning_lora.trainer import checkpoints

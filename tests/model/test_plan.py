@@ -43,7 +43,7 @@ def test_the_plan_is_what_is_then_done(config):
     adapters = dict(lora_parameters(model))
     assert sum(row.parameters for row in plan.rows) == sum(matrix.numel() for matrix in adapters.values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert sum(row.parameters for row in plan.rows) + sum(plan.beside.values()) == trained
+    assert sum(row.parameters for row in plan.rows) + sum(plan.in_full.values()) == trained
     names = [key.replace("lora.default.", "").removesuffix(".A") for key in adapters if key.endswith(".A")]
     assert [row.name for row in plan.rows] == names
     ranks = [matrix.shape[-2] for key, matrix in adapters.items() if key.endswith(".A")]

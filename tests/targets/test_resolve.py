@@ -34,7 +34,7 @@ class Model(nn.Module):
 def found(model=None, **arguments):
     targets = find_targets(Model() if model is None else model, LoRAConfig(**arguments))
     targets.check()
-    return list(targets.modules)
+    return targets.names()
 
 
 def problem(model=None, **arguments):
@@ -257,7 +257,7 @@ def test_the_matrices_of_a_multihead_attention_are_named_one_by_one(arguments, e
     model.add_module("attn", nn.MultiheadAttention(4, 2, **sizes))
     targets = find_targets(model, LoRAConfig(**arguments))
     targets.check()
-    assert {name: [part.name for part in parts] for name, parts in targets.parts.items()} == expected
+    assert {site.name: [part.name for part in site.parts] for site in targets.sites} == expected
 
 
 def test_what_cannot_be_adapted_can_be_left_out():

@@ -1,0 +1,47 @@
+"""Whether two configurations mean the same adapters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.targets.survey import Survey
+
+IDENTITY = ("name", "r", "alpha", "rslora", "targets", "exclude", "rank_pattern", "alpha_pattern", "bias", "also_train")
+
+
+def difference(present: LoRAConfig, asked: LoRAConfig) -> str | None:
+    """The first argument in which two configurations mean different adapters, as ``r=4 instead of r=8``."""
+    old, new = present.to_dict(), asked.to_dict()
+    for key in IDENTITY:
+        if _ordered(old[key]) != _ordered(new[key]) and not (key == "alpha" and _same_alpha(present, asked)):
+            return f"`{key}={new[key]!r}` instead of `{key}={old[key]!r}`"
+    return None
+
+
+def _ordered(value: object) -> object:
+    """For comparison: the first pattern that matches counts, so order matters; an empty list is as good as ``None``."""
+    return (list(value.items()) if isinstance(value, dict) else value) or None
+
+
+def _same_alpha(present: LoRAConfig, asked: LoRAConfig) -> bool:
+    """``alpha=None`` is each layer's rank: it equals a number only where all layers have the same rank."""
+    one_rank = not present.rank_pattern and not asked.rank_pattern
+    return one_rank and (present.alpha or present.r) == (asked.alpha or asked.r)
+
+
+def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
+    """Raise if ``model`` has adapters, live or merged, of another configuration.
+
+    Raises:
+        ValueError: naming the first difference and the ways out.
+    """
+    present = config_of(model)
+    changed = difference(present, config) if present is not None else None
+    if changed is not None:
+        raise ValueError(
+            f"The model already has adapters{' (merged)' if is_merged(model) else ''}, and this asks for {changed}. To "
+            "start over on the original base call `remove_lora(model)`; to keep what was trained as the new base call "
+            "`merge_lora(model, undo=False)`; to continue, ask for the same."
+        )
