@@ -37,7 +37,7 @@ def equip(model: nn.Module | Survey, config: LoRAConfig) -> None:
     """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
     survey = survey_of(model)
     freeze(survey, config)
-    accept_base(survey)
+    accept_base(survey.model)
     start_graphs(survey)
 
 
@@ -119,9 +119,8 @@ def ends_in(key: str, tails: set[str]) -> bool:
     return any(".".join(parts[start:]) in tails for start in range(len(parts)))
 
 
-def accept_base(model: nn.Module | Survey) -> None:
+def accept_base(model: nn.Module) -> None:
     """Let base checkpoints load into ``model``, which has adapters now."""
-    model = survey_of(model).model
     if not any(isinstance(hook, BaseCheckpoint) for hook in model._load_state_dict_post_hooks.values()):
         model.register_load_state_dict_post_hook(BaseCheckpoint())  # type: ignore[no-untyped-call]
 

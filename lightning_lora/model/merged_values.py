@@ -1,4 +1,4 @@
-"""What a merged model would hold, without merging: for weights that are gathered for a moment and put nowhere."""
+"""The state dict of the merged model without a merge: sharded weights are gathered one by one and not kept."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import full_parameters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.model.merge import factors_of
+from lightning_lora.model.merge_layer import factors_of
 from lightning_lora.names import join, named_modules, named_parameters
 from lightning_lora.ops import exact_sum as exact
 
 
 @torch.no_grad()
 def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the state dict of the merged model holds, one tensor at a time; nothing in ``model`` is changed.
+    """The state dict of the merged model, one tensor at a time; ``model`` is not changed.
 
-    Every rank must go through all of it.
+    Every rank must iterate to the end.
     """
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
