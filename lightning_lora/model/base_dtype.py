@@ -1,7 +1,7 @@
-"""Frozen weights kept in the dtype in which autocast computes, for the length of a run.
+"""Frozen weights in the dtype in which autocast computes, for the length of a run.
 
-Under ``bf16-mixed`` a frozen fp32 weight is cast at every use, and its cast is kept for backward beside it. Kept in
-bf16 it is read as it is, and every product has the bits that it had.
+Under ``bf16-mixed`` autocast casts a frozen fp32 weight at every use, and autograd keeps the cast in addition to the
+weight. A weight that is stored in bf16 is read without a cast, and every product is bit-identical.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.weight_reads import is_read_raw
@@ -24,45 +24,46 @@ ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)
 
 
 def lower(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Callable[[], None]:
-    """Cast ``parameters``, whose old values wait on the CPU; what is returned gives them back.
+    """Cast ``parameters``, and keep their old values on the CPU.
 
-    What was written to meanwhile, such as weights that were loaded into the module, keeps what was written.
+    Returns:
+        A function that restores the old values. A parameter that was written to meanwhile, such as by a loaded state
+        dict, keeps what was written, in its old dtype.
     """
-    found: list[tuple[nn.Parameter, Tensor]] = []
+    originals: list[tuple[nn.Parameter, Tensor]] = []
     for parameter in parameters:
-        found.append((parameter, parameter.data.cpu()))
+        originals.append((parameter, parameter.data.cpu()))
         parameter.data = parameter.data.to(dtype)
 
     def restore() -> None:
-        for parameter, value in found:
-            now = parameter.data.cpu()
-            kept = value if same_bits(now, value.to(dtype)) else now.to(value.dtype)
-            parameter.data = kept.to(parameter.device)
+        for parameter, original in originals:
+            value = parameter.data.cpu()
+            unchanged = same_bits(value, original.to(dtype))
+            parameter.data = (original if unchanged else value.to(original.dtype)).to(parameter.device)
 
     return restore
 
 
 def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The frozen fp32 parameters of ``model`` that autocast casts at every use, whoever uses them.
+    """The frozen fp32 parameters of ``model`` that autocast casts at every use.
 
-    These are weights and biases of linear layers and convolutions whose forward is torch's own or adds to its result:
-    norms, embeddings, and weights that other code reads are none.
+    These are weights and biases of linear layers and convolutions whose forward is torch's own or adds to its result.
+    Norms, embeddings, and weights that other code reads are not among them.
     """
-    holders: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
+    users: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
     modules = dict(names.named_modules(model))
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                holders.setdefault(memory_of(module, key), []).append((name, module, key))
-    for held in holders.values():
-        _, module, key = held[0]
-        parameter = module._parameters[key]
-        assert parameter is not None
-        frozen = parameter.dtype == torch.float32 and not parameter.requires_grad and not parameter.is_meta
-        if frozen and all(_is_cast(one, k) and not is_read_raw(at, k, modules.get) for at, one, k in held):
-            yield from {id(p): p for _, one, k in held if (p := one._parameters[k]) is not None}.values()
+                users.setdefault(memory_of(module, key), []).append((name, module, key))
+    for sharing in users.values():
+        parameters = [parameter_of(module, key) for _, module, key in sharing]
+        first = parameters[0]
+        frozen = first.dtype == torch.float32 and not first.requires_grad and not first.is_meta
+        if frozen and all(_is_cast(m, key) and not is_read_raw(name, key, modules.get) for name, m, key in sharing):
+            yield from {id(parameter): parameter for parameter in parameters}.values()
 
 
 def _is_cast(module: nn.Module, key: str) -> bool:
-    known = ADDS_TO_IT if isinstance(module, LoRALayer) else CAST_BY_AUTOCAST
-    return key in ("weight", "bias") and "forward" not in vars(module) and type(module).forward in known
+    forwards = ADDS_TO_IT if isinstance(module, LoRALayer) else CAST_BY_AUTOCAST
+    return key in ("weight", "bias") and "forward" not in vars(module) and type(module).forward in forwards

@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: sums of every frozen parameter, two of which survive a cast."""
+"""The fingerprint of a base: checksums of every frozen parameter, two of which are the same after a cast."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Fingerprint = dict[str, list[int | None]]
 
 
 def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> Fingerprint:
-    """For each frozen parameter: its sums after rounding to bf16 and to fp16, its exact sum, and its shape.
+    """For each frozen parameter: its checksums after rounding to bf16 and to fp16, its exact one, and its shape.
 
-    The same base loaded in fp32 and in bf16 agrees in the first, in fp32 and in fp16 in the second. A quantized
-    parameter is known by its shape alone. Every rank must call it: sharded parameters are gathered one by one.
+    The same base loaded in fp32 and in bf16 agrees in the first, loaded in fp32 and in fp16 in the second. Of a
+    quantized parameter only the shape counts. Every rank must call it: sharded parameters are gathered one by one.
 
     Args:
-        model: with adapters, live or merged, or without.
-        device: where to sum, one parameter at a time; a CPU takes half a minute for 7 B parameters.
+        model: any module, with live or merged adapters or without.
+        device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     trained = {name for name, _ in trained_parameters(model)}
     return {name: sums_of(value, device) for name, value in full_parameters(model) if name not in trained}
 
 
 def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:
-    """What :func:`fingerprint` has of one parameter."""
+    """The entry of :func:`fingerprint` for one parameter."""
     if tensor.is_meta or not tensor.is_floating_point():
         return [None, None, None, *shape_of(tensor)]
     tensor = tensor if device is None else tensor.to(device)
@@ -36,21 +36,21 @@ def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[in
     return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]
 
 
-def other_base(expected: Fingerprint, found: Fingerprint) -> str | None:
-    """What tells that ``found`` is another base than ``expected``; ``None`` where it is the same but for a cast."""
-    for name in (*expected, *found):
-        if name not in found or name not in expected:
+def other_base(expected: Fingerprint, present: Fingerprint) -> str | None:
+    """The first difference between two bases, a file's and a model's; ``None`` where they are equal but for a cast."""
+    for name in (*expected, *present):
+        if name not in present or name not in expected:
             return f"`{name}` is only in {'the file' if name in expected else 'the model'}"
         (*rounded, _), shape = expected[name][:3], expected[name][3:]
-        (*rounded_here, _), shape_here = found[name][:3], found[name][3:]
+        (*rounded_here, _), shape_here = present[name][:3], present[name][3:]
         if shape != shape_here:
             return f"`{name}` had shape {tuple(shape)} and has {tuple(shape_here)} here"
-        known = None not in (*rounded, *rounded_here)
-        if known and not any(one == other for one, other in zip(rounded, rounded_here, strict=True)):
+        comparable = None not in (*rounded, *rounded_here)
+        if comparable and not any(a == b for a, b in zip(rounded, rounded_here, strict=True)):
             return f"`{name}` has other values"
     return None
 
 
-def exactly_same(expected: Fingerprint, found: Fingerprint) -> bool:
-    """Whether every bit of the two bases agrees."""
-    return expected == found
+def exactly_same(expected: Fingerprint, present: Fingerprint) -> bool:
+    """Whether two bases are bit-identical."""
+    return expected == present

@@ -21,11 +21,11 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Every rank must iterate to the end.
     """
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((join(name, key), module, key))
-    of_name = {name: holders[id(parameter)] for name, parameter in named_parameters(model)}
+            users.setdefault(id(parameter), []).append((join(name, key), module, key))
+    of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
         for name, module, key in of_name[first]:
             if not isinstance(module, Adapter):

@@ -1,4 +1,4 @@
-"""What an adapter is as data: what belongs in a file is asked here and nowhere else."""
+"""The state dict of adapters: which entries of a model belong in an adapter file, and how they load."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Any]:
-    """What an adapter file holds, under the model's own names.
+    """The entries of ``model`` that an adapter file holds, under the model's own names.
 
-    Adapters, ``also_train`` modules, the biases that train, and buffers that changed since :func:`apply_lora` (the
-    statistics of BatchNorm move though it is frozen). No frozen parameter is in it. As in torch's ``state_dict`` the
-    tensors are the model's own memory: clone them to keep them while training goes on.
+    These are adapters, ``also_train`` modules, the biases that train, and buffers that changed since
+    :func:`apply_lora` (BatchNorm updates its statistics though it is frozen), but no frozen parameter. As in torch's
+    ``state_dict`` the tensors are the model's own memory: clone them to keep them while training continues.
 
     Raises:
         ValueError: if ``model`` has no adapters.
@@ -61,12 +61,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
-    own = keep_adapter(model, own_state(model))
-    return {key: full_detached(value) for key, value in own.items()} | _merged_state(model)
+    live = keep_adapter(model, own_state(model))
+    return {key: full_detached(value) for key, value in live.items()} | _merged_state(model)
 
 
 def full_detached(value: Any) -> Any:
-    """``value`` as it is given away: whole, and without a gradient."""
+    """The full tensor of a sharded one, detached; any other value as it is."""
     return full_tensor(value).detach() if isinstance(value, Tensor) else value
 
 
@@ -86,10 +86,10 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_state(model: nn.Module) -> dict[str, Any]:
-    """What the state dict of ``model`` holds under the keys that it has now, each tensor as this rank has it.
+    """The state dict of ``model`` under its present keys, each tensor as this rank has it.
 
-    It is asked of every module by itself, past its hooks: a ``state_dict`` of the user's own may leave something out,
-    and FSDP1 gathers all of a unit's parameters in its own.
+    It is collected module by module, without hooks: a ``state_dict`` of the user's own may leave something out, and
+    FSDP1's hook gathers all parameters of a unit.
     """
     reshard(model)
     state: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    # What a quantized layer writes beside its weight belongs to the base.
+    # The entries that a quantized layer adds for its weight belong to the base.
     save = nn.Module._save_to_state_dict if is_quantizing(type(module)) else type(module)._save_to_state_dict
     save(module, state, prefix, True)
     if prefix and type(module).state_dict is not nn.Module.state_dict:  # metrics add their own
@@ -107,12 +107,12 @@ def _save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
 
 
 def clean_state(model: nn.Module) -> dict[str, Any]:
-    """The same under the model's own names."""
+    """The state dict of ``model`` under clean names."""
     return {names.clean(key): value for key, value in own_state(model).items()}
 
 
 def real_keys(model: nn.Module) -> dict[str, str]:
-    """The keys that the state dict of ``model`` has now, whatever wraps its modules, by clean name."""
+    """The present keys of the state dict of ``model``, with the names of wrappers in them, by clean name."""
     return {names.clean(key): key for key in own_state(model)}
 
 
@@ -124,33 +124,33 @@ def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """The names, under every alias, of the parameters that do not train."""
-    keep = {id(parameter) for _, parameter in trained_parameters(model)}
-    every = model.named_parameters(remove_duplicate=False)
-    return {names.clean(name) for name, parameter in every if id(parameter) not in keep}
+    trained = {id(parameter) for _, parameter in trained_parameters(model)}
+    aliases = model.named_parameters(remove_duplicate=False)
+    return {names.clean(name) for name, parameter in aliases if id(parameter) not in trained}
 
 
 def base_names(model: nn.Module) -> set[str]:
-    """The names, under every alias, of what is no part of an adapter: frozen parameters and unchanged buffers."""
+    """The names, under every alias, that no adapter file holds: frozen parameters and unchanged buffers."""
     changed = {id(module._buffers.get(key)) for module, key, _ in moved(model)}
-    known = {id(module._buffers.get(key)) for _, module, record in records(model) for key in record.originals}
-    every = model.named_buffers(remove_duplicate=False)
-    return frozen_names(model) | {names.clean(name) for name, buffer in every if id(buffer) in known - changed}
+    recorded = {id(module._buffers.get(key)) for _, module, record in records(model) for key in record.originals}
+    aliases = model.named_buffers(remove_duplicate=False)
+    return frozen_names(model) | {names.clean(name) for name, buffer in aliases if id(buffer) in recorded - changed}
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what :func:`lora_state_dict` gave into a model with the same adapters: everything, or nothing at all.
+    """Load the result of :func:`lora_state_dict` into a model with the same adapters: all of it, or nothing.
 
-    Buffers that ``state`` does not name had not changed when it was made, and get their first values back.
+    Buffers that are not in ``state`` had not changed when it was made: they get their initial values back.
 
     Raises:
         ValueError: if a key is missing, unknown or has another shape, or the model is merged or has no adapters.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
-        >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
-        >>> for model in (one, other):
+        >>> trained, fresh = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> for model in (trained, fresh):
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
-        >>> load_lora_state_dict(other, lora_state_dict(one))
+        >>> load_lora_state_dict(fresh, lora_state_dict(trained))
     """
     if not is_adapted(model):
         merged = is_merged(model)
@@ -168,36 +168,36 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key that is missing, unknown or of another shape.
     """
-    own, frozen = clean_state(model) | _merged_state(model), frozen_names(model)
+    present, frozen = clean_state(model) | _merged_state(model), frozen_names(model)
     missing = [key for key in needed_names(model) if key not in state]
-    unknown = [key for key in state if key not in own or key in frozen]
+    unknown = [key for key in state if key not in present or key in frozen]
     if missing or unknown:
-        found = [f"lacks `{key}`" for key in missing]
-        found += [f"has `{key}`, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown]
+        wrong = [f"lacks `{key}`" for key in missing]
+        wrong += [f"has `{key}`, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown]
         raise ValueError(
-            f"The adapter does not fit the model: it {found[0]} ({len(missing)} missing, {len(unknown)} unknown). Were "
+            f"The adapter does not fit the model: it {wrong[0]} ({len(missing)} missing, {len(unknown)} unknown). Were "
             "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
         )
     for key, value in state.items():
-        if isinstance(own[key], Tensor):
-            _check_shape(key, value, own[key])
+        if isinstance(present[key], Tensor):
+            _check_shape(key, value, tuple(shape_of(present[key])))
 
 
-def _check_shape(key: str, value: Any, own: Tensor) -> None:
+def _check_shape(key: str, value: Any, expected: tuple[int, ...]) -> None:
     shape = tuple(value.shape) if isinstance(value, Tensor) else None
-    if shape != tuple(shape_of(own)):
+    if shape != expected:
         what = f"has shape {shape}" if shape is not None else f"is a {type(value).__name__}"
         cause = "`r`" if key.endswith((".A", ".B")) else "the size of the model"
         raise ValueError(
-            f"The adapter does not fit the model: `{key}` {what}, but the model needs {tuple(shape_of(own))}. "
+            f"The adapter does not fit the model: `{key}` {what}, but the model needs {expected}. "
             f"Was {cause} the same when it was made?"
         )
 
 
 def needed_names(model: nn.Module) -> list[str]:
-    """The names that every adapter of ``model`` has: all that trains, and what is neither parameter nor buffer."""
-    no_need = frozen_names(model) | buffer_names(model)
-    return [key for key in clean_state(model) | _merged_state(model) if key not in no_need]
+    """The names that every adapter file of ``model`` has: what trains, and what is neither parameter nor buffer."""
+    optional = frozen_names(model) | buffer_names(model)
+    return [key for key in clean_state(model) | _merged_state(model) if key not in optional]
 
 
 def buffer_names(model: nn.Module) -> set[str]:
@@ -211,18 +211,17 @@ def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
     before: list[tuple[nn.Module, str, dict[str, Any]]] = []
     try:
         for name, module in names.named_modules(model):
-            own: dict[str, Any] = {}
-            _save_own(module, own, prefix := f"{name}." if name else "")
-            found = {key: shard_like(value, state[key]) for key, value in own.items() if key in state}
-            before.append((module, prefix, {key: _copied(own[key]) for key in found}))
-            _load_own(module, prefix, own, found)
+            present: dict[str, Any] = {}
+            _save_own(module, present, prefix := f"{name}." if name else "")
+            new = {key: shard_like(value, state[key]) for key, value in present.items() if key in state}
+            before.append((module, prefix, {key: _copied(present[key]) for key in new}))
+            _load_own(module, prefix, present, new)
     except BaseException:
-        for module, prefix, kept in before:
-            _load_own(module, prefix, {}, kept)
+        for module, prefix, old in before:
+            _load_own(module, prefix, {}, old)
         raise
     _reset_buffers(model, state)
-    # Modules that keep something in addition to what was loaded are notified.
-    for module in set(model.modules()) - set(fsdp1_units(model)):
+    for module in set(model.modules()) - set(fsdp1_units(model)):  # a module may compute something from what was loaded
         for hook in module._load_state_dict_post_hooks.values():
             hook(module, nn.modules.module._IncompatibleKeys([], []))
 
@@ -231,18 +230,18 @@ def _copied(value: Any) -> Any:
     return full_detached(value).clone() if isinstance(value, Tensor) else value
 
 
-def _load_own(module: nn.Module, prefix: str, own: Mapping[str, Any], found: dict[str, Any]) -> None:
-    if not found:
+def _load_own(module: nn.Module, prefix: str, present: Mapping[str, Any], new: dict[str, Any]) -> None:
+    if not new:
         return
     errors: list[str] = []
-    with gathered((own[key] for key in found if key in own), write=True):
-        module._load_from_state_dict(found, prefix, {"version": module._version}, False, [], [], errors)
+    with gathered((present[key] for key in new if key in present), write=True):
+        module._load_from_state_dict(new, prefix, {"version": module._version}, False, [], [], errors)
     if errors:
         raise RuntimeError("\n".join(errors))
 
 
 def _reset_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give buffers that ``state`` does not name their first values."""
+    """Give buffers that are not in ``state`` their initial values."""
     name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
