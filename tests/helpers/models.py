@@ -22,6 +22,22 @@ class Block(nn.Module):
         return x + self.dropout(torch.relu(self.mlp(h)))
 
 
+class Attention(nn.Module):
+    """Query, key and value of one input, or key and value of another; named as in Llama."""
+
+    def __init__(self, features: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(features, features, bias=bias)
+        self.k_proj = nn.Linear(features, features, bias=bias)
+        self.v_proj = nn.Linear(features, features, bias=bias)
+        self.o_proj = nn.Linear(features, features, bias=bias)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        other = x if other is None else other
+        q, k, v = self.q_proj(x), self.k_proj(other), self.v_proj(other)
+        return self.o_proj(torch.softmax(q @ k.mT, -1) @ v)
+
+
 class Net(nn.Module):
     def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()

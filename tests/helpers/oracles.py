@@ -271,7 +271,7 @@ def special_values(dtype):
     return torch.cat([special, payload])
 
 
-class Net(nn.Module):
+class WithStatistics(nn.Module):
     """An embedding, a body with statistics, a head, a buffer that counts, and a parameter that is found frozen."""
 
     def __init__(self):
@@ -297,7 +297,7 @@ def net():
     """The same model every time."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return Net()
+        return WithStatistics()
 
 
 def adapted(**arguments):

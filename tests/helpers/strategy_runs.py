@@ -182,7 +182,7 @@ if importlib.util.find_spec("deepspeed"):
         RUNS["deepspeed-3-configure-model"] = (Lazy, lambda: deepspeed(3))
 
 
-class Attention(nn.Module):
+class Encoder(nn.Module):
     """Torch's own encoder: one of its kernels reads weights without calling the layers that have them."""
 
     def __init__(self) -> None:
@@ -346,9 +346,9 @@ def shapes() -> dict:
     """Fits of other modules: torch's encoder, other layers, manual optimization, bf16, the meta device."""
     cases = {
         "encoder": {
-            "ddp": partial(plain, Attention),
-            "fsdp1": partial(plain, Attention),
-            "fsdp2": partial(sharded, Attention),
+            "ddp": partial(plain, Encoder),
+            "fsdp1": partial(plain, Encoder),
+            "fsdp2": partial(sharded, Encoder),
         },
         "kinds": {"ddp": partial(plain, Layered), "fsdp1": partial(plain, Layered), "fsdp2": partial(sharded, Layered)},
         "manual": {"ddp": Manual, "fsdp1": RawManual, "fsdp2": ShardedManual},

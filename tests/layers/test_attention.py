@@ -551,7 +551,7 @@ def give_to_peft(other, layer):
     out_proj.lora_B["default"].weight.data.copy_(layer.out_proj.lora.default.B.data)
 
 
-class Block(nn.Module):
+class AroundAttention(nn.Module):
     """Attention in a model, with all that comes around it."""
 
     def __init__(self, attn, others):
@@ -565,7 +565,7 @@ class Block(nn.Module):
 
 def compiled_block(name):
     plain, inputs, others = build(name)
-    block = Block(plain, others)
+    block = AroundAttention(plain, others)
     apply_lora(block, LoRAConfig(r=2, alpha=2 * SCALE, targets="attn"))
     train_by_hand(block)
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ from lightning_lora.model.base_dtype import cast_by_autocast, lower
 from lightning_lora.trainer.compatibility import _check_base_dtype
 
 
-class Net(lightning.LightningModule):
+class ManyKinds(lightning.LightningModule):
     """Convolution, norm, linear layers, an embedding tied to a head, and a weight that is read raw."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ def bits(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fitted(path, **arguments):
-    net = Net()
+    net = ManyKinds()
     run = trainer(path, LoRACallback(r=2, targets=["conv", "first", "second"], **arguments))
     run.fit(net, data(), data())
     return net, run
@@ -96,7 +96,7 @@ def test_the_same_bits_from_the_first_loss_to_the_merged_weights(tmp_path, merge
 
 
 def test_a_run_that_fails_leaves_the_base_as_it_was(tmp_path):
-    net, base = Net(), bits(Net())
+    net, base = ManyKinds(), bits(ManyKinds())
 
     class Failing(lightning.Callback):
         def on_train_batch_end(self, *args):
@@ -111,12 +111,12 @@ def test_a_run_that_fails_leaves_the_base_as_it_was(tmp_path):
 
 def test_a_resumed_run_and_one_with_fp32_weights_go_on_alike(tmp_path):
     whole, _ = fitted(tmp_path / "whole", base_dtype="bf16", merge=False)
-    first = Net()
+    first = ManyKinds()
     run = trainer(tmp_path / "first", LoRACallback(r=2, targets=["conv", "first", "second"], merge=False))
     run.fit_loop.max_epochs = 1
     run.fit(first, data(), data())
     path = run.checkpoint_callback.best_model_path
-    second = Net()
+    second = ManyKinds()
     again = LoRACallback(r=2, targets=["conv", "first", "second"], merge=False, base_dtype="bf16")
     trainer(tmp_path / "second", again).fit(second, data(), data(), ckpt_path=path)
     for (name, one), (_, other) in zip(lora_parameters(whole), lora_parameters(second), strict=True):
@@ -124,7 +124,7 @@ def test_a_resumed_run_and_one_with_fp32_weights_go_on_alike(tmp_path):
 
 
 def test_what_is_cast():
-    net = Net()
+    net = ManyKinds()
     net.conv2 = nn.Conv1d(4, 4, 3).double()
     apply_lora(net, LoRAConfig(r=2, targets=["first", "raw"], also_train=["second"]))
     names = {id(parameter): name for name, parameter in net.named_parameters()}
@@ -161,13 +161,13 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
 )
 def test_where_it_is_refused(tmp_path, arguments, kwargs, message):
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
-        trainer(tmp_path, LoRACallback(r=2, targets=["first"], **arguments), **kwargs).fit(Net(), data())
+        trainer(tmp_path, LoRACallback(r=2, targets=["first"], **arguments), **kwargs).fit(ManyKinds(), data())
 
 
 def test_averages_are_refused(tmp_path):
     callbacks = (LoRACallback(r=2, targets=["first"], base_dtype="bf16"), WeightAveraging())
     with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not go with WeightAveraging"):
-        trainer(tmp_path, *callbacks).fit(Net(), data())
+        trainer(tmp_path, *callbacks).fit(ManyKinds(), data())
 
 
 def test_a_dtype_that_is_none():
@@ -191,7 +191,7 @@ def test_strategies_that_shard_are_refused():
 
 
 def test_nothing_to_cast_is_told(tmp_path):
-    net = Net()
+    net = ManyKinds()
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.requires_grad_(False).to(torch.bfloat16)
@@ -206,10 +206,10 @@ def test_what_is_loaded_into_the_module_meanwhile_stays(tmp_path):
             with torch.no_grad():
                 module.conv.weight.fill_(0.5)
 
-    net = Net()
+    net = ManyKinds()
     callback = LoRACallback(r=2, targets=["first"], base_dtype="bf16", merge=False)
     trainer(tmp_path, callback, Loading()).fit(net, data())
     assert (
         torch.equal(net.conv.weight, torch.full_like(net.conv.weight, 0.5)) and net.conv.weight.dtype == torch.float32
     )
-    assert torch.equal(net.conv.bias, Net().conv.bias)
+    assert torch.equal(net.conv.bias, ManyKinds().conv.bias)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.ops import compiled_input
 from lightning_lora.ops.shared_input import LinearFromHidden, StackedHidden
+from tests.helpers.models import Attention
 
 
 @pytest.fixture(autouse=True)
@@ -30,29 +31,23 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr("lightning_lora.ops.shared_input.MIN_ELEMENTS", 1)
 
 
-class Attention(nn.Module):
-    """Query, key and value of one input, or key and value of another; and an MLP with a gate."""
+class GatedBlock(Attention):
+    """Attention, and an MLP with a gate: layers that share an input twice."""
 
     def __init__(self, features: int = 6, bias: bool = False) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(features, features, bias=bias)
-        self.k_proj = nn.Linear(features, features, bias=bias)
-        self.v_proj = nn.Linear(features, features, bias=bias)
-        self.o_proj = nn.Linear(features, features, bias=bias)
+        super().__init__(features, bias)
         self.gate_proj = nn.Linear(features, 2 * features, bias=bias)
         self.up_proj = nn.Linear(features, 2 * features, bias=bias)
         self.down_proj = nn.Linear(2 * features, features, bias=bias)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        other = x if other is None else other
-        q, k, v = self.q_proj(x), self.k_proj(other), self.v_proj(other)
-        x = x + self.o_proj(torch.softmax(q @ k.mT, -1) @ v)
+        x = x + super().forward(x, other)
         return x + self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 def adapted(dtype: torch.dtype = torch.float64, bias: bool = False, **config: object) -> nn.Module:
     torch.manual_seed(0)
-    model = Attention(bias=bias).to(dtype)
+    model = GatedBlock(bias=bias).to(dtype)
     apply_lora(model, LoRAConfig(**({"r": 2, "alpha": 3, "targets": "all"} | config)))
     for _, parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.5)

@@ -48,7 +48,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Fused, with fewer keys and values than queries."""
 
     def __init__(self):
@@ -60,22 +60,23 @@ class Attention(nn.Module):
         return self.proj(q * torch.cat([k, v], -1).sigmoid())
 
 
-class Block(nn.Module):
+class GroupedBlock(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attn, self.norm, self.mlp = Attention(), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+        self.attn, self.norm = GroupedAttention(), nn.LayerNorm(4)
+        self.mlp = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
 
     def forward(self, x):
         return x + self.mlp(self.norm(self.attn(x)))
 
 
-class Net(nn.Module):
+class LM(nn.Module):
     """An embedding, two blocks, statistics and a head."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(7, 4)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(GroupedBlock() for _ in range(2))
         self.bn = nn.BatchNorm1d(4)
         self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
 
@@ -132,7 +133,7 @@ def gpt2():
 
 
 class Lit(LightningModule):
-    def __init__(self, make=Net):
+    def __init__(self, make=LM):
         super().__init__()
         self.model, self.scale = make(), nn.Linear(2, 1)
 
@@ -183,7 +184,7 @@ def close(one, other):
 
 
 def plain_qkv():
-    return nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 2))
+    return nn.Sequential(nn.Linear(4, 4), GroupedAttention(), nn.Linear(4, 2))
 
 
 LINEAR = of(lambda: nn.Linear(4, 6), lambda: nn.Linear(6, 3))
@@ -192,20 +193,20 @@ CASES = {
     "one-of-two": (LINEAR, ROWS, {"r": 2, "alpha": 1, "targets": ["1"]}),
     "tail-of-another": (Suffix, ROWS, {"r": 2, "alpha": 6, "targets": [r"re:proj"]}),
     "tail-and-another": (Suffix, ROWS, {"r": 2, "targets": ["proj"], "rank_pattern": {"re:proj": 3}}),
-    "ranks": (Net, INDEX, {"r": 2, "targets": ["mlp.*"], "rank_pattern": {"mlp.0": 3, "blocks.1.mlp.1": 5}}),
-    "alphas": (Net, INDEX, {"r": 2, "alpha": 3, "targets": ["mlp.*"], "alpha_pattern": {"blocks.1.mlp.0": 7.5}}),
-    "rslora": (Net, INDEX, {"r": 3, "alpha": 4, "rslora": True, "targets": ["mlp.*"], "rank_pattern": {"mlp.1": 5}}),
-    "embedding": (Net, INDEX, {"r": 2, "alpha": 6, "targets": ["embed", "proj"]}),
+    "ranks": (LM, INDEX, {"r": 2, "targets": ["mlp.*"], "rank_pattern": {"mlp.0": 3, "blocks.1.mlp.1": 5}}),
+    "alphas": (LM, INDEX, {"r": 2, "alpha": 3, "targets": ["mlp.*"], "alpha_pattern": {"blocks.1.mlp.0": 7.5}}),
+    "rslora": (LM, INDEX, {"r": 3, "alpha": 4, "rslora": True, "targets": ["mlp.*"], "rank_pattern": {"mlp.1": 5}}),
+    "embedding": (LM, INDEX, {"r": 2, "alpha": 6, "targets": ["embed", "proj"]}),
     "conv1d": (of(lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1)), IMAGES[1], {"r": 2, "alpha": 6, "targets": ["0"]}),
     "conv2d": (of(lambda: nn.Conv2d(2, 3, (3, 2), padding="same")), IMAGES[2], {"r": 2, "alpha": 6, "targets": ["0"]}),
     "conv3d": (of(lambda: nn.Conv3d(2, 3, 2)), IMAGES[3], {"r": 2, "alpha": 6, "targets": ["0"]}),
     "hf-conv1d": (of(lambda: Conv1D(6, 4)), ROWS, {"r": 2, "alpha": 6, "targets": ["0"]}),
     "both-linears": (of(lambda: Conv1D(6, 4), lambda: nn.Linear(6, 3)), ROWS, {"r": 2, "alpha": 6, "targets": "all"}),
-    "also-train": (Net, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["head", "blocks.0.norm"]}),
-    "also-train-one-parameter": (Net, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["head.2.weight"]}),
-    "also-train-statistics": (Net, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["bn"]}),
-    "biases-of-adapted": (Net, INDEX, {"r": 2, "targets": ["mlp.*", "proj"], "bias": "lora_only"}),
-    "all-biases": (Net, INDEX, {"r": 2, "targets": ["mlp.*"], "bias": "all", "also_train": ["head.2"]}),
+    "also-train": (LM, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["head", "blocks.0.norm"]}),
+    "also-train-one-parameter": (LM, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["head.2.weight"]}),
+    "also-train-statistics": (LM, INDEX, {"r": 2, "targets": ["mlp.*"], "also_train": ["bn"]}),
+    "biases-of-adapted": (LM, INDEX, {"r": 2, "targets": ["mlp.*", "proj"], "bias": "lora_only"}),
+    "all-biases": (LM, INDEX, {"r": 2, "targets": ["mlp.*"], "bias": "all", "also_train": ["head.2"]}),
     "biases-by-other-names": (Biased, ROWS[None], {"r": 2, "targets": ["body"], "bias": "all"}),
     "fused-whole": (plain_qkv, ROWS, {"r": 2, "alpha": 6, "targets": ["qkv"]}),
     "fused-slices": (plain_qkv, ROWS, {"r": 2, "alpha": 6, "targets": "qv"}),
@@ -241,34 +242,34 @@ def test_peft_gives_the_same_outputs_and_both_ways_back_do(case, tmp_path):
 
 
 PEFT_CASES = {
-    "list": (Net, INDEX, {"target_modules": ["mlp.0", "proj"], "r": 3, "lora_alpha": 5}),
-    "expression": (Net, INDEX, {"target_modules": r".*\.mlp\.\d", "r": 2}),
-    "all-linear": (Net, INDEX, {"target_modules": "all-linear", "r": 2}),
+    "list": (LM, INDEX, {"target_modules": ["mlp.0", "proj"], "r": 3, "lora_alpha": 5}),
+    "expression": (LM, INDEX, {"target_modules": r".*\.mlp\.\d", "r": 2}),
+    "all-linear": (LM, INDEX, {"target_modules": "all-linear", "r": 2}),
     "all-linear-but-the-head": (gpt2, INDEX, {"target_modules": "all-linear", "r": 2}),
-    "exclude-list": (Net, INDEX, {"target_modules": "all-linear", "exclude_modules": ["proj", "head.0"], "r": 2}),
-    "exclude-expression": (Net, INDEX, {"target_modules": r".*\.mlp\.\d", "exclude_modules": r"blocks\.1|.*0\.mlp\.1"}),
-    "layer": (Net, INDEX, {"target_modules": ["proj"], "layers_to_transform": 1, "layers_pattern": ["blocks"]}),
-    "layers-of": (Net, INDEX, {"target_modules": ["mlp.0"], "layers_to_transform": [1], "layers_pattern": "blocks"}),
+    "exclude-list": (LM, INDEX, {"target_modules": "all-linear", "exclude_modules": ["proj", "head.0"], "r": 2}),
+    "exclude-expression": (LM, INDEX, {"target_modules": r".*\.mlp\.\d", "exclude_modules": r"blocks\.1|.*0\.mlp\.1"}),
+    "layer": (LM, INDEX, {"target_modules": ["proj"], "layers_to_transform": 1, "layers_pattern": ["blocks"]}),
+    "layers-of": (LM, INDEX, {"target_modules": ["mlp.0"], "layers_to_transform": [1], "layers_pattern": "blocks"}),
     "layer-without-pattern": (gpt2, INDEX, {"target_modules": ["c_fc"], "layers_to_transform": [1]}),
     "ranks": (
-        Net,
+        LM,
         INDEX,
         {
             "target_modules": ["mlp.0", "mlp.1", "head.0"],
             "rank_pattern": {"^blocks.0.mlp.0": 3, "head.0": 5, "mlp.*": 4},
         },
     ),
-    "alphas": (Net, INDEX, {"target_modules": ["mlp.0", "head.0"], "alpha_pattern": {"^blocks.0.mlp.0": 3, "0": 20.5}}),
+    "alphas": (LM, INDEX, {"target_modules": ["mlp.0", "head.0"], "alpha_pattern": {"^blocks.0.mlp.0": 3, "0": 20.5}}),
     "rslora": (
-        Net,
+        LM,
         INDEX,
         {"target_modules": ["mlp.0", "proj"], "use_rslora": True, "r": 5, "rank_pattern": {"mlp.0": 2}},
     ),
-    "modules-to-save": (Net, INDEX, {"target_modules": ["proj"], "modules_to_save": ["head", "bn"], "r": 2}),
-    "end-of-a-name-to-save": (Net, INDEX, {"target_modules": ["proj"], "modules_to_save": ["orm"], "r": 2}),
-    "all-biases": (Net, INDEX, {"target_modules": ["proj"], "bias": "all", "r": 2}),
+    "modules-to-save": (LM, INDEX, {"target_modules": ["proj"], "modules_to_save": ["head", "bn"], "r": 2}),
+    "end-of-a-name-to-save": (LM, INDEX, {"target_modules": ["proj"], "modules_to_save": ["orm"], "r": 2}),
+    "all-biases": (LM, INDEX, {"target_modules": ["proj"], "bias": "all", "r": 2}),
     "biases-by-other-names": (Biased, ROWS[None], {"target_modules": ["body"], "bias": "all", "r": 2}),
-    "biases-of-adapted": (Net, INDEX, {"target_modules": ["mlp.0", "embed"], "bias": "lora_only", "r": 2}),
+    "biases-of-adapted": (LM, INDEX, {"target_modules": ["mlp.0", "embed"], "bias": "lora_only", "r": 2}),
     "embedding": (gpt2, INDEX, {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
     "conv": (CASES["conv2d"][0], IMAGES[2], {"target_modules": ["0"], "init_lora_weights": "gaussian"}),
     "orthogonal": (LINEAR, ROWS, {"target_modules": ["0"], "init_lora_weights": "orthogonal", "r": 4}),
@@ -404,15 +405,15 @@ def test_a_pair_on_all_rows_does_not_fit_slices(tmp_path):
 
 @pytest.mark.parametrize("targets", [["embed", "proj"], ["mlp.*"]])
 def test_a_merged_model_is_saved_from_its_record(targets, tmp_path):
-    model = trained(Net, r=2, alpha=6, targets=targets, also_train=["head"])
+    model = trained(LM, r=2, alpha=6, targets=targets, also_train=["head"])
     save_adapter(model, tmp_path / "live")
     merge_lora(model)
     merged = snapshot(model)
     save_adapter(model, tmp_path / "merged")
     assert all(same_bits(value, merged[key]) for key, value in model.state_dict().items())
     assert contents(tmp_path / "live") == contents(tmp_path / "merged")
-    assert close(out(in_peft(Net, tmp_path / "merged"), INDEX), out(model, INDEX))
-    load_adapter(made(Net), tmp_path / "merged")  # the base that the header tells of is the one before the merge
+    assert close(out(in_peft(LM, tmp_path / "merged"), INDEX), out(model, INDEX))
+    load_adapter(made(LM), tmp_path / "merged")  # the base that the header tells of is the one before the merge
 
 
 def test_a_merged_tied_model_tells_of_the_tied_base(tmp_path):
@@ -426,23 +427,23 @@ def test_a_merged_tied_model_tells_of_the_tied_base(tmp_path):
 
 
 def test_statistics_that_moved_travel(tmp_path):
-    model = trained(Net, r=2, targets=["mlp.*"])
+    model = trained(LM, r=2, targets=["mlp.*"])
     model.train()(INDEX)
     save_adapter(model, tmp_path)
-    assert close(out(in_peft(Net, tmp_path), INDEX), out(model, INDEX))
-    bare = made(Net)
+    assert close(out(in_peft(LM, tmp_path), INDEX), out(model, INDEX))
+    bare = made(LM)
     load_adapter(bare, tmp_path)
     assert torch.equal(bare.bn.running_mean, model.bn.running_mean)
     with disable_lora(bare):
-        assert torch.equal(out(bare, INDEX), out(made(Net), INDEX))
+        assert torch.equal(out(bare, INDEX), out(made(LM), INDEX))
 
 
 def test_names_are_relative_to_the_inner_model(tmp_path):
     for make, inner, expected in (
-        (lambda: Lit(Net), None, "base_model.model.blocks.0.mlp.0"),
-        (lambda: Lit(Net), "", "base_model.model.model.blocks.0.mlp.0"),
-        (lambda: Lit(Net), "model.blocks", "base_model.model.0.mlp.0"),
-        (lambda: nn.ModuleDict({"net": Net()}), None, "base_model.model.net.blocks.0.mlp.0"),
+        (lambda: Lit(LM), None, "base_model.model.blocks.0.mlp.0"),
+        (lambda: Lit(LM), "", "base_model.model.model.blocks.0.mlp.0"),
+        (lambda: Lit(LM), "model.blocks", "base_model.model.0.mlp.0"),
+        (lambda: nn.ModuleDict({"net": LM()}), None, "base_model.model.net.blocks.0.mlp.0"),
     ):
         model = trained(make, r=2, targets=["mlp.*"])
         save_adapter(model, tmp_path, inner=inner)
@@ -463,14 +464,14 @@ def test_the_whole_transformers_model_is_the_inner_one(tmp_path):
 
 
 def test_what_trains_outside_of_the_inner_model_is_not_left_behind(tmp_path):
-    model = trained(lambda: Lit(Net), r=2, targets=["mlp.*"], also_train=["scale"])
+    model = trained(lambda: Lit(LM), r=2, targets=["mlp.*"], also_train=["scale"])
     with pytest.raises(ValueError, match=r"`scale.weight` belongs to the adapter and lies outside of `model`"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_header_tells_where_it_comes_from(tmp_path):
-    model = trained(Net, r=2, targets=["mlp.*"], also_train=["head"])
+    model = trained(LM, r=2, targets=["mlp.*"], also_train=["head"])
     save_adapter(model, tmp_path, metadata={"step": "100", "val_loss": "0.25"})
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         header = file.metadata()
@@ -487,8 +488,8 @@ def test_the_header_tells_where_it_comes_from(tmp_path):
 
 
 def test_another_base_is_an_error_or_a_warning(tmp_path):
-    save_adapter(trained(Net, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
-    other = made(Net)
+    save_adapter(trained(LM, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
+    other = made(LM)
     other.embed.weight.data[0, 0] += 1
     before = snapshot(other)
     with pytest.raises(ValueError, match=r"another base: `embed.weight` has other values. Load the base"):
@@ -497,10 +498,10 @@ def test_another_base_is_an_error_or_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="another base: `embed.weight` has other values"):
         load_adapter(other, tmp_path, strict_base=False)
     with pytest.warns(UserWarning, match="differs in low bits"):
-        load_adapter(made(Net).bfloat16(), tmp_path)
+        load_adapter(made(LM).bfloat16(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_adapter(made(Net), tmp_path)
+        load_adapter(made(LM), tmp_path)
 
 
 class Alone(nn.Module):
@@ -596,12 +597,12 @@ def test_a_fast_path_past_peft_is_told(tmp_path):
 
 
 def test_a_part_that_was_adapted_and_a_part_of_what_was(tmp_path):
-    lit = made(lambda: Lit(Net))
+    lit = made(lambda: Lit(LM))
     apply_lora(lit.model, LoRAConfig(r=2, targets=["re:blocks.0.mlp.0"], also_train=["re:head.2"]))
     train_by_hand(lit)
     save_adapter(lit, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head.2"]
-    assert close(out(in_peft(Net, tmp_path), INDEX), out(lit, INDEX))
+    assert close(out(in_peft(LM, tmp_path), INDEX), out(lit, INDEX))
     with pytest.raises(ValueError, match=r"not adapted as one: a module around it was. Save what `apply_lora`"):
         save_adapter(lit.model.blocks, tmp_path)
     apply_lora(lit.scale, LoRAConfig(r=2, targets="all"))
@@ -610,12 +611,12 @@ def test_a_part_that_was_adapted_and_a_part_of_what_was(tmp_path):
 
 
 def test_wrapped_modules_keep_their_names(tmp_path):
-    model = trained(lambda: Lit(Net), r=2, targets=["mlp.*", "embed"], also_train=["head"], bias="lora_only")
+    model = trained(lambda: Lit(LM), r=2, targets=["mlp.*", "embed"], also_train=["head"], bias="lora_only")
     expected = out(model, INDEX)
     model.model = torch.compile(model.model, backend="eager")
     save_adapter(model, tmp_path)
-    assert close(out(in_peft(Net, tmp_path), INDEX), expected)
-    bare = made(lambda: Lit(Net))
+    assert close(out(in_peft(LM, tmp_path), INDEX), expected)
+    bare = made(lambda: Lit(LM))
     inner = bare.model
     bare.model = torch.compile(bare.model, backend="eager")
     assert load_adapter(bare, tmp_path)[0] == "model.embed"
@@ -652,9 +653,9 @@ def test_vllm_gets_one_rank_and_one_scale(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
-        (Net, {"targets": ["mlp.*"], "also_train": ["head"]}, r"`head.0.weight` is not part of a pair, and vLLM"),
-        (Net, {"targets": ["mlp.*"], "bias": "lora_only"}, r"`blocks.0.mlp.0.base_layer.bias` is not part of a pair"),
-        (Net, {"targets": ["embed"]}, r"`embed` is no linear map"),
+        (LM, {"targets": ["mlp.*"], "also_train": ["head"]}, r"`head.0.weight` is not part of a pair, and vLLM"),
+        (LM, {"targets": ["mlp.*"], "bias": "lora_only"}, r"`blocks.0.mlp.0.base_layer.bias` is not part of a pair"),
+        (LM, {"targets": ["embed"]}, r"`embed` is no linear map"),
         (CASES["conv2d"][0], {"targets": ["0"]}, r"`0` is no linear map"),
         (LINEAR, {"r": 600, "targets": ["0"]}, r"rank 600, and vLLM takes ranks up to 512"),
     ],
@@ -679,9 +680,9 @@ MISFITS = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_configuration_that_does_not_fit(case, tmp_path):
     arguments = {"r": 2, "alpha": 6, "targets": ["mlp.*"], "also_train": ["head"]}
-    save_adapter(trained(Net, **arguments), tmp_path)
+    save_adapter(trained(LM, **arguments), tmp_path)
     other, words = MISFITS[case]
-    model = trained(Net, **{**arguments, **other})
+    model = trained(LM, **{**arguments, **other})
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
         load_adapter(model, tmp_path, strict_base=False)
@@ -689,8 +690,8 @@ def test_a_configuration_that_does_not_fit(case, tmp_path):
 
 
 def test_an_error_after_the_adapters_are_in_leaves_a_bare_model(tmp_path, monkeypatch):
-    save_adapter(trained(Net, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
-    model = made(Net)
+    save_adapter(trained(LM, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
+    model = made(LM)
     model.embed.weight.requires_grad_(False)
     before, flags = snapshot(model), [parameter.requires_grad for parameter in model.parameters()]
     attributes = [set(vars(module)) for module in model.modules()]
@@ -705,8 +706,8 @@ def test_an_error_after_the_adapters_are_in_leaves_a_bare_model(tmp_path, monkey
 
 
 def test_training_goes_on_from_a_loaded_adapter(tmp_path):
-    save_adapter(trained(Net, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
-    model = made(Net)
+    save_adapter(trained(LM, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
+    model = made(LM)
     load_adapter(model, tmp_path)
     copied = copy.deepcopy(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

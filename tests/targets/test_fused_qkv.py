@@ -15,7 +15,7 @@ HEADS, DIM = 3, 12
 SIZE = DIM // HEADS
 
 
-class Attention(nn.Module):
+class FusedAttention(nn.Module):
     """Self-attention over one fused map, cut by a sub-class."""
 
     width = 3 * DIM
@@ -34,22 +34,22 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(batch, length, DIM))
 
 
-class Thirds(Attention):
+class Thirds(FusedAttention):
     def cut(self, y, batch, length):
         return (part.view(batch, length, HEADS, SIZE).transpose(1, 2) for part in y.chunk(3, -1))
 
 
-class TheViTWay(Attention):
+class TheViTWay(FusedAttention):
     def cut(self, y, batch, length):
         return y.reshape(batch, length, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class ByHead(Attention):
+class ByHead(FusedAttention):
     def cut(self, y, batch, length):
         return y.view(batch, length, HEADS, 3 * SIZE).transpose(1, 2).chunk(3, -1)
 
 
-class Last(Attention):
+class Last(FusedAttention):
     """Value first, then key, then query, the query scaled on the way and normed after."""
 
     def cut(self, y, batch, length):
@@ -59,7 +59,7 @@ class Last(Attention):
         return self.norm(query), key, value
 
 
-class Grouped(Attention):
+class Grouped(FusedAttention):
     """One key and one value for all heads."""
 
     width = DIM + 2 * SIZE
@@ -174,7 +174,7 @@ def test_attn_adapts_the_whole_of_it_and_names_reach_each_part():
         assert model.attn.qkv.lora.default[name].A.shape == (5, DIM)
 
 
-class Mixed(Attention):
+class Mixed(FusedAttention):
     """Query and key share rows, so that no row is one of the two alone."""
 
     def cut(self, y, batch, length):
@@ -182,7 +182,7 @@ class Mixed(Attention):
         return tuple(part.view(batch, length, HEADS, SIZE).transpose(1, 2) for part in (q, q, v))
 
 
-class Hidden(Attention):
+class Hidden(FusedAttention):
     """What is done with the rows is not to be seen."""
 
     def cut(self, y, batch, length):

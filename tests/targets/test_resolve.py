@@ -7,16 +7,10 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, merge_lora
 from lightning_lora.targets.resolve import find_targets
 from tests.helpers import oracles
+from tests.helpers.models import Attention
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.v_proj, self.o_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-
-
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.attn = nn.LayerNorm(4), Attention()
@@ -26,7 +20,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.layers = nn.Embedding(9, 4), nn.ModuleList([Block(), Block()])
+        self.embed, self.layers = nn.Embedding(9, 4), nn.ModuleList([DecoderBlock(), DecoderBlock()])
         self.conv, self.head = nn.Conv1d(4, 4, 3), nn.Linear(4, 9)
         self.scale = nn.Parameter(torch.ones(4))
 

@@ -20,45 +20,14 @@ from lightning_lora import (
     unmerge_lora,
 )
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
+from tests.helpers.runs import Break, Spy, types
 
 ATTN = [f"net.layers.{block}.{map_}" for block in (0, 1) for map_ in "qkvo"]
-
-
-class Spy(Callback):
-    """Looks at the module while it trains."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.trainable = [name for name, p in pl_module.named_parameters() if p.requires_grad]
-
-    def on_train_end(self, trainer, pl_module):
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.in_groups = {id(p) for group in groups for p in group["params"]}
-        self.wanted = {id(p) for p in pl_module.parameters() if p.requires_grad}
-        self.base = {n: p.detach().clone() for n, p in pl_module.named_parameters() if ".lora." not in n}
-        self.adapters = {n: p.detach().clone() for n, p in pl_module.named_parameters() if ".lora." in n}
-        pl_module.eval()
-        self.output = pl_module(data(9).dataset.tensors[0]).detach()
-        pl_module.train()
-
-
-class Break(Callback):
-    """Raises at the given step."""
-
-    def __init__(self, error: BaseException, at: int = 3) -> None:
-        self.error, self.at = error, at
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.at:
-            raise self.error
 
 
 def attributes(module: nn.Module) -> dict[str, set[str]]:
     """The instance attributes of every module, but the merge record's and what Lightning itself sets in a run."""
     return {n: set(m.__dict__) - {"_lightning_lora", "_device", "_trainer"} for n, m in module.named_modules()}
-
-
-def types(module: nn.Module) -> dict[str, type]:
-    return {name: type(inner) for name, inner in module.named_modules()}
 
 
 @pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])

@@ -26,10 +26,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from tests.helpers.models import BuiltInConfigureModel, Lit, checkpoints, data, net, trainer
-from tests.trainer.test_callback import Break, Spy
-
-BASE = {f"net.{name}" for name, _ in net().named_parameters()}
-ADAPTERS = {f"net.layers.{b}.{m}.lora.default.{x}" for b in (0, 1) for m in "qkvo" for x in "AB"}
+from tests.helpers.runs import ADAPTERS, BASE, Break, Spy, load, same
 
 
 def tensor_names(thing: object, name: str = "") -> set[str]:
@@ -38,10 +35,6 @@ def tensor_names(thing: object, name: str = "") -> set[str]:
         return {name}
     items = thing.items() if isinstance(thing, dict) else []
     return {found for key, value in items for found in tensor_names(value, str(key))}
-
-
-def load(path: object) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def fit(path: Path, epochs: int = 2, ckpt: object = None, cls=Lit, *more: object, **kwargs: object) -> dict:
@@ -53,10 +46,6 @@ def fit(path: Path, epochs: int = 2, ckpt: object = None, cls=Lit, *more: object
     runner = trainer(LoRACallback(**arguments), *more, files, max_epochs=epochs)
     runner.fit(module, data(shuffle=True), data(1), ckpt_path=ckpt)
     return load(files.last_model_path)
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 class SaveBoth(Callback):

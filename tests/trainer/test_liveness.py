@@ -20,7 +20,7 @@ def weights(layer):
     return layer.weight, layer.bias
 
 
-class Net(nn.Module):
+class Bypassing(nn.Module):
     """Its second map can be passed by, cut off, or run in a block that gives no gradients."""
 
     how = "plain"
@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 def module(how, **arguments):
     model = Lit(**arguments)
-    model.net = Net()
+    model.net = Bypassing()
     model.net.how = how
     return model
 
@@ -189,7 +189,7 @@ def test_dropout_that_does_nothing_is_mentioned():
     assert "(8 in all) train without `dropout`: their layers are in eval mode" in told
 
 
-class Rematerialized(Net):
+class Rematerialized(Bypassing):
     """Reentrant checkpointing under a name that does not say so."""
 
     def plain(self, x):

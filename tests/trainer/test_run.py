@@ -21,8 +21,7 @@ from lightning_lora import (
     remove_lora,
 )
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
-from tests.trainer.test_callback import Break, types
-from tests.trainer.test_checkpoints import ADAPTERS, BASE, load, same
+from tests.helpers.runs import ADAPTERS, BASE, Break, load, same, types
 
 
 def fitted(cls, folder, **kwargs):

@@ -10,16 +10,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_lora import LoRACallback
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
+from tests.helpers.runs import load
 from tests.helpers.scripts import run_script
 
 
 def two_processes(case: str, folder: Path) -> None:
     done = run_script("two_processes.py", case, folder)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.slow
