@@ -1,0 +1,86 @@
+"""Where tests are: a file for every source file, of the same name; toy models and shared code in the helpers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_lora
+
+PACKAGE, TESTS = Path(lightning_lora.__file__).parent, Path(__file__).parent
+SOURCES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if not path.name.startswith("__")]
+TEST_FILES = sorted(TESTS.rglob("test_*.py"))
+
+# Source files without a test file of their name: which file tests them, and why there.
+ELSEWHERE = {
+    "distributed/deepspeed_optimizer": ("trainer/strategies/test_deepspeed", "its input is a DeepSpeed engine"),
+    "distributed/sharded": ("trainer/strategies/test_sharded_edges", "its input is a model that a strategy sharded"),
+    "files/merged_file": ("trainer/strategies/test_sharded_edges", "it writes what no process holds whole"),
+    "layers/base": ("layers/test_protocol", "it is what all adapted layers have in common"),
+    "layers/merged_forward": ("layers/test_protocol", "it is how layers run that read their own weight"),
+    "layers/registry": ("layers/test_linear", "its refusals are those of `apply_lora`"),
+    "layers/source_code": ("layers/test_weight_reads", "it is read to answer whether a weight is read"),
+    "layers/weight_view": ("targets/test_fused_qkv", "its rows are those of query, key and value"),
+    "model/freeze": ("model/test_apply", "`apply_lora` freezes"),
+    "model/merged_values": ("trainer/strategies/test_sharded_edges", "it gathers weights that a strategy sharded"),
+    "model/record": ("model/test_merge", "the record is what a merge leaves, for an exact unmerge"),
+    "model/shared_inputs": ("ops/test_shared_input", "it marks the layers; the op acts"),
+    "model/table": ("model/test_summary", "the table is what the summary prints"),
+    "ops/compiled_input": ("ops/test_shared_input", "it must equal the eager op, under a compiler"),
+    "ops/dispatch": ("ops/test_linear", "which op runs is told by its values and gradients"),
+    "ops/dropout_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
+    "ops/fused_dropout": ("ops/test_kernels", "its kernels run there alone"),
+    "ops/fused_linear": ("ops/test_linear", "it must equal the plain formula, case by case"),
+    "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
+    "ops/products": ("ops/test_linear", "its products are those of the op, forward and backward"),
+    "ops/stacked": ("layers/test_parameter", "stacks of experts are parameters by name"),
+    "peft_format/config_writer": ("peft_format/test_config", "what is written is read again, by peft too"),
+    "peft_format/layers": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
+    "peft_format/load": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
+    "peft_format/provenance": ("peft_format/test_peft_files", "it stands in the header of a saved file"),
+    "peft_format/save": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
+    "peft_format/targets": ("peft_format/test_config", "it reads what a configuration names"),
+    "cli/options": ("test_public_names", "the options are part of the public surface"),
+    "targets/roles": ("targets/test_select", "a role is seen by what a preset chooses"),
+    "trainer/checkpoint_io": ("trainer/test_checkpoints", "its files are those of a run"),
+    "trainer/imports": ("trainer/test_compatibility", "both packages of Lightning take the callback"),
+    "version": ("test_public_names", "the version is the changelog's"),
+}
+
+
+def own_test(source: Path) -> Path:
+    return TESTS / source.with_name(f"test_{source.name}")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_every_source_file_has_a_test_file_of_its_name_or_a_reason(source):
+    name = source.with_suffix("").as_posix()
+    if name not in ELSEWHERE:
+        assert own_test(source).exists(), f"write {own_test(source)}, or say in ELSEWHERE which file tests it and why"
+        return
+    file, reason = ELSEWHERE[name]
+    assert not own_test(source).exists(), f"{name} has a test file of its own: delete its entry in ELSEWHERE"
+    assert (TESTS / f"{file}.py").exists() and reason
+
+
+def test_reasons_are_of_files_that_exist():
+    assert ELSEWHERE.keys() <= {source.with_suffix("").as_posix() for source in SOURCES}
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_no_test_file_imports_from_another(path):
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    from_tests = [str(node.module) for node in imports if str(node.module).startswith("tests")]
+    assert all(module.startswith("tests.helpers") for module in from_tests)
+
+
+def test_no_toy_model_is_defined_twice():
+    """Names that say nothing of what a model is for."""
+    owners = {}
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in {"Attention", "Block", "Net"} and node.bases:
+                owners.setdefault(node.name, []).append(path.name)
+    assert owners == {"Attention": ["models.py"], "Block": ["models.py"], "Net": ["models.py"]}
