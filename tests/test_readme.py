@@ -1,18 +1,18 @@
-"""The README's code runs, its table is what is shown, and its commands are the ones that are tried."""
+"""Every code block of the README runs by itself, its console transcript is what the command prints, its links exist."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-import lightning_lora
-from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.cli import main as command_line
-from lightning_lora.model.summary import describe
-from tests.helpers.models import Lit, data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,29 +22,133 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_runs_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {
-        "YourLightningModule": Lit,
-        "train_loader": data(),
-        "val_loader": data(1),
-        "test_loader": data(2),
-        "example_input": data(3).dataset.tensors[0][:2],
-    }
-    assert len(blocks("python")) == 10
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["names"] == [f"net.layers.{block}.{name}" for block in (0, 1) for name in "qkvo"]
-    assert torch.load("merged.pt").keys() == Lit().state_dict().keys()
-    assert Lit.load_from_checkpoint("merged.ckpt").net is not None
-    assert [type(layer) for layer in names["net"]] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+def block_with(text: str) -> str:
+    """The one python block that contains `text`."""
+    (block,) = (block for block in blocks("python") if text in block)
+    return block
 
 
-def test_the_transcript_is_what_the_command_says(tmp_path, monkeypatch, capsys):
+def run(block: str) -> dict[str, Any]:
+    """Run `block` as a file of its own, and return its names."""
+    names = {"__name__": "__main__"}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = (block for block in blocks("python") if "base.safetensors" in block)
-    code = "from safetensors.torch import save_file\n" + block[block.index("torch.manual_seed") :]
-    exec(compile(code, "README.md", "exec"), {"torch": torch} | vars(lightning_lora))
+
+
+def test_each_block_has_a_test():
+    assert len(blocks("python")) == 4
+
+
+def test_the_first_block():
+    names = run(block_with('ckpt_path="best"'))
+    assert type(names["model"].layer) is nn.Linear
+    saved = torch.load(names["trainer"].checkpoint_callback.best_model_path)["state_dict"]
+    assert sorted(saved) == ["layer.lora.default.A", "layer.lora.default.B"]
+
+
+def test_the_language_model(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    given = []
+
+    def tiny_llama(model_id: str) -> nn.Module:
+        given.append(model_id)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=128)).eval()
+
+    def letters(model_id: str) -> Any:
+        given.append(model_id)
+        return lambda text, return_tensors: transformers.BatchEncoding(
+            {"input_ids": (ids := torch.tensor([list(text.encode())])), "attention_mask": torch.ones_like(ids)}
+        )
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny_llama)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", letters)
+    names = run(block_with("AutoModelForCausalLM"))
+    assert given == [names["model_id"]] * 2
+    trained = peft.PeftModel.from_pretrained(tiny_llama(""), "squares")
+    base, batch = tiny_llama(""), names["rows"][0]
+    assert trained(**batch, labels=batch["input_ids"]).loss < base(**batch, labels=batch["input_ids"]).loss
+
+
+class VisionTransformer(nn.Module):
+    """A network with timm's names for its attention and its head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patch_embed(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(16), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class TinyImages(torch.utils.data.Dataset):
+    def __init__(self, root: str, *, download: bool, transform: Any) -> None:
+        assert root and download
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(torch.full((3, 8, 8), index / 64)), index % 10
+
+
+def vision_stubs() -> dict[str, ModuleType]:
+    """Modules with the names that the block uses of timm and torchvision."""
+    timm, timm.data = ModuleType("timm"), ModuleType("timm.data")
+    timm.create_model = lambda name, *, pretrained, num_classes: VisionTransformer(num_classes)
+    timm.data.resolve_model_data_config = lambda model: {"input_size": (3, 8, 8)}
+    timm.data.create_transform = lambda input_size: lambda image: image
+    torchvision, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
+    torchvision.datasets, datasets.CIFAR10 = datasets, TinyImages
+    return {"timm": timm, "timm.data": timm.data, "torchvision": torchvision, "torchvision.datasets": datasets}
+
+
+def test_the_vision_transformer(monkeypatch, caplog):
+    for name, module in vision_stubs().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with caplog.at_level("INFO"):
+        names = run(block_with("timm"))
+    assert [type(module) for module in names["classifier"].model.blocks[0].attn.children()] == [nn.Linear, nn.Linear]
+    assert "model.blocks.*.attn.qkv.v" in caplog.text
+    assert "model.head.weight (160)" in caplog.text
+
+
+def test_the_files_and_the_transcript(capsys):
+    names = run(block_with("load_from_checkpoint"))
+    assert not torch.equal(names["model"].layer.lora["default"].B, torch.zeros(2, 2))
+    assert torch.equal(names["model"].layer.weight, names["Model"]().layer.weight)
+    capsys.readouterr()
     (transcript,) = blocks("console")
     for command in re.findall(r"^\$ lightning-lora (.*)$", transcript, re.MULTILINE):
         print(f"$ lightning-lora {command}")
@@ -52,13 +156,20 @@ def test_the_transcript_is_what_the_command_says(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == transcript
 
 
-def test_the_table_is_what_is_shown():
-    transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        config = transformers.BertConfig(num_labels=3)
-        module = torch.nn.ModuleDict({"model": transformers.BertForSequenceClassification(config)})
-    apply_lora(module, LoRAConfig(r=8, targets="qv"))
-    assert blocks("text")[0].strip() == describe(module)
+def test_the_numbers_of_the_first_screen_are_recorded():
+    text = README[README.index("An MLP") : README.index("![")]
+    record = (ROOT / re.search(r"\((examples/.*?)\)", text)[1]).read_text()
+    for number in re.findall(r"\d\d\.\d\d|\d+,\d+", text):
+        assert number in record
+
+
+def test_the_numbers_of_the_tables_are_recorded():
+    records = " ".join(path.read_text() for path in (ROOT / "examples" / "benchmarks").glob("*.md"))
+    tables = README[README.index("| strategy") : README.index("## Try it")]
+    numbers = re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", tables)
+    assert len(numbers) > 25
+    for number in numbers:
+        assert number in records, number
 
 
 @pytest.mark.parametrize("command", re.findall(r"^pip install -c .*$", README, re.MULTILINE))
@@ -73,6 +184,12 @@ def test_there_are_exactly_two():
     assert len(re.findall(r"^pip install -c .*$", README, re.MULTILINE)) == 2
 
 
-def test_every_file_that_is_named_is_there():
-    for name in re.findall(r"`((?:examples|lightning_lora)/[\w/.-]+)", README):
+def test_it_has_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_link_and_every_file_that_is_named_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    named = re.findall(r"`((?:examples|lightning_lora)/[\w/.-]+)", README)
+    for name in [link for link in links if not link.startswith("https://")] + named:
         assert (ROOT / name).exists(), name
