@@ -146,8 +146,10 @@ def test_the_vision_transformer(monkeypatch, caplog):
 
 def test_the_files_and_the_transcript(capsys):
     names = run(block_with("load_from_checkpoint"))
-    assert not torch.equal(names["model"].layer.lora["default"].B, torch.zeros(2, 2))
-    assert torch.equal(names["model"].layer.weight, names["Model"]().layer.weight)
+    trained, reloaded = (names[name].layer.lora["default"] for name in ("loaded", "model"))
+    assert torch.count_nonzero(trained.B) == 4
+    assert torch.equal(trained.A, reloaded.A) and torch.equal(trained.B, reloaded.B)
+    assert torch.equal(names["loaded"].layer.weight, names["model"].layer.weight)
     capsys.readouterr()
     (transcript,) = blocks("console")
     for command in re.findall(r"^\$ lightning-lora (.*)$", transcript, re.MULTILINE):
