@@ -15,6 +15,15 @@ TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 
 # Source files without a test file of their name: which file tests them, and why there.
 ELSEWHERE = {
+    "arguments": ("test_config", "the configurations show what its checks refuse"),
+    "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
+    "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
+    "model/same_config": ("model/test_apply", "`apply_lora` compares configurations"),
+    "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),
+    "torch_internals": ("ops/test_linear", "the ops ask it"),
+    "trainer/end_of_fit": ("trainer/test_callback", "it is what `on_fit_end` does"),
+    "trainer/method_callback": ("trainer/test_callback", "LoRACallback is one"),
+    "trainer/strategies/fsdp": ("trainer/strategies/test_base", "the strategies are run by one table"),
     "distributed/deepspeed_optimizer": ("trainer/strategies/test_deepspeed", "its input is a DeepSpeed engine"),
     "distributed/sharded": ("trainer/strategies/test_sharded_edges", "its input is a model that a strategy sharded"),
     "files/merged_file": ("trainer/strategies/test_sharded_edges", "it writes what no process holds whole"),
@@ -26,7 +35,6 @@ ELSEWHERE = {
     "model/freeze": ("model/test_apply", "`apply_lora` freezes"),
     "model/merged_values": ("trainer/strategies/test_sharded_edges", "it gathers weights that a strategy sharded"),
     "model/record": ("model/test_merge", "the record is what a merge leaves, for an exact unmerge"),
-    "model/shared_inputs": ("ops/test_shared_input", "it marks the layers; the op acts"),
     "model/table": ("model/test_summary", "the table is what the summary prints"),
     "ops/compiled_input": ("ops/test_shared_input", "it must equal the eager op, under a compiler"),
     "ops/dispatch": ("ops/test_linear", "which op runs is told by its values and gradients"),

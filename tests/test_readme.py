@@ -83,23 +83,23 @@ class VisionTransformer(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, 16, 4, 4)
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(VisionBlock(), VisionBlock())
         self.head = nn.Linear(16, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.patch_embed(images).flatten(2).transpose(1, 2)).mean(1))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(16), Attention()
+        self.norm, self.attn = nn.LayerNorm(16), VisionAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attn(self.norm(x))
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)

@@ -9,25 +9,12 @@ from pathlib import Path
 import pytest
 
 import lightning_lora
+from tests.helpers.floors import FLOOR
 
 PACKAGE = Path(lightning_lora.__file__).parent
 FILES = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py"))}
 ROOMS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
 
-# From the ground up. A room imports from rooms of lower floors and from itself.
-FLOORS = [
-    {"version", "names", "arguments", "torch_internals"},
-    {"config"},
-    {"ops", "distributed", "files"},
-    {"layers"},
-    {"targets"},
-    {"model"},
-    {"methods", "peft_format"},
-    {"trainer"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 LIBRARIES = {
     "ops": {"torch", "triton"},

@@ -12,13 +12,13 @@ from torch import nn
 import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, plan_lora
 from lightning_lora.targets import survey
-from tests.test_rooms import FLOOR
+from tests.helpers.floors import FLOOR
 
 PACKAGE = Path(lightning_lora.__file__).parent
 WALKS = ("named_modules", "modules", "named_parameters", "parameters", "named_buffers", "buffers", "state_dict")
 
 
-class Block(nn.Module):
+class NamedBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(4, 4) for _ in range(4))
@@ -29,7 +29,7 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(8, 4)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.layers = nn.ModuleList(NamedBlock() for _ in range(3))
         self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
         self.norm, self.lm_head = nn.BatchNorm1d(4), nn.Linear(4, 8, bias=False)
         self.lm_head.weight = self.embed.weight
