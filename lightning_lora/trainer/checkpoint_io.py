@@ -1,4 +1,4 @@
-"""The checkpoints that a run writes and reads: adapters alone, one file under every strategy."""
+"""How a run writes and reads its checkpoints: adapters alone, one file under every strategy."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ class CheckpointFiles:
         self.loaded = True
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
-        """Every save ends here, weights-only ones and those of other callbacks too."""
+        """Write adapters alone: every save ends here, also weights-only saves and those of other callbacks."""
         _WRITTEN_HERE.add(str(Path(filepath).resolve()))
-        if self.method.is_merged(self.module):  # while it is evaluated as it is
+        if self.method.is_merged(self.module):  # a merged module is evaluated as it is
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
         checkpoints.check_complete(checkpoint, self.method, self.module)
@@ -145,8 +145,8 @@ class CheckpointFiles:
     def restore_random_state(self) -> None:
         """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
 
-        A module that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` has drawn it by the time that
-        fitting starts, so this is called before both.
+        A module that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` makes the data loader there. So
+        this is called before ``configure_optimizers`` as well as at the start of fitting.
         """
         states, ranks = self.random_states, distributed.get_world_size() if distributed.is_initialized() else 1
         if states is None or self.trainer.train_dataloader is not None:
@@ -172,13 +172,13 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
         return None
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
     checkpoint = checkpoints.read(load, path, False if is_written_here(path) else weights_only is not False)
-    module.on_load_checkpoint(checkpoint)  # the reverse of what its `on_save_checkpoint` did
+    module.on_load_checkpoint(checkpoint)  # undoes what its `on_save_checkpoint` did
     method.load(module, checkpoints.adapter_of(checkpoint, method, module))
     return checkpoint
 
 
 def export_merged(trainer: Any, method: Method, needed: Iterable[str]) -> Path:
-    """Write the merged weights beside the checkpoints, gathered a unit at a time; every rank must call it.
+    """Write the merged weights into the folder of the checkpoints, gathered a unit at a time; every rank must call it.
 
     Args:
         trainer: the Trainer.

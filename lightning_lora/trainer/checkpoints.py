@@ -1,4 +1,8 @@
-"""Checkpoints of a run: adapters alone when they are written, checked before anything is loaded when they are read."""
+"""What a checkpoint of a run holds, and the checks before anything of one is loaded.
+
+A file holds adapters alone. Nothing is ever loaded in part: a truncated file, a missing key and an extra key are
+errors.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ def without_base(checkpoint: dict[str, Any], method: Method, model: nn.Module) -
 
 
 def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
-    """``mapping`` itself where no state of a whole model is in it: what else it holds is the user's."""
+    """``mapping`` without base entries; ``mapping`` itself if it holds no state of a whole model."""
     own_name = own_names(mapping, frozen)
     inner = {key: _without(value, frozen, base) for key, value in mapping.items() if isinstance(value, dict)}
     dropped = {key for key, name in own_name.items() if name in base}
@@ -74,7 +78,7 @@ def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
 
 
 def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
-    """Save beside the file and put it in its place: a kill in mid-write leaves the old one.
+    """Write a new file and rename it to ``path``: a kill during the write leaves the old one.
 
     Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.
     """
@@ -133,6 +137,9 @@ def _why_unreadable(path: Any, error: Exception) -> str:
 def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, Any]:
     """Open a file that a LoRA run wrote.
 
+    A full checkpoint is refused: load it into the module as its base. So is a file that was saved outside a run and
+    holds the base and live adapters together.
+
     Raises:
         ValueError: if it cannot be read, or holds no adapter.
     """
@@ -188,7 +195,7 @@ def check_config(written: LoRAConfig, path: Any, method: Method) -> None:
 
 
 def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
-    """Raise unless ``base`` is the one that the file's adapter was trained on, and warn where only its dtype differs.
+    """Raise unless the file's adapter was trained on ``base``; warn where only the dtype differs.
 
     Raises:
         ValueError: naming the first difference.
@@ -203,10 +210,10 @@ def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
 
 
 def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:
-    """The configuration and the base that the file says its adapter has.
+    """The configuration of the file's adapter, and the fingerprint of its base.
 
     Raises:
-        ValueError: if it does not say, or in words of a later version.
+        ValueError: if the file does not record them, or was written by a later version.
     """
     try:
         recorded = checkpoint[KEY]
@@ -226,7 +233,7 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
 
 
 def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Give the weights in the file the keys of ``model``, and buffers that had not moved then their first values."""
+    """Rename the weights in the file to the keys of ``model``, and add first values of buffers that had not moved."""
     real = real_keys(model)
     owners = {id(module): name for name, module in names.named_modules(model)}
     still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
@@ -238,7 +245,7 @@ def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def check_complete(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> None:
-    """Raise if the file about to be written lacks adapters: nobody could use it.
+    """Raise if the file about to be written lacks adapters: nobody could load it.
 
     Raises:
         ValueError: naming the hook that can have removed them.

@@ -1,4 +1,4 @@
-"""What a Trainer may hold beside the callback, and what it may not: told before the first step."""
+"""Which parts of a Trainer work with the callback. The others are refused before the first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_a(thing: object, *class_names: str) -> bool:
 
 
 def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
-    """Raise for what does not go together with the callback.
+    """Raise for a part of the Trainer that does not work with the callback.
 
     Raises:
         MisconfigurationException: naming the part of the Trainer and what to do about it.
@@ -41,6 +41,11 @@ def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
 
 
 def _check_strategy(trainer: Any) -> None:
+    """Refuse strategies and plug-ins in which an adapter could not act.
+
+    ``XLAFSDPStrategy`` and ``TransformerEnginePrecision`` were never tried. ``use_orig_params=False`` makes one flat
+    parameter of a unit, in which an adapter cannot find its weight.
+    """
     if is_a(trainer.strategy, *UNPROVEN):
         raise MisconfigurationException(
             f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
@@ -56,8 +61,8 @@ def _check_strategy(trainer: Any) -> None:
         )
     if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
         raise MisconfigurationException(
-            "`TransformerEnginePrecision` puts layers of its own in place of every linear layer, adapters and all, and "
-            "none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
+            "`TransformerEnginePrecision` replaces every linear layer, its adapters included, by layers of its own, "
+            "and none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
         )
 
 
@@ -90,7 +95,7 @@ def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
         if is_a(other, "BaseFinetuning"):
             raise MisconfigurationException(
                 f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
-                "the two; to train modules in full beside the adapters, name them in `also_train`."
+                "the two; to train modules in full, name them in `also_train`."
             )
         if is_a(other, "LearningRateFinder") and config.lr_scale != 1:
             rank_zero_warn(
@@ -100,10 +105,11 @@ def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
 
 
 def _check_averaging(trainer: Any, other: Any) -> None:
+    """Refuse an average that copies a module which is sharded, or not built yet."""
     name, strategy = type(other).__name__, type(trainer.strategy).__name__
     if is_a(other, *AVERAGING) and is_a(trainer.strategy, *SHARDING):
         raise MisconfigurationException(
-            f"{name} copies the whole module, which {strategy} takes to pieces. Leave it out, or use strategy='ddp'."
+            f"{name} copies the whole module, which {strategy} shards. Leave it out, or use strategy='ddp'."
         )
     if is_a(other, "StochasticWeightAveraging") and overrides(trainer.lightning_module, "configure_model"):
         raise MisconfigurationException(
@@ -113,10 +119,11 @@ def _check_averaging(trainer: Any, other: Any) -> None:
 
 
 def _check_base_dtype(trainer: Any, dtype: str) -> None:
+    """Refuse ``base_dtype`` where something else casts or copies the base, or autocast casts to another dtype."""
     if is_a(trainer.strategy, *SHARDING):
         raise MisconfigurationException(
-            f"`base_dtype={dtype!r}` does not go with {type(trainer.strategy).__name__}, which keeps and casts its own "
-            "parts of the weights. Leave it out, or use strategy='ddp'."
+            f"`base_dtype={dtype!r}` does not work with {type(trainer.strategy).__name__}, which casts its own parts "
+            "of the weights. Leave it out, or use strategy='ddp'."
         )
     wanted, plugin = MIXED[dtype], trainer.precision_plugin
     if not is_a(plugin, "MixedPrecision") or plugin.precision != wanted:
@@ -127,12 +134,13 @@ def _check_base_dtype(trainer: Any, dtype: str) -> None:
     for other in trainer.callbacks:
         if is_a(other, *AVERAGING):
             raise MisconfigurationException(
-                f"`base_dtype={dtype!r}` does not go with {type(other).__name__}, which averages the base in its own "
+                f"`base_dtype={dtype!r}` does not work with {type(other).__name__}, which averages the base in its own "
                 "dtype. Leave one of the two out."
             )
 
 
 def _check_checkpoints(trainer: Any, config: RunConfig) -> None:
+    """Refuse a run at whose end the adapters would be lost, or not be the ones that were asked for."""
     if config.merge == "best" and not trainer.fast_dev_run and best_checkpoints(trainer) is None:
         raise MisconfigurationException(
             "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "

@@ -1,4 +1,4 @@
-"""An adapter-only checkpoint, back into a module that is ready to use, without a Trainer."""
+"""Load an adapter-only checkpoint into a module that is ready to use, without a Trainer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_from_checkpoint(
     """The module that a LoRA run trained, from the adapters in its checkpoint and the base that ``cls`` makes.
 
     Lightning's own ``cls.load_from_checkpoint(path, strict=False)`` gives the base without the adapters, and a random
-    one if ``cls`` draws it: here the base has to be the one that the adapters were trained on. The module's
+    one if ``cls`` draws it. Here the base has to be the one that the adapters were trained on. The module's
     ``on_load_checkpoint`` is called twice, first by Lightning with no weights in the checkpoint, then with all of it.
 
     Args:
@@ -77,7 +77,7 @@ def load_from_checkpoint(
 
 
 def _bare(cls: type[Module], checkpoint: dict[str, Any], **kwargs: Any) -> Module:
-    """What Lightning makes of the hyperparameters in the file, with no weights loaded: adapters come first."""
+    """The module that Lightning makes from the hyperparameters in the file, with no weights loaded yet."""
     file = io.BytesIO()
     kept = {key: value for key, value in checkpoint.items() if key not in ("optimizer_states", "callbacks", "loops")}
     torch.save({**kept, "state_dict": {}}, file)

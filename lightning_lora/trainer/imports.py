@@ -1,8 +1,7 @@
-"""Lightning under its two names: ``lightning.pytorch`` and ``pytorch_lightning`` hold every class twice.
+"""Lightning's two packages, ``lightning.pytorch`` and ``pytorch_lightning``, which hold every class twice.
 
-Each, when it is imported, points the logger of all ``rank_zero_info`` messages at itself. Importing this package must
-not change whose messages the user has silenced, so the logger that was there stays, and the other files take
-Lightning's names from here.
+Each, when it is imported, makes its own logger that of all ``rank_zero_info`` messages. The user may have silenced the
+other one, so this file restores the logger that was there, and the other files take Lightning's names from here.
 """
 
 from __future__ import annotations

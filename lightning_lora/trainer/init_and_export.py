@@ -1,4 +1,4 @@
-"""Adapters into a run and out of it: from other runs and other tools, and for them."""
+"""``init_from`` and ``export``: adapters from other runs and tools at the start, and for them at the end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
 
 
 def check_export(module: nn.Module, directory: str) -> None:
-    """Raise before a run whose adapters could not be written at its end.
+    """Raise before the first step if the adapters could not be written after the last.
 
     Raises:
         ValueError: naming the layer that PEFT's format has no place for, or the file that is in the way.
@@ -59,15 +59,15 @@ def check_export(module: nn.Module, directory: str) -> None:
 
 
 def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, Any] | None) -> None:
-    """Write the adapters of ``module`` as a PEFT directory that tells of the run; every rank must call it.
+    """Write the adapters of ``module`` as a PEFT directory that records the run; every rank must call it.
 
-    An error is a warning: at the end of a run the merge must not depend on it.
+    An error becomes a warning: at the end of a run the merge must not depend on it.
 
     Args:
         trainer: the Trainer.
         module: its module.
         directory: where.
-        best: the checkpoint that the adapters are of, where they are not the last.
+        best: the checkpoint that the adapters come from, or ``None`` for the last.
     """
     try:
         facts = _facts(trainer) if best is None else _facts_of_best(trainer, best)

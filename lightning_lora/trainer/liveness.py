@@ -41,7 +41,7 @@ class Liveness:
         self.watch(self.trained)
 
     def watch(self, ran: dict[int, int]) -> None:
-        """Note in ``ran`` from now on which adapters run; compiled code is left alone, where only gradients tell."""
+        """Record in ``ran`` which adapters run from now on. Compiled code is not patched; gradients alone tell."""
         self.close()
         for adapter in self.adapters.values() if self.watches else ():
             for method in adapter.calls:
@@ -80,8 +80,8 @@ class Liveness:
         if dead and len(dead) == len(inside):
             raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
         if dead:
-            told = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
-            rank_zero_warn(f"{told} {self._causes(dead)}")
+            count = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
+            rank_zero_warn(f"{count} {self._causes(dead)}")
         self.stepped = self.checked >= set(map(id, optimizers))
         if self.stepped:
             self.close()
@@ -97,7 +97,7 @@ class Liveness:
             )
 
     def begin_evaluation(self) -> None:
-        """Watch the first one."""
+        """Watch the first evaluation."""
         if self.evaluated is None:
             self.evaluated = {}
             self.watch(self.evaluated)
@@ -119,7 +119,7 @@ class Liveness:
             )
 
     def close(self) -> None:
-        """Leave the adapters as they were."""
+        """Take every patch off the adapters."""
         self.stack.close()
 
     def _advice(self, names: list[str]) -> str:
@@ -132,21 +132,21 @@ class Liveness:
         idle = [name for name, adapter in dead.items() if id(adapter.module) not in self.trained]
         hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter.module)) == WITHOUT_GRADIENTS]
         cut = [name for name in dead if name not in idle and name not in hidden]
-        found = []
+        causes = []
         if idle:
-            found.append(
+            causes.append(
                 f"{listed(idle)} did not run: it lies in a branch that this batch did not take, or code reads its "
                 f"weight and not the layer. Name the weight itself, {self._advice(idle)}, or leave it out with "
                 "`exclude`."
             )
         if hidden:
-            found.append(
+            causes.append(
                 f"{listed(hidden)} ran where gradients are off: under `torch.no_grad`, or in reentrant activation "
                 "checkpointing whose inputs ask for no gradient. Use checkpoint(..., use_reentrant=False)."
             )
         if cut:
-            found.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
-        return " ".join(found)
+            causes.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
+        return " ".join(causes)
 
 
 def _noting(adapter: nn.Module, ran: dict[int, int]) -> Callable[..., Any]:
@@ -163,7 +163,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """The first name, and how many like it."""
+    """The first of ``names``, and how many there are."""
     more = list(dict.fromkeys(map(folded, names)))
     shown = ", ".join(f"`{name}`" for name in (names if len(names) < 4 else more)[:4])
     return shown if len(names) < 4 else f"{shown} ({len(names)} in all)"

@@ -1,6 +1,6 @@
-"""``lr_scale``: the learning rate of adapters as a multiple of the module's, through every scheduler of torch.
+"""``lr_scale``: multiply the learning rate of adapters, through every scheduler of torch.
 
-LoRA wants about ten times full fine-tuning's rate, and the module that sets it is not ours to change.
+LoRA wants about ten times the rate of full fine-tuning, and the module that sets the rate stays as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 
 def scale_rates(optimizers: list[Optimizer], schedulers: list[Any], scale: float, added: Container[int]) -> None:
     """Multiply every rate of the groups that hold adapters by ``scale``.
+
+    CosineAnnealingLR and its like have one ``eta_min`` for all groups. Where only some groups hold adapters it must be
+    0, as it cannot be scaled for those alone.
 
     Args:
         optimizers: the module's, restricted to what trains.

@@ -42,7 +42,14 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> N
 
 
 def refuse(optimizer: Optimizer) -> None:
-    """Raise for an optimizer that would never move adapters, without an error, or that could not step."""
+    """Raise for an optimizer in which adapters would not train.
+
+    ``ZeroRedundancyOptimizer`` divides its parameters among the ranks when it is made, so adapters that are added later
+    would never move. ``SparseAdam`` takes sparse gradients only, and those of adapters are dense.
+
+    Raises:
+        MisconfigurationException: naming the optimizer to use instead.
+    """
     if is_a(optimizer, "ZeroRedundancyOptimizer"):
         raise MisconfigurationException(
             "`ZeroRedundancyOptimizer` divides its parameters among ranks when it is made, so adapters put into it "

@@ -1,4 +1,4 @@
-"""Methods replaced on one instance for one run, and given back after it."""
+"""Replace methods and attributes of one instance for one run, and restore them after it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ABSENT = object()
 
 
 class Wrapped:
-    """Stands in for ``original``: calls ``replacement`` with it in front of the arguments.
+    """A callable in place of ``original``: it calls ``replacement(original, *arguments)``.
 
-    A copy or a pickle of the object that carries it gets the original back: what is wrapped is this run, not the copy.
+    A copy or a pickle of the object gets the original back: the patch belongs to this run, not to the copy.
     """
 
     def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
@@ -26,7 +26,7 @@ class Wrapped:
 
     @property
     def __code__(self) -> CodeType:
-        """Asked for by Lightning's ``is_overridden``, which must find another code than the parent's."""
+        """Lightning's ``is_overridden`` compares it with the code of the parent class, and must see a difference."""
         return Wrapped.__call__.__code__
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -46,13 +46,13 @@ def patch_method(stack: ExitStack, owner: object, name: str, replacement: Callab
 
 
 def patch_attribute(stack: ExitStack, owner: object, name: str, value: object) -> None:
-    """Let ``owner.name`` be ``value`` until ``stack`` closes, then again what was on the instance before."""
+    """Set ``owner.name`` to ``value`` until ``stack`` closes, which restores what was on the instance before."""
     previous = owner.__dict__.get(name, _ABSENT)
     object.__setattr__(owner, name, value)
-    stack.callback(_give_back, owner, name, previous)
+    stack.callback(_restore, owner, name, previous)
 
 
-def _give_back(owner: object, name: str, previous: object) -> None:
+def _restore(owner: object, name: str, previous: object) -> None:
     if previous is _ABSENT:
         owner.__dict__.pop(name, None)
     else:

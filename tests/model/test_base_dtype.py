@@ -166,7 +166,7 @@ def test_where_it_is_refused(tmp_path, arguments, kwargs, message):
 
 def test_averages_are_refused(tmp_path):
     callbacks = (LoRACallback(r=2, targets=["first"], base_dtype="bf16"), WeightAveraging())
-    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not go with WeightAveraging"):
+    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not work with WeightAveraging"):
         trainer(tmp_path, *callbacks).fit(ManyKinds(), data())
 
 
@@ -186,7 +186,7 @@ def test_layers_around_whose_weight_something_else_acts():
 def test_strategies_that_shard_are_refused():
     strategy = type("ModelParallelStrategy", (), {})()
     run = SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[])
-    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not go with ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="`base_dtype='bf16'` does not work with ModelParallelStrategy"):
         _check_base_dtype(run, "bf16")
 
 

@@ -76,7 +76,7 @@ def test_averages_of_a_module_in_pieces(name, averaging):
     strategy = SingleDeviceStrategy("cpu")
     strategy.__class__ = type(name, (SingleDeviceStrategy,), {})
     other = averaging(swa_lrs=1e-3) if averaging is StochasticWeightAveraging else averaging()
-    words = rf"{averaging.__name__} copies the whole module, which {name} takes to pieces.*strategy='ddp'"
+    words = rf"{averaging.__name__} copies the whole module, which {name} shards.*strategy='ddp'"
     refused(words, LoRACallback(), other, strategy=strategy)
 
 
@@ -103,7 +103,7 @@ def test_flat_parameters_of_a_whole_unit():
 
 def test_a_precision_plugin_that_puts_other_layers_in_place():
     plugin = type("TransformerEnginePrecision", (Precision,), {})()
-    refused("`TransformerEnginePrecision` puts layers of its own", LoRACallback(), plugins=plugin)
+    refused("`TransformerEnginePrecision` replaces every linear layer", LoRACallback(), plugins=plugin)
 
 
 def test_targets_that_match_nothing():

@@ -35,7 +35,7 @@ class Sharded(StrategyAdapter):
     """FSDP of either generation.
 
     Checkpoints are one file: torch's loader rejects missing keys, so a directory of shards cannot hold a part of a
-    module.
+    module. Statistics of BatchNorm are each rank's own; the file holds those of the first rank.
     """
 
     loads_late = True
@@ -152,6 +152,7 @@ class FSDP1(Sharded):
         patch_attribute(stack, self.strategy, "kwargs", {**rest, "ignored_states": [*ignored, *ours]})
 
     def _check_casts(self) -> None:
+        """Refuse ``mixed_precision`` of the strategy if more than adapters trains: FSDP would not cast it."""
         own, adapters = self.strategy.mixed_precision, adapter_parameters(self.module)
         beside = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
         if own is not None and own.param_dtype not in (None, torch.float32) and beside:
@@ -171,7 +172,7 @@ class FSDP2(Sharded):
         super().at_setup(stack)
 
     def before_wrap(self, stack: ExitStack) -> None:
-        """Raise for tensor parallelism.
+        """Raise for tensor parallelism: A and B would have to be split as the weight is.
 
         Raises:
             MisconfigurationException: naming the first layer that is split by it.
@@ -219,6 +220,7 @@ def _materialize(module: nn.Module, device: Any) -> None:
 
 
 def _check_groups(optimizers: list[Any]) -> None:
+    """Refuse ``fused`` and ``foreach`` for a mixture: torch steps on sharded or on whole parameters, not on both."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         chosen = next((key for key in ("fused", "foreach") if group.get(key)), None)
         if chosen is not None and _mixes(group):
