@@ -145,8 +145,8 @@ class CheckpointFiles:
     def restore_random_state(self) -> None:
         """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
 
-        A module that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` makes the data loader there. So
-        this is called before ``configure_optimizers`` as well as at the start of fitting.
+        A module that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` makes the data loader there.
+        So this is called before ``configure_optimizers`` as well as at the start of fitting.
         """
         states, ranks = self.random_states, distributed.get_world_size() if distributed.is_initialized() else 1
         if states is None or self.trainer.train_dataloader is not None:
