@@ -128,8 +128,8 @@ def _check_not_partitioned(model: nn.Module) -> None:
     for name, parameter in trained_parameters(model):
         if is_partitioned(parameter):
             raise ValueError(
-                f"`{name}` is partitioned by ZeRO 3, and the values that the base had before cannot be put there. Load "
-                "the adapter's file into a model on one device, and ask that."
+                f"`{name}` is partitioned by ZeRO 3, so the base's initial value cannot be written into it. Load the "
+                "adapter's file into a model on one device, and call this on that model."
             )
 
 

@@ -24,7 +24,7 @@ def freeze(model: nn.Module | Survey, config: LoRAConfig) -> None:
     for site in survey.sites.values():
         for key, parameter in site.module._parameters.items():
             if parameter is not None:
-                record_of(site.module).found.setdefault(key, parameter.requires_grad)
+                record_of(site.module).requires_grad.setdefault(key, parameter.requires_grad)
                 if trains(site, key, has_pairs(site.module), config):
                     record_of(site.module).trained.add(key)
     _set_flags(survey)
@@ -54,17 +54,17 @@ def unfreeze(model: nn.Module) -> None:
     """Give every parameter of the base the ``requires_grad`` that it had before :func:`freeze`."""
     reshard(model)  # a parameter that an evaluation gathered in inference mode takes no flag
     for _, module, record in records(model):
-        for key, flag in record.found.items():
+        for key, flag in record.requires_grad.items():
             parameter = module._parameters.get(key)
             if parameter is not None:
                 parameter.requires_grad_(flag and (parameter.is_floating_point() or parameter.is_complex()))
-        record.found.clear()
+        record.requires_grad.clear()
     prune(model)
 
 
 def is_frozen(model: nn.Module) -> bool:
     """Whether ``model``, or a part of it, is frozen by :func:`freeze` now."""
-    return any(record.found for _, _, record in records(model))
+    return any(record.requires_grad for _, _, record in records(model))
 
 
 def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:

@@ -57,7 +57,7 @@ class Record:
 
     Args:
         config: on the module that ``apply_lora`` was called with.
-        found: ``requires_grad`` before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
+        requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
         trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
@@ -66,7 +66,7 @@ class Record:
     """
 
     config: LoRAConfig | None = None
-    found: dict[str, bool] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)

@@ -127,7 +127,7 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Pa
         if disjoint and len(rows) > 1 and None not in rows.values():
             return [Part("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
     return (
-        "fuses query, key and value, and which of its rows are which cannot be told by running the code around it; to "
+        "fuses query, key and value, and which rows are which was not found by running the code around it; to "
         f"adapt all of it write targets={[leaf]!r}"
     )
 

@@ -238,5 +238,5 @@ def test_names_that_the_function_contradicts_tell_nothing():
             k, q, v = self.qkv(x).chunk(3, -1)
             return self.proj(F.scaled_dot_product_attention(k, q, v))
 
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match="which rows are which was not found"):
         apply_lora(nn.ModuleDict({"attn": Swapped()}), LoRAConfig(targets="qv"))
