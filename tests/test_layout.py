@@ -18,7 +18,6 @@ ELSEWHERE = {
     "arguments": ("test_config", "the configurations show what its checks refuse"),
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
-    "model/same_config": ("model/test_apply", "`apply_lora` compares configurations"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),
     "torch_internals": ("ops/test_linear", "the ops ask it"),
     "trainer/end_of_fit": ("trainer/test_callback", "it is what `on_fit_end` does"),
