@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.distributed.sharded import shape_of
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 
 
 def default_seed() -> int:
@@ -81,7 +81,7 @@ class Adapter(nn.Module):
         init: str = "kaiming",
         seed: int = 0,
         padding_idx: int | None = None,
-        part: Part = Part(),  # noqa: B008 - frozen
+        part: WeightPart = WeightPart(),  # noqa: B008 - frozen
         stack: tuple[int, ...] = (),
         device: torch.device | str | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class Adapter(nn.Module):
             self.A[:, self.padding_idx] = 0
         self.B.zero_()
 
-    def dropped(self, x: Tensor) -> Tensor:
+    def apply_dropout(self, x: Tensor) -> Tensor:
         """``x`` with the adapter's dropout."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
             A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
         return self.part.factors(A, self.scale * self.B, weight)
 
-    def added_to(self, weight: Tensor) -> Tensor:
+    def add_to_weight(self, weight: Tensor) -> Tensor:
         """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B.
 
         The sum asks for a gradient in inference too: torch may make another product of one that does not (see
@@ -177,7 +177,7 @@ class Adapters(nn.ModuleDict):
 
     enabled: bool = True
 
-    def every(self) -> list[Adapter]:
+    def all_pairs(self) -> list[Adapter]:
         """All pairs."""
         found: list[Adapter] = []
         for module in self.values():
@@ -185,13 +185,13 @@ class Adapters(nn.ModuleDict):
             found += pairs  # type: ignore[arg-type]
         return found
 
-    def active(self) -> list[Adapter]:
+    def active_pairs(self) -> list[Adapter]:
         """Those that act now."""
-        return self.every() if self.enabled else []
+        return self.all_pairs() if self.enabled else []
 
     def by_weight(self) -> dict[str, list[Adapter]]:
         """All pairs by the parameter that they adapt."""
         found: dict[str, list[Adapter]] = {}
-        for adapter in self.every():
+        for adapter in self.all_pairs():
             found.setdefault(adapter.part.key, []).append(adapter)
         return found

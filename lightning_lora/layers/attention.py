@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
-from lightning_lora.layers.merged_forward import acts, may_sum, with_merged_weights
-from lightning_lora.layers.weight_view import Part, Rows
+from lightning_lora.layers.merged_forward import can_use_merged_weights, has_active_adapters, with_merged_weights
+from lightning_lora.layers.weight_view import Rows, WeightPart
 from lightning_lora.ops.linear import base_linear
 
 
@@ -26,13 +26,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     lora_adapter_class = LinearAdapter
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """The maps of query, key and value, each a third of one parameter or a parameter of its own."""
         assert isinstance(module, nn.MultiheadAttention)
         if not module._qkv_same_embed_dim:
-            return [Part(f"{name}_proj_weight", name) for name in "qkv"]
+            return [WeightPart(f"{name}_proj_weight", name) for name in "qkv"]
         size = module.embed_dim
-        return [Part("in_proj_weight", name, Rows(i * size, (i + 1) * size)) for i, name in enumerate("qkv")]
+        return [WeightPart("in_proj_weight", name, Rows(i * size, (i + 1) * size)) for i, name in enumerate("qkv")]
 
     def forward(
         self,
@@ -47,9 +47,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As in the plain layer: the output, shaped as ``query``, and the attention weights if they are needed."""
         arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if not acts(self):
+        if not has_active_adapters(self):
             return super().forward(query, key, value, *arguments)
-        if may_sum(self, query) or query.is_nested:
+        if can_use_merged_weights(self, query) or query.is_nested:
             with with_merged_weights(self):
                 return super().forward(query, key, value, *arguments)
         if is_causal and attn_mask is None:
@@ -123,7 +123,7 @@ def _frozen_projection(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor
 
 def _adapted(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
     """``y`` with the term of each adapter of the part ``name`` for the input ``x``."""
-    for adapter in layer.lora.active():
+    for adapter in layer.lora.active_pairs():
         if adapter.part.name == name:
             y = adapter(y, x)
     return y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.layers.adapter import Adapter, Adapters
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 
 
 class LoRALayer(nn.Module):
@@ -21,27 +21,27 @@ class LoRALayer(nn.Module):
     lora_adapter_class: ClassVar[type[Adapter]]
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """The matrices of a ``module`` of this kind that naming it means."""
-        return [Part()]
+        return [WeightPart()]
 
     @staticmethod
     def lora_arguments(module: nn.Module) -> dict[str, Any]:
         """What this kind's adapters take beyond what all take."""
         return {}
 
-    def lora_put(self, key: str, value: Tensor) -> None:
+    def lora_set_parameter(self, key: str, value: Tensor) -> None:
         """Put ``value`` where the layer's code finds its parameter ``key``."""
         self._parameters[key] = value  # type: ignore[assignment]
         if key in self.__dict__:  # where FSDP1 puts it too while a unit is gathered
             self.__dict__[key] = value
 
-    def lora_settle(self) -> bool:
+    def lora_after_merge(self) -> bool:
         """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
         return False
 
 
-def attach(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
+def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
     """Turn ``module`` into an adapted layer; the object, its parameters, keys and hooks stay."""
     adapters.train(module.training)
     module._modules.pop("lora", None)
@@ -49,7 +49,7 @@ def attach(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
     module.__class__ = cls
 
 
-def detach(layer: LoRALayer) -> Adapters:
+def pop_adapters(layer: LoRALayer) -> Adapters:
     """Give ``layer`` its class back and return the adapters that it had."""
     adapters = layer.lora
     del layer.lora

@@ -15,7 +15,7 @@ class BilinearAdapter(Adapter):
     def forward(self, y: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
         """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its two inputs."""
         A = self.A.to(x1.dtype).view(self.r, x1.shape[-1], x2.shape[-1])
-        hidden = F.bilinear(self.dropped(x1), x2, A)  # (..., r)
+        hidden = F.bilinear(self.apply_dropout(x1), x2, A)  # (..., r)
         return y + F.linear(hidden, (self.scale * self.B).to(hidden.dtype)).to(y.dtype)
 
 
@@ -28,6 +28,6 @@ class LoRABilinear(LoRALayer, nn.Bilinear):
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """The frozen map, then each adapter's term."""
         y = super().forward(input1, input2)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, input1, input2)
         return y

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 
 
 class ConvAdapter(Adapter):
@@ -28,7 +28,7 @@ class ConvAdapter(Adapter):
             A = A.repeat(layer.groups, *[1] * len(kernel))
         B = self.B if self.scale == 1 else self.scale * self.B  # as in `op.add_hidden`: fewer kernels
         B = B.to(x.dtype).view(*B.shape, *[1] * (len(kernel) - 1))
-        hidden = layer._conv_forward(self.dropped(x), A, None)  # (batch, groups * r, ...)
+        hidden = layer._conv_forward(self.apply_dropout(x), A, None)  # (batch, groups * r, ...)
         return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
 
 
@@ -43,7 +43,7 @@ class LoRAConv(LoRALayer):
     def forward(self, input: Tensor) -> Tensor:
         """The frozen convolution, then each adapter's term."""
         y: Tensor = super().forward(input)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, input, self)
         return y
 
@@ -81,7 +81,8 @@ class TransposedConvAdapter(Adapter):
         kernel = parameter_of(layer).shape[1:]  # (out_channels / groups, *kernel_size)
         ones = [1] * (len(kernel) - 1)
         A = self.A.to(x.dtype).view(self.r, layer.groups, -1).transpose(0, 1)  # (groups, r, in_channels / groups)
-        hidden = layer.lora_pointwise(self.dropped(x), A.reshape(layer.groups * self.r, -1, *ones), groups=layer.groups)
+        A = A.reshape(layer.groups * self.r, -1, *ones)
+        hidden = layer.lora_pointwise(self.apply_dropout(x), A, groups=layer.groups)
         B = (self.scale * self.B).to(x.dtype).t().reshape(self.r, *kernel).repeat(layer.groups, *[1] * len(kernel))
         place = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
         return y + layer.lora_transposed(hidden, B, None, *place).to(y.dtype)
@@ -95,19 +96,19 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
     lora_transposed: Callable[..., Tensor]
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """One matrix: torch keeps the weight of a transposed convolution as ``(in_channels, ...)``."""
-        return [Part(transposed=True)]
+        return [WeightPart(transposed=True)]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
         """The frozen transposed convolution, then each adapter's term."""
         y = super().forward(input, output_size)
-        if self.lora.active():
+        if self.lora.active_pairs():
             dimensions = len(self.kernel_size)
             stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
             kept: Any = list(self.padding)  # numbers: a transposed convolution has no padding by name
             padding = self._output_padding(input, output_size, stride, kept, kernel, dimensions, dilation)
-            for adapter in self.lora.active():
+            for adapter in self.lora.active_pairs():
                 y = adapter(y, input, self, padding)
         return y
 

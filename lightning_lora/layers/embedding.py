@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.merged_forward import sum_of
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.merged_forward import merged_weight
+from lightning_lora.layers.weight_view import WeightPart
 
 
 class EmbeddingAdapter(Adapter):
@@ -34,16 +34,16 @@ class LoRALookup(LoRALayer):
     """What an embedding and a bag of one have in common."""
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """One matrix, a row for each index."""
-        return [Part(transposed=True)]
+        return [WeightPart(transposed=True)]
 
     @staticmethod
     def lora_arguments(module: nn.Module) -> dict[str, Any]:
         """The padding index has no delta, as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
-    def lora_settle(self) -> bool:
+    def lora_after_merge(self) -> bool:
         """Cut long rows, where there is a ``max_norm``."""
         return renormalise(self)  # type: ignore[arg-type]
 
@@ -64,7 +64,7 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
             y = super().forward(input)
         else:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
@@ -116,11 +116,12 @@ class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """The frozen bags, then each adapter's term."""
-        if self.max_norm is not None or (self.mode == "max" and self.lora.active()):
-            total = sum_of(self, "weight") if self.lora.active() else self.weight.clone()  # torch cuts rows in place
+        # With `max_norm` torch renormalises rows in place, so it gets a copy.
+        if self.max_norm is not None or (self.mode == "max" and self.lora.active_pairs()):
+            total = merged_weight(self, "weight") if self.lora.active_pairs() else self.weight.clone()
             return bags(self, total, input, offsets, per_sample_weights, self.max_norm)
         y = super().forward(input, offsets, per_sample_weights)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, self, input, offsets, per_sample_weights)
         return y
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import add_pair, linear
 from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.torch_internals import has_module_hooks
@@ -34,7 +34,7 @@ class LinearAdapter(Adapter):
 
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
-        return self.part.placed(self.B, out_features)
+        return self.part.place_rows(self.B, out_features)
 
     def dropout_probability(self) -> float:
         """The probability of dropping an element of the input of A in this call."""
@@ -53,7 +53,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return linear(input, self.weight, self.bias, self.lora.active())  # type: ignore[arg-type]
+        return linear(input, self.weight, self.bias, self.lora.active_pairs())  # type: ignore[arg-type]
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
@@ -65,7 +65,7 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The class's own map, then each adapter's term."""
         y: Tensor = super().forward(input)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, input)
         return y
 
@@ -76,29 +76,29 @@ class TransposedLinear(LoRALayer):
     lora_adapter_class = LinearAdapter
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """One matrix, kept the other way round."""
-        return [Part(transposed=True)]
+        return [WeightPart(transposed=True)]
 
     def forward(self, x: Tensor) -> Any:
         """The frozen map, then each adapter's term."""
         y = super().forward(x)
-        for adapter in self.lora.active():
+        for adapter in self.lora.active_pairs():
             y = adapter(y, x)
         return y
 
 
-def transposed_root(cls: type[nn.Module]) -> type[nn.Module] | None:
+def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class named ``Conv1D`` that ``cls`` is or derives from, told from ``nn.Conv1d`` by its case and its bases."""
     return next((base for base in cls.__mro__ if base.__name__ == "Conv1D" and issubclass(base, nn.Module)), None)
 
 
-def transposed_kind(root: type[nn.Module]) -> type[LoRALayer]:
+def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
     """The adapted class for that ``Conv1D``."""
     return type("LoRAConv1D", (TransposedLinear, root), {"lora_original_class": root, "__module__": __name__})
 
 
-def is_quantizing(cls: type[nn.Module]) -> bool:
+def is_quantized_class(cls: type[nn.Module]) -> bool:
     """Whether layers of class ``cls`` keep a weight that is no matrix."""
     known = any(base.__module__.partition(".")[0] == "bitsandbytes" for base in cls.__mro__)
     return known and issubclass(cls, nn.Linear)  # its embeddings are plain

@@ -19,7 +19,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 
 _ONE_AT_A_TIME = RLock()  # another thread would take the sums for the weights
-PRECISE = (torch.float32, torch.float64)
+PRECISE_DTYPES = (torch.float32, torch.float64)
 
 
 class WeightAdapter(Adapter):
@@ -27,10 +27,10 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The sum, of the shape and dtype of ``weight``; A and B get their gradients through it."""
-        return self.added_to(weight)
+        return self.add_to_weight(weight)
 
 
-class OnWeight(LoRALayer):
+class MergedForward(LoRALayer):
     """For classes whose own forward reads their parameters: it finds the sums there while it runs."""
 
     lora_adapter_class = WeightAdapter
@@ -45,35 +45,35 @@ class OnWeight(LoRALayer):
 def with_merged_weights(module: nn.Module) -> Iterator[None]:
     """While it lasts, adapted layers in ``module`` have their sums in place of their weights, and no adapters."""
     with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
-        layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active()]
+        layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
         originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
         try:
             for layer, key, _ in originals:
-                layer.lora_put(key, sum_of(layer, key))
+                layer.lora_set_parameter(key, merged_weight(layer, key))
             for layer in layers:
                 layer.lora.enabled = False
             yield
         finally:
             for layer, key, weight in originals:
-                layer.lora_put(key, weight)
+                layer.lora_set_parameter(key, weight)
             for layer in layers:
                 layer.lora.enabled = True
 
 
-def sum_of(layer: LoRALayer, key: str) -> Tensor:
+def merged_weight(layer: LoRALayer, key: str) -> Tensor:
     """``W0 + scale * B A`` of the parameter ``key`` of ``layer``."""
     total: Tensor = parameter_of(layer, key)
     for adapter in layer.lora.by_weight()[key]:
-        total = adapter.added_to(total)
+        total = adapter.add_to_weight(total)
     return total
 
 
-def acts(module: nn.Module) -> bool:
+def has_active_adapters(module: nn.Module) -> bool:
     """Whether any adapter in ``module`` acts now."""
-    return any(isinstance(layer, LoRALayer) and layer.lora.active() for layer in module.modules())
+    return any(isinstance(layer, LoRALayer) and layer.lora.active_pairs() for layer in module.modules())
 
 
-def may_sum(module: nn.Module, x: Tensor) -> bool:
+def can_use_merged_weights(module: nn.Module, x: Tensor) -> bool:
     """Whether sums serve for ``module`` now: nothing asks for gradients, no adapter drops, rounding loses no delta.
 
     Torch's own code then runs as it will after a merge, its fast paths included; nested tensors have no other. Where
@@ -81,8 +81,8 @@ def may_sum(module: nn.Module, x: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active()]
+    adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active_pairs()]
     if any(is_split(adapter.A) for adapter in adapters) or fsdp1_units(module):
         return False
     drops = any(adapter.training and adapter.dropout for adapter in adapters)
-    return x.is_nested or (x.dtype in PRECISE and not drops and not torch.is_autocast_enabled(x.device.type))
+    return x.is_nested or (x.dtype in PRECISE_DTYPES and not drops and not torch.is_autocast_enabled(x.device.type))

@@ -16,42 +16,42 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.distributed.sharded import is_sharded, shape_of
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.stacked import StackedSum
 
 
-class ReadAdapter(Adapter):
+class ParameterAdapter(Adapter):
     """Gives the sum for a weight, unbuilt where that is a stack of experts' matrices."""
 
     def forward(self, weight: Tensor) -> Tensor | StackedSum:
         """``weight + scale * B A``, through which A and B get their gradients."""
         if not self.part.stacked:
-            return self.added_to(weight)
+            return self.add_to_weight(weight)
         left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
         return StackedSum(weight, left, right)
 
 
-class OnRead(LoRALayer):
+class LoRAParameterHolder(LoRALayer):
     """Mixed into the class of the module that holds the parameter."""
 
-    lora_adapter_class = ReadAdapter
+    lora_adapter_class = ParameterAdapter
 
 
-def reading(key: str) -> Any:
+def adapted_property(key: str) -> Any:
     """The property that stands before the parameter ``key``."""
 
-    def read(module: OnRead) -> Any:
+    def read(module: LoRAParameterHolder) -> Any:
         if key not in module._parameters:
             raise AttributeError(key)
         weight: Any = parameter_of(module, key)
         if not _is_here(weight):
             return weight
-        for adapter in module.lora.active():
+        for adapter in module.lora.active_pairs():
             if adapter.part.key == key:
                 weight = adapter(weight)
         return weight
 
-    def write(module: OnRead, value: Any) -> None:
+    def write(module: LoRAParameterHolder, value: Any) -> None:
         module._parameters[key] = value  # torch's own setattr registers a Parameter without coming here
 
     return property(read, write)
@@ -64,11 +64,11 @@ def _is_here(weight: Tensor) -> bool:
     return weight.dim() > 1 and not is_sharded(weight) and bool(weight.untyped_storage().size())
 
 
-def readable_part(module: nn.Module, key: str) -> Part:
+def part_of_parameter(module: nn.Module, key: str) -> WeightPart:
     """The parameter ``key`` as a part: one matrix, or with three dimensions a stack of them."""
     parameter = parameter_of(module, key)
     stacked = len(shape_of(parameter)) == 3
-    return Part(key, key, transposed=_kept_transposed(module, key), stacked=stacked, read=True)
+    return WeightPart(key, key, transposed=_kept_transposed(module, key), stacked=stacked, read=True)
 
 
 def _kept_transposed(module: nn.Module, key: str) -> bool:

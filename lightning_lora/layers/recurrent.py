@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_lora.layers.merged_forward import OnWeight
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.merged_forward import MergedForward
+from lightning_lora.layers.weight_view import WeightPart
 
 
-class LoRACell(OnWeight):
+class LoRACell(MergedForward):
     """Mixed into a recurrent cell: the weight of the input and that of the state are adapted apart."""
 
     @classmethod
-    def lora_parts(cls, module: nn.Module) -> list[Part]:
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """Every weight matrix, by torch's own name for it."""
         matrices = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
-        return [Part(key, key) for key, parameter in matrices if parameter.dim() == 2]
+        return [WeightPart(key, key) for key, parameter in matrices if parameter.dim() == 2]
 
 
 class LoRARecurrent(LoRACell):
@@ -24,7 +24,7 @@ class LoRARecurrent(LoRACell):
     _flat_weights: list[Tensor]
     _flat_weights_names: list[str]
 
-    def lora_put(self, key: str, value: Tensor) -> None:
+    def lora_set_parameter(self, key: str, value: Tensor) -> None:
         """In that list too."""
-        super().lora_put(key, value)
+        super().lora_set_parameter(key, value)
         self._flat_weights[self._flat_weights_names.index(key)] = value

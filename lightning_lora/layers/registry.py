@@ -22,21 +22,21 @@ from lightning_lora.layers.conv import (
     LoRAConvTranspose3d,
 )
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
-from lightning_lora.layers.linear import (
-    LoRALinear,
-    LoRAQuantizedLinear,
-    is_quantizing,
-    transposed_kind,
-    transposed_root,
+from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, conv1d_base, conv1d_class, is_quantized_class
+from lightning_lora.layers.merged_forward import MergedForward
+from lightning_lora.layers.parameter import (
+    LoRAParameterHolder,
+    adapted_property,
+    expert_keys,
+    holds_experts,
+    part_of_parameter,
 )
-from lightning_lora.layers.merged_forward import OnWeight
-from lightning_lora.layers.parameter import OnRead, expert_keys, holds_experts, readable_part, reading
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
-from lightning_lora.layers.source_code import HANDLING, names_in
+from lightning_lora.layers.source_code import NOT_COMPUTING, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 
-KINDS: dict[type[nn.Module], type[LoRALayer]] = {
+ADAPTED_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     nn.Embedding: LoRAEmbedding,
     nn.EmbeddingBag: LoRAEmbeddingBag,
@@ -56,20 +56,20 @@ KINDS: dict[type[nn.Module], type[LoRALayer]] = {
     nn.RNNCell: LoRACell,
 }
 # They read the weights of layers inside, and are swapped where one of those is adapted.
-HOSTS: dict[type[nn.Module], type[LoRALayer]] = {
+HOST_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.MultiheadAttention: LoRAMultiheadAttention,
     nn.TransformerEncoderLayer: LoRATransformerEncoderLayer,
     nn.TransformerEncoder: LoRATransformerEncoder,
 }
 Keys = tuple[str, ...]
 # One class for all layers of a class: torch.compile guards on it.
-_SWAPPED: dict[tuple[type[nn.Module], Keys], type[LoRALayer]] = {}
-WEIGHTS = {"getattr", "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+_CLASSES: dict[tuple[type[nn.Module], Keys], type[LoRALayer]] = {}
+WEIGHT_NAMES = {"getattr", "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 COMPUTED = "computes its weight (a parametrization or weight norm): remove that first"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Derived(LoRALayer):
+class DynamicClass(LoRALayer):
     """Mixed into classes made at run time: they have no importable name, so what is pickled is the class they adapt."""
 
     lora_keys: ClassVar[Keys] = ()
@@ -78,86 +78,87 @@ class Derived(LoRALayer):
         """Pickle and deepcopy by the original class."""
         rebuild, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
         if rebuild is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return (_new, (self.lora_original_class, self.lora_keys, *arguments[1:]), *rest)
+            return (_rebuild, (self.lora_original_class, self.lora_keys, *arguments[1:]), *rest)
         return (rebuild, arguments, *rest)
 
 
-def _new(original: type[nn.Module], keys: Keys, *arguments: Any) -> nn.Module:
-    cls = swapped_class(original, keys)
+def _rebuild(original: type[nn.Module], keys: Keys, *arguments: Any) -> nn.Module:
+    cls = adapted_class(original, keys)
     return cls.__new__(cls, *arguments)
 
 
-def root_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+def adaptable_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class of a known kind that ``cls`` is or derives from."""
-    return next((base for base in cls.__mro__ if base in KINDS), None) or transposed_root(cls)
+    return next((base for base in cls.__mro__ if base in ADAPTED_CLASSES), None) or conv1d_base(cls)
 
 
-def host_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+def host_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class that ``cls`` is or derives from whose forward reads weights of layers inside."""
-    return next((base for base in cls.__mro__ if base in HOSTS), None)
+    return next((base for base in cls.__mro__ if base in HOST_CLASSES), None)
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` has without adapters."""
     return module.lora_original_class if isinstance(module, LoRALayer) else type(module)
 
 
-def swapped_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:
+def adapted_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:
     """The class that an ``original`` module gets when it is adapted, or when only its parameters ``keys`` are.
 
     A forward of a user's class that calls ``super().forward`` finds the adapted one there, so that what it does before
     and after applies to the sum, as it will after a merge. Any other forward of its own reads the weight, so the sum is
     put there.
     """
-    if (original, keys) not in _SWAPPED:
-        _SWAPPED.setdefault((original, keys), _derive_reading(original, keys) if keys else _derive(original))
-    return _SWAPPED[original, keys]
+    if (original, keys) not in _CLASSES:
+        _CLASSES.setdefault((original, keys), _derive_holder(original, keys) if keys else _derive(original))
+    return _CLASSES[original, keys]
 
 
-def class_for(module: nn.Module, parts: Iterable[Part]) -> type[LoRALayer]:
+def adapted_class_for(module: nn.Module, parts: Iterable[WeightPart]) -> type[LoRALayer]:
     """The class that ``module`` gets when these ``parts`` of it are adapted."""
     keys = dict.fromkeys(part.key for part in parts if part.read)
-    return swapped_class(plain_class(module), tuple(keys))
+    return adapted_class(original_class(module), tuple(keys))
 
 
 def _derive(original: type[nn.Module]) -> type[LoRALayer]:
-    root, host = root_of(original), host_of(original)
+    root, host = adaptable_base(original), host_base(original)
     if root is None or (host is not None and calls_super(original, root)):
         assert host is not None
-        return HOSTS[host] if original is host else _derived(original, [original, HOSTS[host]])
-    kind = KINDS[root] if root in KINDS else transposed_kind(root)
-    if vars(kind).get("lora_original_class") is original and root in KINDS:
+        return HOST_CLASSES[host] if original is host else _derived(original, [original, HOST_CLASSES[host]])
+    kind = ADAPTED_CLASSES[root] if root in ADAPTED_CLASSES else conv1d_class(root)
+    if vars(kind).get("lora_original_class") is original and root in ADAPTED_CLASSES:
         return kind
-    if kind is LoRALinear and is_quantizing(original):
+    if kind is LoRALinear and is_quantized_class(original):
         return _derived(original, [LoRAQuantizedLinear, original])
-    if issubclass(kind, OnWeight):
+    if issubclass(kind, MergedForward):
         return _derived(original, [kind, original])
     if original is root:
         return _derived(original, [kind])
     if calls_super(original, root):
         return _derived(original, [original, kind])
     facts = {"lora_parts": kind.lora_parts, "lora_arguments": staticmethod(kind.lora_arguments)}
-    return _derived(original, [OnWeight, original], facts)
+    return _derived(original, [MergedForward, original], facts)
 
 
 def _derived(
     original: type[nn.Module], bases: list[type[nn.Module]], facts: dict[str, Any] | None = None
 ) -> type[LoRALayer]:
     own = {**(facts or {}), "lora_original_class": original, "__module__": __name__}
-    return type(f"LoRA{original.__name__}", (Derived, *bases), own)
+    return type(f"LoRA{original.__name__}", (DynamicClass, *bases), own)
 
 
-def _derive_reading(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
-    return _derived(original, [OnRead, original], {"lora_keys": keys, **{key: reading(key) for key in keys}})
+def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
+    properties = {key: adapted_property(key) for key in keys}
+    return _derived(original, [LoRAParameterHolder, original], {"lora_keys": keys, **properties})
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
     """Whether every forward between ``cls`` and ``root`` hands on by ``super().forward`` and reads no weight itself."""
     between = cls.__mro__[: cls.__mro__.index(root)]
     forwards = [vars(owner)["forward"] for owner in between if "forward" in vars(owner)]
-    hands_on = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHTS for f in forwards)
-    others = (value for owner in between for name, value in vars(owner).items() if not HANDLING.fullmatch(name))
-    reads = any(_names_in(getattr(value, "fget", value)) & WEIGHTS for value in others)
+    hands_on = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHT_NAMES for f in forwards)
+    others = (value for owner in between for name, value in vars(owner).items() if not NOT_COMPUTING.fullmatch(name))
+    reads = any(_names_in(getattr(value, "fget", value)) & WEIGHT_NAMES for value in others)
     return hands_on and not reads and not any("_conv_forward" in vars(owner) for owner in between)
 
 
@@ -166,43 +167,43 @@ def _names_in(function: Any) -> set[str]:
     return names_in(code) if code is not None else set()
 
 
-def parts_of(module: nn.Module) -> list[Part]:
+def parts_of(module: nn.Module) -> list[WeightPart]:
     """The matrices of ``module`` that naming it means."""
-    if root_of(plain_class(module)) is not None:
-        return swapped_class(plain_class(module)).lora_parts(module)
-    return [readable_part(module, key) for key in expert_keys(module)] if holds_experts(module) else []
+    if adaptable_base(original_class(module)) is not None:
+        return adapted_class(original_class(module)).lora_parts(module)
+    return [part_of_parameter(module, key) for key in expert_keys(module)] if holds_experts(module) else []
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether ``module`` is of a kind that has matrices to adapt."""
-    return root_of(plain_class(module)) is not None or holds_experts(module)
+    return adaptable_base(original_class(module)) is not None or holds_experts(module)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a plain linear map: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
-    root = root_of(plain_class(module))
-    return root is not None and (root is nn.Linear or root is transposed_root(root))
+    root = adaptable_base(original_class(module))
+    return root is not None and (root is nn.Linear or root is conv1d_base(root))
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` where it can."""
-    if isinstance(module, LoRALayer) and module.lora.every():
+    if isinstance(module, LoRALayer) and module.lora.all_pairs():
         return None
     if not is_known(module):
         return (
-            f"is a {plain_class(module).__name__}; LoRA adapts torch's linear, embedding, convolution, bilinear, "
+            f"is a {original_class(module).__name__}; LoRA adapts torch's linear, embedding, convolution, bilinear, "
             "recurrent and attention layers, Hugging Face's Conv1D, experts in one parameter, and any matrix that is "
             "named itself"
         )
     if "forward" in vars(module):
         return "has a `forward` set on the instance, which would pass the adapter by"
-    if plain_class(module).__call__ is not nn.Module.__call__:
+    if original_class(module).__call__ is not nn.Module.__call__:
         return "has a `__call__` of its own, which may pass the adapter by"
     if hasattr(module, "lora") and not isinstance(module, LoRALayer):
         return "has an attribute `lora` of its own, where the adapter would go"
     if "parametrizations" in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
-    if root_of(plain_class(module)) is nn.Linear and is_quantizing(plain_class(module)):
+    if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
         return None
     return _refused_weights(module, [part.key for part in parts_of(module)])
 

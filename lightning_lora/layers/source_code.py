@@ -12,7 +12,8 @@ LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lig
 WORDS = (
     "init|initialize|reset|tie|load|save|prune|resize|export|freeze|repr|set|quantize|decay|optimizers?|enable|disable"
 )
-HANDLING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")  # methods that handle a module and compute no output
+# Names of methods that prepare, save or change a module, and compute no output.
+NOT_COMPUTING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")
 
 
 def is_library(cls: type) -> bool:
@@ -31,7 +32,9 @@ def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
             continue
         for name, value in vars(base).items():
             function = inspect.unwrap(value) if callable(value) else None
-            if inspect.isfunction(function) and not HANDLING.fullmatch(name) and wanted & names_in(function.__code__):
+            if not inspect.isfunction(function) or NOT_COMPUTING.fullmatch(name):
+                continue
+            if wanted & names_in(function.__code__):
                 yield from _parsed(function)
 
 

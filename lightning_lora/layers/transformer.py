@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.merged_forward import acts, may_sum, with_merged_weights
+from lightning_lora.layers.merged_forward import can_use_merged_weights, has_active_adapters, with_merged_weights
 
 
 class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
@@ -23,10 +23,10 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain layer."""
-        if not acts(self):
+        if not has_active_adapters(self):
             return super().forward(src, *args, **kwargs)
-        fast = may_sum(self, src)
-        with with_merged_weights(self) if fast else closed(self, "activation_relu_or_gelu"):
+        fast = can_use_merged_weights(self, src)
+        with with_merged_weights(self) if fast else fast_path_disabled(self, "activation_relu_or_gelu"):
             return super().forward(src, *args, **kwargs)
 
 
@@ -37,14 +37,14 @@ class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain module."""
-        if not acts(self) or (may_sum(self, src) and not torch.compiler.is_compiling()):
+        if not has_active_adapters(self) or (can_use_merged_weights(self, src) and not torch.compiler.is_compiling()):
             return super().forward(src, *args, **kwargs)
-        with closed(self, "use_nested_tensor"):
+        with fast_path_disabled(self, "use_nested_tensor"):
             return super().forward(src, *args, **kwargs)
 
 
 @contextmanager
-def closed(module: nn.Module, gate: str) -> Iterator[None]:
+def fast_path_disabled(module: nn.Module, gate: str) -> Iterator[None]:
     """While it lasts the attribute ``gate``, whose truth opens a fast path of torch's, is zero."""
     kept = getattr(module, gate)
     setattr(module, gate, 0)

@@ -36,7 +36,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """A matrix in a layer.
 
     Args:
@@ -55,7 +55,7 @@ class Part:
     stacked: bool = False
     read: bool = False
 
-    def whole(self, weight: Tensor) -> tuple[int, int]:
+    def full_features(self, weight: Tensor) -> tuple[int, int]:
         """``(in_features, out_features)`` of the paper's W0 that ``weight`` holds in its layer's own shape."""
         shape = shape_of(weight)
         first, *rest = shape[1:] if self.stacked else shape
@@ -63,20 +63,20 @@ class Part:
 
     def features(self, weight: Tensor) -> tuple[int, int]:
         """``(in_features, out_features)`` of what the pair adapts of it."""
-        in_features, out_features = self.whole(weight)
+        in_features, out_features = self.full_features(weight)
         return in_features, out_features if self.rows is None else self.rows.count()
 
     def stack(self, weight: Tensor) -> tuple[int, ...]:
         """``(experts,)`` where each has a pair of its own, else nothing."""
         return tuple(shape_of(weight)[:1]) if self.stacked else ()
 
-    def placed(self, B: Tensor, out_features: int) -> Tensor:
+    def place_rows(self, B: Tensor, out_features: int) -> Tensor:
         """``B`` for an output of length ``out_features``: the whole map's, or just these rows'."""
         return B if self.rows is None or len(B) == out_features else self.rows.place(B, out_features)
 
     def factors(self, A: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Two matrices, or stacks of them, whose product is ``B A`` with the rows of :func:`matrices`."""
-        B = self.placed(B, self.whole(weight)[1])
+        B = self.place_rows(B, self.full_features(weight)[1])
         return (A.mT, B.mT) if self.transposed else (B, A)
 
     def region(self, weight: Tensor) -> tuple[slice, slice, slice]:

@@ -120,7 +120,7 @@ class LoRAMethod(Method):
         return {
             id(parameter): (join(name, adapter.part.key), parameter_of(layer, adapter.part.key))
             for name, layer in adapted_layers(model)
-            for adapter in layer.lora.every()
+            for adapter in layer.lora.all_pairs()
             for parameter in adapter.parameters()
         }
 
@@ -146,13 +146,13 @@ class LoRAMethod(Method):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, Watched]:
-        calls = ("forward", "added_to", "operands")
+        calls = ("forward", "add_to_weight", "operands")
         return {
             join(name, adapter.part.name) if adapter.part.name else name: Watched(
                 adapter, adapter.B, calls, join(name, adapter.part.key)
             )
             for name, layer in adapted_layers(model)
-            for adapter in layer.lora.every()
+            for adapter in layer.lora.all_pairs()
         }
 
     @override

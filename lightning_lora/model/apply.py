@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
-from lightning_lora.layers.base import adapted_layers, adapters_disabled, detach, is_adapted
+from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, pop_adapters
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.hooks import strip
 from lightning_lora.model.initial_values import moved, put_back, remember
@@ -91,7 +91,7 @@ def remove_lora(model: nn.Module) -> None:
 def drop_adapters(model: nn.Module) -> None:
     """Remove live adapters with their hooks and records; the values of the base's parameters stay as they are."""
     for _, layer in list(adapted_layers(model)):
-        detach(layer)
+        pop_adapters(layer)
     strip(model)
     forget(model)
 

@@ -39,7 +39,7 @@ def trains(site: Site, key: str, adapted: bool, config: LoRAConfig) -> bool:
 
 def has_pairs(module: nn.Module) -> bool:
     """Whether ``module`` is an adapted layer, and not only a module around one whose class was swapped too."""
-    return isinstance(module, LoRALayer) and bool(module.lora.every())
+    return isinstance(module, LoRALayer) and bool(module.lora.all_pairs())
 
 
 def _set_flags(survey: Survey) -> None:

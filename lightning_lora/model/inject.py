@@ -5,10 +5,10 @@ from __future__ import annotations
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs, seed_of
-from lightning_lora.layers.base import LoRALayer, attach, parameter_of
+from lightning_lora.layers.base import LoRALayer, parameter_of, set_adapters
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
-from lightning_lora.layers.registry import class_for, host_of, swapped_class
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.registry import adapted_class, adapted_class_for, host_base
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.adapter_loading import accept_adapters
 from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.hooks import equip
@@ -36,7 +36,7 @@ def inject(targets: Targets, config: LoRAConfig) -> None:
         _renew_dropout(site, config)
     for site, cls, adapters in made:
         record_of(site.module).shared |= {part.key for part in site.parts if survey.is_shared(site.module, part.key)}
-        attach(site.module, cls, adapters)
+        set_adapters(site.module, cls, adapters)
     _attach_hosts(survey)
     _share_inputs(survey)
     record_of(survey.model).config = config
@@ -53,12 +53,12 @@ def _check_name_is_free(name: str) -> None:
 
 def _made(site: Site, config: LoRAConfig) -> tuple[type[LoRALayer], Adapters]:
     """The class that the module gets, and its adapters: one pair, or one for each matrix that has a name."""
-    cls = class_for(site.module, site.parts)
+    cls = adapted_class_for(site.module, site.parts)
     pairs = {part.name: _new_adapter(site, part, cls, config) for part in site.parts}
     return cls, Adapters({config.name: Pairs(pairs) if site.parts[0].name else pairs[""]})
 
 
-def _new_adapter(site: Site, part: Part, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
+def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
     """A fresh pair for one matrix, on the device of its weight."""
     names, weight = site.names_of(part), parameter_of(site.module, part.key)
     in_features, out_features = part.features(weight)
@@ -80,7 +80,7 @@ def _new_adapter(site: Site, part: Part, cls: type[LoRALayer], config: LoRAConfi
 
 def _renew_dropout(site: Site, config: LoRAConfig) -> None:
     """``dropout`` is no part of a configuration's identity: a second run may change it."""
-    for adapter in site.module.lora.every() if isinstance(site.module, LoRALayer) else []:
+    for adapter in site.module.lora.all_pairs() if isinstance(site.module, LoRALayer) else []:
         adapter.dropout = config.dropout
 
 
@@ -88,9 +88,9 @@ def _attach_hosts(survey: Survey) -> None:
     """Swap the modules that read the weights of adapted layers inside them, so that they use the adapters."""
     around = survey.around_layers()
     for _, module in survey.modules:
-        host = host_of(type(module))
+        host = host_base(type(module))
         if host is not None and not isinstance(module, LoRALayer) and id(module) in around:
-            attach(module, swapped_class(type(module)), Adapters())
+            set_adapters(module, adapted_class(type(module)), Adapters())
 
 
 def _share_inputs(survey: Survey) -> None:

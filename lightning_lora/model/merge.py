@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lora.distributed.sharded import is_sharded, is_split, local_shard, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
-from lightning_lora.layers.linear import is_quantizing
+from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
@@ -85,7 +85,7 @@ def _check_mergeable(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> N
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """The adapted layers of ``model`` whose weights are quantized and cannot hold the sum."""
-    return [name for name, layer in adapted_layers(model) if is_quantizing(type(layer))]
+    return [name for name, layer in adapted_layers(model) if is_quantized_class(type(layer))]
 
 
 def unwritable(model: nn.Module) -> str | None:

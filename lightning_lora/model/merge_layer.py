@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import full_tensor, local_shard
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import LoRALayer, attach, detach, parameter_of
-from lightning_lora.layers.registry import class_for
+from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters, set_adapters
+from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.model.record import Merged, MergedWeight, record_of
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.ops.exact_sum import checksum
@@ -41,7 +41,7 @@ def merge_layer(layer: LoRALayer) -> float:
             setattr(layer, key, shared)
         _put_back(layer, Merged(layer.lora, merged))
         raise
-    record_of(layer).merged = Merged(detach(layer), merged)
+    record_of(layer).merged = Merged(pop_adapters(layer), merged)
     size = math.hypot(*(each.size for each in sums))
     return math.hypot(*(each.lost * each.size for each in sums)) / size if size else 0.0
 
@@ -54,7 +54,7 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     merged = _as_weight([each.merged for each in sums], weight)
     record = MergedWeight(_patches(originals, sums), checksum(merged), before)
     weight.copy_(merged)  # the last step that an error could come before
-    if layer.lora_settle():
+    if layer.lora_after_merge():
         for each, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
             each.roundtrip = exact.subtract_delta(matrix, pairs)
         record.patches, record.checksum = _patches(originals, sums), checksum(weight)
@@ -98,7 +98,7 @@ def unmerge_layer(module: nn.Module, record: Merged) -> bool:
     for key, pairs in adapters.by_weight().items():
         for adapter in pairs:
             adapter.to(local_shard(parameter_of(module, key)).device)
-    attach(module, class_for(module, [adapter.part for adapter in adapters.every()]), adapters)
+    set_adapters(module, adapted_class_for(module, [adapter.part for adapter in adapters.all_pairs()]), adapters)
     record_of(module).merged = None
     return True
 

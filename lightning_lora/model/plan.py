@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.registry import plain_class
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.registry import original_class
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import trains
 from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full
 from lightning_lora.names import matches
@@ -88,9 +88,9 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
     return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base))
 
 
-def _row(site: Site, part: Part, config: LoRAConfig) -> Row:
+def _row(site: Site, part: WeightPart, config: LoRAConfig) -> Row:
     names, weight = site.names_of(part), parameter_of(site.module, part.key)
-    class_name = plain_class(site.module).__name__
+    class_name = original_class(site.module).__name__
     return row_of(names[0], class_name, part, weight, config.rank_for(*names), config.scale_for(*names), site.why)
 
 

@@ -19,7 +19,7 @@ from lightning_lora.distributed.sharded import (
     shard_like,
 )
 from lightning_lora.layers.base import adapted_layers, is_adapted
-from lightning_lora.layers.linear import is_quantizing
+from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_layers, records
@@ -100,7 +100,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
 
 def _save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
     # The entries that a quantized layer adds for its weight belong to the base.
-    save = nn.Module._save_to_state_dict if is_quantizing(type(module)) else type(module)._save_to_state_dict
+    save = nn.Module._save_to_state_dict if is_quantized_class(type(module)) else type(module)._save_to_state_dict
     save(module, state, prefix, True)
     if prefix and type(module).state_dict is not nn.Module.state_dict:  # metrics add their own
         module.state_dict(destination=state, prefix=prefix, keep_vars=True)

@@ -25,7 +25,7 @@ def describe(model: nn.Module) -> str:
 
 def rows_of(model: nn.Module) -> list[Row]:
     """A row for each adapted matrix of ``model``."""
-    return [_row(name, layer, adapter) for name, layer in adapted_layers(model) for adapter in layer.lora.every()]
+    return [_row(name, layer, adapter) for name, layer in adapted_layers(model) for adapter in layer.lora.all_pairs()]
 
 
 def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:

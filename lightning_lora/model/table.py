@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import folded
 
 
@@ -34,7 +34,7 @@ class Row:
     why: str = ""
 
 
-def row_of(name: str, kind: str, part: Part, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
+def row_of(name: str, kind: str, part: WeightPart, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
     """The row of the matrix ``part`` of a layer whose parameter is ``weight``."""
     in_features, out_features = part.features(weight)
     (experts,) = part.stack(weight) or (1,)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import full_tensor, shape_of
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.linear import is_quantizing, transposed_root
-from lightning_lora.layers.registry import parts_of, plain_class, root_of
+from lightning_lora.layers.linear import conv1d_base, is_quantized_class
+from lightning_lora.layers.registry import adaptable_base, original_class, parts_of
 
 KINDS = ("linear", "transposed", "embedding", "convolution")
 SLICES, ON_META = "is adapted in slices", "is on the meta device, without values: load the base first"
@@ -52,7 +52,7 @@ class PeftPair:
 
 def keys_of(module: nn.Module) -> tuple[str, str]:
     """What peft calls A and B of ``module``."""
-    if root_of(plain_class(module)) is nn.Embedding:
+    if adaptable_base(original_class(module)) is nn.Embedding:
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
 
@@ -62,8 +62,8 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
 
     peft adds its term to what the module gives. So where that is not the plain map, the two would differ.
     """
-    cls, root = plain_class(module), root_of(plain_class(module))
-    if root is None or not (root in (nn.Linear, nn.Embedding, *CONVOLUTIONS) or root is transposed_root(root)):
+    cls, root = original_class(module), adaptable_base(original_class(module))
+    if root is None or not (root in (nn.Linear, nn.Embedding, *CONVOLUTIONS) or root is conv1d_base(root)):
         return f"is a {cls.__name__}, which PEFT's format has no place for"
     if isinstance(owner, nn.MultiheadAttention):
         return "lies in an nn.MultiheadAttention, which reads its weight past peft's adapter"
@@ -74,7 +74,7 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "has `max_norm`, which peft applies to A instead of the sum"
     scaled = root is nn.Embedding and hasattr(module, "embed_scale")  # peft knows of that attribute
-    if cls.forward is not root.forward and not scaled and not is_quantizing(cls):
+    if cls.forward is not root.forward and not scaled and not is_quantized_class(cls):
         return f"is a {cls.__name__} with a forward of its own, past which peft would add its term"
     return None
 
@@ -86,14 +86,14 @@ def kind_in_peft(module: nn.Module, owner: nn.Module | None, adapters: Adapter |
         reason = SLICES
     if reason is not None:
         return reason
-    root = root_of(plain_class(module))
+    root = adaptable_base(original_class(module))
     if root in CONVOLUTIONS:
         return "convolution"
     return "embedding" if root is nn.Embedding else "linear" if root is nn.Linear else "transposed"
 
 
 def _refused_convolution(module: nn.Module) -> str | None:
-    own = plain_class(module)
+    own = original_class(module)
     root = next(kind for kind in CONVOLUTIONS if issubclass(own, kind))
     for attribute, plain in (("groups", 1), ("padding_mode", "zeros"), ("dilation", (1,) * len(module.kernel_size))):  # type: ignore[arg-type]
         if getattr(module, attribute) != plain:
@@ -123,7 +123,7 @@ def to_peft(module: nn.Module, adapters: Adapter | Pairs) -> PeftPair:
     """
     pairs = pairs_in(adapters)
     weight = parameter_of(module)
-    out_features = parts_of(module)[0].whole(weight)[1]
+    out_features = parts_of(module)[0].full_features(weight)[1]
     scale = pairs[0].scale
     A = torch.cat([_values(pair.A) for pair in pairs])
     B = torch.cat([_placed(pair, out_features) * (pair.scale / scale) for pair in pairs], dim=1)
@@ -138,13 +138,13 @@ def _values(parameter: Tensor) -> Tensor:
 
 
 def _placed(pair: Adapter, out_features: int) -> Tensor:
-    return pair.part.placed(_values(pair.B), out_features)
+    return pair.part.place_rows(_values(pair.B), out_features)
 
 
 def expected_shapes(module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B of ``module`` in a file."""
     weight = parameter_of(module)
-    in_features, out_features = parts_of(module)[0].whole(weight)
+    in_features, out_features = parts_of(module)[0].full_features(weight)
     if isinstance(module, CONVOLUTIONS):
         kernel = tuple(shape_of(weight)[1:])
         return (r, *kernel), (out_features, r, *[1] * (len(kernel) - 1))
@@ -164,7 +164,7 @@ def from_peft(adapters: Adapter | Pairs, pair: PeftPair) -> Mapping[str, Tensor]
     for name, one in adapters.items() if isinstance(adapters, Pairs) else [("", adapters)]:
         columns = B[:, start : start + one.r]
         own = _own_rows(one, columns)
-        if not torch.equal(one.part.placed(own, len(B)), columns):
+        if not torch.equal(one.part.place_rows(own, len(B)), columns):
             return "is adapted in rows that the adapters in the model leave alone"
         found[f"{name}.A" if name else "A"] = A[start : start + one.r]
         found[f"{name}.B" if name else "B"] = own * (pair.scale / one.scale)

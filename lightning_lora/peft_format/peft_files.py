@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safe_file import read_tensors, write_together
 from lightning_lora.layers.base import is_adapted
-from lightning_lora.layers.registry import is_linear, plain_class
+from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.apply import apply_lora, remove_lora
 from lightning_lora.model.record import config_of, is_merged, records
 from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
@@ -142,7 +142,7 @@ def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor
         contents.modules_to_save,
         config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
         base=own if isinstance(own, str) else None,
-        transposed=bool(linear) and not any(issubclass(plain_class(module), nn.Linear) for module in linear),
+        transposed=bool(linear) and not any(issubclass(original_class(module), nn.Linear) for module in linear),
     )
 
 

@@ -56,10 +56,10 @@ def matrices(pair: PeftPair) -> list[tuple[str, Tensor]]:
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
     """Every layer of ``model`` that has adapters, live or merged, and these."""
     for name, layer in adapted_layers(model):
-        if layer.lora.every():
+        if layer.lora.all_pairs():
             yield name, layer, layer.lora
     for name, module, merged in merged_layers(model):
-        if merged.adapters.every():
+        if merged.adapters.all_pairs():
             yield name, module, merged.adapters
 
 

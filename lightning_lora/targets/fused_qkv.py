@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import is_linear, parts_of
-from lightning_lora.layers.source_code import HANDLING, is_library, names_in
-from lightning_lora.layers.weight_view import Part, Rows
+from lightning_lora.layers.source_code import NOT_COMPUTING, is_library, names_in
+from lightning_lora.layers.weight_view import Rows, WeightPart
 
 EMPTY, VAR_KEYWORD = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
 VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
@@ -110,7 +110,7 @@ class Inert(nn.Module):
         return x if self.out_features is None else x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Part] | str:
+def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[WeightPart] | str:
     """The parts ``q``, ``k`` and ``v`` that the fused projection ``leaf`` of ``owner`` has, or why they are unknown.
 
     Args:
@@ -119,13 +119,13 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Pa
         layer: the projection.
     """
     (whole,) = parts_of(layer)
-    out_features = whole.whole(parameter_of(layer))[1]
+    out_features = whole.full_features(parameter_of(layer))[1]
     for by_role in filter(None, _attempts(owner, leaf, layer) if owner is not None else ()):
         rows = {name: _as_rows(sorted(numbers), out_features) for name, numbers in by_role.items()}
         count = sum(len(numbers) for numbers in by_role.values())
         disjoint = count == len(set().union(*by_role.values())) == out_features
         if disjoint and len(rows) > 1 and None not in rows.values():
-            return [Part("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
+            return [WeightPart("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
     return (
         "fuses query, key and value, and which rows are which was not found by running the code around it; to "
         f"adapt all of it write targets={[leaf]!r}"
@@ -135,7 +135,7 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[Pa
 def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[str, set[int]]]:
     """The rows by role, from runs with inputs of several shapes and arguments: what ``owner`` takes is not known."""
     (whole,) = parts_of(layer)
-    in_features, out_features = whole.whole(parameter_of(layer))
+    in_features, out_features = whole.full_features(parameter_of(layer))
     for method, keep, shape, given in product(
         _methods(owner, leaf), [False, True], SHAPES, ["first", "required", "states"]
     ):
@@ -160,7 +160,7 @@ def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
     """The forward of ``owner``, and other methods of the user's classes that use ``leaf``."""
     bases = [cls for cls in type(owner).__mro__ if not is_library(cls)]
     methods = {name: value for cls in reversed(bases) for name, value in vars(cls).items() if inspect.isfunction(value)}
-    helpers = [method for name, method in methods.items() if name != "forward" and not HANDLING.fullmatch(name)]
+    helpers = [method for name, method in methods.items() if name != "forward" and not NOT_COMPUTING.fullmatch(name)]
     return [type(owner).forward, *(method for method in helpers if leaf in names_in(method.__code__))]
 
 
@@ -172,7 +172,7 @@ def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> 
     inside: dict[str, nn.Module | None] = dict(owner._modules)
     for name, module in owner._modules.items():
         if module is not None and is_linear(module):
-            inside[name] = Inert(parts_of(module)[0].whole(parameter_of(module))[1])
+            inside[name] = Inert(parts_of(module)[0].full_features(parameter_of(module))[1])
         elif module is not None and not keep:
             inside[name] = Inert(None)
         elif module is not None:

@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merged_forward import WeightAdapter
-from lightning_lora.layers.parameter import ReadAdapter, readable_part
-from lightning_lora.layers.registry import class_for, parts_of, refusal, refused_parameter
+from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
+from lightning_lora.layers.registry import adapted_class_for, parts_of, refusal, refused_parameter
 from lightning_lora.layers.weight_reads import is_read_raw
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import covers, join, matches
 from lightning_lora.targets.fused_qkv import fused_parts
 from lightning_lora.targets.problems import empty_preset, nothing_left, refused, unadapted, unmatched
@@ -95,7 +95,7 @@ def _resolved(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) ->
     return replace(site, parts=parts, why=choice.why, refusal=reason)
 
 
-def _parts(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> list[Part] | str:
+def _parts(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> list[WeightPart] | str:
     if choice.parameters and choice.only is not None:
         return f"is named by its parameter `{choice.parameters[0]}` and by matrices in it: keep one of the two"
     if choice.parameters:
@@ -109,19 +109,19 @@ def _parts(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> li
     return [part for part in kept if not part.name or not _left_out(_matrix(site, part), config)]
 
 
-def _matrix(site: Site, part: Part) -> list[str]:
+def _matrix(site: Site, part: WeightPart) -> list[str]:
     return [join(name, part.name) for name in site.names]
 
 
-def _named_parameters(module: nn.Module, keys: list[str]) -> list[Part] | str:
+def _named_parameters(module: nn.Module, keys: list[str]) -> list[WeightPart] | str:
     for key in keys:
         reason = refused_parameter(module, key)
         if reason is not None:
             return f"holds `{key}`, which {reason}"
-    return [readable_part(module, key) for key in keys]
+    return [part_of_parameter(module, key) for key in keys]
 
 
-def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> list[Part] | str:
+def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> list[WeightPart] | str:
     """All matrices of a layer. A fused projection is cut where only some of its rows are wanted."""
     parts = parts_of(site.module)
     several = any(part.name for part in parts)
@@ -142,9 +142,9 @@ def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConf
     return [replace(part, read=True) for part in parts] if raw else parts
 
 
-def _no_dropout(parts: list[Part], module: nn.Module, config: LoRAConfig) -> str | None:
-    adapter_class = class_for(module, parts).lora_adapter_class
-    if config.dropout and issubclass(adapter_class, (ReadAdapter, WeightAdapter)):
+def _no_dropout(parts: list[WeightPart], module: nn.Module, config: LoRAConfig) -> str | None:
+    adapter_class = adapted_class_for(module, parts).lora_adapter_class
+    if config.dropout and issubclass(adapter_class, (ParameterAdapter, WeightAdapter)):
         return f"has code that reads its weight, where `dropout={config.dropout}` cannot act: set dropout=0"
     return None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_lora.layers.parameter import holds_experts
-from lightning_lora.layers.registry import is_linear, root_of
+from lightning_lora.layers.registry import adaptable_base, is_linear
 from lightning_lora.names import join
 from lightning_lora.targets.survey import Survey, survey_of
 
@@ -120,7 +120,7 @@ def is_query_or_value(name: str) -> bool:
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution."""
-    return root_of(type(module)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return adaptable_base(type(module)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:

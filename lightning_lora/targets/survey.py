@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import clean, is_wrapper, join
 
 
@@ -30,7 +30,7 @@ class Site:
 
     names: list[str]
     module: nn.Module
-    parts: list[Part] = field(default_factory=list)
+    parts: list[WeightPart] = field(default_factory=list)
     why: str = ""
     refusal: str | None = None
 
@@ -39,7 +39,7 @@ class Site:
         """The first clean name."""
         return self.names[0]
 
-    def names_of(self, part: Part) -> list[str]:
+    def names_of(self, part: WeightPart) -> list[str]:
         """All names of a matrix in the module, those of the module last: a pattern may mean either."""
         return [join(name, part.name) for name in self.names if part.name] + self.names
 

@@ -447,6 +447,6 @@ def test_a_merge_that_is_interrupted_leaves_everything_as_it_was(after, monkeypa
         with pytest.raises(KeyboardInterrupt):
             merge_lora(model)
         assert_same_values(model, before)
-        assert [len(layer.lora.every()) for layer in model] == [1, 2]
+        assert [len(layer.lora.all_pairs()) for layer in model] == [1, 2]
     else:
         assert list(merge_lora(model)) == ["0", "1"]

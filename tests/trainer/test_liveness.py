@@ -78,7 +78,7 @@ def test_living_adapters_are_not_mentioned_and_nothing_is_left_on_them():
     model = module("plain")
     assert fit(model, merge=False) == []
     for adapter in (model.net.first.lora.default, model.net.second.lora.default):
-        assert {"forward", "added_to"}.isdisjoint(vars(adapter))
+        assert {"forward", "add_to_weight"}.isdisjoint(vars(adapter))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lightning_lora.distributed.sharded import is_sharded, shape_of
 from lightning_lora.files.merged_file import write_merged
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.layers.registry import parts_of
-from lightning_lora.layers.weight_view import Part
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.trainer.strategies.base import states_in
 from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2, Sharded
@@ -220,7 +220,7 @@ def partitioned(*shape: int) -> torch.Tensor:
 
 def test_shapes_of_what_zero_3_has_partitioned():
     assert shape_of(partitioned(3, 4, 5)) == (3, 4, 5) and shape_of(partitioned()) == ()
-    part = Part(stacked=True)
+    part = WeightPart(stacked=True)
     assert part.stack(partitioned(3, 4, 5)) == (3,) and part.features(partitioned(3, 4, 5)) == (5, 4)
     experts = type("Experts", (nn.Module,), {})()
     experts.up, experts.down = partitioned(3, 8, 4), partitioned(3, 4, 8)
