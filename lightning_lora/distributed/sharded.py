@@ -68,19 +68,19 @@ def gathered(tensors: Iterable[Tensor], write: bool = False) -> AbstractContextM
     return zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
 
 
-def shard_like(own: Tensor, value: Tensor) -> Tensor:
-    """``value``, a full tensor that every rank has, sharded over the ranks as ``own`` is."""
-    if not is_sharded(own) or is_sharded(value):
+def shard_like(reference: Tensor, value: Tensor) -> Tensor:
+    """``value``, a full tensor that every rank has, sharded over the ranks as ``reference`` is."""
+    if not is_sharded(reference) or is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor
 
-    shard = value[shard_region(own)].to(own.device).contiguous()
+    shard = value[shard_region(reference)].to(reference.device).contiguous()
     return DTensor.from_local(
         shard,
-        own.device_mesh,  # type: ignore[attr-defined]
-        own.placements,  # type: ignore[attr-defined]
-        shape=own.shape,
-        stride=own.stride(),
+        reference.device_mesh,  # type: ignore[attr-defined]
+        reference.placements,  # type: ignore[attr-defined]
+        shape=reference.shape,
+        stride=reference.stride(),
     )
 
 

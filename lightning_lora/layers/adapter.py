@@ -1,4 +1,4 @@
-"""An adapter: the pair (A, B) of one layer, as a module of its own, and the values that A starts from."""
+"""An adapter: the pair (A, B) of one layer as a module, and the initial values of A."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_lora.layers.weight_view import WeightPart
 
 
 def default_seed() -> int:
-    """The seed that Lightning's ``seed_everything`` left in the environment, else 0."""
+    """The seed that Lightning's ``seed_everything`` stores in the environment, else 0."""
     value = os.environ.get("PL_GLOBAL_SEED", "")
     return int(value) if value.lstrip("-").isdigit() else 0
 
 
 def seed_of(seed: int | None, layer: str, adapter: str) -> int:
-    """A seed for one adapter of one layer, the same in every process and whatever was injected before it."""
+    """A seed for one adapter of one layer; it depends neither on the process nor on the order of injection."""
     text = f"{default_seed() if seed is None else seed}/{layer}/{adapter}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def initial_A(shape: Sequence[int], init: str, seed: int) -> Tensor:
-    """A as it starts, in fp32 on the CPU, from a generator of its own.
+    """The initial A, in fp32 on the CPU.
 
     Args:
         shape: ``(r, in_features)``, or ``(experts, r, in_features)``.
         init: ``"kaiming"``: uniform in +-1/sqrt(in_features), as the weight of ``nn.Linear``; ``"gaussian"``: normal
             with standard deviation 1/r. The paper (section 4.1) says only "random Gaussian".
-        seed: of the generator; the global random stream is neither read nor moved.
+        seed: of a separate generator; the global random stream is neither read nor advanced.
     """
     generator = torch.Generator().manual_seed(seed)
     r, in_features = shape[-2:]
@@ -45,25 +45,25 @@ def initial_A(shape: Sequence[int], init: str, seed: int) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """A and B of one layer under one name; sub-classes say how they act on that kind of layer.
+    """A and B of one weight matrix; subclasses define how they act in one kind of layer.
 
-    A and B stay fp32 when the model around them is cast (``model.half()``, Lightning's ``precision="bf16-true"``):
-    in bf16 an update of 1e-3 on a value of 1 is lost.
+    A and B stay fp32 when the model is cast (``model.half()``, Lightning's ``precision="bf16-true"``): in bf16 an
+    update of 1e-3 to a value of 1 is lost.
 
     Args:
-        in_features: length of the input vectors.
-        out_features: length of the output vectors.
+        in_features: number of columns of A.
+        out_features: number of rows of B.
         r: rank.
-        alpha: as the user gave it; kept for files.
-        scale: factor in front of ``B A``.
-        dropout: probability of dropping an input of A, in training.
-        init: how A starts.
-        seed: of A's generator.
+        alpha: as configured; stored in files.
+        scale: factor of ``B A``, such as ``alpha / r``.
+        dropout: probability of dropping an element of the input of A, in training.
+        init: ``"kaiming"`` or ``"gaussian"``, see :func:`initial_A`.
+        seed: of the initial A.
         padding_idx: the column of A that stays zero, for an embedding.
-        part: which matrix of the layer the pair adapts.
-        stack: ``(experts,)`` for a pair of each expert's own: A is ``(experts, r, in_features)``, B
+        part: the matrix of the layer that the pair adapts.
+        stack: ``(experts,)`` for one pair per expert: A is ``(experts, r, in_features)``, B
             ``(experts, out_features, r)``.
-        device: where A and B are made.
+        device: of A and B.
     """
 
     A: nn.Parameter
@@ -96,27 +96,27 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A from its own generator, B zero: the layer starts as the base."""
+        """Initialize A from its generator and B with zeros: the output of the layer equals the base output."""
         self.A.copy_(initial_A(self.A.shape, self.init, self.seed))
         if self.padding_idx is not None:
             self.A[:, self.padding_idx] = 0
         self.B.zero_()
 
     def apply_dropout(self, x: Tensor) -> Tensor:
-        """``x`` with the adapter's dropout."""
+        """Dropout on ``x``, the input of A."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; gradients pass."""
+        """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; differentiable."""
         A: Tensor = self.A
-        if self.padding_idx is not None:  # as in the plain layer, the padding index gets no gradient
+        if self.padding_idx is not None:  # the padding index gets no gradient, as in the plain layer
             A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
         return self.part.factors(A, self.scale * self.B, weight)
 
     def add_to_weight(self, weight: Tensor) -> Tensor:
-        """``weight + scale * B A``, of the shape and dtype of ``weight``; gradients pass to A and B.
+        """``weight + scale * B A``, of the shape and dtype of ``weight``; differentiable by A and B.
 
-        The sum asks for a gradient in inference too: torch may make another product of one that does not (see
+        The sum requires a gradient in inference too: otherwise torch may compute another product with it (see
         :func:`lightning_lora.ops.linear.base_linear`).
         """
         if torch.compiler.is_compiling():
@@ -139,8 +139,8 @@ class Adapter(nn.Module):
         return f"{experts}{in_features} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        # Every `.to(dtype)`, `.half()` and precision plug-in comes through here. The fp32 values themselves are kept,
-        # not cast there and back: a resumed run must see them bit for bit.
+        # `.to(dtype)`, `.half()` and every precision plugin call this. The fp32 values are kept, not cast to another
+        # dtype and back: a resumed run needs the same bits.
         before = [(p.data, None if p.grad is None else p.grad.detach()) for p in (self.A, self.B)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
@@ -152,14 +152,14 @@ class Adapter(nn.Module):
 
 
 class Pairs(nn.Module):
-    """The pairs of one adapter on a layer that has several matrices, by the names of those."""
+    """The pairs of one adapter in a layer with several matrices, by the names of the matrices."""
 
     def __init__(self, pairs: Mapping[str, Adapter]) -> None:
         super().__init__()
-        self._modules.update(pairs)  # not by add_module: a parameter may be called as a method of nn.Module is
+        self._modules.update(pairs)  # not add_module: a parameter may have the name of a method of nn.Module
 
     def __getitem__(self, name: str) -> Adapter:
-        """The pair of the matrix ``name``."""
+        """The pair that adapts the matrix ``name``."""
         pair = self._modules[name]
         assert isinstance(pair, Adapter)
         return pair
@@ -168,30 +168,29 @@ class Pairs(nn.Module):
         return iter(self._modules)
 
     def items(self) -> Iterator[tuple[str, Adapter]]:
-        """Names and pairs."""
+        """The names of the matrices and their pairs."""
         return ((name, self[name]) for name in self)
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of one layer by name; while not ``enabled`` the layer gives the base's output."""
+    """The adapters of one layer by name; if ``enabled`` is false the layer returns the base output."""
 
     enabled: bool = True
 
     def all_pairs(self) -> list[Adapter]:
-        """All pairs."""
-        found: list[Adapter] = []
+        """The pairs of every adapter."""
+        pairs: list[Adapter] = []
         for module in self.values():
-            pairs = module._modules.values() if isinstance(module, Pairs) else [module]
-            found += pairs  # type: ignore[arg-type]
-        return found
+            pairs += [pair for _, pair in module.items()] if isinstance(module, Pairs) else [module]  # type: ignore[list-item]
+        return pairs
 
     def active_pairs(self) -> list[Adapter]:
-        """Those that act now."""
+        """The pairs that act now: all, or none while disabled."""
         return self.all_pairs() if self.enabled else []
 
     def by_weight(self) -> dict[str, list[Adapter]]:
-        """All pairs by the parameter that they adapt."""
-        found: dict[str, list[Adapter]] = {}
+        """All pairs, by the name of the parameter that they adapt."""
+        pairs: dict[str, list[Adapter]] = {}
         for adapter in self.all_pairs():
-            found.setdefault(adapter.part.key, []).append(adapter)
-        return found
+            pairs.setdefault(adapter.part.key, []).append(adapter)
+        return pairs

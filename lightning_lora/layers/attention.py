@@ -1,7 +1,7 @@
-"""LoRA for ``nn.MultiheadAttention``: query, key and value adapted apart, though torch keeps them in one parameter.
+"""LoRA for ``nn.MultiheadAttention``: query, key and value have separate pairs, though torch stores one parameter.
 
-Its forward reads the weights without calling any layer, so the attention is written out here (Vaswani et al. 2017,
-equation 1), in torch's order of operations, with each adapter's term added to the projection that it belongs to.
+The forward of torch reads the weights and calls no layer. So attention is written out here (Vaswani et al. 2017,
+equation 1), in torch's order of operations, and each low-rank term is added to its projection.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lightning_lora.ops.linear import base_linear
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
-    """An ``nn.MultiheadAttention`` with adapters on q, k and v; that of ``out_proj`` is on the layer of this name."""
+    """An ``nn.MultiheadAttention`` with adapters on q, k and v; ``out_proj`` is a linear layer with its own adapter."""
 
     lora_original_class = nn.MultiheadAttention
     lora_adapter_class = LinearAdapter
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """The maps of query, key and value, each a third of one parameter or a parameter of its own."""
+        """The projections of query, key and value: each a third of one parameter, or a separate parameter."""
         assert isinstance(module, nn.MultiheadAttention)
         if not module._qkv_same_embed_dim:
             return [WeightPart(f"{name}_proj_weight", name) for name in "qkv"]
@@ -45,7 +45,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in the plain layer: the output, shaped as ``query``, and the attention weights if they are needed."""
+        """As the plain layer: the output, of the shape of ``query``, and the attention weights if they are needed."""
         arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not has_active_adapters(self):
             return super().forward(query, key, value, *arguments)
@@ -74,40 +74,41 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
 
 def _sequence_first(layer: LoRAMultiheadAttention, *inputs: Tensor) -> list[Tensor]:
-    """The inputs as ``(length, batch, features)``; those of a batch that were one object stay one, as in torch."""
+    """The inputs as ``(length, batch, features)``; equal objects stay equal objects, as in torch."""
     if inputs[0].dim() == 2:
         return [x.unsqueeze(1) for x in inputs]
-    turned = {id(x): x.transpose(0, 1) if layer.batch_first else x for x in inputs}
-    return [turned[id(x)] for x in inputs]
+    transposed = {id(x): x.transpose(0, 1) if layer.batch_first else x for x in inputs}
+    return [transposed[id(x)] for x in inputs]
 
 
 def _mask(
-    layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, padding: Tensor | None, pairs: Tensor | None
+    layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, padding: Tensor | None, attention: Tensor | None
 ) -> Tensor | None:
-    """What is added to the scores, ``(1 or batch * heads, 1 or targets, sources)``."""
+    """The mask that is added to the scores, ``(1 or batch * heads, 1 or targets, sources)``."""
     (targets, batch, _), sources = query.shape, len(key)
     masks = []
-    if pairs is not None:
-        _check("attn_mask", pairs, (targets, sources), (batch * layer.num_heads, targets, sources))
-        masks.append(_additive("attn_mask", pairs if pairs.dim() == 3 else pairs.unsqueeze(0), query.dtype))
+    if attention is not None:
+        _check("attn_mask", attention, (targets, sources), (batch * layer.num_heads, targets, sources))
+        attention = attention if attention.dim() == 3 else attention.unsqueeze(0)
+        masks.append(_additive("attn_mask", attention, query.dtype))
     if padding is not None:
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         _check("key_padding_mask", padding, (batch, sources))
         masks.append(
             _additive("key_padding_mask", padding, query.dtype).repeat_interleave(layer.num_heads, 0).unsqueeze(1)
         )
-    more = (layer.bias_k is not None) + layer.add_zero_attn
-    return F.pad(sum(masks[1:], masks[0]), (0, more)) if masks else None
+    extra_keys = (layer.bias_k is not None) + layer.add_zero_attn
+    return F.pad(sum(masks[1:], masks[0]), (0, extra_keys)) if masks else None
 
 
 def _project(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value ``(length, batch, embed_dim)``, each with the terms of its adapters."""
-    q, k, v = _frozen_projection(layer, query, key, value)
-    return _adapted(layer, "q", q, query), _adapted(layer, "k", k, key), _adapted(layer, "v", v, value)
+    """Query, key and value, ``(length, batch, embed_dim)``: base output plus low-rank terms."""
+    q, k, v = _base_projections(layer, query, key, value)
+    return _add_pairs(layer, "q", q, query), _add_pairs(layer, "k", k, key), _add_pairs(layer, "v", v, value)
 
 
-def _frozen_projection(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """The base's maps, in as few products as torch makes of them: other ones would differ in the last bits."""
+def _base_projections(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The base outputs, by the same products as torch computes: others would differ in the last bits."""
     bias = layer.in_proj_bias
     if not layer._qkv_same_embed_dim:
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
@@ -115,14 +116,15 @@ def _frozen_projection(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor
         return tuple(base_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
     thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
     sizes = [count * layer.embed_dim for count in thirds]
-    split = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
+    split_weight = torch.split(layer.in_proj_weight, sizes)
+    split_bias = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
     inputs = (query, key, value)[: len(sizes)]
-    maps = [base_linear(*each) for each in zip(inputs, torch.split(layer.in_proj_weight, sizes), split, strict=True)]
-    return tuple(part.contiguous() for y in maps for part in torch.split(y, layer.embed_dim, -1))
+    outputs = [base_linear(*each) for each in zip(inputs, split_weight, split_bias, strict=True)]
+    return tuple(part.contiguous() for y in outputs for part in torch.split(y, layer.embed_dim, -1))
 
 
-def _adapted(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
-    """``y`` with the term of each adapter of the part ``name`` for the input ``x``."""
+def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
+    """The base output ``y`` plus the low-rank term for ``x`` of each pair of the projection ``name``."""
     for adapter in layer.lora.active_pairs():
         if adapter.part.name == name:
             y = adapter(y, x)
@@ -130,10 +132,10 @@ def _adapted(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> 
 
 
 def _extended(layer: LoRAMultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The three as ``(batch * heads, length, head_dim)``, after the key and value that ``add_bias_kv`` learned."""
+    """q, k and v as ``(batch * heads, length, head_dim)``, with the key and value of ``add_bias_kv`` appended."""
     batch = q.shape[1]
     if layer.bias_k is not None and layer.bias_v is not None:
-        k, v = (torch.cat([x, one.repeat(1, batch, 1)]) for x, one in ((k, layer.bias_k), (v, layer.bias_v)))
+        k, v = (torch.cat([x, learned.repeat(1, batch, 1)]) for x, learned in ((k, layer.bias_k), (v, layer.bias_v)))
     if layer.add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
     return [x.reshape(len(x), batch * layer.num_heads, layer.head_dim).transpose(0, 1) for x in (q, k, v)]
@@ -153,7 +155,7 @@ def _attend(
 def _weighted(
     layer: LoRAMultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same step by step, and the weights ``(batch, heads, targets, sources)``."""
+    """As :func:`_attend`, step by step, and the attention weights ``(batch, heads, targets, sources)``."""
     q = q * math.sqrt(1 / layer.head_dim)
     scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
     weights = F.dropout(scores.softmax(-1), layer.dropout, layer.training)
@@ -167,13 +169,11 @@ def _by_head(layer: LoRAMultiheadAttention, x: Tensor) -> Tensor:
 
 
 def _additive(argument: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``mask`` as numbers to add to the scores: where a mask of truth values says True, nothing is attended to."""
+    """``mask`` as a tensor to add to the scores: -inf where a boolean mask is True."""
     if mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:
-        raise RuntimeError(
-            f"An attention mask must be of truth values or floating-point numbers, but got {mask.dtype}."
-        )
+        raise RuntimeError(f"`{argument}` must be boolean or floating point, but got {mask.dtype}.")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 

@@ -1,4 +1,4 @@
-"""What every adapted layer is: the module it was, its class swapped for one that knows its adapters."""
+"""An adapted layer is the original module with its class replaced by a subclass that applies the adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_lora.layers.weight_view import WeightPart
 
 
 class LoRALayer(nn.Module):
-    """Base of the swapped classes: each kind of layer derives from it and from the class of torch that it adapts."""
+    """Base of all adapted classes: each derives from it and from the class that it adapts."""
 
     lora: Adapters
     lora_original_class: ClassVar[type[nn.Module]]
@@ -22,27 +22,27 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """The matrices of a ``module`` of this kind that naming it means."""
+        """The matrices that are adapted when a ``module`` of this kind is a target."""
         return [WeightPart()]
 
     @staticmethod
     def lora_arguments(module: nn.Module) -> dict[str, Any]:
-        """What this kind's adapters take beyond what all take."""
+        """Arguments of this kind's adapters in addition to the common ones."""
         return {}
 
     def lora_set_parameter(self, key: str, value: Tensor) -> None:
-        """Put ``value`` where the layer's code finds its parameter ``key``."""
+        """Replace the parameter ``key`` by ``value`` everywhere the code of the layer reads it."""
         self._parameters[key] = value  # type: ignore[assignment]
-        if key in self.__dict__:  # where FSDP1 puts it too while a unit is gathered
+        if key in self.__dict__:  # FSDP1 sets the attribute too while a unit is gathered
             self.__dict__[key] = value
 
     def lora_after_merge(self) -> bool:
-        """Bring a weight that was just merged into the form in which the plain layer keeps it; whether it changed."""
+        """Called after a merge: change the merged weight as the plain layer would; returns whether it did."""
         return False
 
 
 def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
-    """Turn ``module`` into an adapted layer; the object, its parameters, keys and hooks stay."""
+    """Turn ``module`` into an adapted layer; the object, its parameters, their names and its hooks stay."""
     adapters.train(module.training)
     module._modules.pop("lora", None)
     module.add_module("lora", adapters)
@@ -50,15 +50,15 @@ def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) ->
 
 
 def pop_adapters(layer: LoRALayer) -> Adapters:
-    """Give ``layer`` its class back and return the adapters that it had."""
+    """Restore the original class of ``layer``, and return its adapters."""
     adapters = layer.lora
     del layer.lora
-    layer.__class__ = _plain_class(type(layer))  # type: ignore[assignment]
+    layer.__class__ = _original_class(type(layer))  # type: ignore[assignment]
     return adapters
 
 
-def _plain_class(cls: type[LoRALayer]) -> type[nn.Module]:
-    """The class without adapters; where ``fully_shard`` put its own on top, the one that it would have made."""
+def _original_class(cls: type[LoRALayer]) -> type[nn.Module]:
+    """The class without adapters; under ``fully_shard``, which makes a class of its own, that class of the original."""
     if "lora_original_class" in vars(cls):
         return cls.lora_original_class
     unit, *_ = cls.__bases__  # FSDPModule
@@ -67,7 +67,7 @@ def _plain_class(cls: type[LoRALayer]) -> type[nn.Module]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Every adapted layer of ``model`` under its first clean name: what is adapted is asked here and nowhere else."""
+    """Iterate over the adapted layers of ``model`` by their first clean names; all code that needs them uses this."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield names.clean(name), module
@@ -75,7 +75,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """While it lasts no adapter of ``model`` acts."""
+    """Context manager in which no adapter of ``model`` acts."""
     layers = [layer for _, layer in adapted_layers(model)]
     flags = [layer.lora.enabled for layer in layers]
     for layer in layers:
@@ -88,12 +88,12 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether ``model`` has live adapters."""
+    """Whether ``model`` has adapted layers."""
     return any(True for _ in adapted_layers(model))
 
 
 def parameter_of(module: nn.Module, key: str = "weight") -> nn.Parameter:
-    """The parameter ``key`` itself, where reading the attribute may give its sum with delta."""
+    """The parameter ``key`` itself; reading the attribute may give its sum with delta."""
     parameter = module._parameters[key]
     assert parameter is not None
     return parameter

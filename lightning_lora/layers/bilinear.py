@@ -1,4 +1,4 @@
-"""LoRA for ``nn.Bilinear``: its weight as a matrix over all pairs of the two inputs."""
+"""LoRA for ``nn.Bilinear``: its weight is a matrix over all products of two input elements."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_lora.layers.base import LoRALayer
 
 
 class BilinearAdapter(Adapter):
-    """Adds ``scale * B (x1^T A_k x2)_k``: A is ``(r, in1 * in2)``, B ``(out_features, r)``."""
+    """Adds ``scale * B h`` with ``h_k = x1^T A_k x2``; A is ``(r, in1 * in2)``, B ``(out_features, r)``."""
 
     def forward(self, y: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-        """The layer's output ``y`` of shape ``(..., out_features)`` with the term for its two inputs."""
+        """The base output ``y`` of shape ``(..., out_features)`` plus the low-rank term for the two inputs."""
         A = self.A.to(x1.dtype).view(self.r, x1.shape[-1], x2.shape[-1])
         hidden = F.bilinear(self.apply_dropout(x1), x2, A)  # (..., r)
         return y + F.linear(hidden, (self.scale * self.B).to(hidden.dtype)).to(y.dtype)
@@ -26,7 +26,7 @@ class LoRABilinear(LoRALayer, nn.Bilinear):
     lora_adapter_class = BilinearAdapter
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        """The frozen map, then each adapter's term."""
+        """The base output plus the low-rank term of each adapter."""
         y = super().forward(input1, input2)
         for adapter in self.lora.active_pairs():
             y = adapter(y, input1, input2)

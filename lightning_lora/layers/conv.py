@@ -14,26 +14,26 @@ from lightning_lora.layers.weight_view import WeightPart
 
 
 class ConvAdapter(Adapter):
-    """Adds a convolution with A, of r channels in each group, followed by a lora_pointwise one with B.
+    """Adds a convolution with A, r channels per group, followed by a pointwise convolution with B.
 
-    A is ``(r, in_channels / groups * kernel)`` and B ``(out_channels, r)``, so that ``B A`` has the shape of the weight
-    seen as a matrix, for any number of groups.
+    A is ``(r, in_channels / groups * kernel)`` and B ``(out_channels, r)``: ``B A`` has the shape of the weight as a
+    matrix, for any number of groups.
     """
 
     def forward(self, y: Tensor, x: Tensor, layer: LoRAConv) -> Tensor:
-        """The output ``y`` with the term for the input ``x``."""
+        """The base output ``y`` plus the low-rank term for the input ``x``."""
         kernel = parameter_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
         A = self.A.to(x.dtype).view(-1, *kernel)
         if layer.groups > 1:
             A = A.repeat(layer.groups, *[1] * len(kernel))
-        B = self.B if self.scale == 1 else self.scale * self.B  # as in `op.add_hidden`: fewer kernels
+        B = self.B if self.scale == 1 else self.scale * self.B  # one kernel less
         B = B.to(x.dtype).view(*B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.apply_dropout(x), A, None)  # (batch, groups * r, ...)
         return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
 
 
 class LoRAConv(LoRALayer):
-    """What the three have in common."""
+    """Base of the adapted convolutions."""
 
     lora_adapter_class = ConvAdapter
     groups: int
@@ -41,7 +41,7 @@ class LoRAConv(LoRALayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        """The frozen convolution, then each adapter's term."""
+        """The base output plus the low-rank term of each adapter."""
         y: Tensor = super().forward(input)
         for adapter in self.lora.active_pairs():
             y = adapter(y, input, self)
@@ -70,26 +70,26 @@ class LoRAConv3d(LoRAConv, nn.Conv3d):
 
 
 class TransposedConvAdapter(Adapter):
-    """Adds a pointwise convolution with A, of r channels in each group, followed by a transposed one with B.
+    """Adds a pointwise convolution with A, r channels per group, followed by a transposed convolution with B.
 
-    A is ``(r, in_channels)`` and B ``(out_channels / groups * kernel, r)``, so that ``B A`` has the shape of the weight
-    seen as a matrix the other way round, for any number of groups.
+    A is ``(r, in_channels)`` and B ``(out_channels / groups * kernel, r)``: ``B A`` has the shape of the transposed
+    weight as a matrix, for any number of groups.
     """
 
     def forward(self, y: Tensor, x: Tensor, layer: LoRAConvTranspose, output_padding: list[int]) -> Tensor:
-        """The output ``y`` with the term for the input ``x``."""
+        """The base output ``y`` plus the low-rank term for the input ``x``."""
         kernel = parameter_of(layer).shape[1:]  # (out_channels / groups, *kernel_size)
         ones = [1] * (len(kernel) - 1)
         A = self.A.to(x.dtype).view(self.r, layer.groups, -1).transpose(0, 1)  # (groups, r, in_channels / groups)
         A = A.reshape(layer.groups * self.r, -1, *ones)
         hidden = layer.lora_pointwise(self.apply_dropout(x), A, groups=layer.groups)
         B = (self.scale * self.B).to(x.dtype).t().reshape(self.r, *kernel).repeat(layer.groups, *[1] * len(kernel))
-        place = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
-        return y + layer.lora_transposed(hidden, B, None, *place).to(y.dtype)
+        arguments = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+        return y + layer.lora_transposed(hidden, B, None, *arguments).to(y.dtype)
 
 
 class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
-    """What the three have in common."""
+    """Base of the adapted transposed convolutions."""
 
     lora_adapter_class = TransposedConvAdapter
     lora_pointwise: Callable[..., Tensor]
@@ -97,17 +97,17 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """One matrix: torch keeps the weight of a transposed convolution as ``(in_channels, ...)``."""
+        """One matrix: torch stores the weight of a transposed convolution as ``(in_channels, ...)``."""
         return [WeightPart(transposed=True)]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
-        """The frozen transposed convolution, then each adapter's term."""
+        """The base output plus the low-rank term of each adapter."""
         y = super().forward(input, output_size)
         if self.lora.active_pairs():
             dimensions = len(self.kernel_size)
             stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
-            kept: Any = list(self.padding)  # numbers: a transposed convolution has no padding by name
-            padding = self._output_padding(input, output_size, stride, kept, kernel, dimensions, dilation)
+            sizes: Any = list(self.padding)  # numbers: a transposed convolution accepts no padding by name
+            padding = self._output_padding(input, output_size, stride, sizes, kernel, dimensions, dilation)
             for adapter in self.lora.active_pairs():
                 y = adapter(y, input, self, padding)
         return y

@@ -1,6 +1,6 @@
 """LoRA for ``nn.Embedding`` and ``nn.EmbeddingBag``.
 
-The input of the pair is the one-hot vector of an index; a bag takes the sum or the mean of rows of A.
+The input of A is the one-hot vector of an index, so ``A x`` is a column of A; a bag sums or averages columns.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from lightning_lora.layers.weight_view import WeightPart
 
 
 class EmbeddingAdapter(Adapter):
-    """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has nothing to drop."""
+    """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has a single nonzero element."""
 
     def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool) -> Tensor:
-        """The rows ``y`` of shape ``(..., embedding_dim)`` with the term for ``index`` of shape ``(...)``.
+        """The base output ``y``, ``(..., embedding_dim)``, plus the low-rank term for ``index``, ``(...)``.
 
-        The gradient of A is dense also for a layer made with ``sparse=True``: A is small. The padding index gets no
-        gradient, as in the plain layer.
+        The gradient of A is dense, also with ``sparse=True``, as A is small. The padding index gets no gradient, as in
+        the plain layer.
         """
         hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
         return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype)).to(y.dtype)
 
 
 class LoRALookup(LoRALayer):
-    """What an embedding and a bag of one have in common."""
+    """Base of the adapted embeddings."""
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """One matrix, a row for each index."""
+        """One matrix, stored as ``(num_embeddings, embedding_dim)``."""
         return [WeightPart(transposed=True)]
 
     @staticmethod
     def lora_arguments(module: nn.Module) -> dict[str, Any]:
-        """The padding index has no delta, as it has no gradient."""
+        """The padding index, which has no delta as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
     def lora_after_merge(self) -> bool:
-        """Cut long rows, where there is a ``max_norm``."""
+        """Renormalise the rows if there is a ``max_norm``."""
         return renormalise(self)  # type: ignore[arg-type]
 
 
 class LoRAEmbedding(LoRALookup, nn.Embedding):
     """An ``nn.Embedding`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``, as in PEFT.
 
-    With ``max_norm`` the sum is what is kept within the norm, as it will be after a merge. The plain layer does that
-    by changing the rows of its weight in place; here the frozen weight stays as it is.
+    With ``max_norm`` the sum is renormalised, as it will be after a merge. The plain layer changes the rows of its
+    weight in place; here the frozen weight does not change.
     """
 
     lora_original_class = nn.Embedding
     lora_adapter_class = EmbeddingAdapter
 
     def forward(self, input: Tensor) -> Tensor:
-        """The frozen rows, then each adapter's term, then the norm."""
+        """The base output plus the low-rank term of each adapter, renormalised."""
         if self.max_norm is None:
             y = super().forward(input)
         else:
@@ -71,7 +71,10 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
 
 @torch.no_grad()
 def renormalise(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
-    """Renormalise until a lookup changes nothing more: the plain layer would do it bit by bit as rows are used."""
+    """Renormalise the weight in place until it no longer changes; returns whether there is a ``max_norm``.
+
+    The plain layer renormalises again at each lookup, and one application can leave a row above the norm by rounding.
+    """
     if layer.max_norm is None:
         return False
     index = torch.arange(layer.num_embeddings, device=layer.weight.device)
@@ -84,9 +87,9 @@ def renormalise(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
 
 
 def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """``rows`` of shape ``(..., dim)``, those longer than ``max_norm`` shortened.
+    """``rows`` of shape ``(..., dim)``, scaled down where their norm is above ``max_norm``.
 
-    The gradient passes as through the plain layer, which renormalises outside the graph.
+    Gradients ignore the scaling, as in the plain layer, which renormalises outside of the graph.
     """
     flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
     index = torch.arange(len(flat), device=flat.device)
@@ -95,10 +98,10 @@ def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
 
 
 class EmbeddingBagAdapter(Adapter):
-    """Adds ``scale * B`` times the bag of the columns of A."""
+    """Adds ``scale * B h``, where ``h`` is the bag of the columns of A."""
 
     def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
-        """The bags ``y`` of shape ``(bags, embedding_dim)`` with their terms; the padding index has none."""
+        """The base output ``y``, ``(bags, embedding_dim)``, plus the low-rank term; the padding index has none."""
         dtype = torch.promote_types(y.dtype, torch.float32)
         weights = None if weights is None else weights.to(dtype)
         hidden = bags(layer, self.A.t().to(dtype), index, offsets, weights)  # (bags, r)
@@ -108,14 +111,14 @@ class EmbeddingBagAdapter(Adapter):
 class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
     """An ``nn.EmbeddingBag`` with adapters; A is ``(r, num_embeddings)``, B ``(embedding_dim, r)``.
 
-    The largest of rows is no sum of anything, nor are rows cut to ``max_norm``: with these the whole sum is built.
+    ``mode="max"`` and ``max_norm`` are not linear in the weight, so with these the merged weight is built.
     """
 
     lora_original_class = nn.EmbeddingBag
     lora_adapter_class = EmbeddingBagAdapter
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """The frozen bags, then each adapter's term."""
+        """The base output plus the low-rank term of each adapter."""
         # With `max_norm` torch renormalises rows in place, so it gets a copy.
         if self.max_norm is not None or (self.mode == "max" and self.lora.active_pairs()):
             total = merged_weight(self, "weight") if self.lora.active_pairs() else self.weight.clone()
@@ -129,7 +132,7 @@ class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
 def bags(
     layer: LoRAEmbeddingBag, weight: Tensor, index: Tensor, offsets: Any, weights: Any, max_norm: float | None = None
 ) -> Tensor:
-    """The bags of the rows of ``weight``, whose gradient is dense, as ``layer`` makes them."""
+    """The bags of the rows of ``weight``, as ``layer`` computes them, but with a dense gradient."""
     return F.embedding_bag(
         index,
         weight,

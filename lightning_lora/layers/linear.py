@@ -1,8 +1,7 @@
 """LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D`` and quantized layers.
 
-``Conv1D`` keeps its weight transposed. Quantized layers, as those of bitsandbytes, have no matrix that could be read:
-the adapter adds its term to their output. They are recognised by the library that their class comes from, which is not
-imported.
+``Conv1D`` stores its weight transposed. Quantized layers, such as those of bitsandbytes, have no matrix to read: the
+adapter adds the low-rank term to their output. They are recognized by the name of their library, which is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class LinearAdapter(Adapter):
     shared_input: SharedInputGroup | None = None
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output ``y`` of shape ``(..., out_features)`` plus the low-rank term for its input ``x``."""
+        """The base output ``y`` of shape ``(..., out_features)`` plus the low-rank term for the input ``x``."""
         return add_pair(y, x, self)
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -57,13 +56,13 @@ class LoRALinear(LoRALayer, nn.Linear):
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
-    """Mixed into a linear layer that keeps its weight in few bits: A and B are in fp32 beside it."""
+    """Mixin for a linear layer with a quantized weight; A and B are fp32."""
 
     lora_original_class = nn.Linear
     lora_adapter_class = LinearAdapter
 
     def forward(self, input: Tensor) -> Tensor:
-        """The class's own map, then each adapter's term."""
+        """The base output of the quantized layer plus the low-rank term of each adapter."""
         y: Tensor = super().forward(input)
         for adapter in self.lora.active_pairs():
             y = adapter(y, input)
@@ -71,17 +70,17 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
 
 
 class TransposedLinear(LoRALayer):
-    """Mixed into the class found in the model, so that transformers is never imported; its weight is ``(in, out)``."""
+    """Mixin for the model's own ``Conv1D`` class, as transformers is not imported; the weight is ``(in, out)``."""
 
     lora_adapter_class = LinearAdapter
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """One matrix, kept the other way round."""
+        """One matrix, stored transposed."""
         return [WeightPart(transposed=True)]
 
     def forward(self, x: Tensor) -> Any:
-        """The frozen map, then each adapter's term."""
+        """The base output plus the low-rank term of each adapter."""
         y = super().forward(x)
         for adapter in self.lora.active_pairs():
             y = adapter(y, x)
@@ -89,16 +88,16 @@ class TransposedLinear(LoRALayer):
 
 
 def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class named ``Conv1D`` that ``cls`` is or derives from, told from ``nn.Conv1d`` by its case and its bases."""
+    """Hugging Face's ``Conv1D`` among the bases of ``cls``; by its upper-case D it differs from ``nn.Conv1d``."""
     return next((base for base in cls.__mro__ if base.__name__ == "Conv1D" and issubclass(base, nn.Module)), None)
 
 
 def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
-    """The adapted class for that ``Conv1D``."""
+    """The adapted class for the ``Conv1D`` class ``root``."""
     return type("LoRAConv1D", (TransposedLinear, root), {"lora_original_class": root, "__module__": __name__})
 
 
 def is_quantized_class(cls: type[nn.Module]) -> bool:
-    """Whether layers of class ``cls`` keep a weight that is no matrix."""
+    """Whether layers of class ``cls`` store a quantized weight, which is not a plain matrix."""
     known = any(base.__module__.partition(".")[0] == "bitsandbytes" for base in cls.__mro__)
     return known and issubclass(cls, nn.Linear)  # its embeddings are plain

@@ -1,7 +1,7 @@
-"""LoRA on the weight itself, where a layer's own code reads it: ``W0 + scale * B A`` stands there while that runs.
+"""Run the original forward of a layer on the merged weight: ``W0 + scale * B A`` replaces W0 while it runs.
 
-What is built has the size of the weight, and so has its gradient. It is for layers whose forward we do not write, and
-for inference.
+The merged weight and its gradient have the size of the weight. This is for layers whose forward cannot be rewritten,
+and for inference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_lora.distributed.sharded import fsdp1_units, is_split
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 
-_ONE_AT_A_TIME = RLock()  # another thread would take the sums for the weights
+_ONE_AT_A_TIME = RLock()  # another thread would read the merged weights as the original ones
 PRECISE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -26,24 +26,24 @@ class WeightAdapter(Adapter):
     """Adds ``scale * B A`` to the weight."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The sum, of the shape and dtype of ``weight``; A and B get their gradients through it."""
+        """The merged weight, of the shape and dtype of ``weight``; differentiable by A and B."""
         return self.add_to_weight(weight)
 
 
 class MergedForward(LoRALayer):
-    """For classes whose own forward reads their parameters: it finds the sums there while it runs."""
+    """Mixin for classes whose original forward reads the parameters: while it runs they are the merged weights."""
 
     lora_adapter_class = WeightAdapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward, on the sums."""
+        """The original forward, on the merged weights."""
         with with_merged_weights(self):
             return super().forward(*args, **kwargs)
 
 
 @contextmanager
 def with_merged_weights(module: nn.Module) -> Iterator[None]:
-    """While it lasts, adapted layers in ``module`` have their sums in place of their weights, and no adapters."""
+    """Context manager in which adapted layers in ``module`` have merged weights, and their adapters are disabled."""
     with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
         layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
         originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
@@ -74,10 +74,10 @@ def has_active_adapters(module: nn.Module) -> bool:
 
 
 def can_use_merged_weights(module: nn.Module, x: Tensor) -> bool:
-    """Whether sums serve for ``module`` now: nothing asks for gradients, no adapter drops, rounding loses no delta.
+    """Whether ``module`` can run on merged weights: no gradients, no dropout, and no delta lost to rounding.
 
-    Torch's own code then runs as it will after a merge, its fast paths included; nested tensors have no other. Where
-    layers inside are gathered one by one, by ZeRO 3 or as FSDP1 units, their weights are not there to be summed.
+    The original code then runs as it will after a merge, fast paths included; nested tensors are supported only there.
+    Where ZeRO 3 or FSDP1 gathers the layers inside one by one, their weights are not available all at once.
     """
     if torch.is_grad_enabled():
         return False

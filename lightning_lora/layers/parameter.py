@@ -1,8 +1,8 @@
-"""LoRA on a parameter that any code may read: whoever asks for the attribute gets the sum.
+"""LoRA on a parameter that any code may read: reading the attribute gives ``W0 + scale * B A``.
 
-Each read builds the sum (experts' sums are not built), and what is written into it is lost: write into the parameter.
-As in ``torch.nn.utils.parametrize`` a property of the swapped class answers, but the parameter stays where it was,
-under its own name.
+Each read computes the sum (for stacked experts it is not built). Values written into the sum are lost: write into the
+parameter. As in ``torch.nn.utils.parametrize`` the attribute is a property of the adapted class, but the parameter
+keeps its place and its name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lightning_lora.ops.stacked import StackedSum
 
 
 class ParameterAdapter(Adapter):
-    """Gives the sum for a weight, unbuilt where that is a stack of experts' matrices."""
+    """Adds ``scale * B A`` to a parameter; for stacked experts the sum is not built."""
 
     def forward(self, weight: Tensor) -> Tensor | StackedSum:
-        """``weight + scale * B A``, through which A and B get their gradients."""
+        """``weight + scale * B A``, differentiable by A and B."""
         if not self.part.stacked:
             return self.add_to_weight(weight)
         left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
@@ -32,19 +32,19 @@ class ParameterAdapter(Adapter):
 
 
 class LoRAParameterHolder(LoRALayer):
-    """Mixed into the class of the module that holds the parameter."""
+    """Mixin for the class of the module that holds the parameter."""
 
     lora_adapter_class = ParameterAdapter
 
 
 def adapted_property(key: str) -> Any:
-    """The property that stands before the parameter ``key``."""
+    """The property that adds the adapters to the parameter ``key`` at each read."""
 
     def read(module: LoRAParameterHolder) -> Any:
         if key not in module._parameters:
             raise AttributeError(key)
         weight: Any = parameter_of(module, key)
-        if not _is_here(weight):
+        if not _has_values(weight):
             return weight
         for adapter in module.lora.active_pairs():
             if adapter.part.key == key:
@@ -52,33 +52,33 @@ def adapted_property(key: str) -> Any:
         return weight
 
     def write(module: LoRAParameterHolder, value: Any) -> None:
-        module._parameters[key] = value  # torch's own setattr registers a Parameter without coming here
+        module._parameters[key] = value  # torch's setattr registers a Parameter without calling this
 
     return property(read, write)
 
 
-def _is_here(weight: Tensor) -> bool:
-    """Whether its values are: FSDP asks for the attribute too, to replace it, where it is a part or freed memory."""
+def _has_values(weight: Tensor) -> bool:
+    """Whether the full values are in memory: FSDP reads the attribute too, of a shard or of freed memory."""
     if torch.compiler.is_compiling():
         return True
     return weight.dim() > 1 and not is_sharded(weight) and bool(weight.untyped_storage().size())
 
 
 def part_of_parameter(module: nn.Module, key: str) -> WeightPart:
-    """The parameter ``key`` as a part: one matrix, or with three dimensions a stack of them."""
+    """The parameter ``key`` as a part: one matrix, or a stack of matrices if it has three dimensions."""
     parameter = parameter_of(module, key)
     stacked = len(shape_of(parameter)) == 3
-    return WeightPart(key, key, transposed=_kept_transposed(module, key), stacked=stacked, read=True)
+    return WeightPart(key, key, transposed=_is_stored_transposed(module, key), stacked=stacked, read=True)
 
 
-def _kept_transposed(module: nn.Module, key: str) -> bool:
-    """Whether experts keep ``(in, out)``: they say so, or a bias or the next map's shape does; else it is a guess."""
+def _is_stored_transposed(module: nn.Module, key: str) -> bool:
+    """Whether stacked experts are stored as ``(in, out)``: by their flag, a bias, or the next parameter's shape."""
     shape = shape_of(parameter_of(module, key))
     if len(shape) != 3:
         return False
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
+    flag = getattr(module, "is_transposed", None)
+    if isinstance(flag, bool):
+        return flag
     bias = module._parameters.get(f"{key}_bias")
     if bias is not None:
         return shape_of(bias)[-1] == shape[-1] != shape[-2]
@@ -88,11 +88,11 @@ def _kept_transposed(module: nn.Module, key: str) -> bool:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether ``module`` keeps the weights of many experts in one parameter."""
+    """Whether ``module`` stores the weights of many experts in one parameter."""
     return "expert" in type(module).__name__.lower() and bool(expert_keys(module))
 
 
 def expert_keys(module: nn.Module) -> list[str]:
-    """The parameters of three dimensions."""
-    own = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
-    return [key for key, parameter in own if not is_lazy(parameter) and len(shape_of(parameter)) == 3]
+    """The names of the parameters with three dimensions."""
+    parameters = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
+    return [key for key, parameter in parameters if not is_lazy(parameter) and len(shape_of(parameter)) == 3]

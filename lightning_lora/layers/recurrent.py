@@ -1,4 +1,4 @@
-"""LoRA for ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: every weight matrix, on the weight."""
+"""LoRA for ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: their forward runs on merged weights."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lightning_lora.layers.weight_view import WeightPart
 
 
 class LoRACell(MergedForward):
-    """Mixed into a recurrent cell: the weight of the input and that of the state are adapted apart."""
+    """Mixin for a recurrent cell: the weights of the input and of the state have separate pairs."""
 
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
-        """Every weight matrix, by torch's own name for it."""
+        """Every weight matrix, by its name in torch."""
         matrices = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
         return [WeightPart(key, key) for key, parameter in matrices if parameter.dim() == 2]
 
 
 class LoRARecurrent(LoRACell):
-    """Mixed into a recurrent layer, which reads its weights from a list of its own."""
+    """Mixin for a recurrent layer, which reads its weights from a list."""
 
     _flat_weights: list[Tensor]
     _flat_weights_names: list[str]
 
     def lora_set_parameter(self, key: str, value: Tensor) -> None:
-        """In that list too."""
+        """Replace the parameter in that list too."""
         super().lora_set_parameter(key, value)
         self._flat_weights[self._flat_weights_names.index(key)] = value

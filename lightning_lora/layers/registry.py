@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and by which class; the reasons why others cannot."""
+"""Which layers can be adapted, by which class, and why others cannot."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ ADAPTED_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.GRUCell: LoRACell,
     nn.RNNCell: LoRACell,
 }
-# They read the weights of layers inside, and are swapped where one of those is adapted.
+# Their forward reads weights of layers inside, so their class is replaced too if such a layer is adapted.
 HOST_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.MultiheadAttention: LoRAMultiheadAttention,
     nn.TransformerEncoderLayer: LoRATransformerEncoderLayer,
     nn.TransformerEncoder: LoRATransformerEncoder,
 }
 Keys = tuple[str, ...]
-# One class for all layers of a class: torch.compile guards on it.
+# One adapted class per original class and keys: torch.compile guards on the class.
 _CLASSES: dict[tuple[type[nn.Module], Keys], type[LoRALayer]] = {}
 WEIGHT_NAMES = {"getattr", "weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 COMPUTED = "computes its weight (a parametrization or weight norm): remove that first"
@@ -70,12 +70,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class DynamicClass(LoRALayer):
-    """Mixed into classes made at run time: they have no importable name, so what is pickled is the class they adapt."""
+    """Mixin for classes made at run time, which cannot be imported by name: pickle stores the original class."""
 
     lora_keys: ClassVar[Keys] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and deepcopy by the original class."""
+        """Pickle and copy by the original class."""
         rebuild, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
         if rebuild is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
             return (_rebuild, (self.lora_original_class, self.lora_keys, *arguments[1:]), *rest)
@@ -88,26 +88,25 @@ def _rebuild(original: type[nn.Module], keys: Keys, *arguments: Any) -> nn.Modul
 
 
 def adaptable_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of a known kind that ``cls`` is or derives from."""
+    """The adaptable class that ``cls`` is or derives from."""
     return next((base for base in cls.__mro__ if base in ADAPTED_CLASSES), None) or conv1d_base(cls)
 
 
 def host_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that ``cls`` is or derives from whose forward reads weights of layers inside."""
+    """The class of :data:`HOST_CLASSES` that ``cls`` is or derives from."""
     return next((base for base in cls.__mro__ if base in HOST_CLASSES), None)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that ``module`` has without adapters."""
+    """The class of ``module`` without adapters."""
     return module.lora_original_class if isinstance(module, LoRALayer) else type(module)
 
 
 def adapted_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:
-    """The class that an ``original`` module gets when it is adapted, or when only its parameters ``keys`` are.
+    """The adapted class of ``original``; with ``keys``, the class that adapts only these parameters at each read.
 
-    A forward of a user's class that calls ``super().forward`` finds the adapted one there, so that what it does before
-    and after applies to the sum, as it will after a merge. Any other forward of its own reads the weight, so the sum is
-    put there.
+    If the forward of a user's class calls ``super().forward``, that is the adapted forward: the user's code then runs
+    on the sum, as it will after a merge. Any other overridden forward reads the weight and runs on the merged one.
     """
     if (original, keys) not in _CLASSES:
         _CLASSES.setdefault((original, keys), _derive_holder(original, keys) if keys else _derive(original))
@@ -115,7 +114,7 @@ def adapted_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]
 
 
 def adapted_class_for(module: nn.Module, parts: Iterable[WeightPart]) -> type[LoRALayer]:
-    """The class that ``module`` gets when these ``parts`` of it are adapted."""
+    """The adapted class of ``module`` when these ``parts`` of it are adapted."""
     keys = dict.fromkeys(part.key for part in parts if part.read)
     return adapted_class(original_class(module), tuple(keys))
 
@@ -125,26 +124,26 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
     if root is None or (host is not None and calls_super(original, root)):
         assert host is not None
         return HOST_CLASSES[host] if original is host else _derived(original, [original, HOST_CLASSES[host]])
-    kind = ADAPTED_CLASSES[root] if root in ADAPTED_CLASSES else conv1d_class(root)
-    if vars(kind).get("lora_original_class") is original and root in ADAPTED_CLASSES:
-        return kind
-    if kind is LoRALinear and is_quantized_class(original):
+    cls = ADAPTED_CLASSES[root] if root in ADAPTED_CLASSES else conv1d_class(root)
+    if vars(cls).get("lora_original_class") is original and root in ADAPTED_CLASSES:
+        return cls
+    if cls is LoRALinear and is_quantized_class(original):
         return _derived(original, [LoRAQuantizedLinear, original])
-    if issubclass(kind, MergedForward):
-        return _derived(original, [kind, original])
+    if issubclass(cls, MergedForward):
+        return _derived(original, [cls, original])
     if original is root:
-        return _derived(original, [kind])
+        return _derived(original, [cls])
     if calls_super(original, root):
-        return _derived(original, [original, kind])
-    facts = {"lora_parts": kind.lora_parts, "lora_arguments": staticmethod(kind.lora_arguments)}
-    return _derived(original, [MergedForward, original], facts)
+        return _derived(original, [original, cls])
+    methods = {"lora_parts": cls.lora_parts, "lora_arguments": staticmethod(cls.lora_arguments)}
+    return _derived(original, [MergedForward, original], methods)
 
 
 def _derived(
-    original: type[nn.Module], bases: list[type[nn.Module]], facts: dict[str, Any] | None = None
+    original: type[nn.Module], bases: list[type[nn.Module]], methods: dict[str, Any] | None = None
 ) -> type[LoRALayer]:
-    own = {**(facts or {}), "lora_original_class": original, "__module__": __name__}
-    return type(f"LoRA{original.__name__}", (DynamicClass, *bases), own)
+    attributes = {**(methods or {}), "lora_original_class": original, "__module__": __name__}
+    return type(f"LoRA{original.__name__}", (DynamicClass, *bases), attributes)
 
 
 def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
@@ -153,13 +152,13 @@ def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
-    """Whether every forward between ``cls`` and ``root`` hands on by ``super().forward`` and reads no weight itself."""
+    """Whether every forward between ``cls`` and ``root`` calls ``super().forward`` and reads no weight itself."""
     between = cls.__mro__[: cls.__mro__.index(root)]
     forwards = [vars(owner)["forward"] for owner in between if "forward" in vars(owner)]
-    hands_on = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHT_NAMES for f in forwards)
+    all_call_super = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHT_NAMES for f in forwards)
     others = (value for owner in between for name, value in vars(owner).items() if not NOT_COMPUTING.fullmatch(name))
     reads = any(_names_in(getattr(value, "fget", value)) & WEIGHT_NAMES for value in others)
-    return hands_on and not reads and not any("_conv_forward" in vars(owner) for owner in between)
+    return all_call_super and not reads and not any("_conv_forward" in vars(owner) for owner in between)
 
 
 def _names_in(function: Any) -> set[str]:
@@ -168,25 +167,25 @@ def _names_in(function: Any) -> set[str]:
 
 
 def parts_of(module: nn.Module) -> list[WeightPart]:
-    """The matrices of ``module`` that naming it means."""
+    """The matrices that are adapted when ``module`` is a target."""
     if adaptable_base(original_class(module)) is not None:
         return adapted_class(original_class(module)).lora_parts(module)
     return [part_of_parameter(module, key) for key in expert_keys(module)] if holds_experts(module) else []
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether ``module`` is of a kind that has matrices to adapt."""
+    """Whether ``module`` is of a kind that can be adapted."""
     return adaptable_base(original_class(module)) is not None or holds_experts(module)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a plain linear map: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
+    """Whether ``module`` is a linear layer: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
     root = adaptable_base(original_class(module))
     return root is not None and (root is nn.Linear or root is conv1d_base(root))
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` where it can."""
+    """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` if it can."""
     if isinstance(module, LoRALayer) and module.lora.all_pairs():
         return None
     if not is_known(module):
@@ -196,9 +195,9 @@ def refusal(module: nn.Module) -> str | None:
             "named itself"
         )
     if "forward" in vars(module):
-        return "has a `forward` set on the instance, which would pass the adapter by"
+        return "has a `forward` set on the instance, which would bypass the adapter"
     if original_class(module).__call__ is not nn.Module.__call__:
-        return "has a `__call__` of its own, which may pass the adapter by"
+        return "has a `__call__` of its own, which may bypass the adapter"
     if hasattr(module, "lora") and not isinstance(module, LoRALayer):
         return "has an attribute `lora` of its own, where the adapter would go"
     if "parametrizations" in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
@@ -209,10 +208,10 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def refused_parameter(module: nn.Module, key: str) -> str | None:
-    """Why the parameter ``key`` cannot be adapted wherever it is read; ``None`` where it can."""
+    """Why the parameter ``key`` cannot be adapted at each read; ``None`` if it can."""
     parameter = parameter_of(module, key)
     if hasattr(module, "lora") and not isinstance(module, LoRALayer):
-        return "lies beside an attribute `lora` of the module's own, where the adapter would go"
+        return "is in a module that has an attribute `lora` of its own, where the adapter would go"
     if not torch.nn.parameter.is_lazy(parameter) and parameter.dim() not in (2, 3):
         return f"has shape {tuple(parameter.shape)}; LoRA adapts matrices, and stacks of them"
     return _refused_weights(module, [key])

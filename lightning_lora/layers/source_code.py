@@ -1,4 +1,4 @@
-"""The source of the user's classes, where there is one: some questions only their code answers."""
+"""Read the source code of the user's classes, to find out what their methods do."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NOT_COMPUTING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")
 
 
 def is_library(cls: type) -> bool:
-    """Whether ``cls`` is neither the user's nor of a library of models."""
+    """Whether ``cls`` belongs to torch, Lightning or this package, not to the user or a library of models."""
     return cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
-    """The methods with which ``cls``, of the user's or of a library of models, computes, and that use any of ``words``.
+    """Iterate over the parsed methods of ``cls`` that compute an output and use a name in ``words``.
 
-    What a method uses is told by its code; only then is its source read and parsed.
+    The names come from the compiled code; only the source of methods that use one is read and parsed.
     """
     wanted = set(words)
     for base in cls.__mro__:
@@ -39,14 +39,14 @@ def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
 
 
 def names_in(code: CodeType) -> set[str]:
-    """The names that ``code`` and the functions in it use."""
-    inside = (const for const in code.co_consts if isinstance(const, CodeType))
-    return set(code.co_names).union(*map(names_in, inside))
+    """The names that ``code`` and its nested functions use."""
+    nested = (const for const in code.co_consts if isinstance(const, CodeType))
+    return set(code.co_names).union(*map(names_in, nested))
 
 
 def _parsed(function: FunctionType) -> Iterator[ast.AST]:
     try:
         source = inspect.getsource(function)
         yield ast.parse(f"if True:\n{source}" if source[:1].isspace() else source)
-    except (OSError, TypeError, SyntaxError):  # a function without a file
+    except (OSError, TypeError, SyntaxError):  # a function without a source file
         return

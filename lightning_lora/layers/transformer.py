@@ -1,6 +1,7 @@
-"""``nn.TransformerEncoder`` and its layers: in evaluation torch reads the weights of the layers inside, in one kernel.
+"""``nn.TransformerEncoder`` and its layers, whose fast path in evaluation is one kernel that reads all weights.
 
-What those layers do is passed by then. So where adapters act inside, that fast path is closed, or it gets their sums.
+The fast path bypasses the forward of adapted layers inside. So where adapters act it is disabled, or it reads merged
+weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
 
 
 class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
-    """An ``nn.TransformerEncoder`` with adapters inside: nested tensors are made only where its layers take them."""
+    """An ``nn.TransformerEncoder`` with adapters inside: it makes nested tensors only if its layers accept them."""
 
     lora_original_class = nn.TransformerEncoder
 
@@ -45,10 +46,10 @@ class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
 
 @contextmanager
 def fast_path_disabled(module: nn.Module, gate: str) -> Iterator[None]:
-    """While it lasts the attribute ``gate``, whose truth opens a fast path of torch's, is zero."""
-    kept = getattr(module, gate)
+    """Context manager in which the attribute ``gate``, which torch tests before a fast path, is 0."""
+    original = getattr(module, gate)
     setattr(module, gate, 0)
     try:
         yield
     finally:
-        setattr(module, gate, kept)
+        setattr(module, gate, original)

@@ -1,8 +1,8 @@
-"""Whether the code around a layer reads its weight beside calling it, as in ``F.linear(x, self.fc.weight)``.
+"""Find code that reads the weight of a layer instead of calling it, as in ``F.linear(x, self.fc.weight)``.
 
-Such code bypasses the forward of an adapted layer. So the source of the classes around the layer is searched for it,
-and what such code reads is the sum (:mod:`lightning_lora.layers.parameter`). Local names and loops are followed.
-A false positive costs time, not correctness.
+Such code bypasses the forward of an adapted layer, so its parameter is adapted instead
+(:mod:`lightning_lora.layers.parameter`). The source of the classes around the layer is searched; local names and loops
+are followed. A false positive costs time, not correctness.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from torch import nn
 
 from lightning_lora.layers.source_code import computing_methods
 
-# What is asked of a weight that is no value of it.
+# Attributes and functions of a weight that do not depend on its values.
 FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "layout", "stride"}
 QUESTIONS = {"isinstance", "hasattr", "id", "type"}
 
 
 def is_read_raw(name: str, key: str, module_at: Callable[[str], nn.Module | None]) -> bool:
-    """Whether the code of a module that ``name`` lies in reads the parameter ``key`` of it."""
+    """Whether the code of a module that contains ``name`` reads its parameter ``key``."""
     parts = name.split(".")
     for length in range(len(parts) if name else 0):
         cls: Any = type(module_at(".".join(parts[:length])))
-        inside = ".".join(parts[length:])
+        path = ".".join(parts[length:])
         read = paths_read(cls, key)
-        if inside in read or any(inside.startswith(path[:-1]) for path in read if path.endswith(".*")):
+        if path in read or any(path.startswith(prefix[:-1]) for prefix in read if prefix.endswith(".*")):
             return True
     return False
 
 
 @cache
 def paths_read(cls: Any, key: str) -> frozenset[str]:
-    """The modules, as paths from ``self``, whose ``key`` the methods of ``cls`` read; ``layers.*`` for all in there."""
+    """Paths from ``self`` to the modules whose ``key`` the methods of ``cls`` read; ``layers.*`` is all inside."""
     return frozenset(path for method in computing_methods(cls, [key, "getattr"]) for path in _paths_in(method, key))
 
 
 def _paths_in(method: ast.AST, key: str) -> Iterator[str]:
     first = next((f.args.args[0].arg for f in ast.walk(method) if isinstance(f, ast.FunctionDef) and f.args.args), "")
-    bound = _bound(method, first)
-    asked = {id(node) for outer in ast.walk(method) for node in _asked_about(outer)}
+    local_names = _local_names(method, first)
+    not_values = {id(node) for outer in ast.walk(method) for node in _not_values(outer)}
     for node in ast.walk(method):
-        holder = _holder(node, key)
-        if holder is not None and id(node) not in asked:
-            yield from _paths(holder, first, bound)
+        owner = _owner(node, key)
+        if owner is not None and id(node) not in not_values:
+            yield from _paths(owner, first, local_names)
 
 
-def _holder(node: ast.AST, key: str) -> ast.expr | None:
-    """What ``node`` reads the parameter ``key`` of."""
+def _owner(node: ast.AST, key: str) -> ast.expr | None:
+    """The expression whose parameter ``key`` is read by ``node``."""
     if isinstance(node, ast.Attribute) and node.attr == key and isinstance(node.ctx, ast.Load):
         return node.value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
@@ -59,17 +59,17 @@ def _holder(node: ast.AST, key: str) -> ast.expr | None:
     return None
 
 
-def _asked_about(node: ast.AST) -> list[ast.expr]:
-    """The expressions of which ``node`` wants to know no value."""
+def _not_values(node: ast.AST) -> list[ast.expr]:
+    """The expressions of which ``node`` uses no value."""
     if isinstance(node, ast.Attribute) and node.attr in FACTS:
         return [node.value]
-    asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in QUESTIONS
-    return node.args if asks and isinstance(node, ast.Call) else []
+    is_question = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in QUESTIONS
+    return node.args if is_question and isinstance(node, ast.Call) else []
 
 
-def _bound(method: ast.AST, first: str) -> dict[str, set[str]]:
-    """The local names that stand for modules, or run over them, with the paths of those."""
-    found: dict[str, set[str]] = {}
+def _local_names(method: ast.AST, first: str) -> dict[str, set[str]]:
+    """The local names that hold modules, or iterate over them, with the paths of the modules."""
+    paths_of: dict[str, set[str]] = {}
     for node in ast.walk(method):
         pairs: list[tuple[ast.AST, ast.AST]] = []
         if isinstance(node, ast.Assign):
@@ -82,23 +82,23 @@ def _bound(method: ast.AST, first: str) -> dict[str, set[str]]:
             paths = {path for inner in ast.walk(value) if (path := _path(inner, first))}
             for inner in ast.walk(target):
                 if isinstance(inner, ast.Name) and paths:
-                    found.setdefault(inner.id, set()).update(paths)
-    return found
+                    paths_of.setdefault(inner.id, set()).update(paths)
+    return paths_of
 
 
-def _paths(holder: ast.AST, first: str, bound: dict[str, set[str]]) -> Iterator[str]:
-    direct = _path(holder, first)
+def _paths(owner: ast.AST, first: str, local_names: dict[str, set[str]]) -> Iterator[str]:
+    direct = _path(owner, first)
     if direct:
         yield direct
         return
-    for inner in ast.walk(holder):
+    for inner in ast.walk(owner):
         name = inner.id if isinstance(inner, ast.Name) else ""
-        for path in {_path(inner, first), *bound.get(name, ())} - {""}:
+        for path in {_path(inner, first), *local_names.get(name, ())} - {""}:
             yield from (path, f"{path}.*")
 
 
 def _path(node: ast.AST, first: str) -> str:
-    """``attn.q_proj`` for ``self.attn.q_proj``; nothing for what does not start at ``self``, the ``first`` argument."""
+    """``attn.q_proj`` for ``self.attn.q_proj``; empty if it does not start at ``self``, the ``first`` argument."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)

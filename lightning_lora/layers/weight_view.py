@@ -1,4 +1,4 @@
-"""What one pair (A, B) adapts: a parameter seen as a matrix, some of its rows, or a matrix for each expert."""
+"""What one pair (A, B) adapts: a parameter as a matrix, some of its rows, or one matrix per expert."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_lora.distributed.sharded import shape_of, shard_region
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``start:stop`` of each of ``blocks`` equal runs of the rows of a matrix.
+    """Rows ``start:stop`` of each of ``blocks`` equal blocks of rows of a matrix.
 
-    A map that fuses query, key and value keeps them one after the other (one block), or head by head (a block for each
-    head, or for each group of heads).
+    A linear layer that fuses query, key and value stores them one after the other (one block), or head by head (one
+    block per head, or per group of heads).
     """
 
     start: int
@@ -25,7 +25,7 @@ class Rows:
     blocks: int = 1
 
     def count(self) -> int:
-        """How many rows these are."""
+        """The number of rows."""
         return self.blocks * (self.stop - self.start)
 
     def place(self, B: Tensor, out_features: int) -> Tensor:
@@ -37,15 +37,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """A matrix in a layer.
+    """One matrix of a layer.
 
     Args:
-        key: the parameter that holds it.
-        name: what it is called in the layer; empty where it is all that there is.
-        rows: the rows of W0 that it has; ``None`` for all.
-        transposed: whether the parameter is kept as ``(in_features, out_features)``.
-        stacked: whether it holds one matrix for each expert, along its first dimension.
-        read: whether it is adapted wherever it is read, not by the forward of its layer.
+        key: the name of the parameter that contains it.
+        name: its name in the layer; empty if it is the only one.
+        rows: the rows of W0 that are adapted; ``None`` for all.
+        transposed: whether the parameter is stored as ``(in_features, out_features)``.
+        stacked: whether the parameter has one matrix per expert, along its first dimension.
+        read: whether the parameter is adapted at each read, not by the forward of its layer.
     """
 
     key: str = "weight"
@@ -56,22 +56,22 @@ class WeightPart:
     read: bool = False
 
     def full_features(self, weight: Tensor) -> tuple[int, int]:
-        """``(in_features, out_features)`` of the paper's W0 that ``weight`` holds in its layer's own shape."""
+        """``(in_features, out_features)`` of W0, which ``weight`` stores in the shape of its layer."""
         shape = shape_of(weight)
         first, *rest = shape[1:] if self.stacked else shape
         return (first, math.prod(rest)) if self.transposed else (math.prod(rest), first)
 
     def features(self, weight: Tensor) -> tuple[int, int]:
-        """``(in_features, out_features)`` of what the pair adapts of it."""
+        """``(in_features, out_features)`` of the rows that the pair adapts."""
         in_features, out_features = self.full_features(weight)
         return in_features, out_features if self.rows is None else self.rows.count()
 
     def stack(self, weight: Tensor) -> tuple[int, ...]:
-        """``(experts,)`` where each has a pair of its own, else nothing."""
+        """``(experts,)`` if there is one pair per expert, else empty."""
         return tuple(shape_of(weight)[:1]) if self.stacked else ()
 
     def place_rows(self, B: Tensor, out_features: int) -> Tensor:
-        """``B`` for an output of length ``out_features``: the whole map's, or just these rows'."""
+        """``B`` as ``(out_features, r)``, zero in the rows that are not adapted; unchanged if it has that shape."""
         return B if self.rows is None or len(B) == out_features else self.rows.place(B, out_features)
 
     def factors(self, A: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,17 +80,17 @@ class WeightPart:
         return (A.mT, B.mT) if self.transposed else (B, A)
 
     def region(self, weight: Tensor) -> tuple[slice, slice, slice]:
-        """Which matrices of the whole ``weight`` this rank holds, which rows of them and which columns.
+        """The experts, the rows and the columns of the full ``weight`` that are on this rank.
 
         Raises:
             ValueError: if it is sharded along a dimension of a convolution's kernel.
         """
-        here, sizes = shard_region(weight), weight.shape
-        experts, here, sizes = (here[0], here[1:], sizes[1:]) if self.stacked else (slice(0, 1), here, sizes)
-        rows, *rest = here
+        shard, sizes = shard_region(weight), weight.shape
+        experts, shard, sizes = (shard[0], shard[1:], sizes[1:]) if self.stacked else (slice(0, 1), shard, sizes)
+        rows, *rest = shard
         if len(rest) == 1:
             return experts, rows, rest[0]
-        if any(part != slice(0, size) for part, size in zip(rest, sizes[1:], strict=True)):
+        if any(columns != slice(0, size) for columns, size in zip(rest, sizes[1:], strict=True)):
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} is sharded along a dimension other than the first: LoRA "
                 "merges into rows. Leave out `shard_placement_fn` for it, or keep `merge=False`."
@@ -98,6 +98,6 @@ class WeightPart:
         return experts, rows, slice(0, math.prod(sizes[1:]))
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
-        """Contiguous copies of the matrices that ``weight`` holds, whatever its memory format."""
+        """Contiguous copies of the matrices in ``weight``, for any memory format."""
         matrices = weight.flatten(2) if self.stacked else weight.flatten(1).unsqueeze(0)
         return [matrix.clone(memory_format=torch.contiguous_format) for matrix in matrices]

@@ -1,6 +1,6 @@
 """A linear layer with LoRA: ``h = W0 x + b + scale * B A x`` (Hu et al. 2021, equation 3).
 
-Layers call :func:`linear` and nothing else. It decides how the sum is computed: as one node of autograd where that is
+Linear layers call :func:`linear`. It decides how the sum is computed: as one node of autograd where that is
 possible, otherwise as the base output plus the low-rank term of each pair.
 """
 
@@ -121,7 +121,7 @@ def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Ten
 
 
 def _can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> bool:
-    if torch.compiler.is_compiling() or pair.is_hooked() or not can_fuse(x, weight, bias, pair.A, pair.B):
+    if not can_fuse(x, weight, bias, pair.A, pair.B) or pair.is_hooked():
         return False
     p = pair.dropout_probability()
     return not p or can_fuse_dropout(x, p, len(pair.A))
