@@ -85,6 +85,7 @@ def test_batches_hold_every_review_once_and_little_padding(example, encoder):
     assert torch.cat([texts["attention_mask"].flatten() for texts, _ in batches]).float().mean() > 0.75
 
 
+@pytest.mark.slow
 def test_three_ways_of_one_module(example, encoder, tmp_path):
     data = example.Reviews(encoder, movies())
     runs, models = {}, {}

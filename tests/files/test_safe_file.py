@@ -249,10 +249,7 @@ def says(directory):
     return tensors[A], tensors[B], alpha / (rank**0.5 if values.get("use_rslora") else rank)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(name=st.sampled_from([CONFIG, WEIGHTS]), edits=st.lists(EDITS, min_size=1, max_size=3), told=st.booleans())
-@example(name=CONFIG, edits=[("flip", 0.0, 0)], told=True)
-def test_any_damage_is_an_error_or_a_load_of_what_is_there(original, name, edits, told):
+def check_damage(original, name, edits, told):
     files = dict(original)
     if not told:  # as a file of peft's, which says nothing of itself
         with tempfile.TemporaryDirectory() as folder:
@@ -271,6 +268,17 @@ def test_any_damage_is_an_error_or_a_load_of_what_is_there(original, name, edits
         (adapter,) = model[0].lora.values()
         assert torch.equal(adapter.A, expected[0].float()) and torch.equal(adapter.B, expected[1].float())
         assert adapter.scale == pytest.approx(expected[2])
+
+
+def damage(examples):
+    edits = st.lists(EDITS, min_size=1, max_size=3)
+    test = given(name=st.sampled_from([CONFIG, WEIGHTS]), edits=edits, told=st.booleans())(check_damage)
+    test = example(name=CONFIG, edits=[("flip", 0.0, 0)], told=True)(test)
+    return settings(max_examples=examples, deadline=None, derandomize=True)(test)
+
+
+test_damage_is_an_error_or_a_load_of_what_is_there = damage(40)
+test_any_damage_is_an_error_or_a_load_of_what_is_there = pytest.mark.slow(damage(400))
 
 
 def test_the_damage_test_sees_both_ends(original, tmp_path):

@@ -7,6 +7,6 @@ from collections.abc import Collection, Iterable
 import pytest
 
 
-def slow_except(fast: Collection[str], names: Iterable[str]) -> list:
+def slow_except(fast: Collection[object], names: Iterable[object]) -> list:
     """Parameters for `pytest.mark.parametrize`: the cases in `fast` run always, the others are marked slow."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -573,7 +573,12 @@ def compiled_block(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "training"), [("self-both-masks-no-weights", True), ("kdim", True), ("memory", False)]
+    ("name", "training"),
+    [
+        pytest.param("self-both-masks-no-weights", True, marks=pytest.mark.slow),
+        pytest.param("kdim", True, marks=pytest.mark.slow),
+        ("memory", False),
+    ],
 )
 def test_compiled_whole_gives_the_same_outputs_and_gradients(name, training):
     block, compiled, inputs = compiled_block(name)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from tests.helpers import oracles
 from tests.helpers.oracles import SCALE, same_bits
+from tests.helpers.selection import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested")
 WIDTH, BATCH, LENGTH, MEMORY = 8, 3, 5, 4
@@ -117,7 +118,8 @@ CASES = {
     "transformer-norm-first": both(norm_first=True, activation="gelu"),
     "transformer-length-first": both(batch_first=False),
 }
-every_case = pytest.mark.parametrize("name", CASES)
+QUICK = ["encoder-layer", "encoder", "encoder-norm-first", "decoder-layer", "transformer"]
+every_case = pytest.mark.parametrize("name", slow_except(QUICK, CASES))
 whole_targets = pytest.mark.parametrize("targets", ["attn", "all"])
 HOSTED = ["encoder-layer", "encoder-layer-gelu", "encoder", "encoder-norm-first", "encoder-gelu", "transformer"]
 FAST = [

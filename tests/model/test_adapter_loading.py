@@ -22,6 +22,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from tests.helpers.models import Lit, Net, checkpoints, data, net, trainer
+from tests.helpers.selection import slow_except
 
 State = dict[str, Any]
 CONFIG = LoRAConfig(r=2, alpha=6, also_train=["head"], bias="lora_only")
@@ -72,7 +73,7 @@ def assert_merged(model: nn.Module, state: State) -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("merge", [True, "best", False])
+@pytest.mark.parametrize("merge", slow_except(["best"], [True, "best", False]))
 def test_the_best_file_of_a_run_loads_into_the_fitted_module_and_into_its_network(tmp_path, merge):
     module, saved = Lit(batch_norm=True), checkpoints(tmp_path)
     trainer(saved, LoRACallback(r=2, also_train=["head"], merge=merge), max_epochs=3).fit(module, data(), data(1))

@@ -427,6 +427,7 @@ def counting(products: list[int]):
     return aot_autograd(fw_compiler=count, bw_compiler=count)
 
 
+@pytest.mark.slow
 def test_a_compiler_gets_one_product_for_all_of_an_inputs_A():
     torch._dynamo.reset()
     model, products = Bent(adapted()), []

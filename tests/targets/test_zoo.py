@@ -18,8 +18,8 @@ KNOWN = {
     ("squeezebert", "all"): "its one linear layer is taken for the output",
     ("zamba2", "mlp"): "the map behind a shared block is called `linear`, and it lies in a block",
 }
-# Fused and separate projections, encoders and decoders, experts, images, sound, two towers, no attention.
-FAST = ["gpt2", "falcon", "llama", "mixtral", "mamba", "squeezebert", "t5", "vit", "swin", "wav2vec2", "clip"]
+# Fused and separate projections, encoder and decoder, experts, images, no attention.
+FAST = ["gpt2", "falcon", "llama", "mixtral", "mamba", "squeezebert", "t5", "vit", "swin"]
 every_case = pytest.mark.parametrize("name", slow_except(FAST, zoo.CASES))
 
 

@@ -123,8 +123,12 @@ class StatesAroundFinder(Callback):
 
 @pytest.mark.parametrize(
     "finder",
-    [lambda: LearningRateFinder(num_training_steps=8), lambda: BatchSizeFinder(max_trials=2, steps_per_trial=2)],
-    ids=["LearningRateFinder", "BatchSizeFinder"],
+    [
+        pytest.param(lambda: LearningRateFinder(num_training_steps=8), id="LearningRateFinder"),
+        pytest.param(
+            lambda: BatchSizeFinder(max_trials=2, steps_per_trial=2), id="BatchSizeFinder", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_finders_give_adapters_and_optimizer_state_back(finder, tmp_path):
     class Sized(Lit):

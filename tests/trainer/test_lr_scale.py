@@ -39,8 +39,8 @@ SCHEDULERS = {
     "SWALR": lambda o, lr: optim.swa_utils.SWALR(o, swa_lr=lr / 3, anneal_epochs=5),
 }
 
-# Factors of the initial rate, a floor, an absolute rate, a metric, and a list.
-FAST = ["LambdaLR", "CosineAnnealingLR with a floor", "OneCycleLR", "ReduceLROnPlateau", "SequentialLR"]
+# Factors of the initial rate, a floor, and a metric.
+FAST = ["LambdaLR", "CosineAnnealingLR with a floor", "ReduceLROnPlateau"]
 
 
 class Rates(Callback):
