@@ -96,7 +96,7 @@ def test_refused_arguments_say_what_was_expected_and_what_came(arguments, error,
         LoRAConfig(**arguments)
 
 
-@pytest.mark.parametrize("name", ["keys", "items", "values", "pop", "enabled", "active", "training", "forward"])
+@pytest.mark.parametrize("name", ["keys", "items", "values", "pop", "enabled", "active_pairs", "training", "forward"])
 def test_names_that_a_module_dict_has_taken_are_refused_before_anything_changes(name):
     model = torch.nn.Linear(4, 2)
     with pytest.raises(ValueError, match=rf"`name` .*'{name}'"):
