@@ -56,9 +56,6 @@ class StackedSum:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def __iter__(self) -> Any:
-        return (self[index] for index in range(len(self)))
-
     def __matmul__(self, x: Tensor) -> Tensor:
         return torch.matmul(self, x)  # type: ignore[arg-type]
 
