@@ -36,7 +36,8 @@ from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.plan import plan_lora
 from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
-from lightning_lora.peft_format.peft_files import load_adapter, save_adapter
+from lightning_lora.peft_format.load import load_adapter
+from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -29,6 +29,16 @@ BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
 
 
+def scale_of(alpha: float, r: int, rslora: bool) -> float:
+    """The factor in front of ``B A``: ``alpha / r``, or ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
+def alpha_of(scale: float, r: int, rslora: bool) -> float:
+    """The alpha that gives ``scale``."""
+    return scale * (math.sqrt(r) if rslora else r)
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """The arguments of an adapter (Hu et al. 2021, arXiv 2106.09685): ``h = W0 x + scale * B A x``.
@@ -130,8 +140,7 @@ class LoRAConfig:
 
     def scale_for(self, *names: str) -> float:
         """Factor in front of ``B A`` for the module with these names."""
-        rank = self.rank_for(*names)
-        return self.alpha_for(*names) / (math.sqrt(rank) if self.rslora else rank)
+        return scale_of(self.alpha_for(*names), self.rank_for(*names), self.rslora)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""

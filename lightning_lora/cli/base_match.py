@@ -17,7 +17,7 @@ from lightning_lora.cli.meta_model import is_embedding
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
 from lightning_lora.peft_format.provenance import INNER
-from lightning_lora.peft_format.stored import StoredAdapter, StoredPair
+from lightning_lora.peft_format.stored import StoredAdapter, StoredPair, config_of
 
 HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection|(?:predictions|lm_head)\.decoder)")
 MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
@@ -94,10 +94,10 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     Raises:
         ValueError: naming a map that is not there or is tied to another, or a weight that cannot take its delta.
     """
-    turned = bool(adapter.config.get("fan_in_fan_out"))
+    turned = config_of(adapter).transposed
     called = _renaming(adapter.pairs, base, adapter.file.metadata.get(INNER))
     # A new head is not in the base, and keeps its name.
-    whole = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.whole.items()}
+    whole = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.in_full.items()}
     for name, tensor in whole.items():
         _check_whole(name, tensor, base)
     pairs = {}

@@ -17,15 +17,17 @@ import lightning
 from torch import Tensor
 
 from lightning_lora.cli.meta_model import skeleton
+from lightning_lora.cli.output import check_free
 from lightning_lora.config import LoRAConfig, RunConfig
-from lightning_lora.files.safe_file import read_tensors
+from lightning_lora.files.atomic import write_together
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import join
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.layers import KINDS
-from lightning_lora.peft_format.peft_files import CONFIG, WEIGHTS, write_directory
 from lightning_lora.peft_format.provenance import OWN, base_in, header
+from lightning_lora.peft_format.save import file_writers
+from lightning_lora.peft_format.stored import PREFIX, WEIGHTS, StoredAdapter, open_adapter
 from lightning_lora.peft_format.targets import exact_targets
 from lightning_lora.trainer import checkpoints
 
@@ -63,7 +65,7 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
         FileExistsError: if ``directory`` has an adapter already.
         ValueError: if the file is damaged, or holds what cannot be told without the module.
     """
-    _check_free(directory / WEIGHTS, overwrite)
+    check_free(directory / WEIGHTS, overwrite)
     checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
     config, base = checkpoints.facts_in(checkpoint, path)
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
@@ -75,7 +77,7 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     tensors: dict[str, Tensor] = {}
     for name, both in pairs.items():
         named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
-        tensors |= {f"base_model.model.{own[name]}.{key}": value for key, value in named}
+        tensors |= {f"{PREFIX}{own[name]}.{key}": value for key, value in named}
     text = written_config(
         {own[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
         exact_targets(list(own.values()), skeleton(_shapes(below))),
@@ -85,7 +87,7 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
         transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
     )
     told = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
-    write_directory(directory, text, tensors, header(config, below, tensors, told, prefix))
+    write_together(directory, file_writers(text, tensors, header(config, below, tensors, told, prefix)))
     return Exported(str(directory), prefix, list(own.values()), (directory / WEIGHTS).stat().st_size)
 
 
@@ -105,8 +107,9 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         FileExistsError: if there is something at ``path``.
         ValueError: if the directory is damaged, or does not say what it was made of.
     """
-    _check_free(path, overwrite)
-    tensors, metadata = read_tensors(directory / WEIGHTS)
+    check_free(path, overwrite)
+    adapter = open_adapter(directory)
+    metadata = adapter.file.metadata
     if not {f"{OWN}.config", f"{OWN}.base"} <= metadata.keys():
         raise ValueError(
             f"`{directory}` does not say on which base it was trained and how, as peft's own do not: start from it by "
@@ -114,7 +117,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         )
     config, prefix = _config_in(metadata, directory), metadata.get(f"{OWN}.inner", "") if inner is None else inner
     base = {join(prefix, name): sums for name, sums in base_in(metadata).items()}
-    state = {_own_key(key, prefix, config, directory): value for key, value in tensors.items()}
+    state = _state(adapter, prefix, config)
     written = {
         "state_dict": state,
         "epoch": _number(metadata.get("epoch")),
@@ -125,11 +128,6 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
     checkpoints.write_beside(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
     return Exported(str(path), prefix, layers, path.stat().st_size)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"`{path}` exists: choose another name, or give --overwrite to replace it.")
 
 
 def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -203,14 +201,18 @@ def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
         ) from error
 
 
-def _own_key(key: str, prefix: str, config: LoRAConfig, directory: Path) -> str:
-    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
-    if match is None:
+def _state(adapter: StoredAdapter, prefix: str, config: LoRAConfig) -> dict[str, Tensor]:
+    """The pairs under the keys of a checkpoint."""
+    for key in adapter.in_full:
         raise ValueError(
-            f"`{directory / CONFIG}` says more than pairs, `{key}`, which takes the module to be placed: load it by "
+            f"`{adapter.path}` holds more than pairs: where `{key}` belongs only the module can tell. Load it by "
             "load_adapter(model, directory), or LoRACallback(init_from=...)."
         )
-    return join(prefix, f"{match[1]}.lora.{config.name}.{match[2]}")
+    return {
+        join(prefix, f"{name}.lora.{config.name}.{letter}"): tensor.read_finite()
+        for name, pair in adapter.pairs.items()
+        for letter, tensor in (("A", pair.A), ("B", pair.B))
+    }
 
 
 def _number(text: str | None) -> int:

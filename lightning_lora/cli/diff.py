@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lora.files.safetensors import NAMED, StoredTensor
+from lightning_lora.files.safetensors import TORCH_DTYPES, StoredTensor
 from lightning_lora.files.weights import open_weights
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import cosine, distance, norm
-from lightning_lora.peft_format.stored import StoredPair, check_plain, is_adapter, open_adapter
+from lightning_lora.peft_format.stored import StoredPair, config_of, is_adapter, open_adapter
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def diff_files(one: Path, other: Path, progress: Callable[[int], object] = lambd
 def _adapters(one: Path, other: Path) -> Differences:
     found = [open_adapter(one), open_adapter(other)]
     for adapter in found:
-        check_plain(adapter)
+        config_of(adapter)
     first, second = (adapter.pairs for adapter in found)
     rows = [_pairs(name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])]
-    whole, others = (adapter.whole for adapter in found)
+    whole, others = (adapter.in_full for adapter in found)
     rows += [_tensors(name, whole.get(name), others.get(name)) for name in dict.fromkeys([*whole, *others])]
     return Differences("adapters", _most_first(rows))
 
@@ -152,7 +152,7 @@ def _models(one: Path, other: Path, progress: Callable[[int], object]) -> Differ
     rows = []
     for name in dict.fromkeys([*first, *second]):
         rows.append(_tensors(name, first.get(name), second.get(name)))
-        progress(sum(tensors[name].stop - tensors[name].start for tensors in (first, second) if name in tensors))
+        progress(sum(tensors[name].nbytes for tensors in (first, second) if name in tensors))
     return Differences("models", _most_first(rows))
 
 
@@ -162,7 +162,7 @@ def _tensors(name: str, one: StoredTensor | None, other: StoredTensor | None) ->
     if one.shape != other.shape:
         return Difference(name, _norm(one), _norm(other), note=f"{one.shape} in A, {other.shape} in B")
     note = "" if one.dtype == other.dtype else f"{one.dtype} and {other.dtype}"
-    if not {one.dtype, other.dtype} <= NAMED.keys():
+    if not {one.dtype, other.dtype} <= TORCH_DTYPES.keys():
         return Difference(name, note=note or f"{one.dtype} is not compared")
     return _compared(name, one, other, note)
 
@@ -187,7 +187,7 @@ def _compared(name: str, one: StoredTensor, other: StoredTensor, note: str) -> D
 
 
 def _norm(tensor: StoredTensor | None) -> float | None:
-    if tensor is None or tensor.dtype not in NAMED:
+    if tensor is None or tensor.dtype not in TORCH_DTYPES:
         return None
     return math.sqrt(sum(float(_squares(rows)) for _, rows in tensor.slabs()))
 

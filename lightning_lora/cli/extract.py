@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_lora.cli.base_match import why_tied
 from lightning_lora.cli.meta_model import is_embedding
-from lightning_lora.files.atomic import written_whole
+from lightning_lora.cli.output import new_output
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, open_weights
 from lightning_lora.names import matches, nearest
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import truncated_svd
+from lightning_lora.peft_format.save import file_writers
 from lightning_lora.peft_format.stored import CONFIG, PREFIX, WEIGHTS
 
 
@@ -92,6 +92,7 @@ def extract(
 
     Example:
         >>> import tempfile
+        >>> from safetensors.torch import save_file
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_file({"up.weight": torch.zeros(2, 2)}, folder / "base.safetensors")
         >>> save_file({"up.weight": torch.diag(torch.tensor([4.0, 3.0]))}, folder / "tuned.safetensors")
@@ -104,9 +105,7 @@ def extract(
     before, after = open_weights(base), open_weights(tuned)
     chosen = _chosen(before, targets)
     report, across = Extraction(), {tensor.name: _is_across(tensor, before) for tensor in before.tensors.values()}
-    with written_whole(
-        out, directory=True, overwrite=overwrite, sources=[base, tuned], names={CONFIG, WEIGHTS}
-    ) as part:
+    with new_output(out, directory=True, overwrite=overwrite, sources=[base, tuned], names={CONFIG, WEIGHTS}) as part:
         pairs: dict[str, Tensor] = {}
         for tensor in before.tensors.values():
             other = after.tensors.get(tensor.name)
@@ -117,11 +116,14 @@ def extract(
                 pairs |= _pair(tensor, other, r, bool(across[tensor.name]), report)
             elif other is None or not _equal(tensor, other):
                 report.not_covered[tensor.name] = reason or ""
-            progress(tensor.stop - tensor.start)
+            progress(tensor.nbytes)
         report.not_covered |= {name: "not in the base" for name in after.tensors if name not in before.tensors}
         if not pairs:
             raise ValueError(f"`{tuned}` has no chosen map that differs from `{base}`: there is nothing to extract.")
-        _write(part, pairs, _config(base, r, list(report.layers), _all_across(report, across)))
+        config = _config(base, r, list(report.layers), _all_across(report, across))
+        about = {"format": "pt", "extracted": "truncated SVD by lightning_lora"}
+        for name, write in file_writers(json.dumps(config, indent=2) + "\n", pairs, about).items():
+            write(part / name)
     return report
 
 
@@ -135,11 +137,6 @@ def _is_across(tensor: StoredTensor, base: Weights) -> bool | None:
 
 def _all_across(report: Extraction, across: dict[str, bool | None]) -> bool:
     return all(across[f"{name}.weight"] for name in report.layers)
-
-
-def _write(folder: Path, pairs: dict[str, Tensor], config: dict[str, Any]) -> None:
-    save_file(pairs, folder / WEIGHTS, {"format": "pt", "extracted": "truncated SVD by lightning_lora"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _chosen(base: Weights, targets: Sequence[str] | None) -> set[str]:

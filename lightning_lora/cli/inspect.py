@@ -16,11 +16,11 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import join
 from lightning_lora.ops.low_rank import DeltaFactors, norm
-from lightning_lora.peft_format.provenance import BASE, DIGEST
+from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpoints import KEY, facts_in
 
-SAID = ("base_model_name_or_path", "bias", "use_rslora", "use_dora", "modules_to_save", "task_type", "peft_version")
+SAID = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
 
 
@@ -107,14 +107,14 @@ def inspect_files(path: Path) -> Inspection:
 def _peft(path: Path) -> Inspection:
     adapter = open_adapter(path)
     layers = [_stored(pair) for pair in adapter.pairs.values()]
-    about = {key: adapter.config[key] for key in SAID if adapter.config.get(key) not in (None, False)}
+    about = {key: adapter.values[key] for key in SAID if adapter.values.get(key) not in (None, False)}
     told = sorted(adapter.file.metadata.items())  # the library writes them in any order
-    about |= {key: value for key, value in told if value and key not in (BASE, DIGEST, "format")}
+    about |= {key: value for key, value in told if value and key not in (ADAPTER_CONFIG, BASE, DIGEST, "format")}
     return Inspection(
         path=str(path),
         kind="PEFT directory" if path.is_dir() else "adapter file",
         layers=layers,
-        others={name: tensor.shape for name, tensor in adapter.whole.items()},
+        others={name: tensor.shape for name, tensor in adapter.in_full.items()},
         nbytes=adapter.file.path.stat().st_size,
         fingerprint=BASE in adapter.file.metadata,
         about=about,

@@ -23,7 +23,6 @@ from lightning_lora.cli.options import SIZES, make_parser
 from lightning_lora.cli.plan import plan_files
 from lightning_lora.cli.shapes import Transformer
 from lightning_lora.config import PRESETS
-from lightning_lora.files.safetensors import StoredTensor
 from lightning_lora.files.weights import open_weights
 
 LONG = 2_000_000_000  # bytes that take long enough for a progress bar
@@ -135,11 +134,8 @@ def _progress(*paths: Path) -> Iterator[Callable[[int], object]]:
 
 
 def _size(paths: Sequence[Path]) -> int:
-    def length(tensor: StoredTensor) -> int:
-        return tensor.stop - tensor.start
-
     try:
-        return sum(length(tensor) for path in paths for tensor in open_weights(path).tensors.values())
+        return sum(tensor.nbytes for path in paths for tensor in open_weights(path).tensors.values())
     except (ValueError, OSError):  # the command itself says what is wrong
         return 0
 

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
-from lightning_lora.files.atomic import written_whole
+from lightning_lora.cli.output import new_output
 from lightning_lora.files.json_files import read_object
-from lightning_lora.files.safetensors import StoredTensor, TensorFile, write_like
+from lightning_lora.files.safetensors import StoredTensor, TensorFile
+from lightning_lora.files.safetensors_writing import write_like
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.model.fingerprint import other_base, sums_of
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.peft_format.provenance import BASE, base_in
-from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, check_plain, open_adapter
+from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, open_adapter
 
 # Weights in other formats than the one that is merged, which would stay as they were.
 OTHER_WEIGHTS = (
@@ -108,7 +109,8 @@ def merge_files(
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_file({"up.weight": torch.zeros(2, 3)}, folder / "base.safetensors")
         >>> (folder / "adapter").mkdir()
-        >>> _ = (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
+        >>> config = '{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["up"]}'
+        >>> _ = (folder / "adapter/adapter_config.json").write_text(config)
         >>> pair = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(2, 1)}
         >>> pair = {f"base_model.model.up.{key}": value for key, value in pair.items()}
         >>> save_file(pair, folder / "adapter/adapter_model.safetensors")
@@ -118,7 +120,6 @@ def merge_files(
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
     weights, stored = open_weights(base), open_adapter(adapter)
-    check_plain(stored)
     change = changes(stored, weights)
     _check_base(stored, change)
     directory = base.is_dir()
@@ -126,12 +127,12 @@ def merge_files(
     report.added = [name for name in change.whole if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
     sources = [base, adapter]
-    with written_whole(
+    with new_output(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
     ) as part:
         for file in weights.files:
             last = file is weights.files[-1]
-            added = {name: _read_finite(change.whole[name]) for name in report.added} if last else {}
+            added = {name: change.whole[name].read_finite() for name in report.added} if last else {}
             target = part / file.path.name if directory else part
             _write(file, target, change, added, report, progress)
         if directory:
@@ -194,19 +195,10 @@ def _refuse(weight: StoredTensor, matrix: Tensor) -> None:
 
 
 def _cast(own: StoredTensor, instead: StoredTensor) -> Iterator[Tensor]:
-    value = _read_finite(instead).to(own.torch_dtype())
+    value = instead.read_finite().to(own.torch_dtype())
     if not bool(value.isfinite().all()):
         raise ValueError(f"`{own.name}` of the adapter overflows {own.dtype}: give the base in fp32 or bf16.")
     yield value
-
-
-def _read_finite(tensor: StoredTensor) -> Tensor:
-    value = tensor.read()
-    if value.is_floating_point() and not bool(value.isfinite().all()):
-        raise ValueError(
-            f"`{tensor.name}` in {tensor.path} has NaN or infinite numbers: the training of that adapter failed."
-        )
-    return value
 
 
 def _names(base: Path) -> set[str]:
@@ -225,12 +217,19 @@ def _copy_others(base: Weights, out: Path) -> list[str]:
             if str(relative) in used or not path.is_file():
                 continue
             # An adapter_config.json would make transformers look for an adapter to apply again.
-            if path.name.endswith((*OTHER_WEIGHTS, ".index.json", CONFIG)):
+            if path.name.endswith((*OTHER_WEIGHTS, ".index.json", CONFIG)) or not _is_inside(path, base.path):
                 left.append(str(relative))
                 continue
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / relative)
     return sorted(left)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether ``path`` does not link out of ``folder``, other than to the blobs of a Hugging Face cache."""
+    target, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))
 
 
 def _write_index(base: Weights, out: Path, added: dict[str, StoredTensor]) -> None:
@@ -239,11 +238,11 @@ def _write_index(base: Weights, out: Path, added: dict[str, StoredTensor]) -> No
     index = read_object(base.index)
     index["weight_map"] |= dict.fromkeys(added, base.files[-1].path.name)
     metadata = index.get("metadata")
-    for key, size in (("total_size", _nbytes), ("total_parameters", StoredTensor.numel)):
+    sums = {
+        "total_size": sum(t.nbytes for t in added.values()),
+        "total_parameters": sum(t.numel() for t in added.values()),
+    }
+    for key, more in sums.items():
         if isinstance(metadata, dict) and isinstance(metadata.get(key), int):
-            metadata[key] += sum(map(size, added.values()))
+            metadata[key] += more
     (out / base.index.name).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _nbytes(tensor: StoredTensor) -> int:
-    return tensor.stop - tensor.start

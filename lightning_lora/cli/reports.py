@@ -89,7 +89,7 @@ def merge_text(found: MergeReport, out: str) -> str:
     lines += [f"  and {len(worst) - LISTED:,} more, of which less was lost"] if len(worst) > LISTED else []
     lines += [f"Rounding to the base's dtype lost {found.lost():.2%} of delta's norm."]
     lines += listed("replaced by the adapter's own", found.replaced) + listed("new in the adapter", found.added)
-    return "\n".join(lines + listed("not copied, as their weights are not merged", found.left_out))
+    return "\n".join(lines + listed("not copied: other weights, and links out of the base", found.left_out))
 
 
 def merge_data(found: MergeReport) -> dict[str, Any]:

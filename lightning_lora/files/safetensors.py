@@ -1,28 +1,47 @@
-"""One safetensors file: read some rows at a time, and copied with other values for some tensors.
+"""The reader of safetensors files: the header is checked, and tensors are read when they are asked for.
 
-Its format is a length in 8 bytes, a header in JSON and the data (https://huggingface.co/docs/safetensors). The library
-checks that the header fits the file; what lies where is read here, as the library maps a file whole into memory.
+The format is a length in 8 bytes, a header in JSON and the data (https://huggingface.co/docs/safetensors). The library
+checks that header and data fit. The header is read here all the same: the library hides a name that is there twice, and
+it maps a file into memory as a whole.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_lora.files.merged_file import DTYPES
+from lightning_lora.files.json_files import parse_object, shown
 
-NAMED = {name: dtype for dtype, name in DTYPES.items()}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-CHUNK = 1 << 24  # bytes copied at once
-SLAB = 1 << 22  # elements of a matrix in memory at once, but for one row
+IN_ADAPTERS = {*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL"}
+METADATA = "__metadata__"
+LONGEST_HEADER = 100_000_000  # bytes, as in the library
+SLAB = 1 << 22  # elements of a matrix in memory at once, unless one row has more
 
 
 @dataclass(frozen=True)
@@ -31,11 +50,11 @@ class StoredTensor:
 
     Args:
         path: the file.
-        name: of the tensor.
-        dtype: in the words of safetensors.
+        name: name of the tensor.
+        dtype: its dtype as safetensors calls it.
         shape: its shape.
-        start: where its data begins in the file.
-        stop: where it ends.
+        start: position in the file where its data begins.
+        stop: position where its data ends.
     """
 
     path: Path
@@ -51,44 +70,62 @@ class StoredTensor:
         Raises:
             ValueError: if torch has none of that name.
         """
-        if self.dtype not in NAMED:
+        if self.dtype not in TORCH_DTYPES:
             raise ValueError(f"`{self.name}` in {self.path} is of {self.dtype}, which cannot be computed with.")
-        return NAMED[self.dtype]
+        return TORCH_DTYPES[self.dtype]
 
     def numel(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of its data."""
+        return self.stop - self.start
 
     def read(self) -> Tensor:
         """The tensor."""
         return _read(self.path, self.start, self.stop, self.torch_dtype()).view(self.shape)
 
+    def read_finite(self) -> Tensor:
+        """The tensor, which may hold neither NaN nor infinity.
+
+        Raises:
+            ValueError: if it does.
+        """
+        value = self.read()
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"`{self.path}` holds NaN or infinity in {shown(self.name)}: the training that wrote it diverged."
+            )
+        return value
+
     def matrix_shape(self) -> tuple[int, int]:
-        """Its shape as a matrix of rows: all dimensions but the first are one."""
+        """Its shape as a matrix: the first dimension by all others."""
         return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
     def slabs(self) -> Iterable[tuple[slice, Tensor]]:
-        """Its rows, as a matrix, some at a time and in order."""
+        """Its rows as a matrix, some at a time and in order."""
         height, width = self.matrix_shape()
         if not height * width:
             return
-        dtype, rows = self.torch_dtype(), max(1, SLAB // width)
-        for first in range(0, height, rows):
-            some = slice(first, min(first + rows, height))
-            start, stop = (self.start + row * width * dtype.itemsize for row in (some.start, some.stop))
-            yield some, _read(self.path, start, stop, dtype).view(-1, width)
+        dtype, count = self.torch_dtype(), max(1, SLAB // width)
+        for first in range(0, height, count):
+            rows = slice(first, min(first + count, height))
+            start, stop = (self.start + row * width * dtype.itemsize for row in (rows.start, rows.stop))
+            yield rows, _read(self.path, start, stop, dtype).view(-1, width)
 
 
 def _read(path: Path, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     raw = torch.empty(stop - start, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        view, got = raw.numpy().data, 0
-        while got < len(view):
-            count = file.readinto(view[got:])
+        view, filled = raw.numpy().data, 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])
             if not count:
                 raise ValueError(f"`{path}` ended while it was read: it was changed or cut since it was opened.")
-            got += count
+            filled += count
     return raw.view(dtype)
 
 
@@ -102,29 +139,36 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Read the header of the safetensors file at ``path``.
+    """Read and check the header of the safetensors file at ``path``.
 
     Raises:
         FileNotFoundError: if there is no file.
-        ValueError: if it is no safetensors file, or cut, or its header does not fit its data.
+        ValueError: if it is no safetensors file, or cut, its header does not fit its data, or a name is there twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`{path}` is no file, and a safetensors file was expected there.")
+    header, data = _header(path)
     try:
         with safe_open(path, framework="np"):
             pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"`{path}` is not a whole safetensors file ({error}): it is damaged, cut or of another kind. Fetch or "
-            "write it again."
-        ) from error
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise _damaged(path, error) from error
+    metadata = header.pop(METADATA, None) or {}
+    tensors = [_stored(path, name, entry, data) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    return TensorFile(path, {tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the position in the file where the data begins."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    found = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
-    found.sort(key=lambda tensor: (tensor.start, tensor.stop))
-    return TensorFile(path, {tensor.name: tensor for tensor in found}, metadata)
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(path.stat().st_size - 8, LONGEST_HEADER):
+            raise _damaged(path, f"its header would have {size} bytes")
+        try:
+            return parse_object(file.read(size)), 8 + size
+        except ValueError as error:
+            raise _damaged(path, error) from error
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> StoredTensor:
@@ -132,59 +176,22 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> StoredTe
     return StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), data + start, data + stop)
 
 
-def write_like(
-    source: TensorFile,
-    path: Path,
-    changed: Mapping[str, Iterable[Tensor]],
-    added: Mapping[str, Tensor],
-    progress: Callable[[int], object],
-) -> None:
-    """Write a copy of ``source`` to ``path``, of the same names, dtypes and shapes, in which some tensors are others.
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"`{path}` is not a whole safetensors file ({shown(str(reason))}): it is damaged, cut or of another kind. Copy "
+        "or download it again."
+    )
 
-    Args:
-        source: the file.
-        path: where.
-        changed: the values of these tensors instead, some rows at a time and in order; taken one after the other.
-        added: tensors that ``source`` has not, written after its own.
-        progress: called with the number of bytes after each that were written.
+
+def check_dtypes(file: TensorFile) -> None:
+    """Raise if a tensor is of a dtype that no adapter has.
+
+    Raises:
+        ValueError: naming the tensor.
     """
-    header, size = _header(source, added)
-    with path.open("wb") as file, source.path.open("rb") as old:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, tensor in source.tensors.items():
-            pieces = changed.get(name)
-            for piece in _copied(old, tensor) if pieces is None else map(raw_bytes, pieces):
-                file.write(piece)
-                progress(len(piece))
-        for tensor_added in added.values():
-            file.write(raw_bytes(tensor_added))
-        if file.tell() != 8 + len(header) + size:
-            raise ValueError(f"`{source.path}` was changed while it was read: {path.name} came out of another size.")
-
-
-def _header(source: TensorFile, added: Mapping[str, Tensor]) -> tuple[bytes, int]:
-    entries: dict[str, Any] = {"__metadata__": source.metadata} if source.metadata else {}
-    at = 0
-    sizes = [(t.name, t.dtype, t.shape, t.stop - t.start) for t in source.tensors.values()]
-    sizes += [(name, DTYPES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
-    for name, dtype, shape, size in sizes:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries).encode()
-    return text.ljust(-(-len(text) // 8) * 8), at
-
-
-def _copied(file: BinaryIO, tensor: StoredTensor) -> Iterable[bytes]:
-    file.seek(tensor.start)
-    left = tensor.stop - tensor.start
-    while left:
-        piece = file.read(min(left, CHUNK))
-        if not piece:
-            raise ValueError(f"`{tensor.path}` ended while it was read: it was changed or cut since it was opened.")
-        left -= len(piece)
-        yield piece
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of ``tensor``, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    for name, tensor in file.tensors.items():
+        if tensor.dtype not in IN_ADAPTERS:
+            raise ValueError(
+                f"`{file.path}` holds {shown(name)} as {shown(tensor.dtype)}; an adapter is float32, bfloat16 or "
+                "float16."
+            )

@@ -5,13 +5,12 @@ Its rules are read from peft 0.21 (``tuners/lora/config.py``, ``tuners/lora/mode
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.config import BIASES
+from lightning_lora.config import BIASES, scale_of
 from lightning_lora.files.json_files import shown
 from lightning_lora.names import Value
 
@@ -37,6 +36,8 @@ class PeftConfig:
         dropout: probability of dropping an input of A.
         gaussian: whether A starts as a normal.
         classifies: whether the task has a classification head.
+        transposed: whether the linear layers keep their weight as ``(in_features, out_features)``.
+        base: name of the base as ``from_pretrained`` takes it.
     """
 
     r: int
@@ -53,6 +54,8 @@ class PeftConfig:
     dropout: float
     gaussian: bool
     classifies: bool
+    transposed: bool
+    base: str | None
 
     def rank_for(self, name: str) -> int:
         """Rank of the adapter of the module ``name``."""
@@ -64,14 +67,13 @@ class PeftConfig:
 
     def scale_for(self, name: str) -> float:
         """Factor in front of ``B A`` for the module ``name``."""
-        rank = self.rank_for(name)
-        return self.alpha_for(name) / (math.sqrt(rank) if self.rslora else rank)
+        return scale_of(self.alpha_for(name), self.rank_for(name), self.rslora)
 
 
 def first_key(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first regular expression that ``name`` or a tail of it matches, as in peft."""
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, default)
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, default)
 
 
 INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
@@ -87,11 +89,12 @@ REFUSED = {
     "layer_replication": "it repeats layers of the base: build that base first and adapt it anew",
     "ensure_weight_tying": "it ties the adapters of two layers: merge it with peft first",
 }
-IGNORED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+IGNORED = {"peft_type", "peft_version", "auto_mapping", "revision", "inference_mode"}
 IGNORED |= {"megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
-IGNORED |= {"runtime_config", "fan_in_fan_out", "task_type"}
+IGNORED |= {"runtime_config", "task_type", "base_model_name_or_path"}
 READ = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"}
 READ |= {"rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "lora_dropout", "init_lora_weights"}
+READ |= {"fan_in_fan_out"}
 
 
 def read_config(values: Mapping[str, Any]) -> PeftConfig:
@@ -116,12 +119,23 @@ def read_config(values: Mapping[str, Any]) -> PeftConfig:
         dropout=_dropout(values.get("lora_dropout", 0.0)),
         gaussian=values.get("init_lora_weights") == "gaussian",
         classifies=values.get("task_type") == "SEQ_CLS",
+        transposed=_flag("fan_in_fan_out", values.get("fan_in_fan_out", False)),
+        base=_text("base_model_name_or_path", values.get("base_model_name_or_path")),
     )
     if isinstance(asked.targets, str) and asked.layers is not None:
         raise _wrong("layers_to_transform", "null where `target_modules` is no list", asked.layers)
     for name in asked.modules_to_save:
         _check_expression("modules_to_save", rf"(^|.*\.){name}($|\..*)")
     return asked
+
+
+def difference(values: Mapping[str, Any], written: Mapping[str, Any]) -> str | None:
+    """The first key with a meaning here that has two values, in words; ``None`` where there is none."""
+    for key in sorted(READ):
+        value, before = (found.get(key) or None for found in (values, written))
+        if value != before:
+            return f"`{key}` is {shown(value)} and was {shown(before)}"
+    return None
 
 
 def _check_method(values: Mapping[str, Any]) -> None:
@@ -174,6 +188,12 @@ def _flag(key: str, value: Any) -> bool:
     return value
 
 
+def _text(key: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise _wrong(key, "a string or null", value)
+    return value
+
+
 def _bias(value: Any) -> str:
     if not isinstance(value, str) or value not in BIASES:
         raise _wrong("bias", f"one of {', '.join(map(repr, BIASES))}", value)
@@ -204,10 +224,10 @@ def _names_or_expression(key: str, value: Any) -> list[str] | str:
 def _targets(value: Any) -> list[str] | str:
     if isinstance(value, str) and value.lower() == ALL_LINEAR:
         return ALL_LINEAR
-    found = _names_or_expression("target_modules", value)
-    if not found:
+    targets = _names_or_expression("target_modules", value)
+    if not targets:
         raise _wrong("target_modules", "module names or a regular expression", value)
-    return found
+    return targets
 
 
 def _layers(value: Any) -> list[int] | None:

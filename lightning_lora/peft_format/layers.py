@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import alpha_of
 from lightning_lora.distributed.sharded import full_tensor, shape_of
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
 from lightning_lora.layers.base import parameter_of
@@ -47,7 +48,7 @@ class PeftPair:
 
     def alpha(self, rslora: bool) -> float:
         """The numerator from which peft computes the scale."""
-        return self.scale * (math.sqrt(self.r) if rslora else self.r)
+        return alpha_of(self.scale, self.r, rslora)
 
 
 def keys_of(module: nn.Module) -> tuple[str, str]:

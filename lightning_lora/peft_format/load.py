@@ -1,204 +1,108 @@
-"""A PEFT directory's values, sorted and put onto a model: all of them or none."""
+"""PEFT directories into a model: all of a directory, or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
-from lightning_lora.files.json_files import shown
-from lightning_lora.model.freeze import BIAS
-from lightning_lora.model.state import clean_state, frozen_names, full_detached, needed_names
+from lightning_lora.layers.base import is_adapted
+from lightning_lora.model import record
+from lightning_lora.model.apply import apply_lora, remove_lora
+from lightning_lora.model.state import load_lora_state_dict
 from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.layers import PeftPair, adapters_of, expected_shapes, from_peft, keys_of, refusal
-from lightning_lora.peft_format.save import PREFIX, REPEATED, holders, places_in
-from lightning_lora.peft_format.targets import exact_pattern, module_names, saved, targeted
+from lightning_lora.peft_format.contents import holders
+from lightning_lora.peft_format.placement import (
+    FileValues,
+    check_adapted,
+    check_targets,
+    config_for,
+    filled,
+    read_values,
+    values_for,
+)
+from lightning_lora.peft_format.provenance import check_base
+from lightning_lora.peft_format.stored import config_of, open_adapter
+from lightning_lora.peft_format.targets import inner_name
 
-ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-ALIEN = ("lora_magnitude_vector", "lora_A.bias", "lora_B.bias", "lora_E", "lora_ranknum")
 
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    inner: str | None = None,
+    strict_base: bool = True,
+) -> list[str]:
+    """Load a directory that peft or :func:`save_adapter` wrote into ``model``: all of it, or nothing at all.
 
-@dataclass
-class Sorted:
-    """The tensors of a file by what they are; names are relative to the model that peft wraps.
+    A bare model is adapted as ``adapter_config.json`` says; of a fused map it then gets one pair on all of it. A model
+    that has adapters keeps its own configuration, which must fit: apply yours first to go on training slices of it.
+    Nothing is unpickled.
 
     Args:
-        halves: A and B of each adapted module, by their names in the file.
-        plain: everything else, by its name in the base.
-    """
+        model: any module, bare or adapted.
+        directory: where the two files are.
+        inner: name of the module in ``model`` that peft would wrap, ``""`` for ``model`` itself; ``None`` finds it.
+        strict_base: whether another base than the header's is an error, or a warning.
 
-    halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    plain: dict[str, Tensor] = field(default_factory=dict)
-
-
-def sort(tensors: Mapping[str, Tensor]) -> Sorted:
-    """The tensors of a file by what they are.
+    Returns:
+        The names of the adapted modules.
 
     Raises:
-        ValueError: naming a key that no plain LoRA has, or two for one tensor.
+        ValueError: if a file is damaged, holds what plain LoRA is not, or does not fit ``model``; nothing is changed.
+        FileNotFoundError: if there is no such directory, or a file is missing.
+
+    Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> one = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = other.load_state_dict(one.state_dict())
+        >>> _ = apply_lora(one, LoRAConfig(r=2, targets="all"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(one, directory)
+        ...     load_adapter(other, directory)
+        ['0', '2']
     """
-    found = Sorted()
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name == key or any(f".{alien}" in name for alien in ALIEN):
-            raise ValueError(f"The adapter's file has {shown(key)}, which no plain LoRA of peft's has.")
-        end = next((end for end in ENDS if name.endswith(f".{end}")), None)
-        if end is not None:
-            found.halves.setdefault(name.removesuffix(f".{end}"), {})[end] = value
-            continue
-        owner, _, leaf = name.rpartition(".")
-        name = names.join(owner.removesuffix(".base_layer"), leaf)
-        if name in found.plain:
-            raise ValueError(f"The adapter's file has two tensors for {shown(name)}.")
-        found.plain[name] = value
-    return found
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"`directory` must be a local directory, but there is no `{directory}`.")
+    adapter = open_adapter(directory)
+    asked, file = config_of(adapter), read_values(adapter)
+    if record.is_merged(model):
+        raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
+    prefix = inner_name(model, inner, lambda head: _has_all(model, head, file))
+    part = dict(names.named_modules(model))[prefix]
+    check_targets(asked, file, part)
+    check_base(adapter.file.metadata, part, set(file.in_full), strict_base)
+    if is_adapted(model):
+        check_adapted(file, part)
+        _load(model, part, prefix, asked, file, bare=False)
+    else:
+        config = config_for(asked, file, part, prefix, model)
+        try:
+            apply_lora(model, config)
+            check_adapted(file, part)
+            _load(model, part, prefix, asked, file, bare=True)
+        except BaseException:
+            remove_lora(model)
+            raise
+    return [name for name, _, _ in holders(model)]
 
 
-def check_targets(asked: PeftConfig, file: Sorted, inner: nn.Module) -> None:
-    """Raise unless the configuration means just the modules that the file has pairs for, in a form that we have.
-
-    Raises:
-        ValueError: naming the first that it does not.
-    """
-    wanted, modules, places = targeted(asked, inner), dict(names.named_modules(inner)), places_in(inner)
-    for name in (*file.halves, *wanted):
-        if name not in wanted or name not in file.halves:
-            where = "`adapter_model.safetensors` only" if name in file.halves else "`adapter_config.json` only"
-            raise ValueError(
-                f"{shown(name)} is adapted by {where}: the two do not belong together, or not to this "
-                f"{type(inner).__name__}. With the adapted model inside another name it in `inner`."
-            )
-    for name in wanted:
-        module, owner = modules[name], modules[name.rpartition(".")[0]]
-        reason = refusal(module, owner) or (REPEATED if places[id(module)] > 1 else None)
-        if reason is not None:
-            raise ValueError(f"`{name}` {reason}. Load this adapter with peft.")
-        _check_pair(name, module, file.halves[name], asked.rank_for(name))
+def _has_all(model: nn.Module, head: str, file: FileValues) -> bool:
+    known = {name for name, _ in names.named_modules(model)}
+    return all(names.join(head, name) in known for name in file.pairs)
 
 
-def _check_pair(name: str, module: nn.Module, halves: Mapping[str, Tensor], r: int) -> None:
-    if set(halves) != set(keys_of(module)):
-        raise ValueError(f"`{name}` needs {' and '.join(keys_of(module))}, but the file has {', '.join(halves)}.")
-    for key, shape in zip(keys_of(module), expected_shapes(module, r), strict=True):
-        value = halves[key]
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"`{name}.{key}` must have shape {shape} with the rank that `adapter_config.json` gives it, but has "
-                f"{tuple(value.shape)}."
-            )
-        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"`{name}.{key}` must be float32, bfloat16 or float16, but is {value.dtype}.")
-        if not torch.isfinite(value.float()).all():
-            raise ValueError(f"`{name}.{key}` has values that float32 has no room for.")
-    padding, A = getattr(module, "padding_idx", None), halves[keys_of(module)[0]]
-    if padding is not None and bool(A[:, padding].any()):
-        raise ValueError(
-            f"`{name}` has an adapter for its padding index, which here has none: set that column to zero."
-        )
-
-
-def config_for(asked: PeftConfig, file: Sorted, inner: nn.Module, prefix: str, model: nn.Module) -> LoRAConfig:
-    """The configuration of ours with which a bare ``model`` gets the adapters of the file."""
-    every = module_names(model, aliases=True)
-    full = {name: exact_pattern(names.join(prefix, name), every) for name in file.halves}
-    ranks = {full[name]: asked.rank_for(name) for name in file.halves}
-    alphas = {full[name]: asked.alpha_for(name) for name in file.halves}
-    in_full = [exact_pattern(names.join(prefix, name), every) for name in saved(asked.modules_to_save, inner)]
-    return LoRAConfig(
-        r=asked.r,
-        alpha=asked.alpha,
-        targets=list(full.values()),
-        dropout=asked.dropout,
-        init="gaussian" if asked.gaussian else "kaiming",
-        rslora=asked.rslora,
-        bias=asked.bias,
-        also_train=in_full if asked.modules_to_save else None,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != asked.r} or None,
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != asked.alpha} or None,
-    )
-
-
-def check_adapted(file: Sorted, inner: nn.Module) -> None:
-    """Raise unless ``inner`` has adapters on just the modules that the file has pairs for.
-
-    Raises:
-        ValueError: naming the first that it does not.
-    """
-    present = [name for name, _, _ in holders(inner)]
-    for name in (*file.halves, *present):
-        if name not in present or name not in file.halves:
-            where = "in the file and not in the model" if name in file.halves else "in the model and not in the file"
-            raise ValueError(f"`{name}` has adapters {where}: were `targets` and `exclude` the same when it was made?")
-
-
-def values_for(asked: PeftConfig, file: Sorted, inner: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The state of the adapted ``inner`` that the file holds, by its names there.
-
-    Raises:
-        ValueError: naming what does not fit.
-    """
-    state: dict[str, Tensor] = {}
-    for name, layer, adapters in holders(inner):
-        A, B = (file.halves[name][key].float() for key in keys_of(layer))
-        pair = PeftPair(A, B, asked.scale_for(name), keys_of(layer))
-        found = from_peft(adapters_of(adapters, adapter), pair)
-        if isinstance(found, str):
-            raise ValueError(f"`{name}` {found}: apply the configuration that the adapter was made with.")
-        state |= {names.join(name, f"lora.{adapter}.{key}"): value for key, value in found.items()}
-    return state | _beside(file.plain, inner)
-
-
-def _beside(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Tensor]:
-    """What is loaded beside the pairs; what the file holds of the frozen base must be the base's."""
-    own, frozen = clean_state(inner), frozen_names(inner)
-    for key, value in plain.items():
-        if not isinstance(own.get(key), Tensor):
-            raise ValueError(f"The adapter's file has {shown(key)}, which the model has not.")
-        _check_value(key, value, full_detached(own[key]))
-        if key in frozen and not _same(value, full_detached(own[key]).cpu()):
-            raise ValueError(
-                f"The adapter's file holds `{key}` of its base, and the model has other values there. Load the base "
-                "that it was trained on first."
-            )
-    trained = {key: value for key, value in plain.items() if key not in frozen}
-    _check_tied(trained, inner)
-    return trained
-
-
-def _check_value(key: str, value: Tensor, own: Tensor) -> None:
-    if value.shape != own.shape:
-        raise ValueError(f"`{key}` has shape {tuple(value.shape)} in the file and {tuple(own.shape)} in the model.")
-    both_real = value.is_floating_point() and own.is_floating_point()
-    if not both_real and value.dtype != own.dtype:
-        raise ValueError(f"`{key}` is of {value.dtype} in the file and of {own.dtype} in the model.")
-    if own.is_floating_point() and not torch.isfinite(value.to(own.dtype)).all():
-        raise ValueError(f"`{key}` has values that the model's {own.dtype} has no room for.")
-
-
-def _same(value: Tensor, own: Tensor) -> bool:
-    """Equal, a cast of either aside."""
-    return torch.equal(value.to(own.dtype), own) or torch.equal(value, own.to(value.dtype))
-
-
-def _check_tied(plain: Mapping[str, Tensor], inner: nn.Module) -> None:
-    """Raise where peft would give the modules that share a parameter one each, of other values."""
-    every = inner.named_parameters(remove_duplicate=False)
-    known = {names.clean(name): id(parameter) for name, parameter in every}
-    for key in plain.keys() & known.keys():
-        for other in (name for name, one in known.items() if one == known[key]):
-            if other not in plain or not torch.equal(plain[other], plain[key]):
-                raise ValueError(
-                    f"`{key}` and `{other}` are one parameter in the model, and the file trains them apart: untie them "
-                    "first (`tie_word_embeddings=False` in transformers)."
-                )
-
-
-def filled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``state`` with the biases that train in a ``model`` that was just adapted, and that peft knows by no name."""
-    own = clean_state(model)
-    missing = [key for key in needed_names(model) if key not in state and BIAS.fullmatch(key.rpartition(".")[2])]
-    return {**state, **{key: full_detached(own[key]).clone() for key in missing}}
+def _load(model: nn.Module, part: nn.Module, prefix: str, asked: PeftConfig, file: FileValues, *, bare: bool) -> None:
+    config = record.config_of(model)
+    assert config is not None
+    values = values_for(asked, file, part, config.name)
+    state: dict[str, Any] = {names.join(prefix, key): value for key, value in values.items()}
+    load_lora_state_dict(model, filled(state, model) if bare else state)

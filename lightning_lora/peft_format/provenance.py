@@ -7,6 +7,8 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,17 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_sharded, shape_of
-from lightning_lora.files.json_files import shown
+from lightning_lora.files.json_files import parse_object, shown
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, fingerprint, other_base
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.record import Merged, merged_layers
+from lightning_lora.peft_format.config import difference
 from lightning_lora.version import __version__
 
 OWN = "lightning_lora"
 BASE, DIGEST, INNER = f"{OWN}.base", f"{OWN}.digest", f"{OWN}.inner"
+ADAPTER_CONFIG = f"{OWN}.adapter_config"  # what the file of that name held when the weights were written
 
 
 def header(
@@ -60,6 +64,29 @@ def header(
         DIGEST: digest(tensors),
     }
     return {"format": "pt", **own, **(metadata or {})}
+
+
+def check_config(metadata: Mapping[str, str], values: Mapping[str, Any], path: Path) -> None:
+    """Compare the values of ``adapter_config.json`` with those in the header of the weights, if it has them.
+
+    The two are separate files, so a reader may meet a new one and an old one. What has no effect on the outputs, as the
+    base's name or the task, may have changed.
+
+    Raises:
+        ValueError: naming the first key that differs.
+    """
+    if ADAPTER_CONFIG not in metadata:
+        return
+    try:
+        written = parse_object(metadata[ADAPTER_CONFIG].encode())
+    except ValueError as error:
+        raise ValueError(f"The header of `{path}` is damaged: its configuration is no JSON ({error}).") from error
+    other = difference(values, written)
+    if other is not None:
+        raise ValueError(
+            f"`{path}`: `adapter_config.json` does not belong to the weights, {other} when they were written. Was the "
+            "write interrupted, or is it still going on? Copy or save both files again."
+        )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

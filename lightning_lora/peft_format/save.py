@@ -1,237 +1,148 @@
-"""What a model puts into a PEFT directory: pairs, modules trained in full, biases and buffers that moved."""
+"""The adapter of a model as a PEFT directory."""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
-from lightning_lora.layers.base import adapted_layers
-from lightning_lora.model.freeze import BIAS
-from lightning_lora.model.record import merged_layers
-from lightning_lora.model.state import buffer_names, clean_state, full_detached, lora_state_dict
-from lightning_lora.names import covers
-from lightning_lora.peft_format.layers import PeftPair, adapters_of, kind_in_peft, refusal, refused_pairs, to_peft
-from lightning_lora.peft_format.targets import lies_in, saved
+from lightning_lora.files.atomic import write_together
+from lightning_lora.files.safetensors_writing import write_tensors
+from lightning_lora.layers.registry import is_linear, original_class
+from lightning_lora.model.record import records
+from lightning_lora.model.state import has_adapters, lora_state_dict
+from lightning_lora.peft_format.config_writer import Scaled, written_config
+from lightning_lora.peft_format.contents import Contents, contents_of, for_vllm, holders
+from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
+from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
+from lightning_lora.peft_format.targets import exact_targets, inner_name
 
-PREFIX = "base_model.model."
-WITHOUT = "Leave it out with `exclude` and `also_train`, or merge the adapter and save the whole model."
-REPEATED = "is used in several places, of which peft adapts one"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
-CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which peft does not wrap
+FLAVORS = ("peft", "vllm")
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What goes into a directory; names are relative to the model that peft wraps.
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    inner: str | None = None,
+    flavor: str = "peft",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
 
-    Args:
-        pairs: of each adapted module.
-        modules_to_save: names of the modules that are trained in full.
-        plain: their values, trained biases, and buffers that moved, by their keys in the file.
-    """
-
-    pairs: dict[str, PeftPair]
-    modules_to_save: list[str]
-    plain: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it under the file's keys."""
-        named = {f"{name}.{key}": value for name, pair in self.pairs.items() for key, value in matrices(pair)}
-        return {f"{PREFIX}{key}": value for key, value in {**named, **self.plain}.items()}
-
-
-def matrices(pair: PeftPair) -> list[tuple[str, Tensor]]:
-    """A and B under their names in the file."""
-    return list(zip(pair.keys, (pair.A, pair.B), strict=True))
-
-
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
-    """Every layer of ``model`` that has adapters, live or merged, and these."""
-    for name, layer in adapted_layers(model):
-        if layer.lora.all_pairs():
-            yield name, layer, layer.lora
-    for name, module, merged in merged_layers(model):
-        if merged.adapters.all_pairs():
-            yield name, module, merged.adapters
-
-
-def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]) -> Contents:
-    """What the part ``inner`` of a model puts into a directory.
+    peft's outputs are then those of ``model``. Slices of a fused map become one pair on all of it, whose rank is the
+    sum of theirs. Everything is checked before anything is written; an error leaves the files that were there. Where
+    several processes train, all must call it, and the first writes.
 
     Args:
-        inner: what peft wraps.
-        config: what the adapter was made with.
-        asked_as: the name that ``config`` knows something in ``inner`` by.
+        model: a model with adapters, live or merged.
+        directory: where; it is made if it is not there.
+        inner: name of the module in ``model`` that peft will wrap, ``""`` for ``model`` itself. ``None`` finds it: the
+            transformers model that holds all adapters, else the one child of a LightningModule that does, else
+            ``model``.
+        flavor: ``"peft"``, or ``"vllm"`` for the same in one rank and one scale for all layers.
+        metadata: strings to keep in the header of the weights' file, such as the step and metrics.
 
     Raises:
-        ValueError: naming what PEFT's format has no place for.
+        ValueError: if ``model`` has no adapters, or the format has no place for what they are.
+        TypeError: if ``metadata`` holds anything but strings.
+
+    Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = apply_lora(model, LoRAConfig(r=2, targets="all"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(model, directory, metadata={"step": "100"})
+        ...     sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
-    adapted = list(holders(inner))
-    _check_layers(adapted, inner, config)
-    pairs = {name: to_peft(module, adapters_of(adapters, config.name)) for name, module, adapters in adapted}
-    plain = _beside(inner, adapted)
-    trained = _in_full(plain, inner, config, asked_as)
-    modules_to_save = _owners(trained, inner)
-    _check_saved(modules_to_save, inner, list(pairs))
-    state = clean_state(inner)
-    inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
-    _check_finite(pairs)
-    values = {**plain, **{key: full_detached(state[key]) for key in inside}}  # in one order: sharded ones are gathered
-    bases = _all_names(inner, adapted)
-    return Contents(pairs, modules_to_save, {_key(key, bases): _as_written(key, v) for key, v in values.items()})
+    directory = Path(directory)
+    if flavor not in FLAVORS:
+        raise ValueError(f"`flavor` must be one of {', '.join(map(repr, FLAVORS))}, but got {flavor!r}.")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must be a directory, but `{directory}` is a file.")
+    holder, config = _adapted_as(model)
+    prefix, part = _inner_of(model, inner)
+    contents = contents_of(part, config, lambda name: names.join(prefix, name).removeprefix(f"{holder}."))
+    contents = for_vllm(contents) if flavor == "vllm" else contents
+    text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
+    about = header(config, base_of(part), tensors, metadata, prefix)
+    _first_of_all(lambda: write_together(directory, file_writers(text, tensors, about)))
 
 
-def _check_finite(pairs: dict[str, PeftPair]) -> None:
-    for name, pair in pairs.items():
-        if not (bool(pair.A.isfinite().all()) and bool(pair.B.isfinite().all())):
-            raise ValueError(
-                f"`{name}` has NaN or infinity in its adapter: the training diverged. Nothing was written."
-            )
+def file_writers(
+    text: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]
+) -> dict[str, Callable[[Path], object]]:
+    """What writes the two files of a directory, by the file's name.
 
-
-def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> None:
-    modules, places = dict(names.named_modules(inner)), places_in(inner)
-    for name, module, adapters in adapted:
-        if not name:
-            raise ValueError(
-                "The model is the adapted layer itself, and peft adapts layers inside a model: pass one that holds it."
-            )
-        owner = modules[name.rpartition(".")[0]]
-        reason = refusal(module, owner) or refused_pairs(adapters_of(adapters, config.name))
-        reason = REPEATED if reason is None and places[id(module)] > 1 else reason
-        if reason is not None:
-            raise ValueError(f"`{name}` {reason}. {WITHOUT} Nothing was written.")
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            warnings.warn(
-                f"`{name}` lies in an nn.TransformerEncoderLayer: in evaluation torch reads its weight past peft's "
-                "adapter. The files are right, and peft's outputs there are the base's.",
-                stacklevel=4,
-            )
-
-
-def kinds(model: nn.Module) -> dict[str, str]:
-    """What of PEFT's format each adapted layer is, or why it is nothing of that."""
-    modules, places = dict(names.named_modules(model)), places_in(model)
-    found: dict[str, str] = {}
-    for name, layer, adapters in holders(model):
-        (holder,) = adapters.values()
-        assert isinstance(holder, (Adapter, Pairs))
-        kind = kind_in_peft(layer, modules.get(name.rpartition(".")[0]) if name else None, holder)
-        found[name] = kind if places[id(layer)] < 2 else REPEATED
-    return found
-
-
-def places_in(model: nn.Module) -> Counter[int]:
-    """In how many places of ``model`` each module is, by its identity: peft puts another into one of them."""
-    owners = {id(owner): owner for owner in model.modules()}
-    return Counter(id(child) for owner in owners.values() for child in owner._modules.values())
-
-
-def _all_names(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> set[str]:
-    wanted = {id(module) for _, module, _ in adapted}
-    return {name for name, module in names.named_modules(inner) if id(module) in wanted}
-
-
-def _beside(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, Tensor]:
-    """What belongs to the adapter beside its pairs, by its name in ``inner``."""
-    own = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
-    found = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(own)}
-    for key, value in found.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"`{key}` is a {type(value).__name__}, and PEFT's format holds tensors. Nothing was written."
-            )
-    return found
-
-
-def _in_full(
-    plain: dict[str, Tensor], inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]
-) -> set[str]:
-    """The parameters that train for another reason than that they are biases."""
-    parameters = plain.keys() - buffer_names(inner)
-    biases = {key for key in parameters if BIAS.fullmatch(key.rpartition(".")[2]) and config.bias != "none"}
-    return {key for key in parameters if key not in biases or covers(asked_as(key), config.also_train or ())}
-
-
-def _owners(trained: set[str], inner: nn.Module) -> list[str]:
-    """The outermost modules that train in full, then those that hold what is left."""
-    found: list[str] = []
-    for name, module in names.named_modules(inner):
-        keys = {names.join(name, names.clean(key)) for key, _ in module.named_parameters()}
-        if name and keys and keys <= trained and not isinstance(module, CONTAINERS) and not _lies_under(name, found):
-            found.append(name)
-    left = [key for key in trained if not _lies_under(key, found)]
-    return found + sorted({key.rpartition(".")[0] for key in left})
-
-
-def _lies_under(key: str, modules: list[str]) -> bool:
-    return key.startswith(tuple(f"{name}." for name in modules))
-
-
-def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str]) -> None:
-    modules = dict(names.named_modules(inner))
-    for name in modules_to_save:
-        if not name:
-            raise ValueError(
-                "A parameter of the model itself trains, and peft trains whole modules inside it: take it out of "
-                f"`also_train`. {WITHOUT} Nothing was written."
-            )
-        if isinstance(modules[name], CONTAINERS):
-            raise ValueError(f"`{name}` is a container, which peft does not wrap. {WITHOUT} Nothing was written.")
-        more = [other for other in saved([name], inner) if other not in modules_to_save]
-        more += [other for other in adapted if lies_in(other, [name])]
-        if more:
-            raise ValueError(
-                f"`{name}` trains in full, and by that name peft would take `{more[0]}` for it too. Rename it, or name "
-                "a smaller module in `also_train`. Nothing was written."
-            )
-
-
-def _key(key: str, adapted: set[str]) -> str:
-    """The key of a parameter of the base, which peft keeps one level deeper in an adapted layer."""
-    owner, _, leaf = key.rpartition(".")
-    return f"{owner}.base_layer.{leaf}" if owner in adapted else key
-
-
-def _as_written(key: str, value: Tensor) -> Tensor:
-    """A copy in fp32, or what cannot be had in it: fp64 and whole numbers."""
-    kept = value.dtype == torch.float64 or not value.is_floating_point()
-    return value.detach().to("cpu", value.dtype if kept else torch.float32, copy=True).contiguous()
-
-
-def for_vllm(contents: Contents) -> Contents:
-    """The same with one rank and one scale for all, which is all that vLLM reads.
-
-    Raises:
-        ValueError: naming what vLLM refuses.
+    Args:
+        text: the configuration. It is in the header of the weights too, so that a reader knows which belong together.
+        tensors: the weights, on the CPU.
+        about: strings for their header.
     """
-    for key in contents.plain:
-        raise ValueError(f"`{key}` is not part of a pair, and vLLM takes neither `also_train`, biases nor buffers.")
-    for name, pair in contents.pairs.items():
-        if pair.A.dim() > 2 or pair.keys[0] != "lora_A.weight":
+    about = {**about, ADAPTER_CONFIG: text}
+    return {
+        CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        WEIGHTS: lambda path: write_tensors(path, tensors, about),
+    }
+
+
+def _first_of_all(write: Callable[[], None]) -> None:
+    """Let the first process write, and the others wait for it."""
+    several = distributed.is_available() and distributed.is_initialized()
+    try:
+        if not several or distributed.get_rank() == 0:
+            write()
+    finally:
+        if several:
+            distributed.barrier()
+
+
+def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
+    """The name of the module in ``model`` that was adapted, empty for itself, and how."""
+    if not has_adapters(model):
+        raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
+    found = [(name, record.config) for name, _, record in records(model) if record.config is not None]
+    if len(found) != 1:
+        what = "several parts of it were" if found else "a module around it was"
+        raise ValueError(f"`model` was not adapted as one: {what}. Save what `apply_lora` was called with.")
+    return found[0]
+
+
+def _inner_of(model: nn.Module, inner: str | None) -> tuple[str, nn.Module]:
+    """The part that peft wraps and its name; all that belongs to the adapter must lie in it."""
+    adapted = [name for name, _, _ in holders(model)]
+    modules = dict(names.named_modules(model))
+    name = inner_name(model, inner, lambda head: all(one.startswith(f"{head}." if head else "") for one in adapted))
+    part = modules[name]
+    heads = tuple(f"{alias}." if alias else "" for alias, module in modules.items() if module is part)
+    for key in lora_state_dict(model):
+        if not key.startswith(heads):
             raise ValueError(
-                f"`{name}` is no linear map, and vLLM adapts linear maps only: leave it out with `exclude`."
+                f"`{key}` belongs to the adapter and lies outside of `{name}`, which peft would wrap. Name a module "
+                "that holds both in `inner`; inner='' is the whole model."
             )
-    largest = max(pair.r for pair in contents.pairs.values())
-    rank = next((allowed for allowed in RANKS if allowed >= largest), None)
-    if rank is None:
-        raise ValueError(f"A pair has rank {largest}, and vLLM takes ranks up to {RANKS[-1]}.")
-    scales = {pair.scale for pair in contents.pairs.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    pairs = {name: _padded(pair, rank, scale) for name, pair in contents.pairs.items()}
-    return replace(contents, pairs=pairs)
+    return name, part
 
 
-def _padded(pair: PeftPair, rank: int, scale: float) -> PeftPair:
-    more = rank - pair.r
-    A = nn.functional.pad(pair.A, (0, 0, 0, more))
-    B = nn.functional.pad(pair.B * (pair.scale / scale), (0, more))
-    return PeftPair(A, B, scale, pair.keys)
+def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor: str) -> str:
+    rslora = config.rslora and flavor == "peft"
+    modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.pairs.items()}
+    inside = dict(names.named_modules(part))
+    linear = [module for name in modules if is_linear(module := inside[name])]
+    own = getattr(part, "name_or_path", None) or None
+    return written_config(
+        modules,
+        exact_targets(list(modules), part),
+        contents.modules_to_save,
+        config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
+        base=own if isinstance(own, str) else None,
+        transposed=bool(linear) and not any(issubclass(original_class(module), nn.Linear) for module in linear),
+    )

@@ -1,8 +1,9 @@
-"""A PEFT directory without a model: pairs from ``adapter_model.safetensors``, scales from ``adapter_config.json``.
+"""The reader of PEFT directories: ``adapter_config.json`` and the header of ``adapter_model.safetensors``, checked.
 
-As PEFT writes it, the map ``<path>`` has ``base_model.model.<path>.lora_A.weight`` of shape (r, in) and
-``.lora_B.weight`` of shape (out, r); an embedding has ``lora_embedding_A`` and ``lora_embedding_B``, a convolution's A
-has its kernel. What else there is replaces a tensor of the base whole.
+All that opens a directory goes through here, with a model or without. As PEFT writes it, the linear layer ``<path>``
+has ``base_model.model.<path>.lora_A.weight`` of shape (r, in) and ``.lora_B.weight`` of shape (out, r); an embedding
+has ``lora_embedding_A`` and ``lora_embedding_B``; A of a convolution has the shape of its kernel. Every other tensor
+replaces one of the base in full.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ from typing import Any
 
 import torch
 
-from lightning_lora.files.json_files import read_object
-from lightning_lora.files.safetensors import FLOATS, StoredTensor, TensorFile, open_tensors
+from lightning_lora.files.json_files import read_object, shown
+from lightning_lora.files.safetensors import FLOATS, StoredTensor, TensorFile, check_dtypes, open_tensors
 from lightning_lora.ops.low_rank import DeltaFactors
-from lightning_lora.peft_format.provenance import DIGEST, check_digest
+from lightning_lora.peft_format.config import PeftConfig, read_config
+from lightning_lora.peft_format.provenance import DIGEST, check_config, check_digest
+from lightning_lora.peft_format.targets import is_targeted
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FACTORS = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
-# What makes an adapter something else than W + scale * B A, by the field of the configuration.
-OTHERWISE = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# The ends of the names of A and of B, for a layer and for an embedding.
+ENDS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+}
 
 
 @dataclass(frozen=True)
 class StoredPair:
-    """A and B of one map, not read yet; ``scale`` is unknown where no configuration is beside them."""
+    """A and B of one layer, not read yet.
+
+    Args:
+        name: of the layer.
+        A: ``(r, in_features)``, of a convolution ``(r, in, *kernel)``.
+        B: ``(out_features, r)``, of a convolution ``(out, r, 1, ...)``.
+        scale: factor in front of ``B A``; ``None`` where there is no configuration.
+        embedding: whether the layer is an embedding.
+    """
 
     name: str
     A: StoredTensor
@@ -62,181 +63,157 @@ class StoredPair:
         return math.prod(self.A.shape[1:]), self.B.shape[0]
 
     def read(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
-        """B with the scale in it, shape ``(out_features, r)``, and A, shape ``(r, in_features)``."""
+        """``scale * B``, shape ``(out_features, r)``, and A, shape ``(r, in_features)``."""
         A, B = (tensor.read().to(dtype).flatten(1) for tensor in (self.A, self.B))
         return (1.0 if self.scale is None else self.scale) * B, A
 
     def read_finite(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
-        """The same.
+        """The same as :meth:`read`, without NaN and infinity.
 
         Raises:
-            ValueError: if a number in them is not finite.
+            ValueError: if there are such numbers.
         """
-        B, A = self.read(dtype)
-        for tensor, value in ((self.A, A), (self.B, B)):
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"`{tensor.name}` in {tensor.path} has NaN or infinite numbers: its training failed.")
-        return B, A
+        A, B = (tensor.read_finite().to(dtype).flatten(1) for tensor in (self.A, self.B))
+        return (1.0 if self.scale is None else self.scale) * B, A
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter in files.
+    """An adapter in files; names are relative to the model that peft wraps.
 
     Args:
         path: the directory, or the file.
         file: its tensors.
-        config: what its configuration holds; empty for a file alone.
-        pairs: A and B by the map's name.
-        whole: tensors that replace one of the base, by that one's name.
+        config: its configuration; ``None`` for a file alone.
+        values: the same as it is in the file, for people to read.
+        pairs: A and B by the layer's name.
+        in_full: tensors that replace one of the base, by the name of that one.
     """
 
     path: Path
     file: TensorFile
-    config: dict[str, Any]
+    config: PeftConfig | None
+    values: dict[str, Any]
     pairs: dict[str, StoredPair]
-    whole: dict[str, StoredTensor]
+    in_full: dict[str, StoredTensor]
 
 
 def open_adapter(path: Path) -> StoredAdapter:
-    """Read the headers of a PEFT directory, or of the ``.safetensors`` file of one.
+    """Read and check the configuration and the header of a PEFT directory; the values are read later.
+
+    The values are compared with the digest in the header, if there is one.
+
+    Args:
+        path: the directory, or its ``.safetensors`` file, which may lie without a configuration.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, its tensors are no adapter's, or they do not fit the configuration.
+        ValueError: if a file is damaged, is no plain LoRA, or the two do not belong together.
     """
     folder = path if path.is_dir() else path.parent
-    config = folder / CONFIG
-    if path.is_dir() and not config.is_file():
-        raise FileNotFoundError(f"`{path}` has no {CONFIG}, so it is no PEFT directory.")
-    file = open_tensors(path / WEIGHTS if path.is_dir() else path)
+    if path.is_dir():
+        _check_files(path)
+    values = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    config = None if values is None else read_config(values)
+    file = open_tensors(folder / WEIGHTS if path.is_dir() else path)
+    check_dtypes(file)
+    if values is not None:
+        check_config(file.metadata, values, folder)
     if DIGEST in file.metadata:
         check_digest(file.metadata, {name: tensor.read() for name, tensor in file.tensors.items()})
-    found = read_object(config) if config.is_file() else {}
-    if found:
-        _check_config(config, found)
-    pairs, whole = _sorted(file, found)
-    return StoredAdapter(path, file, found, pairs, whole)
+    halves, in_full = _sorted(file)
+    pairs = {name: _pair(name, both, config, file.path) for name, both in halves.items()}
+    return StoredAdapter(path, file, config, values or {}, pairs, in_full)
+
+
+def _check_files(directory: Path) -> None:
+    if (directory / PICKLED).exists() and not (directory / WEIGHTS).exists():
+        raise ValueError(
+            f"`{directory}` holds `{PICKLED}`, a pickle, which can run any code when it is read. If you trust it load "
+            "it with peft and save it again: PeftModel.from_pretrained(base, directory).save_pretrained(directory)."
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"`{directory}` has no file `{name}`, so it is no PEFT directory.")
 
 
 def is_adapter(path: Path) -> bool:
     """Whether there is an adapter at ``path``, a directory or a safetensors file."""
     if path.is_dir():
         return (path / CONFIG).is_file()
-    return path.suffix == ".safetensors" and any(FACTORS.fullmatch(name) for name in open_tensors(path).tensors)
+    return path.suffix == ".safetensors" and any(_end(name) for name in open_tensors(path).tensors)
 
 
-def check_plain(adapter: StoredAdapter) -> None:
-    """Raise unless the adapter is ``W + scale * B A`` on the base as it is.
+def config_of(adapter: StoredAdapter) -> PeftConfig:
+    """The configuration of ``adapter``.
 
     Raises:
-        ValueError: naming what it is instead.
+        FileNotFoundError: if there is none.
     """
-    if not adapter.config:
+    if adapter.config is None:
         raise FileNotFoundError(
-            f"`{adapter.path}` has no {CONFIG} beside it, and that has the scale: give its directory."
+            f"`{adapter.path}` has no {CONFIG} in its folder, and that has the scale: give the PEFT directory."
         )
-    for field in OTHERWISE:
-        if adapter.config.get(field):
-            raise ValueError(
-                f"`{adapter.path}` was trained with `{field}`, so its weights are not W + scale * B A. Load it in "
-                "peft and merge it there."
-            )
-    start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
-        raise ValueError(
-            f"`{adapter.path}` was started with init_lora_weights={start!r}, which changes the base, so it does not "
-            "belong to the base as published. Save it in peft with `path_initial_model_for_weight_conversion` first."
-        )
+    return adapter.config
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    if str(config.get("peft_type")).upper() != "LORA":
-        raise ValueError(f"`{path}` must describe LoRA, but has peft_type={config.get('peft_type')!r}.")
-    _check_number(path, "r", config.get("r"))
-    _check_number(path, "lora_alpha", config.get("lora_alpha"))
-    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
-        raise ValueError(f"`{path}` must have true or false as `use_rslora`, but has {config['use_rslora']!r}.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"`{path}` must have a dict as `{field}`, but has {patterns!r}.")
-        for pattern, value in patterns.items():
-            _check_number(path, f"{field}[{pattern!r}]", value)
-            _check_pattern(path, field, pattern)
+def _end(name: str) -> str | None:
+    return next((end for end in ENDS if name.endswith(f".{end}")), None)
 
 
-def _check_number(path: Path, field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ValueError(f"`{path}` must have a positive number as `{field}`, but has {value!r}.")
-
-
-def _check_pattern(path: Path, field: str, pattern: str) -> None:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError) as error:
-        raise ValueError(f"`{path}` has {pattern!r} in `{field}`, which is no regular expression: {error}.") from error
-
-
-def _of_pattern(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
-    """The value for the map ``name``, by PEFT's rule: of the first pattern that it or a dotted tail of it matches."""
-    patterns = config.get(field) or {}
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(found, default)
-
-
-def _scale(config: Mapping[str, Any], name: str, r: int) -> float:
-    alpha = _of_pattern(config, "alpha_pattern", name, config["lora_alpha"])
-    return float(alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
-
-
-def _sorted(file: TensorFile, config: Mapping[str, Any]) -> tuple[dict[str, StoredPair], dict[str, StoredTensor]]:
-    factors: dict[str, dict[str, StoredTensor]] = {}
-    whole: dict[str, StoredTensor] = {}
+def _sorted(file: TensorFile) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """A and B of each layer by the ends of their names, and all other tensors."""
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    in_full: dict[str, StoredTensor] = {}
     for key, tensor in file.tensors.items():
-        if not key.startswith(PREFIX):
+        end = _end(key)
+        if not key.startswith(PREFIX) or (end is None and re.search(r"\.(lora_|trainable_tokens_)", key)):
             raise ValueError(
-                f"`{key}` in {file.path} does not begin with {PREFIX!r}, as the names of PEFT's adapters do."
+                f"`{file.path}` holds {shown(key)}, which no plain LoRA of peft's has: names begin with {PREFIX!r}, "
+                "and a layer has A and B alone."
             )
-        found = FACTORS.fullmatch(key.removeprefix(PREFIX))
-        if found is not None:
-            name = _without_wrapper(found[1])
-            if found[3] in factors.setdefault(name, {}):
-                raise ValueError(
-                    f"`{name}` has two pairs in {file.path} (`target_parameters`?), which are not read here."
-                )
-            factors[name][found[3]] = tensor
-        elif re.search(r"\.(lora_|trainable_tokens_)", key):
-            raise ValueError(f"`{key}` in {file.path} is no part of a plain LoRA adapter, which has A and B alone.")
-        else:
-            whole[_without_wrapper(key.removeprefix(PREFIX))] = tensor
-    if not factors:
+        name = _without_wrapper(key.removeprefix(PREFIX).removesuffix("" if end is None else f".{end}"))
+        group, place = (in_full, name) if end is None else (halves.setdefault(name, {}), end)
+        if place in group:
+            raise ValueError(f"`{file.path}` has two tensors for {shown(name)}.")
+        group[place] = tensor
+    if not halves:
         raise ValueError(f"`{file.path}` has no tensors that are called lora_A and lora_B, so it is no LoRA adapter.")
-    return {name: _pair(name, both, config, file.path) for name, both in factors.items()}, whole
+    return halves, in_full
 
 
 def _without_wrapper(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def _pair(name: str, both: Mapping[str, StoredTensor], config: Mapping[str, Any], path: Path) -> StoredPair:
-    for letter in "AB":
-        if letter not in both:
-            raise ValueError(f"`{name}` has no lora_{letter} in {path}: the file is damaged.")
-    A, B = both["A"], both["B"]
+def _pair(name: str, both: Mapping[str, StoredTensor], config: PeftConfig | None, path: Path) -> StoredPair:
+    halves = {ENDS[end]: tensor for end, tensor in both.items()}
+    if len(both) != 2 or len(halves) != 2 or len({"embedding" in end for end in both}) != 1:
+        raise ValueError(f"{shown(name)} needs one A and one B, but {path} has {', '.join(both)}.")
+    A, B = halves["A"], halves["B"]
+    _check_shapes(name, A, B, path)
+    if config is None:
+        return StoredPair(name, A, B, None, "lora_embedding_A" in both)
+    if not is_targeted(name, config):
+        raise ValueError(
+            f"{shown(name)} is adapted by {path}, but `target_modules` and `exclude_modules` of {CONFIG} leave it out: "
+            "the two files do not belong together."
+        )
+    if config.rank_for(name) != A.shape[0]:
+        raise ValueError(
+            f"{shown(name)} has rank {A.shape[0]} in {path}, but {CONFIG} says {config.rank_for(name)}: the two files "
+            "do not belong together."
+        )
+    return StoredPair(name, A, B, config.scale_for(name), "lora_embedding_A" in both)
+
+
+def _check_shapes(name: str, A: StoredTensor, B: StoredTensor, path: Path) -> None:
     if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
         raise ValueError(
-            f"`{name}` has A of shape {A.shape} and B of shape {B.shape} in {path}, which are no A (r, in) and B "
+            f"{shown(name)} has A of shape {A.shape} and B of shape {B.shape} in {path}, which are no A (r, in) and B "
             "(out, r). (PEFT's adapters of grouped convolutions are like that, and cannot be merged.)"
         )
     if not {A.dtype, B.dtype} <= set(FLOATS):
         raise ValueError(
-            f"`{name}` has A of {A.dtype} and B of {B.dtype} in {path}, but they must be {', '.join(FLOATS)}."
+            f"{shown(name)} has A of {A.dtype} and B of {B.dtype} in {path}, but they must be {', '.join(FLOATS)}."
         )
-    said = _of_pattern(config, "rank_pattern", name, config["r"]) if config else A.shape[0]
-    if said != A.shape[0]:
-        raise ValueError(
-            f"`{name}` has rank {A.shape[0]} in {path}, but {CONFIG} says {said}: they do not belong together."
-        )
-    embedding = "lora_embedding_" in A.name
-    return StoredPair(name, A, B, _scale(config, name, A.shape[0]) if config else None, embedding)

@@ -32,12 +32,15 @@ def module_names(model: nn.Module, aliases: bool = False) -> list[str]:
 
 def targeted(asked: PeftConfig, model: nn.Module) -> list[str]:
     """The modules of ``model`` that peft would adapt."""
-    targets = _all_linear(asked, model) if asked.targets == ALL_LINEAR else asked.targets
-    return [
-        name
-        for name in module_names(model)
-        if not _left_out(name, asked) and _is_target(name, targets, asked.layers, asked.layers_pattern)
-    ]
+    names_there = _all_linear(asked, model) if asked.targets == ALL_LINEAR else module_names(model)
+    return [name for name in names_there if is_targeted(name, asked)]
+
+
+def is_targeted(name: str, asked: PeftConfig) -> bool:
+    """Whether peft would adapt a linear layer, embedding or convolution of this name."""
+    if _left_out(name, asked):
+        return False
+    return asked.targets == ALL_LINEAR or _is_target(name, asked.targets, asked.layers, asked.layers_pattern)
 
 
 def saved(modules_to_save: Sequence[str], model: nn.Module) -> list[str]:

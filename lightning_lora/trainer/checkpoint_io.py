@@ -15,12 +15,12 @@ from torch import distributed
 from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.distributed.sharded import fsdp1_units
-from lightning_lora.files.merged_file import write_merged
+from lightning_lora.files.safetensors_writing import write_merged
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.state import clean_state
 from lightning_lora.names import clean
-from lightning_lora.peft_format.save import kinds
+from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn

@@ -6,7 +6,6 @@ errors.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import warnings
@@ -19,6 +18,7 @@ from torch import nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.files.atomic import atomic_write
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
@@ -82,13 +82,11 @@ def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
 
     Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.
     """
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save(checkpoint, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # a full disk stays full of it
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # torch.save writes the name of the file into it, so it gets an open one: equal runs give equal bytes.
+    with atomic_write(path) as part, part.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 def on_cpu(path: Any, weights_only: bool | None) -> Any:

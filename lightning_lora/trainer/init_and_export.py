@@ -13,9 +13,10 @@ from torch import nn
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import clean
+from lightning_lora.peft_format.contents import kinds
 from lightning_lora.peft_format.layers import KINDS, ON_META, SLICES
-from lightning_lora.peft_format.peft_files import load_adapter, save_adapter
-from lightning_lora.peft_format.save import kinds
+from lightning_lora.peft_format.load import load_adapter
+from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn

@@ -196,7 +196,7 @@ def test_json_without_nan(here, capsys):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (["inspect", "base"], "has no adapter_config.json"),
+        (["inspect", "base"], "has no file `adapter_config.json`"),
         (["inspect", "none"], "does not exist"),
         (["merge", "none", "adapter", "out"], "does not exist: give a .safetensors file or a directory"),
         (["merge", "base", "adapter", "tuned"], "exists: choose another name, or give --overwrite"),

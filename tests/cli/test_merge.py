@@ -189,7 +189,8 @@ def test_convolutions_embeddings_and_multihead_attention_as_peft_writes_them(tmp
     tensors = {"conv.weight": values(6, 4, 3, 3), "table.weight": values(11, 5), "attn.in_proj_weight": values(24, 8)}
     A, B = values(3, 4, 3, 3, seed=1), values(6, 3, 1, 1, seed=2)
     C, D, E, F = values(3, 11, seed=3), values(5, 3, seed=4), values(3, 8, seed=5), values(24, 3, seed=6)
-    adapter = write_adapter(tmp_path / "adapter", {"conv": (A, B), "attn": (E, F)})
+    targets = ["conv", "table", "attn"]
+    adapter = write_adapter(tmp_path / "adapter", {"conv": (A, B), "attn": (E, F)}, target_modules=targets)
     stored = load_file(adapter / "adapter_model.safetensors")
     stored |= {"base_model.model.table.lora_embedding_A": C, "base_model.model.table.lora_embedding_B": D}
     save_file(stored, adapter / "adapter_model.safetensors")
@@ -311,12 +312,8 @@ def test_quantized_weights(tmp_path):
 def test_numbers_that_are_not_finite(tmp_path, bad):
     name = "model.layers.0.self_attn.q_proj"
     A, B = pair(8, 8)
-    refused(
-        tmp_path / "1", "lora_A.weight.* NaN or infinite numbers", {name: (A.index_fill(0, torch.tensor(0), bad), B)}
-    )
-    refused(
-        tmp_path / "2", "lora_B.weight.* NaN or infinite numbers", {name: (A, B.index_fill(0, torch.tensor(0), bad))}
-    )
+    refused(tmp_path / "1", "NaN or infinity in .*lora_A.weight", {name: (A.index_fill(0, torch.tensor(0), bad), B)})
+    refused(tmp_path / "2", "NaN or infinity in .*lora_B.weight", {name: (A, B.index_fill(0, torch.tensor(0), bad))})
     base = base_tensors()
     base[f"{name}.weight"][1, 1] = bad
     refused(tmp_path / "3", "of the base has NaN or infinite numbers", tensors=base)
@@ -324,17 +321,17 @@ def test_numbers_that_are_not_finite(tmp_path, bad):
     half[f"{name}.weight"][1, 1] = 65504
     huge = {name: (torch.ones(3, 8) * 100, torch.ones(8, 3) * 100)}
     refused(tmp_path / "4", "overflows F16", huge, half)
-    refused(tmp_path / "5", "NaN or infinite", whole={"model.norm.weight": torch.full((8,), bad)})
-    refused(tmp_path / "6", "NaN or infinite", whole={"score.weight": torch.full((8,), bad)})
+    refused(tmp_path / "5", "NaN or infinity", whole={"model.norm.weight": torch.full((8,), bad)})
+    refused(tmp_path / "6", "NaN or infinity", whole={"score.weight": torch.full((8,), bad)})
 
 
 @pytest.mark.parametrize("field", ["use_dora", "lora_bias", "target_parameters", "layer_replication"])
 def test_adapters_that_are_more_than_pairs(tmp_path, field):
-    refused(tmp_path, f"was trained with `{field}`", **{field: True})
+    refused(tmp_path, f"has `{field}`, which is not plain LoRA", **{field: True})
 
 
 def test_adapters_that_changed_their_base(tmp_path):
-    refused(tmp_path, "init_lora_weights='pissa', which changes the base", init_lora_weights="pissa")
+    refused(tmp_path, "`init_lora_weights` `pissa`, which changed the base", init_lora_weights="pissa")
 
 
 def test_full_modules_that_do_not_fit(tmp_path):
@@ -460,3 +457,25 @@ def test_square_maps_with_a_bias_where_nothing_else_has_one(tmp_path, fan):
     delta = 2 * (B @ A)
     expected = tensors["q.weight"] + (delta.T if fan else delta)
     torch.testing.assert_close(everything_in(tmp_path / "out")["q.weight"], expected)
+
+
+def test_links_out_of_the_base_are_not_followed(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    base = write_base(tmp_path / "base", base_tensors())
+    (base / "notes.txt").symlink_to(secret)
+    (base / "vocabulary.json").symlink_to(base / "tokenizer.json")
+    report = merge_files(base, write_adapter(tmp_path / "adapter", attention_pairs()), tmp_path / "out")
+    assert not (tmp_path / "out/notes.txt").exists() and report.left_out == ["notes.txt"]
+    assert (tmp_path / "out/vocabulary.json").read_text() == (base / "tokenizer.json").read_text()
+
+
+def test_a_snapshot_of_a_hugging_face_cache(tmp_path):
+    base = write_base(tmp_path / "snapshots/1234", base_tensors())
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    report = merge_files(base, write_adapter(tmp_path / "adapter", attention_pairs()), tmp_path / "out")
+    assert report.left_out == [] and (tmp_path / "out/tokenizer.json").read_text() == '{"version": "1.0"}'

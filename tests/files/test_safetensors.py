@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_lora.files.safetensors import open_tensors, write_like
+from lightning_lora.files.safetensors import open_tensors
+from lightning_lora.files.safetensors_writing import write_like
 from tests.helpers.oracles import same_bits
 
 TENSORS = {

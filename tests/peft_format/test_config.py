@@ -208,18 +208,20 @@ def directory_for(model, tmp_path, **changes):
     save_adapter(model, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as peft writes it, without our header
     return tmp_path
 
 
 def test_a_configuration_and_weights_that_do_not_belong_together(tmp_path):
     directory = directory_for(Model(), tmp_path, target_modules=["head"])
-    with pytest.raises(ValueError, match=r"`q` is adapted by `adapter_model.safetensors` only"):
+    with pytest.raises(ValueError, match=r"`q` is adapted by .*, but `target_modules` and `exclude_modules`"):
         load_adapter(Model(), directory)
     directory = directory_for(Model(), tmp_path, target_modules=["head", "q"])
     with pytest.raises(ValueError, match=r"`layers.0.q` is adapted by `adapter_config.json` only"):
         load_adapter(Model(), directory)
     directory = directory_for(Model(), tmp_path, r=10**15)
-    with pytest.raises(ValueError, match=r"`q.lora_A.weight` must have shape \(1000000000000000, 2\)"):
+    with pytest.raises(ValueError, match=r"`head` has rank 2 in .* says 1000000000000000: the two files"):
         load_adapter(Model(), directory)
 
 

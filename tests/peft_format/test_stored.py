@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_lora.peft_format.stored import check_plain, is_adapter, open_adapter
+from lightning_lora.peft_format.stored import config_of, is_adapter, open_adapter
 from tests.helpers.on_disk import PREFIX, attention_pairs, pair, values, write_adapter
 
 
 def test_pairs_with_scales(tmp_path):
     adapter = open_adapter(write_adapter(tmp_path / "a", attention_pairs(), {"score.weight": values(2, 8)}))
     assert adapter.pairs.keys() == attention_pairs().keys()
-    assert list(adapter.whole) == ["score.weight"]
+    assert list(adapter.in_full) == ["score.weight"]
     found = adapter.pairs["model.layers.1.self_attn.v_proj"]
     assert (found.r, found.scale, found.features(), found.embedding) == (3, 2.0, (8, 4), False)
     A, B = attention_pairs()[found.name]
@@ -28,37 +28,18 @@ def test_a_file_alone_has_no_scale(tmp_path):
     (folder / "adapter_config.json").unlink()
     adapter = open_adapter(folder / "adapter_model.safetensors")
     assert {found.scale for found in adapter.pairs.values()} == {None}
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json beside it"):
-        check_plain(adapter)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json in its folder"):
+        config_of(adapter)
     with pytest.raises(FileNotFoundError, match="so it is no PEFT directory"):
         open_adapter(folder)
 
 
 @pytest.mark.parametrize(
-    ("config", "match"),
-    [
-        ({"peft_type": "IA3"}, "must describe LoRA, but has peft_type='IA3'"),
-        ({"r": 0}, "positive number as `r`, but has 0"),
-        ({"lora_alpha": "6"}, "positive number as `lora_alpha`, but has '6'"),
-        ({"lora_alpha": float("nan")}, "positive number as `lora_alpha`"),
-        ({"lora_alpha": True}, "positive number as `lora_alpha`"),
-        ({"alpha_pattern": [1]}, "a dict as `alpha_pattern`"),
-        ({"alpha_pattern": {"(": 1}}, "'\\(' in `alpha_pattern`, which is no regular expression"),
-        ({"rank_pattern": {"q_proj": -1}}, "positive number as `rank_pattern\\['q_proj'\\]`"),
-        ({"rank_pattern": {"q_proj": 4}}, "has rank 3 in .* adapter_config.json says 4"),
-    ],
-)
-def test_configurations_that_are_refused(tmp_path, config, match):
-    with pytest.raises(ValueError, match=match):
-        open_adapter(write_adapter(tmp_path / "a", attention_pairs(), **config))
-
-
-@pytest.mark.parametrize(
     ("tensors", "match"),
     [
-        ({"model.q.lora_A.weight": values(3, 8)}, "does not begin with 'base_model.model.'"),
+        ({"model.q.lora_A.weight": values(3, 8)}, "names begin with 'base_model.model.'"),
         ({f"{PREFIX}q.weight": values(3, 8)}, "no tensors that are called lora_A"),
-        ({f"{PREFIX}q.lora_A.weight": values(3, 8)}, "`q` has no lora_B"),
+        ({f"{PREFIX}q.lora_A.weight": values(3, 8)}, "`q` needs one A and one B, but .* has lora_A.weight"),
         (
             {f"{PREFIX}q.lora_A.weight": values(3, 8), f"{PREFIX}q.lora_B.weight": values(8, 4)},
             "no A \\(r, in\\) and B",
@@ -68,7 +49,7 @@ def test_configurations_that_are_refused(tmp_path, config, match):
             {f"{PREFIX}q.lora_A.weight": values(3, 8).int(), f"{PREFIX}q.lora_B.weight": values(8, 3)},
             "of I32 and B of F32",
         ),
-        ({f"{PREFIX}q.lora_magnitude_vector": values(3)}, "no part of a plain LoRA adapter"),
+        ({f"{PREFIX}q.lora_magnitude_vector": values(3)}, "which no plain LoRA of peft's has"),
     ],
 )
 def test_tensors_that_are_refused(tmp_path, tensors, match):
@@ -80,7 +61,7 @@ def test_tensors_that_are_refused(tmp_path, tensors, match):
 
 def test_two_pairs_for_one_map(tmp_path):
     folder = write_adapter(tmp_path / "a", {"experts": pair(4, 4), "experts.base_layer": pair(4, 4)})
-    with pytest.raises(ValueError, match="`experts` has two pairs"):
+    with pytest.raises(ValueError, match="two tensors for `experts`"):
         open_adapter(folder)
 
 

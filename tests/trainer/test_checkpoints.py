@@ -310,8 +310,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
             trainer.save_checkpoint(target)
             self.first = target.read_bytes()
 
-            def torn(checkpoint, path):
-                Path(path).write_bytes(b"half")
+            def torn(checkpoint, file):
+                file.write(b"half")
                 raise SystemError("the disk is full")
 
             monkeypatch.setattr(torch, "save", torn)

@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_costs_no_merge(tmp_path, monkeypatch, error):
     def fails(*arguments):
         raise error
 
-    monkeypatch.setattr("lightning_lora.peft_format.peft_files.save_file", fails)
+    monkeypatch.setattr("lightning_lora.peft_format.save.write_tensors", fails)
     module = Lit()
     with pytest.warns(UserWarning, match=f"was not written: {error}"):
         trainer(LoRACallback(r=4, export=str(tmp_path / "out")), max_epochs=1).fit(module, data(), data(1))

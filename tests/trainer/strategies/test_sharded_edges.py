@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, remove_lora
 from lightning_lora.distributed.sharded import is_sharded, shape_of
-from lightning_lora.files.merged_file import write_merged
+from lightning_lora.files.safetensors_writing import write_merged
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.layers.registry import parts_of
 from lightning_lora.layers.weight_view import WeightPart

@@ -1,0 +1,237 @@
+"""What a model puts into a PEFT directory: pairs, modules trained in full, biases and buffers that moved."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
+from lightning_lora.layers.base import adapted_layers
+from lightning_lora.model.freeze import BIAS
+from lightning_lora.model.record import merged_layers
+from lightning_lora.model.state import buffer_names, clean_state, full_detached, lora_state_dict
+from lightning_lora.names import covers
+from lightning_lora.peft_format.layers import PeftPair, adapters_of, kind_in_peft, refusal, refused_pairs, to_peft
+from lightning_lora.peft_format.stored import PREFIX
+from lightning_lora.peft_format.targets import lies_in, saved
+
+WITHOUT = "Leave it out with `exclude` and `also_train`, or merge the adapter and save the whole model."
+REPEATED = "is used in several places, of which peft adapts one"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which peft does not wrap
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a directory; names are relative to the model that peft wraps.
+
+    Args:
+        pairs: of each adapted module.
+        modules_to_save: names of the modules that are trained in full.
+        plain: their values, trained biases, and buffers that moved, by their keys in the file.
+    """
+
+    pairs: dict[str, PeftPair]
+    modules_to_save: list[str]
+    plain: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under the file's keys."""
+        named = {f"{name}.{key}": value for name, pair in self.pairs.items() for key, value in matrices(pair)}
+        return {f"{PREFIX}{key}": value for key, value in {**named, **self.plain}.items()}
+
+
+def matrices(pair: PeftPair) -> list[tuple[str, Tensor]]:
+    """A and B under their names in the file."""
+    return list(zip(pair.keys, (pair.A, pair.B), strict=True))
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """Every layer of ``model`` that has adapters, live or merged, and these."""
+    for name, layer in adapted_layers(model):
+        if layer.lora.all_pairs():
+            yield name, layer, layer.lora
+    for name, module, merged in merged_layers(model):
+        if merged.adapters.all_pairs():
+            yield name, module, merged.adapters
+
+
+def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]) -> Contents:
+    """What the part ``inner`` of a model puts into a directory.
+
+    Args:
+        inner: what peft wraps.
+        config: what the adapter was made with.
+        asked_as: the name that ``config`` knows something in ``inner`` by.
+
+    Raises:
+        ValueError: naming what PEFT's format has no place for.
+    """
+    adapted = list(holders(inner))
+    _check_layers(adapted, inner, config)
+    pairs = {name: to_peft(module, adapters_of(adapters, config.name)) for name, module, adapters in adapted}
+    plain = _beside(inner, adapted)
+    trained = _in_full(plain, inner, config, asked_as)
+    modules_to_save = _owners(trained, inner)
+    _check_saved(modules_to_save, inner, list(pairs))
+    state = clean_state(inner)
+    inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
+    _check_finite(pairs)
+    values = {**plain, **{key: full_detached(state[key]) for key in inside}}  # in one order: sharded ones are gathered
+    bases = _all_names(inner, adapted)
+    return Contents(pairs, modules_to_save, {_key(key, bases): _as_written(key, v) for key, v in values.items()})
+
+
+def _check_finite(pairs: dict[str, PeftPair]) -> None:
+    for name, pair in pairs.items():
+        if not (bool(pair.A.isfinite().all()) and bool(pair.B.isfinite().all())):
+            raise ValueError(
+                f"`{name}` has NaN or infinity in its adapter: the training diverged. Nothing was written."
+            )
+
+
+def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> None:
+    modules, places = dict(names.named_modules(inner)), places_in(inner)
+    for name, module, adapters in adapted:
+        if not name:
+            raise ValueError(
+                "The model is the adapted layer itself, and peft adapts layers inside a model: pass one that holds it."
+            )
+        owner = modules[name.rpartition(".")[0]]
+        reason = refusal(module, owner) or refused_pairs(adapters_of(adapters, config.name))
+        reason = REPEATED if reason is None and places[id(module)] > 1 else reason
+        if reason is not None:
+            raise ValueError(f"`{name}` {reason}. {WITHOUT} Nothing was written.")
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            warnings.warn(
+                f"`{name}` lies in an nn.TransformerEncoderLayer: in evaluation torch reads its weight past peft's "
+                "adapter. The files are right, and peft's outputs there are the base's.",
+                stacklevel=4,
+            )
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """What of PEFT's format each adapted layer is, or why it is nothing of that."""
+    modules, places = dict(names.named_modules(model)), places_in(model)
+    found: dict[str, str] = {}
+    for name, layer, adapters in holders(model):
+        (holder,) = adapters.values()
+        assert isinstance(holder, (Adapter, Pairs))
+        kind = kind_in_peft(layer, modules.get(name.rpartition(".")[0]) if name else None, holder)
+        found[name] = kind if places[id(layer)] < 2 else REPEATED
+    return found
+
+
+def places_in(model: nn.Module) -> Counter[int]:
+    """In how many places of ``model`` each module is, by its identity: peft puts another into one of them."""
+    owners = {id(owner): owner for owner in model.modules()}
+    return Counter(id(child) for owner in owners.values() for child in owner._modules.values())
+
+
+def _all_names(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> set[str]:
+    wanted = {id(module) for _, module, _ in adapted}
+    return {name for name, module in names.named_modules(inner) if id(module) in wanted}
+
+
+def _beside(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, Tensor]:
+    """What belongs to the adapter beside its pairs, by its name in ``inner``."""
+    own = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
+    found = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(own)}
+    for key, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{key}` is a {type(value).__name__}, and PEFT's format holds tensors. Nothing was written."
+            )
+    return found
+
+
+def _in_full(
+    plain: dict[str, Tensor], inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]
+) -> set[str]:
+    """The parameters that train for another reason than that they are biases."""
+    parameters = plain.keys() - buffer_names(inner)
+    biases = {key for key in parameters if BIAS.fullmatch(key.rpartition(".")[2]) and config.bias != "none"}
+    return {key for key in parameters if key not in biases or covers(asked_as(key), config.also_train or ())}
+
+
+def _owners(trained: set[str], inner: nn.Module) -> list[str]:
+    """The outermost modules that train in full, then those that hold what is left."""
+    found: list[str] = []
+    for name, module in names.named_modules(inner):
+        keys = {names.join(name, names.clean(key)) for key, _ in module.named_parameters()}
+        if name and keys and keys <= trained and not isinstance(module, CONTAINERS) and not _lies_under(name, found):
+            found.append(name)
+    left = [key for key in trained if not _lies_under(key, found)]
+    return found + sorted({key.rpartition(".")[0] for key in left})
+
+
+def _lies_under(key: str, modules: list[str]) -> bool:
+    return key.startswith(tuple(f"{name}." for name in modules))
+
+
+def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str]) -> None:
+    modules = dict(names.named_modules(inner))
+    for name in modules_to_save:
+        if not name:
+            raise ValueError(
+                "A parameter of the model itself trains, and peft trains whole modules inside it: take it out of "
+                f"`also_train`. {WITHOUT} Nothing was written."
+            )
+        if isinstance(modules[name], CONTAINERS):
+            raise ValueError(f"`{name}` is a container, which peft does not wrap. {WITHOUT} Nothing was written.")
+        more = [other for other in saved([name], inner) if other not in modules_to_save]
+        more += [other for other in adapted if lies_in(other, [name])]
+        if more:
+            raise ValueError(
+                f"`{name}` trains in full, and by that name peft would take `{more[0]}` for it too. Rename it, or name "
+                "a smaller module in `also_train`. Nothing was written."
+            )
+
+
+def _key(key: str, adapted: set[str]) -> str:
+    """The key of a parameter of the base, which peft keeps one level deeper in an adapted layer."""
+    owner, _, leaf = key.rpartition(".")
+    return f"{owner}.base_layer.{leaf}" if owner in adapted else key
+
+
+def _as_written(key: str, value: Tensor) -> Tensor:
+    """A copy in fp32, or what cannot be had in it: fp64 and whole numbers."""
+    kept = value.dtype == torch.float64 or not value.is_floating_point()
+    return value.detach().to("cpu", value.dtype if kept else torch.float32, copy=True).contiguous()
+
+
+def for_vllm(contents: Contents) -> Contents:
+    """The same with one rank and one scale for all, which is all that vLLM reads.
+
+    Raises:
+        ValueError: naming what vLLM refuses.
+    """
+    for key in contents.plain:
+        raise ValueError(f"`{key}` is not part of a pair, and vLLM takes neither `also_train`, biases nor buffers.")
+    for name, pair in contents.pairs.items():
+        if pair.A.dim() > 2 or pair.keys[0] != "lora_A.weight":
+            raise ValueError(
+                f"`{name}` is no linear map, and vLLM adapts linear maps only: leave it out with `exclude`."
+            )
+    largest = max(pair.r for pair in contents.pairs.values())
+    rank = next((allowed for allowed in RANKS if allowed >= largest), None)
+    if rank is None:
+        raise ValueError(f"A pair has rank {largest}, and vLLM takes ranks up to {RANKS[-1]}.")
+    scales = {pair.scale for pair in contents.pairs.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    pairs = {name: _padded(pair, rank, scale) for name, pair in contents.pairs.items()}
+    return replace(contents, pairs=pairs)
+
+
+def _padded(pair: PeftPair, rank: int, scale: float) -> PeftPair:
+    more = rank - pair.r
+    A = nn.functional.pad(pair.A, (0, 0, 0, more))
+    B = nn.functional.pad(pair.B * (pair.scale / scale), (0, more))
+    return PeftPair(A, B, scale, pair.keys)
