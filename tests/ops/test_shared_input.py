@@ -618,6 +618,7 @@ def test_a_traced_graph_may_be_differentiated():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks itself
 def test_compiled_autograd():
     torch._dynamo.reset()
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
