@@ -59,7 +59,7 @@ def load_adapter(
 
     Example:
         >>> import tempfile
-        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> from lightning_lora import LoRAConfig, apply_lora, save_adapter
         >>> one = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> _ = other.load_state_dict(one.state_dict())
