@@ -1,8 +1,8 @@
 """The truncated SVD of a matrix, and norms of ``delta = B A`` without building delta.
 
 The truncated SVD is the best approximation of rank r (Eckart and Young 1936). Small matrices are decomposed in full, in
-fp64. For large ones only the leading subspace is computed, by randomized subspace iteration with oversampling (Halko,
-Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4), until the captured energy stops growing.
+fp64. For large ones only the leading subspace is computed, by :func:`torch.svd_lowrank` from more random vectors than
+needed (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 5.1).
 
 Norms use ``||B A||^2 = tr(A^T B^T B A) = <B^T B, A A^T>``: two Gram matrices of r x r for a layer of any size.
 """
@@ -58,8 +58,7 @@ def _in_fp64(pair: DeltaFactors) -> DeltaFactors:
 
 FULL_SVD = 512  # largest smaller side of a matrix that is decomposed in full
 OVERSAMPLING = 16  # random vectors in addition to r
-MAX_ITERATIONS = 60
-TOLERANCE = 1e-6  # relative growth of the captured energy at which the iteration stops
+ITERATIONS = 32  # of subspace iteration; white noise, the slowest case, then has 99.9 % of the best energy
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,7 @@ def _full(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``r + OVERSAMPLING`` leading singular vectors and values of a large ``matrix``."""
-    tall = matrix.shape[0] >= matrix.shape[1]
-    M = matrix if tall else matrix.T
-    generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(M.shape[1], r + OVERSAMPLING, generator=generator, dtype=torch.float32).to(M)
-    captured = 0.0
-    for _ in range(MAX_ITERATIONS):
-        P = torch.linalg.qr(M @ torch.linalg.qr(Q).Q).Q
-        Q = M.T @ P
-        before, captured = captured, float(torch.linalg.svdvals(Q)[:r].double().square().sum())
-        if captured - before <= TOLERANCE * captured:
-            break
-    V, S, W = torch.linalg.svd(Q, full_matrices=False)  # P^T M = (V S W)^T
-    U = P @ W.T
-    return (U, S, V.T) if tall else (V, S, U.T)
+    with torch.random.fork_rng(devices=[]):  # the same vectors at every call, and none from the user's stream
+        torch.default_generator.manual_seed(0)
+        U, S, V = torch.svd_lowrank(matrix, q=r + OVERSAMPLING, niter=ITERATIONS)
+    return U, S, V.T

@@ -65,3 +65,15 @@ def test_zero_and_the_global_random_stream():
 def test_the_same_twice():
     matrix = spectrum(FULL_SVD + 30, FULL_SVD + 10, SPECTRA["slow"])
     assert torch.equal(truncated_svd(matrix, 3).A, truncated_svd(matrix, 3).A)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("white", 0.999), ("power", 0.99999), ("noisy", 0.99999)])
+def test_the_energy_of_large_matrices_is_that_of_the_full_svd(kind, share):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(FULL_SVD + 200, FULL_SVD + 300, generator=generator)
+    low_rank = torch.randn(FULL_SVD + 200, 8, generator=generator) @ torch.randn(8, FULL_SVD + 300, generator=generator)
+    power = spectrum(FULL_SVD + 200, FULL_SVD + 300, SPECTRA["slow"])
+    matrix = {"white": noise, "power": power, "noisy": low_rank / 4 + noise}[kind]
+    S = torch.linalg.svdvals(matrix.double())
+    best = float(S[:8].square().sum() / S.square().sum())
+    assert share * best <= truncated_svd(matrix, 8).energy <= best * (1 + 1e-6)
