@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from safetensors.torch import save_file
 
 import lightning_lora
 
@@ -23,3 +24,4 @@ assert not torch.equal(model.layer.weight, before)
 lightning_lora.unmerge_lora(model)
 assert torch.equal(model.layer.weight, before)
 print(f"lightning_lora {lightning_lora.__version__} works as a wheel")
+save_file({"up.weight": torch.ones(4, 4), "down.weight": torch.ones(2, 4)}, "model.safetensors")  # for the command line

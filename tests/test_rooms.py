@@ -23,7 +23,7 @@ LIBRARIES = {
     "peft_format": {"torch", "safetensors"},
     "methods": {"torch", "typing_extensions"},
     "trainer": {"torch", "numpy", "safetensors", "typing_extensions"} | LIGHTNING,
-    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm"} | LIGHTNING,
+    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm", "transformers"},
 }
 
 

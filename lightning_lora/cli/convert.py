@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 from torch import Tensor
 
 from lightning_lora.cli.meta_model import skeleton
@@ -122,7 +122,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "state_dict": state,
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
-        "pytorch-lightning_version": lightning.__version__,
+        "pytorch-lightning_version": version("lightning"),
         checkpoints.KEY: checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
     }
     checkpoints.write_beside(written, path)

@@ -14,19 +14,12 @@ from typing import Any
 from jsonargparse import Namespace
 
 from lightning_lora.cli import reports
-from lightning_lora.cli.convert import export_checkpoint, import_directory
-from lightning_lora.cli.diff import diff_files
-from lightning_lora.cli.extract import extract
-from lightning_lora.cli.inspect import inspect_files
-from lightning_lora.cli.merge import merge_files
-from lightning_lora.cli.options import SIZES, make_parser
-from lightning_lora.cli.plan import plan_files
-from lightning_lora.cli.shapes import Transformer
+from lightning_lora.cli.options import make_parser
 from lightning_lora.config import PRESETS
-from lightning_lora.files.weights import open_weights
 
+ZIP = b"PK\x03\x04"  # how torch.save begins
 LONG = 2_000_000_000  # bytes that take long enough for a progress bar
-Found = tuple[str, dict[str, Any]]  # as text and as plain data
+Result = tuple[str, dict[str, Any]]  # as text and as plain data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     name = str(given.command)
     options = given[name]
-    if name == "plan" and _is_unclear(options):
-        parser.error("plan needs SOURCE, or the sizes --hidden, --layers and --vocab, and not both")
     try:
         text, data = COMMANDS[name](options)
         print(json.dumps(reports.plain(data), indent=2, default=str) if options.json else text, flush=True)
@@ -46,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _failed(name, "interrupted; nothing was written", 130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         return _failed(name, " ".join(str(error).split()) or type(error).__name__, 1)
     except Exception as error:  # files come from strangers
         return _failed(name, f"the files are not what they should be ({type(error).__name__}: {error!s:.200})", 1)
@@ -58,64 +49,79 @@ def _failed(name: str, why: str, status: int) -> int:
     return status
 
 
-def _inspect(options: Namespace) -> Found:
-    found = inspect_files(Path(options.path))
-    return reports.inspection_text(found), reports.inspection_data(found)
+def _safetensors(name: str) -> Path:
+    """The path ``name``, for a command that reads safetensors files and no checkpoints."""
+    path = Path(name)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == ZIP:
+                raise ValueError(
+                    f"`{path}` is a checkpoint of PyTorch or Lightning (a pickle in a zip archive), and this command "
+                    "reads safetensors files. Of a run with LoRACallback `lightning-lora export CKPT DIR` makes a PEFT "
+                    "directory, and `lightning-lora inspect CKPT` shows the checkpoint."
+                )
+    return path
 
 
-def _merge(options: Namespace) -> Found:
-    base = Path(options.base)
+# Each command imports what it needs: the others, and Lightning, stay out of its start.
+
+
+def _inspect(options: Namespace) -> Result:
+    from lightning_lora.cli.inspect import inspect_files
+
+    inspection = inspect_files(Path(options.path))
+    return reports.inspection_text(inspection), reports.inspection_data(inspection)
+
+
+def _merge(options: Namespace) -> Result:
+    from lightning_lora.cli.merge import merge_files
+
+    base = _safetensors(options.base)
     with _progress(base) as progress:
-        found = merge_files(base, Path(options.adapter), Path(options.out), options.overwrite, progress)
-    return reports.merge_text(found, options.out), reports.merge_data(found)
+        report = merge_files(base, _safetensors(options.adapter), Path(options.out), options.overwrite, progress)
+    return reports.merge_text(report, options.out), reports.merge_data(report)
 
 
-def _diff(options: Namespace) -> Found:
-    one, other = Path(options.first), Path(options.second)
-    with _progress(one, other) as progress:
-        found = diff_files(one, other, progress)
-    return reports.difference_text(found, options.top), reports.difference_data(found)
+def _diff(options: Namespace) -> Result:
+    from lightning_lora.cli.diff import diff_files
+
+    first, second = _safetensors(options.first), _safetensors(options.second)
+    with _progress(first, second) as progress:
+        differences = diff_files(first, second, progress)
+    return reports.difference_text(differences, options.top), reports.difference_data(differences)
 
 
-def _extract(options: Namespace) -> Found:
-    base, out = Path(options.base), Path(options.out)
+def _extract(options: Namespace) -> Result:
+    from lightning_lora.cli.extract import extract
+
+    base, out = _safetensors(options.base), Path(options.out)
     with _progress(base) as progress:
-        found = extract(base, Path(options.tuned), out, options.r, options.targets, options.overwrite, progress)
-    return reports.extraction_text(found, options.out), reports.extraction_data(found)
+        extraction = extract(
+            base, _safetensors(options.tuned), out, options.r, options.targets, options.overwrite, progress
+        )
+    return reports.extraction_text(extraction, options.out), reports.extraction_data(extraction)
 
 
-def _plan(options: Namespace) -> Found:
+def _plan(options: Namespace) -> Result:
+    from lightning_lora.cli.plan import plan_files
+
     targets = options.targets[0] if len(options.targets) == 1 and options.targets[0] in PRESETS else options.targets
-    found = plan_files(_source(options), options.r, targets)
-    return reports.costs_text(found), reports.costs_data(found)
+    planned = plan_files(_safetensors(options.source), options.r, targets)
+    return reports.costs_text(planned), reports.costs_data(planned)
 
 
-def _export(options: Namespace) -> Found:
-    found = export_checkpoint(Path(options.checkpoint), Path(options.directory), options.inner, options.overwrite)
-    return reports.exported_text(found), reports.exported_data(found)
+def _export(options: Namespace) -> Result:
+    from lightning_lora.cli.convert import export_checkpoint
+
+    exported = export_checkpoint(Path(options.checkpoint), Path(options.directory), options.inner, options.overwrite)
+    return reports.exported_text(exported), reports.exported_data(exported)
 
 
-def _import(options: Namespace) -> Found:
-    found = import_directory(Path(options.directory), Path(options.checkpoint), options.inner, options.overwrite)
-    return reports.exported_text(found), reports.exported_data(found)
+def _import(options: Namespace) -> Result:
+    from lightning_lora.cli.convert import import_directory
 
-
-def _source(options: Namespace) -> Path | Transformer:
-    if options.source is not None:
-        return Path(options.source)
-    sizes = _sizes(options)
-    biases = "none" if options.gated else "all"
-    return Transformer(**sizes, gated=options.gated, tied=options.tied, biases=biases)
-
-
-def _sizes(options: Namespace) -> dict[str, Any]:
-    return {size: options[size] for size in SIZES if options[size] is not None}
-
-
-def _is_unclear(options: Namespace) -> bool:
-    if options.source is not None:
-        return bool(_sizes(options)) or options.gated or options.tied
-    return not {"hidden", "layers", "vocab"} <= _sizes(options).keys()
+    imported = import_directory(Path(options.directory), Path(options.checkpoint), options.inner, options.overwrite)
+    return reports.exported_text(imported), reports.exported_data(imported)
 
 
 @contextmanager
@@ -134,13 +140,15 @@ def _progress(*paths: Path) -> Iterator[Callable[[int], object]]:
 
 
 def _size(paths: Sequence[Path]) -> int:
+    from lightning_lora.files.weights import open_weights
+
     try:
         return sum(tensor.nbytes for path in paths for tensor in open_weights(path).tensors.values())
     except (ValueError, OSError):  # the command itself says what is wrong
         return 0
 
 
-COMMANDS: dict[str, Callable[[Namespace], Found]] = {
+COMMANDS: dict[str, Callable[[Namespace], Result]] = {
     "inspect": _inspect,
     "merge": _merge,
     "diff": _diff,

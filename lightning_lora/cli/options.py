@@ -8,14 +8,14 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from lightning_lora.config import PRESETS
-
-SIZES = ("hidden", "layers", "vocab", "intermediate", "heads", "kv_heads", "head_size", "positions")
+from lightning_lora.version import __version__
 
 
 def make_parser() -> ArgumentParser:
     """The parser of the whole command."""
     parser = ArgumentParser(
         prog="lightning-lora",
+        version=__version__,
         description="Tools for LoRA adapters and the models they belong to, in safetensors files. No model is loaded: "
         "tensors are read one after the other, so that memory does not grow with the model.",
     )
@@ -64,15 +64,13 @@ def _add_extract(parser: ArgumentParser) -> None:
 
 
 def _add_plan(parser: ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="config.json, .safetensors file, or a directory.")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="config.json of transformers, .safetensors file, or a directory with one."
+    )
     parser.add_argument("--r", type=PositiveInt, default=8, help="Rank.")
     parser.add_argument(
         "--targets", nargs="+", default=["attn"], metavar="TARGET", help=f"One of {', '.join(PRESETS)}, or patterns."
     )
-    for size in SIZES:
-        parser.add_argument(f"--{size}", type=PositiveInt | None, default=None, help=f"{WORDS[size]}.")
-    parser.add_argument("--gated", action="store_true", help="The MLP has a gate, a third matrix, as Llama's has.")
-    parser.add_argument("--tied", action="store_true", help="The output head is the embedding's matrix.")
 
 
 def _add_export(parser: ArgumentParser) -> None:
@@ -95,18 +93,6 @@ def _add_inner(parser: ArgumentParser, words: str) -> None:
 
 def _add_overwrite(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is whole.")
-
-
-WORDS = {
-    "hidden": "Length of the vectors between blocks",
-    "layers": "Number of blocks",
-    "vocab": "Number of tokens",
-    "intermediate": "Width of the MLP; without, four times --hidden",
-    "heads": "Attention heads; matters only beside --kv_heads or --head_size",
-    "kv_heads": "Heads of keys and values; without, as many as --heads",
-    "head_size": "Length of a head's vectors; without, --hidden / --heads",
-    "positions": "Learned positions; without, none (rotary ones)",
-}
 
 
 PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
@@ -135,8 +121,8 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "plan": (
         _add_plan,
         "Tell what LoRA costs on a model",
-        "Trainable parameters, sizes of checkpoints and memory in training, from shapes alone: a transformers "
-        "config.json, a safetensors file, or --hidden 4096 --layers 32 --vocab 32000.",
+        "Trainable parameters, sizes of checkpoints and memory in training. Of a config.json transformers builds the "
+        "model without its values; of a safetensors file names and shapes are read.",
     ),
     "export": (
         _add_export,

@@ -1,19 +1,22 @@
-"""What the commands found, as text for people and as plain data for programs."""
+"""The results of the commands, as text for people and as plain data for programs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_lora.cli.convert import Exported
-from lightning_lora.cli.diff import Difference, Differences
-from lightning_lora.cli.extract import Extraction
-from lightning_lora.cli.inspect import Inspection
-from lightning_lora.cli.merge import MergeReport
-from lightning_lora.cli.plan import ACCOUNTINGS, ADAPTER, PlannedCosts
+from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
 from lightning_lora.model.table import bytes_text
+
+if TYPE_CHECKING:  # a command imports what it needs and no other command
+    from lightning_lora.cli.convert import Exported
+    from lightning_lora.cli.diff import Difference, Differences
+    from lightning_lora.cli.extract import Extraction
+    from lightning_lora.cli.inspect import Inspection
+    from lightning_lora.cli.merge import MergeReport
+    from lightning_lora.cli.plan import PlannedCosts
 
 LISTED = 20  # rows of a list that has no limit of its own
 
@@ -51,60 +54,70 @@ def listed(title: str, names: Sequence[str]) -> list[str]:
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it, which has no NaN."""
     if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def inspection_text(found: Inspection) -> str:
+def inspection_text(inspection: Inspection) -> str:
     """Every pair, and what the files say."""
     head = ("layer", "in -> out", "r", "scale", "parameters", "|delta|")
     rows = [
         (layer.name or "(the model itself)", f"{layer.in_features} -> {layer.out_features}", str(layer.r),
          number(layer.scale), f"{layer.parameters:,}", number(layer.norm))
-        for layer in found.layers
+        for layer in inspection.layers
     ]  # fmt: skip
-    ranks = sorted({layer.r for layer in found.layers})
-    lines = [printable(f"{found.path}: {found.kind}, {len(rows)} adapted maps, rank {', '.join(map(str, ranks))}")]
+    ranks = sorted({layer.r for layer in inspection.layers})
+    lines = [
+        printable(
+            f"{inspection.path}: {inspection.kind}, {len(rows)} adapted layers, rank {', '.join(map(str, ranks))}"
+        )
+    ]
     lines += columns(head, rows)
-    lines += [f"{found.parameters():,} parameters in {bytes_text(found.nbytes)}; |delta| of all {number(found.norm())}"]
-    lines += listed("other tensors", [f"{name} {list(shape)}" for name, shape in found.others.items()])
-    lines += [f"fingerprint of the base: {'yes' if found.fingerprint else 'no'}"]
-    told = {key: value for key, value in found.about.items() if not key.endswith(".config")}  # the table says it
-    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in told.items()])
+    lines += [
+        f"{inspection.parameters():,} parameters in {bytes_text(inspection.nbytes)}; "
+        f"|delta| of all {number(inspection.norm())}"
+    ]
+    lines += listed("other tensors", [f"{name} {list(shape)}" for name, shape in inspection.others.items()])
+    lines += [f"fingerprint of the base: {'yes' if inspection.fingerprint else 'no'}"]
+    described = {
+        key: value for key, value in inspection.about.items() if not key.endswith(".config")
+    }  # the table has it
+    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in described.items()])
 
 
-def inspection_data(found: Inspection) -> dict[str, Any]:
+def inspection_data(inspection: Inspection) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(found) | {"parameters": found.parameters(), "norm": found.norm()}
+    return asdict(inspection) | {"parameters": inspection.parameters(), "norm": inspection.norm()}
 
 
-def merge_text(found: MergeReport, out: str) -> str:
+def merge_text(report: MergeReport, out: str) -> str:
     """What rounding lost, worst layers first, and what else was done."""
-    worst = sorted(found.layers.items(), key=lambda item: -item[1].lost)
-    rows = [(name, number(one.weight), number(one.delta), f"{one.lost:.2%}") for name, one in worst[:LISTED]]
-    lines = [printable(f"{out}: {len(worst)} weights merged, {bytes_text(found.written)}")]
+    worst = sorted(report.layers.items(), key=lambda item: -item[1].lost)
+    rows = [(name, number(w.weight), number(w.delta), f"{w.lost:.2%}") for name, w in worst[:LISTED]]
+    lines = [printable(f"{out}: {len(worst)} weights merged, {bytes_text(report.written)}")]
     lines += columns(("weight", "|W|", "|delta|", "lost by rounding"), rows)
     lines += [f"  and {len(worst) - LISTED:,} more, of which less was lost"] if len(worst) > LISTED else []
-    lines += [f"Rounding to the base's dtype lost {found.lost():.2%} of delta's norm."]
-    lines += listed("replaced by the adapter's own", found.replaced) + listed("new in the adapter", found.added)
-    return "\n".join(lines + listed("not copied: other weights, and links out of the base", found.left_out))
+    lines += [f"Rounding to the base's dtype lost {report.lost():.2%} of delta's norm."]
+    lines += listed("replaced by the adapter's own", report.replaced) + listed("new in the adapter", report.added)
+    return "\n".join(lines + listed("not copied: other weights, and links out of the base", report.left_out))
 
 
-def merge_data(found: MergeReport) -> dict[str, Any]:
+def merge_data(report: MergeReport) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(found) | {"lost": found.lost()}
+    return asdict(report) | {"lost": report.lost()}
 
 
-def difference_text(found: Differences, top: int) -> str:
+def difference_text(differences: Differences, top: int) -> str:
     """What differs most, and how much equals."""
-    changed = [row for row in found.rows if row.changed()]
-    what = "|delta_A|, |delta_B|" if found.kind == "adapters" else "|A|, |B|"
+    changed = [row for row in differences.rows if row.changed()]
+    what = "|delta_A|, |delta_B|" if differences.kind == "adapters" else "|A|, |B|"
     first, second = what.split(", ")
     head = ("name", first, second, "|A - B|", "relative", "cosine", "note")
-    lines = [f"{len(changed):,} of {len(found.rows):,} {'updates' if found.kind == 'adapters' else 'tensors'} differ"]
-    lines += columns(head, [_difference(row) for row in [*changed[:top], found.total()]]) if changed else []
+    kind = "updates" if differences.kind == "adapters" else "tensors"
+    lines = [f"{len(changed):,} of {len(differences.rows):,} {kind} differ"]
+    lines += columns(head, [_difference(row) for row in [*changed[:top], differences.total()]]) if changed else []
     lines += [f"  {len(changed) - top:,} more are not shown: see --top"] if len(changed) > top else []
     return "\n".join(lines)
 
@@ -114,50 +127,61 @@ def _difference(row: Difference) -> tuple[str, ...]:
     return (row.name, *map(number, numbers), "-" if row.cosine is None else f"{row.cosine:.6f}", row.note)
 
 
-def difference_data(found: Differences) -> dict[str, Any]:
+def difference_data(differences: Differences) -> dict[str, Any]:
     """The same for programs, every row of it."""
-    rows = [asdict(row) | {"relative": row.relative, "changed": row.changed()} for row in (*found.rows, found.total())]
-    return {"kind": found.kind, "rows": rows[:-1], "total": rows[-1]}
+    rows = [
+        asdict(row) | {"relative": row.relative, "changed": row.changed()}
+        for row in (*differences.rows, differences.total())
+    ]
+    return {"kind": differences.kind, "rows": rows[:-1], "total": rows[-1]}
 
 
-def extraction_text(found: Extraction, out: str) -> str:
+def extraction_text(extraction: Extraction, out: str) -> str:
     """The energy kept, worst layers first, and what has no pair."""
-    worst = sorted(found.layers.items(), key=lambda item: item[1].energy)
-    rows = [(name, number(one.delta), number(one.relative), f"{one.energy:.2%}") for name, one in worst[:LISTED]]
+    worst = sorted(extraction.layers.items(), key=lambda item: item[1].energy)
+    rows = [(name, number(e.delta), number(e.relative), f"{e.energy:.2%}") for name, e in worst[:LISTED]]
     lines = [printable(f"{out}: {len(worst)} pairs"), *columns(("layer", "|delta|", "of |W|", "energy kept"), rows)]
     lines += [f"  and {len(worst) - LISTED:,} more, of which more was kept"] if len(worst) > LISTED else []
-    lines += [f"The adapter has {found.energy():.2%} of the squared norm of these changes."]
-    lines += listed("unchanged, without a pair", found.unchanged)
+    lines += [f"The adapter has {extraction.energy():.2%} of the squared norm of these changes."]
+    lines += listed("unchanged, without a pair", extraction.unchanged)
     return "\n".join(
-        lines + listed("changed, but not covered", [f"{n}: {why}" for n, why in found.not_covered.items()])
+        lines + listed("changed, but not covered", [f"{n}: {why}" for n, why in extraction.not_covered.items()])
     )
 
 
-def extraction_data(found: Extraction) -> dict[str, Any]:
+def extraction_data(extraction: Extraction) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(found) | {"energy": found.energy()}
+    return asdict(extraction) | {"energy": extraction.energy()}
 
 
-def exported_text(found: Exported) -> str:
+def exported_text(exported: Exported) -> str:
     """What was written, and what its names are relative to."""
-    relative = f"names relative to `{found.inner}`" if found.inner else "names as the checkpoint has them"
-    return printable(f"{found.path}: {len(found.layers)} adapted maps, {bytes_text(found.nbytes)}; {relative}")
+    relative = f"names relative to `{exported.inner}`" if exported.inner else "names as the checkpoint has them"
+    return printable(
+        f"{exported.path}: {len(exported.layers)} adapted layers, {bytes_text(exported.nbytes)}; {relative}"
+    )
 
 
-def exported_data(found: Exported) -> dict[str, Any]:
+def exported_data(exported: Exported) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(found)
+    return asdict(exported)
 
 
-def costs_text(found: PlannedCosts) -> str:
+def costs_text(planned: PlannedCosts) -> str:
     """The plan, and bytes with and without LoRA."""
-    costs = found.costs
+    costs = planned.costs
     rows = [(f"checkpoint, {8 * width}-bit", *map(bytes_text, costs.checkpoint(width))) for width in (2, 4)]
     rows += [
         (f"training, {how.name} ({how.trained} bytes a parameter)", *map(bytes_text, costs.memory(how)))
         for how in ACCOUNTINGS
     ]
-    lines = [str(found.plan), "", *columns(("bytes", "full fine-tuning", "LoRA"), rows)]
+    model = f" ({planned.model})" if planned.model else ""
+    lines = [
+        printable(f"{planned.source}{model}"),
+        str(planned.plan),
+        "",
+        *columns(("bytes", "full fine-tuning", "LoRA"), rows),
+    ]
     lines += [
         "  training: weights, gradients and Adam's two moments; activations not counted. With LoRA the base has",
         "  weights alone (2 bytes a parameter in 16-bit, 4 in fp32), and a parameter of an adapter takes "
@@ -166,15 +190,16 @@ def costs_text(found: PlannedCosts) -> str:
     return "\n".join(lines)
 
 
-def costs_data(found: PlannedCosts) -> dict[str, Any]:
+def costs_data(planned: PlannedCosts) -> dict[str, Any]:
     """The same for programs."""
     return {
-        "source": found.source,
-        "base_parameters": found.costs.base,
-        "trainable_parameters": found.costs.trainable,
-        "checkpoint_bytes": {f"{8 * w}-bit": _both(found.costs.checkpoint(w)) for w in (2, 4)},
-        "training_bytes": {how.name: _both(found.costs.memory(how)) for how in ACCOUNTINGS},
-        "rows": [asdict(row) for row in found.plan.rows],
+        "source": planned.source,
+        "model": planned.model,
+        "base_parameters": planned.costs.base,
+        "trainable_parameters": planned.costs.trainable,
+        "checkpoint_bytes": {f"{8 * w}-bit": _both(planned.costs.checkpoint(w)) for w in (2, 4)},
+        "training_bytes": {how.name: _both(planned.costs.memory(how)) for how in ACCOUNTINGS},
+        "rows": [asdict(row) for row in planned.plan.rows],
     }
 
 

@@ -23,7 +23,6 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.state import real_keys
-from lightning_lora.trainer.imports import rank_zero_warn
 
 KEY = "lightning_lora"
 FORMATS = (1, 2)
@@ -173,7 +172,7 @@ def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -
     recorded = checkpoint[KEY]
     written = recorded.get("run", recorded["config"]).get("lr_scale", 1.0)
     if written != lr_scale:
-        rank_zero_warn(
+        _warn(
             f"{path} was written with lr_scale={written}; its learning rates are continued, and lr_scale={lr_scale} "
             "has no effect."
         )
@@ -204,7 +203,13 @@ def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
             f"`ckpt_path={str(path)!r}` was trained on another base: {wrong}. Load the base it was trained on first."
         )
     if not exactly_same(trained_on, base):
-        rank_zero_warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
+        _warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
+
+
+def _warn(message: str) -> None:
+    from lightning_lora.trainer.imports import rank_zero_warn  # imports Lightning, which the command line does without
+
+    rank_zero_warn(message)
 
 
 def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:

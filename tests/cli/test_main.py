@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -15,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, __version__
 from lightning_lora.cli import main as command_line
 from lightning_lora.cli import options as command_options
 from lightning_lora.cli.main import COMMANDS, main
@@ -100,7 +102,7 @@ def test_a_process_of_its_own_does_the_same(done, tmp_path, name):
 
 def test_export_and_import_are_each_others_reverse(done, monkeypatch):
     folder, finished = done
-    assert finished["export"][0].startswith("exported: 1 adapted maps, ")
+    assert finished["export"][0].startswith("exported: 1 adapted layers, ")
     monkeypatch.chdir(folder)
     assert json.loads(captured(["import", "exported", "again.ckpt", "--json"])[0])["layers"] == ["layer"]
     one, other = (torch.load(folder / name, weights_only=True)["state_dict"] for name in ("run.ckpt", "again.ckpt"))
@@ -109,7 +111,7 @@ def test_export_and_import_are_each_others_reverse(done, monkeypatch):
 
 def test_inspect_shows_every_map(done):
     lines = done[1]["inspect"][0].splitlines()
-    assert lines[0] == "adapter: PEFT directory, 4 adapted maps, rank 3"
+    assert lines[0] == "adapter: PEFT directory, 4 adapted layers, rank 3"
     assert re.search(rf"{Q} +8 -> 8  3      2          48", done[1]["inspect"][0])
     assert "fingerprint of the base: no" in lines
 
@@ -152,7 +154,7 @@ def test_an_error_is_one_line(done):
 @pytest.mark.parametrize(
     "call",
     [
-        [], ["mrg"], ["merge", "base"], ["extract", "a", "b", "c", "--r", "0"], ["plan"], ["plan", "--hidden", "8"],
+        [], ["mrg"], ["merge", "base"], ["extract", "a", "b", "c", "--r", "0"], ["plan"],
         ["plan", "base", "--hidden", "8"], ["inspect", "adapter", "--unknown"], ["diff", "a", "b", "--top", "x"],
     ],
 )  # fmt: skip
@@ -161,6 +163,44 @@ def test_wrong_usage(here, capsys, call):
         main(call)
     assert stopped.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+# Runs each command in one process, and prints the modules of Lightning after each; `-c SCRIPT JSON`.
+ALONE = """
+import contextlib, io, json, sys
+from lightning_lora.cli.main import main
+for call in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        assert main(call) == 0, call
+    print(call[0], [name for name in ("lightning", "pytorch_lightning", "lightning_fabric") if name in sys.modules])
+    if call[0].startswith("--"):  # the parser alone
+        assert not [name for name in sys.modules if name.startswith("lightning_lora.cli.") and name.split(".")[2] in
+                    ("inspect", "merge", "diff", "extract", "plan", "convert", "config_model")], sys.modules.keys()
+"""
+
+
+def test_no_command_imports_lightning(done):
+    folder, _ = done
+    made = {"merge": "alone", "extract": "alone2", "export": "alone3"}  # where the fixture wrote is taken
+    calls = [["--help"], ["--version"], ["inspect", "run.ckpt"]]
+    for name in (name for name in CALLS if name != "error"):
+        calls.append(
+            [made.get(name, part) if part in ("out", "extracted", "exported") else part for part in CALLS[name]]
+        )
+    calls.append(["import", "alone3", "alone.ckpt", "--inner", ""])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    finished = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(calls)],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.splitlines() == [f"{call[0]} []" for call in calls]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and __version__ in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -205,6 +245,12 @@ def test_json_without_nan(here, capsys):
         (["extract", "base", "base", "out"], "must be apart|no chosen map that differs"),
         (["plan", "base", "--targets", "k_proj"], "matches no module"),
         (["plan", "none"], "does not exist"),
+        (
+            ["merge", "base", "run.ckpt", "out"],
+            "is a checkpoint of PyTorch .* `lightning-lora export CKPT",
+        ),
+        (["merge", "run.ckpt", "adapter", "out"], "is a checkpoint of PyTorch or Lightning"),
+        (["diff", "run.ckpt", "adapter"], "`lightning-lora inspect CKPT` shows the checkpoint"),
     ],
 )
 def test_errors(here, capsys, call, match):
