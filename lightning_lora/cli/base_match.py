@@ -1,10 +1,9 @@
-"""Which tensors of a base in files an adapter in files changes.
+"""The tensors of a base in files that an adapter in files changes.
 
-A model with a head calls its inner model ``model`` or ``transformer``, and files of the inner model alone leave that
-part of the name out. So one leading part of a name may be missing on one side, if every layer is found then.
+A model with a head calls its inner model ``model`` or ``transformer``, and files of the inner model alone lack that
+part of the names. So the first part of the names may be missing on one side, if every layer is found without it.
 
-Tied weights are recognised from files alone: a live model knows by object which modules share a parameter, but in files
-one name holds the tensor, or both do and the loader takes the embedding's.
+Tied weights are recognised by names: files do not say which modules share a parameter.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ APART = (
 
 
 def why_tied(name: str, base: Weights) -> str | None:
-    """Why the map ``name`` of ``base`` cannot have an update of its own, and what to do; ``None`` where it can.
+    """Why the layer ``name`` of ``base`` cannot change alone, and what to do; ``None`` if it can.
 
     Args:
         name: of the module, as in the base.
-        base: the model; its ``config.json`` says whether the two are tied, and where it says nothing a language model
-            without a tensor for its head is taken to be tied.
+        base: the model. Its ``config.json`` says whether head and embedding are tied. If it does not, a language model
+            without a tensor for its head counts as tied.
     """
     head = HEAD.fullmatch(name)
     if not (head or (is_embedding(name) and _is_token_embedding(name, base))) or not _is_tied(base):
         return None
-    other = "the input embedding" if head else "the output head"
-    return f"`{name}` is tied to {other}: they are one tensor, and merging into it would change both. {APART}"
+    partner = "the input embedding" if head else "the output head"
+    return f"`{name}` is tied to {partner}: they are one tensor, and merging into it would change both. {APART}"
 
 
 def _is_tied(base: Weights) -> bool:
@@ -66,8 +65,8 @@ class StoredTarget:
 
     Args:
         pair: A and B.
-        start: what delta is added to: the base's weight, or what the adapter has in its place.
-        transposed: whether it is kept as ``(in_features, out_features)``.
+        start: the tensor that delta is added to: the base's weight, or the adapter's in its place.
+        transposed: whether its shape is ``(in_features, out_features)``.
     """
 
     pair: StoredPair
@@ -77,39 +76,41 @@ class StoredTarget:
 
 @dataclass(frozen=True)
 class Changes:
-    """What an adapter changes in a base, by the names of the base's tensors.
+    """The changes of an adapter to a base, by the names of the base's tensors.
 
     Args:
-        pairs: delta is added to these.
-        whole: these are replaced, or are new.
+        pairs: the tensors that delta is added to.
+        in_full: the tensors that are replaced, or are new.
     """
 
     pairs: dict[str, StoredTarget]
-    whole: dict[str, StoredTensor]
+    in_full: dict[str, StoredTensor]
 
 
 def changes(adapter: StoredAdapter, base: Weights) -> Changes:
     """Find the tensors of ``base`` that ``adapter`` changes.
 
     Raises:
-        ValueError: naming a map that is not there or is tied to another, or a weight that cannot take its delta.
+        ValueError: naming a layer that is missing or tied to another, or a weight that cannot take its delta.
     """
-    turned = config_of(adapter).transposed
+    transposed = config_of(adapter).transposed
     called = _renaming(adapter.pairs, base, adapter.file.metadata.get(INNER))
     # A new head is not in the base, and keeps its name.
-    whole = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.in_full.items()}
-    for name, tensor in whole.items():
-        _check_whole(name, tensor, base)
+    in_full = {called(key) if called(key) in base.tensors else key: tensor for key, tensor in adapter.in_full.items()}
+    for name, tensor in in_full.items():
+        _check_in_full(name, tensor, base)
     pairs = {}
     for name, pair in adapter.pairs.items():
         weight = _own_weight(called(name), base)
-        # PEFT writes the embedding that it adapts beside the pair.
-        pairs[weight.name] = StoredTarget(pair, whole.pop(weight.name, weight), _is_across(pair, weight, base, turned))
-    return Changes(pairs, whole)
+        # PEFT writes an adapted embedding in full as well.
+        pairs[weight.name] = StoredTarget(
+            pair, in_full.pop(weight.name, weight), _is_transposed(pair, weight, base, transposed)
+        )
+    return Changes(pairs, in_full)
 
 
 def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renaming:
-    """How the modules ``names`` of an adapter are called in ``base``, perhaps by the ``inner`` that its file tells."""
+    """How the modules ``names`` of an adapter are called in ``base``; its file may name the ``inner`` model."""
     names = list(names)
 
     def fits(way: Renaming) -> bool:
@@ -123,14 +124,14 @@ def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renamin
     for way in plain:
         if fits(way):
             return way
-    found = [(start, way) for start, way in below if fits(way)]
-    if len(found) > 1:
+    fitting = [(start, way) for start, way in below if fits(way)]
+    if len(fitting) > 1:
         raise ValueError(
-            f"`{names[0]}` of the adapter may be `{found[0][0]}.{names[0]}` or `{found[1][0]}.{names[0]}` of the base: "
-            "give a base with that part alone, or merge in the module."
+            f"`{names[0]}` of the adapter may be `{fitting[0][0]}.{names[0]}` or `{fitting[1][0]}.{names[0]}` of the "
+            "base: give a base with that part alone, or merge in the module."
         )
-    if found:
-        return found[0][1]
+    if fitting:
+        return fitting[0][1]
     missing = next(name for name in names if not _weight_of(name, base))
     raise ValueError(
         f"{no_such(f'{missing}.weight', base)} The adapter belongs to another model, or its names begin otherwise."
@@ -138,7 +139,7 @@ def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renamin
 
 
 def _weight_of(name: str, base: Weights) -> StoredTensor | None:
-    """The tensor that the map ``name`` multiplies by, if it is there."""
+    """The weight of the layer ``name``, if there is one."""
     return base.tensors.get(f"{name}.weight") or base.tensors.get(f"{name}.in_proj_weight")
 
 
@@ -156,18 +157,18 @@ def _own_weight(name: str, base: Weights) -> StoredTensor:
     return weight
 
 
-def _is_across(pair: StoredPair, weight: StoredTensor, base: Weights, turned: bool) -> bool:
-    """Whether ``weight`` is kept as (in, out); a square one is as the nearest others are."""
+def _is_transposed(pair: StoredPair, weight: StoredTensor, base: Weights, default: bool) -> bool:
+    """Whether ``weight`` has the shape (in, out); a square one has that of the nearest layers."""
     in_features, out_features = pair.features()
     square = in_features == out_features and len(weight.shape) == 2 and not pair.embedding
-    told = keeps_transposed(weight.name.removesuffix(".weight"), base, turned) if square else False
-    if told is None:
+    as_near = keeps_transposed(weight.name.removesuffix(".weight"), base, default) if square else False
+    if as_near is None:
         raise ValueError(
-            f"`{weight.name}` is square, and nothing near it tells whether it is kept as (in, out) or (out, in): merge "
+            f"`{weight.name}` is square, and no layer near it shows whether its shape is (in, out) or (out, in): merge "
             "in the module, by load_adapter and merge_lora."
         )
-    across = pair.embedding or told
-    if not across and weight.matrix_shape() == (out_features, in_features):
+    is_transposed = pair.embedding or as_near
+    if not is_transposed and weight.matrix_shape() == (out_features, in_features):
         return False
     if weight.shape == (in_features, out_features):
         return True
@@ -177,13 +178,17 @@ def _is_across(pair: StoredPair, weight: StoredTensor, base: Weights, turned: bo
     )
 
 
-def _check_whole(name: str, tensor: StoredTensor, base: Weights) -> None:
-    tied, own = why_tied(name.rpartition(".")[0], base), base.tensors.get(name)
-    same = own is not None and own.shape == tensor.shape and (own.dtype in FLOATS or own.dtype == tensor.dtype)
-    if own is not None and not same:
+def _check_in_full(name: str, tensor: StoredTensor, base: Weights) -> None:
+    tied, present = why_tied(name.rpartition(".")[0], base), base.tensors.get(name)
+    same = (
+        present is not None
+        and present.shape == tensor.shape
+        and (present.dtype in FLOATS or present.dtype == tensor.dtype)
+    )
+    if present is not None and not same:
         raise ValueError(
             f"`{name}` is in the adapter in full, of shape {tensor.shape} and {tensor.dtype}, but the base has it with "
-            f"shape {own.shape} and {own.dtype}. Resize the base's first (new tokens?), and merge into that."
+            f"shape {present.shape} and {present.dtype}. Resize the base's first (new tokens?), and merge into that."
         )
     if tied is not None:
         raise ValueError(tied)

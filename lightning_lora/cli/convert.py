@@ -1,7 +1,7 @@
 """A run's checkpoint to a PEFT directory, and back: from files to files, without the model.
 
-A checkpoint tells the shapes of the base, and what each adapted layer is in PEFT's format. What needs more than that
-goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
+A checkpoint records the shapes of the base and the kind of each adapted layer in PEFT's format. What needs more than
+that goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "l
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The written files.
 
     Args:
-        path: where.
+        path: the directory or checkpoint.
         inner: name of the module that the adapter's names are relative to.
         layers: names of the adapted layers, relative to it.
         nbytes: size of the file with the weights.
@@ -58,12 +58,12 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     Args:
         path: a ``.ckpt`` that a Trainer with LoRACallback wrote.
         directory: where to write.
-        inner: name of the module of the LightningModule that peft will wrap; ``None``: the one that all lies in.
+        inner: name of the module of the LightningModule that peft will wrap; ``None``: the one that holds everything.
         overwrite: replace an adapter in ``directory``.
 
     Raises:
         FileExistsError: if ``directory`` has an adapter already.
-        ValueError: if the file is damaged, or holds what cannot be told without the module.
+        ValueError: if the file is damaged, or holds what only the module can place.
     """
     check_free(directory / WEIGHTS, overwrite)
     checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
@@ -71,24 +71,24 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
     prefix = _common(base) if inner is None else inner
-    own = {name: _relative(name, prefix) for name in pairs}
+    relative = {name: _relative(name, prefix) for name in pairs}
     below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
     kinds = {name: _kind(name, checkpoint[checkpoints.KEY], path) for name in pairs}
     tensors: dict[str, Tensor] = {}
     for name, both in pairs.items():
         named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
-        tensors |= {f"{PREFIX}{own[name]}.{key}": value for key, value in named}
+        tensors |= {f"{PREFIX}{relative[name]}.{key}": value for key, value in named}
     text = written_config(
-        {own[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
-        exact_targets(list(own.values()), skeleton(_shapes(below))),
+        {relative[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
+        exact_targets(list(relative.values()), skeleton(_shapes(below))),
         [],
         config,
         base=None,
         transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
     )
-    told = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
-    write_together(directory, file_writers(text, tensors, header(config, below, tensors, told, prefix)))
-    return Exported(str(directory), prefix, list(own.values()), (directory / WEIGHTS).stat().st_size)
+    about = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
+    write_together(directory, file_writers(text, tensors, header(config, below, tensors, about, prefix)))
+    return Exported(str(directory), prefix, list(relative.values()), (directory / WEIGHTS).stat().st_size)
 
 
 def import_directory(directory: Path, path: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
@@ -100,19 +100,19 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
     Args:
         directory: one that :func:`~lightning_lora.save_adapter`, ``export`` or a run wrote.
         path: where to write.
-        inner: name of the module that the directory's names are relative to; ``None``: as the directory says.
+        inner: name of the module that the directory's names are relative to; ``None``: the recorded one.
         overwrite: replace what is at ``path``.
 
     Raises:
         FileExistsError: if there is something at ``path``.
-        ValueError: if the directory is damaged, or does not say what it was made of.
+        ValueError: if the directory is damaged, or does not record its base and configuration.
     """
     check_free(path, overwrite)
     adapter = open_adapter(directory)
     metadata = adapter.file.metadata
     if not {f"{OWN}.config", f"{OWN}.base"} <= metadata.keys():
         raise ValueError(
-            f"`{directory}` does not say on which base it was trained and how, as peft's own do not: start from it by "
+            f"`{directory}` does not record its base and configuration, as peft's own do not: start from it by "
             "LoRACallback(init_from=...), or load it by load_adapter(model, directory)."
         )
     config, prefix = _config_in(metadata, directory), metadata.get(f"{OWN}.inner", "") if inner is None else inner
@@ -132,19 +132,19 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
 
 def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B by the name of their layer."""
-    found: dict[str, dict[str, Tensor]] = {}
+    halves: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         match = re.fullmatch(rf"(.+)\.lora\.{config.name}\.([AB])", key)
         if match is None or value.dim() != 2:
             what = "a slice or a stack of a layer" if ".lora." in key else "trained beside the adapters"
-            raise ValueError(f"`{path}` holds `{key}`, {what}, which takes the module to be told. {THROUGH}")
+            raise ValueError(f"`{path}` holds `{key}`, {what}, which only the module can place. {THROUGH}")
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"`{path}`: `{key}` must hold finite numbers: its training failed, or it is damaged.")
-        found.setdefault(match[1], {})[match[2]] = value
-    for name, pair in found.items():
+        halves.setdefault(match[1], {})[match[2]] = value
+    for name, pair in halves.items():
         if set(pair) != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1]:
-            raise ValueError(f"`{path}` is damaged: A and B of `{name}` do not belong together.")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+            raise ValueError(f"`{path}` is damaged: A and B of `{name}` do not fit.")
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 
 def _shapes(base: Fingerprint) -> dict[str, tuple[int, ...]]:
@@ -156,15 +156,15 @@ def _shape(name: str, base: Fingerprint) -> tuple[int, ...]:
 
 
 def _kind(name: str, facts: Mapping[str, Any], path: Path) -> str:
-    """What the layer is, as the run that wrote the file saw it.
+    """The kind of the layer, as the run recorded it.
 
     Raises:
-        ValueError: if PEFT's format has no place for it, or the file does not say.
+        ValueError: if PEFT's format has no place for it, or the file does not record it.
     """
     kinds = facts.get("kinds")
     kind = kinds.get(name) if isinstance(kinds, dict) else None
     if kind not in KINDS:
-        reason = kind if isinstance(kind, str) else "is of a kind that the file does not tell"
+        reason = kind if isinstance(kind, str) else "is of a kind that the file does not record"
         raise ValueError(f"`{path}`: `{name}` {reason}. {THROUGH}")
     return str(kind)
 
@@ -177,7 +177,7 @@ def _shaped(pair: tuple[Tensor, Tensor], kind: str, shape: tuple[int, ...]) -> t
 
 
 def _common(base: Fingerprint) -> str:
-    """The one module that everything frozen lies in, if it is one: the model of a LightningModule."""
+    """The one module that holds all frozen parameters, as the model of a LightningModule; empty if there is none."""
     first = {name.partition(".")[0] for name in base}
     return first.pop() if len(first) == 1 else ""
 
@@ -197,7 +197,7 @@ def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
         return LoRAConfig.from_file(json.loads(metadata[f"{OWN}.config"]))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"`{directory}` does not say what adapter it holds ({error}): it is damaged, or of a later version."
+            f"`{directory}` does not record its configuration ({error}): it is damaged, or of a later version."
         ) from error
 
 
@@ -205,7 +205,7 @@ def _state(adapter: StoredAdapter, prefix: str, config: LoRAConfig) -> dict[str,
     """The pairs under the keys of a checkpoint."""
     for key in adapter.in_full:
         raise ValueError(
-            f"`{adapter.path}` holds more than pairs: where `{key}` belongs only the module can tell. Load it by "
+            f"`{adapter.path}` holds more than pairs: only the module can place `{key}`. Load it by "
             "load_adapter(model, directory), or LoRACallback(init_from=...)."
         )
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,12 @@ class Difference:
     """How one weight, or the delta on it, differs; norms are Frobenius norms.
 
     Args:
-        name: of the tensor, or of the adapted map.
+        name: of the tensor, or of the adapted layer.
         first: norm in A, ``None`` where A lacks it.
         second: norm in B, ``None`` where B lacks it.
         distance: norm of the difference, ``None`` where there is none to take.
         cosine: of the angle between the two.
-        note: what else differs: dtype, shape, or that it is on one side only.
+        note: other differences: dtype, shape, or that only one side has it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def relative(self) -> float | None:
-        """The distance as a share of the norm in A, or where that is zero of the norm in B."""
+        """The distance divided by the norm in A, or by the norm in B if that is zero."""
         size = self.first or self.second
         return None if self.distance is None else self.distance / size if size else 0.0
 
@@ -50,7 +50,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Differences:
-    """Every weight of two models or adapters, those that differ most first.
+    """Every weight of two models or adapters; those that differ most come first.
 
     Args:
         kind: ``"adapters"`` or ``"models"``.
@@ -61,27 +61,27 @@ class Differences:
     rows: list[Difference]
 
     def total(self) -> Difference:
-        """All of them as if they were one vector."""
+        """The difference of all weights together, as one vector."""
 
         def size(values: list[float | None]) -> float:
             return math.hypot(*(value for value in values if value is not None))
 
-        one, other = size([row.first for row in self.rows]), size([row.second for row in self.rows])
+        first, second = size([row.first for row in self.rows]), size([row.second for row in self.rows])
         both = [row for row in self.rows if row.cosine is not None]
         dot = sum((row.cosine or 0) * (row.first or 0) * (row.second or 0) for row in both)
         alone = [(row.first or 0.0) + (row.second or 0.0) for row in self.rows if None in (row.first, row.second)]
         apart = size([*(row.distance for row in self.rows), *alone])
-        return Difference("total", one, other, apart, dot / (one * other) if one * other else None)
+        return Difference("total", first, second, apart, dot / (first * second) if first * second else None)
 
 
-def diff_files(one: Path, other: Path, progress: Callable[[int], object] = lambda _: None) -> Differences:
+def diff_files(first: Path, second: Path, progress: Callable[[int], object] = lambda _: None) -> Differences:
     """Compare two PEFT directories by their deltas, or two models by their weights.
 
     Two adapters can have equal deltas with other A and B, ranks or scales, so A and B themselves are not compared.
 
     Args:
-        one: an adapter's directory, or a model's file or directory.
-        other: the same kind of thing.
+        first: an adapter's directory, or a model's file or directory.
+        second: another one of the same kind.
         progress: called with numbers of bytes as they are read.
 
     Raises:
@@ -90,49 +90,52 @@ def diff_files(one: Path, other: Path, progress: Callable[[int], object] = lambd
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
-        >>> one, other = (Path(tempfile.mkdtemp(), "model.safetensors") for _ in range(2))
-        >>> save_file({"up.weight": torch.ones(2, 2), "up.bias": torch.ones(2)}, one)
-        >>> save_file({"up.weight": torch.ones(2, 2) * 3, "up.bias": torch.ones(2)}, other)
-        >>> [(row.name, row.relative) for row in diff_files(one, other).rows]
+        >>> first, second = (Path(tempfile.mkdtemp(), "model.safetensors") for _ in range(2))
+        >>> save_file({"up.weight": torch.ones(2, 2), "up.bias": torch.ones(2)}, first)
+        >>> save_file({"up.weight": torch.ones(2, 2) * 3, "up.bias": torch.ones(2)}, second)
+        >>> [(row.name, row.relative) for row in diff_files(first, second).rows]
         [('up.weight', 2.0), ('up.bias', 0.0)]
     """
-    for path in (one, other):
+    for path in (first, second):
         if not path.exists():
             raise FileNotFoundError(f"`{path}` does not exist: give a model or a PEFT directory.")
-    adapters = is_adapter(one), is_adapter(other)
+    adapters = is_adapter(first), is_adapter(second)
     if adapters[0] != adapters[1]:
-        found = dict(zip(adapters, (one, other), strict=True))
+        by_kind = dict(zip(adapters, (first, second), strict=True))
         raise ValueError(
-            f"`{found[True]}` is an adapter and `{found[False]}` is a model: give two of a kind. To see what the "
+            f"`{by_kind[True]}` is an adapter and `{by_kind[False]}` is a model: give two of a kind. To see what the "
             "adapter does to the model, merge it and compare the result with the model."
         )
-    return _adapters(one, other) if adapters[0] else _models(one, other, progress)
+    return _adapters(first, second) if adapters[0] else _models(first, second, progress)
 
 
-def _adapters(one: Path, other: Path) -> Differences:
-    found = [open_adapter(one), open_adapter(other)]
-    for adapter in found:
-        config_of(adapter)
-    first, second = (adapter.pairs for adapter in found)
-    rows = [_pairs(name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])]
-    whole, others = (adapter.in_full for adapter in found)
-    rows += [_tensors(name, whole.get(name), others.get(name)) for name in dict.fromkeys([*whole, *others])]
+def _adapters(*paths: Path) -> Differences:
+    adapters = [open_adapter(path) for path in paths]
+    for adapter in adapters:
+        config_of(adapter)  # which has the scale
+    pairs, others = ([adapter.pairs for adapter in adapters], [adapter.in_full for adapter in adapters])
+    rows = [_pairs(name, *(side.get(name) for side in pairs)) for name in _union(pairs)]
+    rows += [_tensors(name, *(side.get(name) for side in others)) for name in _union(others)]
     return Differences("adapters", _most_first(rows))
 
 
-def _pairs(name: str, one: StoredPair | None, other: StoredPair | None) -> Difference:
-    if one is None or other is None:
-        return Difference(name, _size(one), _size(other), note=_alone(one))
-    if one.features() != other.features():
-        note = f"{_arrow(one)} in A, {_arrow(other)} in B"
-        return Difference(name, norm(one.read_finite()), norm(other.read_finite()), note=note)
-    first, second = one.read_finite(), other.read_finite()
-    same = all(same_bits(a, b) for a, b in zip(first, second, strict=True))
-    ranks = "" if one.r == other.r else f"r {one.r} and {other.r}"
-    apart = 0.0 if same else distance(first, second)
-    return Difference(
-        name, norm(first), norm(second), apart, 1.0 if same and norm(first) else cosine(first, second), ranks
-    )
+def _union(sides: Sequence[Mapping[str, object]]) -> list[str]:
+    """The names on either side, each once."""
+    return list(dict.fromkeys(name for side in sides for name in side))
+
+
+def _pairs(name: str, first: StoredPair | None, second: StoredPair | None) -> Difference:
+    if first is None or second is None:
+        return Difference(name, _size(first), _size(second), note=_alone(first))
+    if first.features() != second.features():
+        note = f"{_arrow(first)} in A, {_arrow(second)} in B"
+        return Difference(name, norm(first.read_finite()), norm(second.read_finite()), note=note)
+    first_delta, second_delta = first.read_finite(), second.read_finite()
+    same = all(same_bits(a, b) for a, b in zip(first_delta, second_delta, strict=True))
+    ranks = "" if first.r == second.r else f"r {first.r} and {second.r}"
+    apart = 0.0 if same else distance(first_delta, second_delta)
+    angle = 1.0 if same and norm(first_delta) else cosine(first_delta, second_delta)
+    return Difference(name, norm(first_delta), norm(second_delta), apart, angle, ranks)
 
 
 def _size(pair: StoredPair | None) -> float | None:
@@ -143,47 +146,45 @@ def _arrow(pair: StoredPair) -> str:
     return "{} -> {}".format(*pair.features())
 
 
-def _alone(one: object | None) -> str:
-    return "only in B" if one is None else "only in A"
+def _alone(first: object | None) -> str:
+    return "only in B" if first is None else "only in A"
 
 
-def _models(one: Path, other: Path, progress: Callable[[int], object]) -> Differences:
-    first, second = open_weights(one).tensors, open_weights(other).tensors
+def _models(first: Path, second: Path, progress: Callable[[int], object]) -> Differences:
+    sides = [open_weights(path).tensors for path in (first, second)]
     rows = []
-    for name in dict.fromkeys([*first, *second]):
-        rows.append(_tensors(name, first.get(name), second.get(name)))
-        progress(sum(tensors[name].nbytes for tensors in (first, second) if name in tensors))
+    for name in _union(sides):
+        rows.append(_tensors(name, *(side.get(name) for side in sides)))
+        progress(sum(side[name].nbytes for side in sides if name in side))
     return Differences("models", _most_first(rows))
 
 
-def _tensors(name: str, one: StoredTensor | None, other: StoredTensor | None) -> Difference:
-    if one is None or other is None:
-        return Difference(name, _norm(one), _norm(other), note=_alone(one))
-    if one.shape != other.shape:
-        return Difference(name, _norm(one), _norm(other), note=f"{one.shape} in A, {other.shape} in B")
-    note = "" if one.dtype == other.dtype else f"{one.dtype} and {other.dtype}"
-    if not {one.dtype, other.dtype} <= TORCH_DTYPES.keys():
-        return Difference(name, note=note or f"{one.dtype} is not compared")
-    return _compared(name, one, other, note)
+def _tensors(name: str, first: StoredTensor | None, second: StoredTensor | None) -> Difference:
+    if first is None or second is None:
+        return Difference(name, _norm(first), _norm(second), note=_alone(first))
+    if first.shape != second.shape:
+        return Difference(name, _norm(first), _norm(second), note=f"{first.shape} in A, {second.shape} in B")
+    note = "" if first.dtype == second.dtype else f"{first.dtype} and {second.dtype}"
+    if not {first.dtype, second.dtype} <= TORCH_DTYPES.keys():
+        return Difference(name, note=note or f"{first.dtype} is not compared")
+    return _compared(name, first, second, note)
 
 
-def _compared(name: str, one: StoredTensor, other: StoredTensor, note: str) -> Difference:
+def _compared(name: str, first: StoredTensor, second: StoredTensor, note: str) -> Difference:
     sums = torch.zeros(4, dtype=torch.float64)
-    equal = one.dtype == other.dtype
-    for (_, a), (_, b) in zip(one.slabs(), other.slabs(), strict=True):
-        if one.dtype == other.dtype and same_bits(a, b):
+    equal = first.dtype == second.dtype
+    for (_, a), (_, b) in zip(first.slabs(), second.slabs(), strict=True):
+        if first.dtype == second.dtype and same_bits(a, b):
             x = y = a.double()
         else:
             x, y, equal = a.double(), b.double(), False
         sums += torch.stack([x.square().sum(), y.square().sum(), (x * y).sum(), (x - y).square().sum()])
-    size_one, size_other, dot, apart = sums.tolist()
+    size_first, size_second, dot, apart = sums.tolist()
     if not math.isfinite(sum(sums.tolist())):
-        return Difference(
-            name, distance=0.0 if equal else None, note=note or ("" if equal else "NaN or infinite numbers")
-        )
-    size = math.sqrt(size_one * size_other)
+        return Difference(name, distance=0.0 if equal else None, note=note or ("" if equal else "NaN or infinity"))
+    size = math.sqrt(size_first * size_second)
     angle = (1.0 if equal else max(-1.0, min(1.0, dot / size))) if size else None
-    return Difference(name, math.sqrt(size_one), math.sqrt(size_other), math.sqrt(apart), angle, note)
+    return Difference(name, math.sqrt(size_first), math.sqrt(size_second), math.sqrt(apart), angle, note)
 
 
 def _norm(tensor: StoredTensor | None) -> float | None:

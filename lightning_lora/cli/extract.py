@@ -29,12 +29,12 @@ from lightning_lora.peft_format.stored import CONFIG, PREFIX, WEIGHTS
 
 @dataclass(frozen=True)
 class Extracted:
-    """How well the pair of one map stands for what fine-tuning did to it.
+    """How much of the change of one layer its pair has.
 
     Args:
         delta: the Frobenius norm of the difference of the two weights.
-        relative: the same as a share of the base's norm.
-        energy: the share of its square that the pair has.
+        relative: delta divided by the norm of the base's weight.
+        energy: the share of the squared delta that the pair has.
     """
 
     delta: float
@@ -44,11 +44,11 @@ class Extracted:
 
 @dataclass
 class Extraction:
-    """What was extracted, and what the adapter does not have.
+    """The extracted pairs, and the changes that they do not have.
 
     Args:
-        layers: by the map's name.
-        unchanged: maps that are equal in both models, and have no pair.
+        layers: by the layer's name.
+        unchanged: layers that are equal in both models, and have no pair.
         not_covered: other tensors that differ, with the reason why they have no pair.
     """
 
@@ -74,21 +74,21 @@ def extract(
 ) -> Extraction:
     """Write the adapter of rank ``r`` that is nearest to what fine-tuning did to ``base`` as a PEFT directory.
 
-    A full fine-tune may be far from any low rank: read ``energy`` before using the adapter. What an adapter of plain
-    pairs cannot have, as biases, norms and embeddings, is listed and stays the base's.
+    A full fine-tune may be far from any low rank: read ``energy`` before using the adapter. Changes of biases,
+    norms and embeddings are listed and left out, as plain pairs cannot have them.
 
     Args:
         base: the model before, a safetensors file or a directory.
         tuned: the model after.
         out: the directory to write.
         r: rank of every pair; its scale is 1.
-        targets: patterns of module names; ``None`` takes every linear map that changed.
+        targets: patterns of module names; ``None`` takes every linear layer that changed.
         overwrite: replace what is at ``out``.
         progress: called with numbers of bytes as they are read.
 
     Raises:
         FileNotFoundError: if something is missing.
-        ValueError: if files are damaged, a pattern matches nothing, or no chosen map changed.
+        ValueError: if files are damaged, a pattern matches nothing, or no chosen layer changed.
 
     Example:
         >>> import tempfile
@@ -104,30 +104,31 @@ def extract(
         raise ValueError(f"`r` must be at least 1, but got {r}.")
     before, after = open_weights(base), open_weights(tuned)
     chosen = _chosen(before, targets)
-    report, across = Extraction(), {tensor.name: _is_across(tensor, before) for tensor in before.tensors.values()}
+    transposed = {tensor.name: _is_transposed(tensor, before) for tensor in before.tensors.values()}
+    report = Extraction()
     with new_output(out, directory=True, overwrite=overwrite, sources=[base, tuned], names={CONFIG, WEIGHTS}) as part:
         pairs: dict[str, Tensor] = {}
         for tensor in before.tensors.values():
-            other = after.tensors.get(tensor.name)
-            reason = _why_not(tensor, other, chosen, before)
-            if reason is None and across[tensor.name] is None:
-                reason = "square, and nothing near it tells whether it is kept as (in, out)"
-            if other is not None and reason is None:
-                pairs |= _pair(tensor, other, r, bool(across[tensor.name]), report)
-            elif other is None or not _equal(tensor, other):
+            changed = after.tensors.get(tensor.name)
+            reason = _why_not(tensor, changed, chosen, before)
+            if reason is None and transposed[tensor.name] is None:
+                reason = "square, and no layer near it shows whether its shape is (in, out)"
+            if changed is not None and reason is None:
+                pairs |= _pair(tensor, changed, r, bool(transposed[tensor.name]), report)
+            elif changed is None or not _equal(tensor, changed):
                 report.not_covered[tensor.name] = reason or ""
             progress(tensor.nbytes)
         report.not_covered |= {name: "not in the base" for name in after.tensors if name not in before.tensors}
         if not pairs:
-            raise ValueError(f"`{tuned}` has no chosen map that differs from `{base}`: there is nothing to extract.")
-        config = _config(base, r, list(report.layers), _all_across(report, across))
+            raise ValueError(f"`{tuned}` has no chosen layer that differs from `{base}`: there is nothing to extract.")
+        config = _config(base, r, list(report.layers), _all_transposed(report, transposed))
         about = {"format": "pt", "extracted": "truncated SVD by lightning_lora"}
         for name, write in file_writers(json.dumps(config, indent=2) + "\n", pairs, about).items():
             write(part / name)
     return report
 
 
-def _is_across(tensor: StoredTensor, base: Weights) -> bool | None:
+def _is_transposed(tensor: StoredTensor, base: Weights) -> bool | None:
     name = tensor.name.removesuffix(".weight")
     bias = base.tensors.get(f"{name}.bias")
     if len(tensor.shape) != 2 or bias is None:
@@ -135,30 +136,30 @@ def _is_across(tensor: StoredTensor, base: Weights) -> bool | None:
     return keeps_transposed(name, base, False) if tensor.shape[0] == tensor.shape[1] else bias.shape == tensor.shape[1:]
 
 
-def _all_across(report: Extraction, across: dict[str, bool | None]) -> bool:
-    return all(across[f"{name}.weight"] for name in report.layers)
+def _all_transposed(report: Extraction, transposed: dict[str, bool | None]) -> bool:
+    return all(transposed[f"{name}.weight"] for name in report.layers)
 
 
 def _chosen(base: Weights, targets: Sequence[str] | None) -> set[str]:
-    """The tensors whose maps are chosen: those with two dimensions that are no embeddings, or those that are named."""
-    maps = {name.removesuffix(".weight"): name for name in base.tensors if name.endswith(".weight")}
+    """The weights of the chosen layers: those with two dimensions that are no embeddings, or those of ``targets``."""
+    layers = {name.removesuffix(".weight"): name for name in base.tensors if name.endswith(".weight")}
     if targets is None:
-        return {key for name, key in maps.items() if len(base.tensors[key].shape) == 2 and not is_embedding(name)}
+        return {key for name, key in layers.items() if len(base.tensors[key].shape) == 2 and not is_embedding(name)}
     for pattern in targets:
-        if not any(matches(name, pattern) for name in maps):
+        if not any(matches(name, pattern) for name in layers):
             raise ValueError(
-                f"`targets` has {pattern!r}, which matches no map. The nearest are {nearest(pattern, maps)}."
+                f"`targets` has {pattern!r}, which matches no layer. The nearest are {nearest(pattern, layers)}."
             )
-    return {key for name, key in maps.items() if any(matches(name, pattern) for pattern in targets)}
+    return {key for name, key in layers.items() if any(matches(name, pattern) for pattern in targets)}
 
 
-def _why_not(tensor: StoredTensor, other: StoredTensor | None, chosen: set[str], base: Weights) -> str | None:
+def _why_not(tensor: StoredTensor, changed: StoredTensor | None, chosen: set[str], base: Weights) -> str | None:
     name = tensor.name.removesuffix(".weight")
-    if other is None:
+    if changed is None:
         return "not in the fine-tuned model"
-    if tensor.shape != other.shape:
-        return f"{tensor.shape} became {other.shape}"
-    if not {tensor.dtype, other.dtype} <= set(FLOATS):
+    if tensor.shape != changed.shape:
+        return f"{tensor.shape} became {changed.shape}"
+    if not {tensor.dtype, changed.dtype} <= set(FLOATS):
         return f"of {tensor.dtype}"
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)} dimension{'s' * (len(tensor.shape) != 1)}"
@@ -175,17 +176,17 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(same_bits(a, b) for (_, a), (_, b) in zip(one.slabs(), other.slabs(), strict=True))
 
 
-def _pair(one: StoredTensor, other: StoredTensor, r: int, transposed: bool, report: Extraction) -> dict[str, Tensor]:
-    name, before = one.name.removesuffix(".weight"), _floats(one)
-    delta = _floats(other) - before
+def _pair(before: StoredTensor, after: StoredTensor, r: int, transposed: bool, report: Extraction) -> dict[str, Tensor]:
+    name, weight = before.name.removesuffix(".weight"), _floats(before)
+    delta = _floats(after) - weight
     size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     if not math.isfinite(size):
-        raise ValueError(f"`{one.name}` has NaN or infinite numbers in one of the two models.")
+        raise ValueError(f"`{before.name}` has NaN or infinity in one of the two models.")
     if not size:
         report.unchanged.append(name)
         return {}
     near = truncated_svd(delta.T if transposed else delta, r)
-    whole = float(torch.linalg.vector_norm(before, dtype=torch.float64))
+    whole = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     report.layers[name] = Extracted(size, size / whole if whole else math.inf, near.energy)
     return {f"{PREFIX}{name}.lora_A.weight": near.A, f"{PREFIX}{name}.lora_B.weight": near.B}
 

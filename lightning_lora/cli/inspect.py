@@ -1,4 +1,4 @@
-"""What an adapter's files say of it: a PEFT directory, its safetensors file alone, or a checkpoint of a run."""
+"""The contents of an adapter's files: a PEFT directory, its safetensors file alone, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpoints import KEY, facts_in
 
-SAID = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
+RECORDED = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
 
 
@@ -29,11 +29,11 @@ class InspectedLayer:
     """One pair.
 
     Args:
-        name: of the map.
+        name: of the layer.
         in_features: columns of A; of a convolution times the size of the kernel.
         out_features: rows of B.
         r: rank.
-        scale: factor in front of ``B A``; ``None`` where nothing says.
+        scale: factor in front of ``B A``; ``None`` if it is unknown.
         parameters: how many A and B have together.
         norm: the Frobenius norm of delta, of ``B A`` alone where the scale is unknown.
         dtype: of A and B.
@@ -51,16 +51,16 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in an adapter's files.
+    """The contents of an adapter's files.
 
     Args:
-        path: what was looked at.
-        kind: what it is.
+        path: the directory or file.
+        kind: which of the three it is.
         layers: its pairs.
         others: shapes of the other tensors by name.
         nbytes: size of the file with the weights.
-        fingerprint: whether it says which base it belongs to.
-        about: what else it says.
+        fingerprint: whether it has the fingerprint of its base.
+        about: other facts that it records.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Inspection:
     about: dict[str, Any]
 
     def parameters(self) -> int:
-        """How many numbers all pairs have."""
+        """Number of parameters in all pairs."""
         return sum(layer.parameters for layer in self.layers)
 
     def norm(self) -> float:
@@ -107,9 +107,9 @@ def inspect_files(path: Path) -> Inspection:
 def _peft(path: Path) -> Inspection:
     adapter = open_adapter(path)
     layers = [_stored(pair) for pair in adapter.pairs.values()]
-    about = {key: adapter.values[key] for key in SAID if adapter.values.get(key) not in (None, False)}
-    told = sorted(adapter.file.metadata.items())  # the library writes them in any order
-    about |= {key: value for key, value in told if value and key not in (ADAPTER_CONFIG, BASE, DIGEST, "format")}
+    about = {key: adapter.values[key] for key in RECORDED if adapter.values.get(key) not in (None, False)}
+    metadata = sorted(adapter.file.metadata.items())  # other tools write them in any order
+    about |= {key: value for key, value in metadata if value and key not in (ADAPTER_CONFIG, BASE, DIGEST, "format")}
     return Inspection(
         path=str(path),
         kind="PEFT directory" if path.is_dir() else "adapter file",
@@ -155,24 +155,24 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can raise anything
         raise ValueError(
             f"`{path}` cannot be read as a checkpoint of plain data ({type(error).__name__}): it is damaged, of "
             "another kind, or holds objects, whose loading could run code."
         ) from error
-    if not isinstance(found, dict) or KEY not in found:
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ValueError(f"`{path}` holds no adapter that LoRACallback wrote: it is a full checkpoint, or another's.")
-    return found
+    return checkpoint
 
 
 def _pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[tuple[str, str], tuple[str, str]]:
-    """The keys of A and B for each layer and the matrix in it."""
+    """The keys of A and B, by layer and matrix in the layer."""
     pattern = re.compile(rf"(?:(.*)\.)?lora\.{config.name}\.(?:(.+)\.)?A")
-    found = {key: pattern.fullmatch(key) for key in state}
+    matches = {key: pattern.fullmatch(key) for key in state}
     return {
         (match[1] or "", match[2] or ""): (key, f"{key[:-1]}B")
-        for key, match in found.items()
+        for key, match in matches.items()
         if match is not None and f"{key[:-1]}B" in state and state[key].dim() in (2, 3)
     }
 

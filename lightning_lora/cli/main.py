@@ -144,7 +144,7 @@ def _size(paths: Sequence[Path]) -> int:
 
     try:
         return sum(tensor.nbytes for path in paths for tensor in open_weights(path).tensors.values())
-    except (ValueError, OSError):  # the command itself says what is wrong
+    except (ValueError, OSError):  # the command itself reports what is wrong
         return 0
 
 

@@ -46,12 +46,12 @@ OTHER_WEIGHTS = (
 
 @dataclass
 class MergedLayer:
-    """What the merge did to one weight.
+    """The effect of the merge on one weight.
 
     Args:
-        weight: its size, the Frobenius norm.
-        delta: the size of what was added.
-        lost: the share of that which rounding to the weight's dtype lost.
+        weight: its Frobenius norm.
+        delta: the norm of what was added.
+        lost: the share of delta that rounding to the weight's dtype lost.
     """
 
     weight: float = 0.0
@@ -61,14 +61,14 @@ class MergedLayer:
 
 @dataclass
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Args:
         layers: by the weight's name.
-        replaced: tensors that the adapter has in full, instead of the base's.
-        added: those of them that the base had not.
-        left_out: files of the base that were not copied, as they hold weights that are not merged.
-        written: number of bytes of the merged weights.
+        replaced: tensors of the base that the adapter has in full.
+        added: tensors that only the adapter has.
+        left_out: files of the base that were not copied: other weights, and links out of the base.
+        written: size of the merged weights in bytes.
     """
 
     layers: dict[str, MergedLayer] = field(default_factory=dict)
@@ -88,8 +88,8 @@ def merge_files(
 ) -> MergeReport:
     """Merge the PEFT directory ``adapter`` into the model ``base`` and write the result to ``out``.
 
-    ``out`` has the files of ``base``: the same shards and index, and what lies beside them. It appears when it is
-    whole. Memory is that of the adapter's largest pair and a few million numbers, whatever the size of the model.
+    ``out`` gets the files of ``base``: the same shards and index, and the other files. It appears when it is
+    complete. Memory is that of the adapter's largest pair and a few million numbers, whatever the size of the model.
 
     Args:
         base: a ``.safetensors`` file, or a directory with one or with several and their index.
@@ -101,7 +101,7 @@ def merge_files(
     Raises:
         FileNotFoundError: if something is missing.
         FileExistsError: if ``out`` is there already.
-        ValueError: if files are damaged, do not fit each other, have numbers that are not finite, or a target is tied.
+        ValueError: if files are damaged, do not fit each other, have NaN or infinity, or a target is tied.
 
     Example:
         >>> import tempfile
@@ -123,8 +123,8 @@ def merge_files(
     change = changes(stored, weights)
     _check_base(stored, change)
     directory = base.is_dir()
-    report = MergeReport(replaced=[name for name in change.whole if name in weights.tensors])
-    report.added = [name for name in change.whole if name not in weights.tensors]
+    report = MergeReport(replaced=[name for name in change.in_full if name in weights.tensors])
+    report.added = [name for name in change.in_full if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
     sources = [base, adapter]
     with new_output(
@@ -132,17 +132,17 @@ def merge_files(
     ) as part:
         for file in weights.files:
             last = file is weights.files[-1]
-            added = {name: change.whole[name].read_finite() for name in report.added} if last else {}
+            added = {name: change.in_full[name].read_finite() for name in report.added} if last else {}
             target = part / file.path.name if directory else part
             _write(file, target, change, added, report, progress)
         if directory:
             report.left_out = _copy_others(weights, part)
-            _write_index(weights, part, {name: change.whole[name] for name in report.added})
+            _write_index(weights, part, {name: change.in_full[name] for name in report.added})
     return report
 
 
 def _check_base(adapter: StoredAdapter, change: Changes) -> None:
-    """Raise if the adapter tells which base it was trained on, and a weight that it changes is another."""
+    """Raise if the adapter has the fingerprint of its base, and a weight that it changes is different."""
     if BASE not in adapter.file.metadata:
         return
     expected = base_in(adapter.file.metadata)
@@ -164,7 +164,9 @@ def _write(
     merged = {
         name: _sums(file.tensors[name], change.pairs[name], report) for name in file.tensors if name in change.pairs
     }
-    replaced = {name: _cast(file.tensors[name], change.whole[name]) for name in file.tensors if name in change.whole}
+    replaced = {
+        name: _cast(file.tensors[name], change.in_full[name]) for name in file.tensors if name in change.in_full
+    }
     write_like(file, path, merged | replaced, added, progress)
 
 
@@ -176,13 +178,13 @@ def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport) -> It
     lost = 0.0
     for rows, values in target.start.slabs():
         matrix = values.to(weight.torch_dtype())
-        found = exact.add_delta(matrix, [(left[rows], right)])
-        if not bool(found.merged.isfinite().all()):
+        total = exact.add_delta(matrix, [(left[rows], right)])
+        if not bool(total.merged.isfinite().all()):
             _refuse(weight, matrix)
-        lost = math.hypot(lost, found.lost * found.size)
-        layer.delta = math.hypot(layer.delta, found.size)
+        lost = math.hypot(lost, total.lost * total.size)
+        layer.delta = math.hypot(layer.delta, total.size)
         layer.weight = math.hypot(layer.weight, float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
-        yield found.merged
+        yield total.merged
     layer.lost = lost / layer.delta if layer.delta else 0.0
 
 
@@ -191,7 +193,7 @@ def _refuse(weight: StoredTensor, matrix: Tensor) -> None:
         raise ValueError(
             f"`{weight.name}` overflows {weight.dtype} when delta is added: give the base in fp32 or bf16."
         )
-    raise ValueError(f"`{weight.name}` of the base has NaN or infinite numbers: {weight.path} is damaged.")
+    raise ValueError(f"`{weight.name}` of the base has NaN or infinity: {weight.path} is damaged.")
 
 
 def _cast(own: StoredTensor, instead: StoredTensor) -> Iterator[Tensor]:
@@ -202,12 +204,12 @@ def _cast(own: StoredTensor, instead: StoredTensor) -> Iterator[Tensor]:
 
 
 def _names(base: Path) -> set[str]:
-    """What a merged copy of ``base`` may hold."""
+    """The names that a merged copy of ``base`` may have."""
     return {str(path.relative_to(base)) for path in base.rglob("*")} if base.is_dir() else set()
 
 
 def _copy_others(base: Weights, out: Path) -> list[str]:
-    """Copy what lies beside the weights, and name what was left out."""
+    """Copy the files that hold no weights, and return the names of the others."""
     left = []
     used = {file.path.name for file in base.files} | ({base.index.name} if base.index else set())
     for folder, inside, files in os.walk(base.path):

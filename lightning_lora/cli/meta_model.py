@@ -1,4 +1,4 @@
-"""A model of which only names and shapes are known, as modules on the meta device: enough to plan on."""
+"""Modules on the meta device from names and shapes alone: enough for a plan."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def is_embedding(name: str) -> bool:
 
 
 def skeleton(shapes: Mapping[str, tuple[int, ...]], transposed: bool = False) -> nn.Module:
-    """Modules on the meta device that hold parameters of these names and shapes.
+    """Make modules that hold parameters of these names and shapes.
 
-    A matrix that is called ``weight`` belongs to an ``nn.Linear``, or to an ``nn.Embedding`` where its name says so;
+    A matrix that is called ``weight`` belongs to an ``nn.Linear``, or to an ``nn.Embedding`` if its name is like one;
     every other tensor is a parameter of a plain module.
 
     Args:
         shapes: by parameter name.
-        transposed: whether matrices are kept as ``(in_features, out_features)``, as in GPT-2.
+        transposed: whether matrices have the shape ``(in_features, out_features)``, as in GPT-2.
     """
     root = nn.Module()
     for name, shape in shapes.items():

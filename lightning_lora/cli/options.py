@@ -1,4 +1,4 @@
-"""What the command ``lightning-lora`` takes: its sub-commands, their options and their help."""
+"""The parser of the command ``lightning-lora``: its sub-commands, their options and their help."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def make_parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (add, words, description) in PARSERS.items():
-        own = ArgumentParser(description=f"{words}. {description}")
-        add(own)
-        own.add_argument("--json", action="store_true", help="Print the result as JSON, for programs.")
-        commands.add_subcommand(name, own, help=f"{words}.")
+        command = ArgumentParser(description=f"{words}. {description}")
+        add(command)
+        command.add_argument("--json", action="store_true", help="Print the result as JSON, for programs.")
+        commands.add_subcommand(name, command, help=f"{words}.")
     return parser
 
 
@@ -45,7 +45,7 @@ def _add_merge(parser: ArgumentParser) -> None:
 
 def _add_diff(parser: ArgumentParser) -> None:
     parser.add_argument("first", metavar="A", help="PEFT directory or model.")
-    parser.add_argument("second", metavar="B", help="The same kind of thing.")
+    parser.add_argument("second", metavar="B", help="Another one of the same kind.")
     parser.add_argument("--top", type=PositiveInt, default=40, help="How many rows to show; --json gives all.")
 
 
@@ -58,7 +58,7 @@ def _add_extract(parser: ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="PATTERN",
-        help="Module names, globs or re:EXPRESSION; without, every linear map.",
+        help="Module names, globs or re:EXPRESSION; without, every linear layer.",
     )
     _add_overwrite(parser)
 
@@ -76,14 +76,17 @@ def _add_plan(parser: ArgumentParser) -> None:
 def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt of a Trainer with LoRACallback.")
     parser.add_argument("directory", metavar="DIR", help="PEFT directory to write.")
-    _add_inner(parser, "Module that peft will wrap, by its name in the LightningModule; without, the one all lies in.")
+    _add_inner(
+        parser,
+        "Module that peft will wrap, by its name in the LightningModule; without, the one that holds everything.",
+    )
     _add_overwrite(parser)
 
 
 def _add_import(parser: ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="PEFT directory that this package wrote.")
     parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt to write.")
-    _add_inner(parser, "Module that DIR's names are relative to; without, as DIR says.")
+    _add_inner(parser, "Module that DIR's names are relative to; without, the one that DIR records.")
     _add_overwrite(parser)
 
 
@@ -92,48 +95,48 @@ def _add_inner(parser: ArgumentParser, words: str) -> None:
 
 
 def _add_overwrite(parser: ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is whole.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is complete.")
 
 
 PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "inspect": (
         _add_inspect,
         "Show what an adapter's files hold",
-        "Ranks, scales, sizes and the norm of each layer's update, what base it belongs to, and where it comes from.",
+        "Ranks, scales, sizes and the norm of each layer's update, the base it belongs to, and what its files record.",
     ),
     "merge": (
         _add_merge,
         "Add an adapter to a model's weights",
         "OUT gets the same files as BASE, with W + scale * B A for W, summed in fp32 and rounded once. It appears when "
-        "it is whole; how much of the update rounding lost is reported.",
+        "it is complete; the share of the update that rounding lost is reported.",
     ),
     "diff": (
         _add_diff,
         "Compare two adapters, or two models",
-        "Of adapters the updates are compared, not the matrices that they are made of. What differs most comes first.",
+        "Of adapters the updates B A are compared, not A and B. The largest differences come first.",
     ),
     "extract": (
         _add_extract,
         "Make an adapter of a full fine-tune",
-        "The pair of rank r nearest to what fine-tuning did to each linear map, by truncated SVD, and how much of it "
-        "that keeps. Biases, norms and embeddings stay the base's, and are listed.",
+        "The pair of rank r nearest to the change of each linear layer, by truncated SVD, and the share of the change "
+        "that it keeps. Biases, norms and embeddings stay the base's, and are listed.",
     ),
     "plan": (
         _add_plan,
-        "Tell what LoRA costs on a model",
+        "Show what LoRA costs on a model",
         "Trainable parameters, sizes of checkpoints and memory in training. Of a config.json transformers builds the "
         "model without its values; of a safetensors file names and shapes are read.",
     ),
     "export": (
         _add_export,
         "Make a PEFT directory of a run's checkpoint",
-        "The adapters in a .ckpt that LoRACallback wrote, of linear maps and embeddings, with the fingerprint of their "
-        "base. What holds more is exported from the module, by save_adapter(load_from_checkpoint(...), ...).",
+        "The adapters of linear layers and embeddings in a .ckpt that LoRACallback wrote, with the fingerprint of "
+        "their base. What holds more is exported from the module, by save_adapter(load_from_checkpoint(...), ...).",
     ),
     "import": (
         _add_import,
         "Make a checkpoint of such a directory",
         "For ckpt_path in trainer.test, and for load_from_checkpoint. Training starts from the directory itself, by "
-        "LoRACallback(init_from=...), which takes those that peft wrote too.",
+        "LoRACallback(init_from=...), which also reads those that peft wrote.",
     ),
 }

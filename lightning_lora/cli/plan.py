@@ -22,7 +22,7 @@ class PlannedCosts:
 
     Args:
         source: the file or directory that the shapes are from.
-        model: the class of the model; of a safetensors file empty, as it does not say.
+        model: the class of the model; empty for a safetensors file, which does not name it.
         plan: what would be adapted.
         costs: parameters and bytes.
     """

@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
 
 
 def inspection_text(inspection: Inspection) -> str:
-    """Every pair, and what the files say."""
+    """Every pair, and the facts in the files."""
     head = ("layer", "in -> out", "r", "scale", "parameters", "|delta|")
     rows = [
         (layer.name or "(the model itself)", f"{layer.in_features} -> {layer.out_features}", str(layer.r),
@@ -93,7 +93,7 @@ def inspection_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def merge_text(report: MergeReport, out: str) -> str:
-    """What rounding lost, worst layers first, and what else was done."""
+    """The loss by rounding, worst layers first, and the other changes."""
     worst = sorted(report.layers.items(), key=lambda item: -item[1].lost)
     rows = [(name, number(w.weight), number(w.delta), f"{w.lost:.2%}") for name, w in worst[:LISTED]]
     lines = [printable(f"{out}: {len(worst)} weights merged, {bytes_text(report.written)}")]
@@ -110,7 +110,7 @@ def merge_data(report: MergeReport) -> dict[str, Any]:
 
 
 def difference_text(differences: Differences, top: int) -> str:
-    """What differs most, and how much equals."""
+    """The largest differences, and how many weights differ."""
     changed = [row for row in differences.rows if row.changed()]
     what = "|delta_A|, |delta_B|" if differences.kind == "adapters" else "|A|, |B|"
     first, second = what.split(", ")
@@ -137,7 +137,7 @@ def difference_data(differences: Differences) -> dict[str, Any]:
 
 
 def extraction_text(extraction: Extraction, out: str) -> str:
-    """The energy kept, worst layers first, and what has no pair."""
+    """The energy kept, worst layers first, and the changes without a pair."""
     worst = sorted(extraction.layers.items(), key=lambda item: item[1].energy)
     rows = [(name, number(e.delta), number(e.relative), f"{e.energy:.2%}") for name, e in worst[:LISTED]]
     lines = [printable(f"{out}: {len(worst)} pairs"), *columns(("layer", "|delta|", "of |W|", "energy kept"), rows)]
@@ -155,7 +155,7 @@ def extraction_data(extraction: Extraction) -> dict[str, Any]:
 
 
 def exported_text(exported: Exported) -> str:
-    """What was written, and what its names are relative to."""
+    """The written file, and the module that its names are relative to."""
     relative = f"names relative to `{exported.inner}`" if exported.inner else "names as the checkpoint has them"
     return printable(
         f"{exported.path}: {len(exported.layers)} adapted layers, {bytes_text(exported.nbytes)}; {relative}"
@@ -168,7 +168,7 @@ def exported_data(exported: Exported) -> dict[str, Any]:
 
 
 def costs_text(planned: PlannedCosts) -> str:
-    """The plan, and bytes with and without LoRA."""
+    """The plan, and bytes with LoRA and without."""
     costs = planned.costs
     rows = [(f"checkpoint, {8 * width}-bit", *map(bytes_text, costs.checkpoint(width))) for width in (2, 4)]
     rows += [

@@ -25,7 +25,7 @@ class Weights:
         path: the file, or the directory.
         files: the safetensors files in it.
         tensors: every tensor by name.
-        config: what ``config.json`` beside them holds, else nothing.
+        config: the content of ``config.json`` in the same folder; empty if there is none.
         index: the index of several files.
     """
 
@@ -36,7 +36,7 @@ class Weights:
     index: Path | None = None
 
     def parameters(self) -> int:
-        """How many numbers it has."""
+        """Number of parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
@@ -70,7 +70,7 @@ def _index_in(folder: Path) -> Path | None:
     if not indices or (folder / "model.safetensors").is_file():
         return None
     if len(indices) > 1:
-        raise ValueError(f"`{folder}` has {len(indices)} indices of safetensors files: keep the one that is meant.")
+        raise ValueError(f"`{folder}` has {len(indices)} indices of safetensors files: keep one of them.")
     return indices[0]
 
 
@@ -83,19 +83,17 @@ def _only_file(folder: Path) -> Path:
             "code: save the model with `save_pretrained`, which writes safetensors."
         )
     if len(files) > 1 and not named:
-        raise ValueError(
-            f"`{folder}` has {len(files)} safetensors files and no `*{INDEX}`: give the file that is meant."
-        )
+        raise ValueError(f"`{folder}` has {len(files)} safetensors files and no `*{INDEX}`: give one of the files.")
     return (named or files)[0]
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that ``index`` names: plain names of files beside it, whatever it says."""
+    """The files that ``index`` names; a name that leads out of its folder is refused."""
     names = sorted(set(_weight_map(index).values()))
     for name in names:
         if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"`{index}` names the file {name!r}, but may name only .safetensors files that lie beside it."
+                f"`{index}` names the file {name!r}, but may name only .safetensors files in its own folder."
             )
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"`{index}` names {name!r}, which is not there: fetch the missing file.")
@@ -103,10 +101,14 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    weight_map = read_object(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ValueError(f"`{index}` must have a `weight_map` from the names of tensors to those of files.")
-    return found
+    return weight_map
 
 
 def _check_map(index: Path, tensors: dict[str, StoredTensor]) -> None:
@@ -119,60 +121,62 @@ def _check_map(index: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _together(files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in file.tensors.items():
-            if name in found:
-                raise ValueError(f"`{name}` is in {found[name].path.name} and in {file.path.name}: which is meant?")
-            found[name] = tensor
-    return found
+            if name in tensors:
+                raise ValueError(
+                    f"`{name}` is in {tensors[name].path.name} and in {file.path.name}: keep one of the two."
+                )
+            tensors[name] = tensor
+    return tensors
 
 
-def keeps_transposed(name: str, weights: Weights, otherwise: bool) -> bool | None:
-    """Whether the square map ``name`` is kept as ``(in_features, out_features)``, as GPT-2's are.
+def keeps_transposed(name: str, weights: Weights, default: bool) -> bool | None:
+    """Whether the square weight of the layer ``name`` has the shape ``(in_features, out_features)``, as GPT-2's have.
 
-    The lengths of biases tell it for maps that are not square: the nearest of those by name count. A map without a
-    bias is an ``nn.Linear``, as the turned ones of transformers all have one.
+    Where a weight is not square, the length of the bias shows which side is which. The layers of this kind that are
+    nearest by name decide. A layer without a bias is an ``nn.Linear``, as transformers' Conv1D always has a bias.
 
     Args:
-        name: of the map.
-        weights: the model's.
-        otherwise: what it is where no bias in the model tells.
+        name: of the layer.
+        weights: the weights of the model.
+        default: the answer if no bias in the model decides.
 
     Returns:
-        ``None`` where the nearest say both.
+        ``None`` if the nearest layers contradict each other.
     """
     if f"{name}.bias" not in weights.tensors:
         return False
     sides = _sides(weights)
     if not sides:
-        return otherwise
+        return default
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
-        near = {side for other, side in sides.items() if other.split(".")[:depth] == parts[:depth]}
+        near = {side for neighbour, side in sides.items() if neighbour.split(".")[:depth] == parts[:depth]}
         if near:
             return near == {1} if len(near) == 1 else None
     return None
 
 
 def all_transposed(weights: Weights) -> bool:
-    """Whether the biases tell of turned maps and of no others."""
+    """Whether every bias shows that its weight has the shape ``(in_features, out_features)``."""
     return set(_sides(weights).values()) == {1}
 
 
 def _sides(weights: Weights) -> dict[str, int]:
-    """Which side of each weight that is not square is as long as its bias."""
-    found: dict[str, int] = {}
+    """Which side of each weight that is not square has the length of its bias, by the layer's name."""
+    sides: dict[str, int] = {}
     for key, tensor in weights.tensors.items():
         name = key.removesuffix(".weight")
         bias = weights.tensors.get(f"{name}.bias")
         if key.endswith(".weight") and bias is not None and len(set(tensor.shape)) == len(tensor.shape) == 2:
-            found.update((name, side) for side in (0, 1) if bias.shape == tensor.shape[side : side + 1])
-    return found
+            sides.update((name, side) for side in (0, 1) if bias.shape == tensor.shape[side : side + 1])
+    return sides
 
 
 def no_such(name: str, weights: Weights) -> str:
-    """Words for a tensor that is not there, with the names that are most like it."""
+    """The message for a missing tensor, with the names that are most like it."""
     return (
         f"`{weights.path}` has no tensor `{name}`. The nearest names are {', '.join(nearest(name, weights.tensors))}."
     )

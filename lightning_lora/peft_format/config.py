@@ -19,15 +19,15 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an ``adapter_config.json`` asks for, checked; names are relative to the model that peft wraps.
+    """The checked values of an ``adapter_config.json``; names are relative to the model that peft wraps.
 
     Args:
-        r: rank where ``rank_pattern`` says nothing.
-        alpha: numerator of the scale where ``alpha_pattern`` says nothing.
+        r: rank where no key of ``rank_pattern`` matches.
+        alpha: numerator of the scale where no key of ``alpha_pattern`` matches.
         targets: names and their tails, or a regular expression, or ``"all-linear"``.
         exclude: names and their tails, or a regular expression.
         layers: numbers of the layers to adapt; ``None`` for all.
-        layers_pattern: what such a number comes after.
+        layers_pattern: the names that such a number follows.
         rank_pattern: ranks by regular expression.
         alpha_pattern: alphas by regular expression.
         rslora: whether the scale is ``alpha / sqrt(r)``.
@@ -76,13 +76,13 @@ def first_key(patterns: Mapping[str, Value], name: str, default: Value) -> Value
     return next(matching, default)
 
 
-INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+INITS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")  # these do not change the base
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change it
-# What makes another method of it, with what to do; and what says nothing about the result.
+# Keys of other methods, with what to do; and keys that do not change the outputs.
 REFUSED = {
     "use_dora": "DoRA scales the merged weight: merge it with peft and load that model as the base",
     "lora_bias": "B has a bias there: merge it with peft and load that model as the base",
-    "megatron_config": "it is for Megatron's parallel layers: convert it to plain layers",
+    "megatron_config": "it is for Megatron's parallel layers: convert them to plain layers",
     "trainable_token_indices": "it holds single rows of an embedding: merge it with peft first",
     "target_parameters": "it adapts parameters by name: merge it with peft first",
     "alora_invocation_tokens": "an activated LoRA acts on the tokens after an invocation only",
@@ -98,10 +98,10 @@ READ |= {"fan_in_fan_out"}
 
 
 def read_config(values: Mapping[str, Any]) -> PeftConfig:
-    """What an ``adapter_config.json`` asks for.
+    """Check the values of an ``adapter_config.json``.
 
     Raises:
-        ValueError: naming the key that is missing, of the wrong type, or means what plain LoRA is not.
+        ValueError: naming the key that is missing, of the wrong type, or of another method than plain LoRA.
     """
     _check_method(values)
     asked = PeftConfig(
@@ -132,7 +132,7 @@ def read_config(values: Mapping[str, Any]) -> PeftConfig:
 def difference(values: Mapping[str, Any], written: Mapping[str, Any]) -> str | None:
     """The first key with a meaning here that has two values, in words; ``None`` where there is none."""
     for key in sorted(READ):
-        value, before = (found.get(key) or None for found in (values, written))
+        value, before = (side.get(key) or None for side in (values, written))
         if value != before:
             return f"`{key}` is {shown(value)} and was {shown(before)}"
     return None

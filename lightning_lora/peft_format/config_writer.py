@@ -31,11 +31,11 @@ def written_config(
 
     Args:
         modules: rank and alpha of each adapted module.
-        targets: what names just these.
+        targets: ``target_modules`` that match these and no others.
         modules_to_save: names of the modules that are trained in full.
-        config: what the adapter was made with.
+        config: the configuration of the adapter.
         base: name of the base, as ``from_pretrained`` takes it.
-        transposed: whether all linear maps among the modules keep their weight as ``(in, out)``.
+        transposed: whether all linear layers among the modules have a weight of shape ``(in, out)``.
     """
     ranks = {name: module.r for name, module in modules.items()}
     alphas = {name: _short(module.alpha) for name, module in modules.items()}
@@ -69,6 +69,6 @@ def _commonest(values: Mapping[str, float]) -> float:
 
 
 def _others(values: Mapping[str, float]) -> dict[str, float]:
-    """Those that differ from the commonest, each under an expression that no other name matches."""
+    """The values that differ from the commonest, each under an expression that no other name matches."""
     usual = _commonest(values)
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}

@@ -1,4 +1,4 @@
-"""What a model puts into a PEFT directory: pairs, modules trained in full, biases and buffers that moved."""
+"""The contents of a PEFT directory from a model: pairs, modules trained in full, biases and changed buffers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lightning_lora.peft_format.targets import lies_in, saved
 
 WITHOUT = "Leave it out with `exclude` and `also_train`, or merge the adapter and save the whole model."
 REPEATED = "is used in several places, of which peft adapts one"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which peft does not wrap
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a directory; names are relative to the model that peft wraps.
+    """The contents of a directory; names are relative to the model that peft wraps.
 
     Args:
-        pairs: of each adapted module.
+        pairs: A and B by the name of the adapted module.
         modules_to_save: names of the modules that are trained in full.
-        plain: their values, trained biases, and buffers that moved, by their keys in the file.
+        plain: their values, trained biases and changed buffers, by their keys in the file.
     """
 
     pairs: dict[str, PeftPair]
@@ -43,7 +43,7 @@ class Contents:
     plain: dict[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it under the file's keys."""
+        """Every tensor by its key in the file."""
         named = {f"{name}.{key}": value for name, pair in self.pairs.items() for key, value in matrices(pair)}
         return {f"{PREFIX}{key}": value for key, value in {**named, **self.plain}.items()}
 
@@ -64,12 +64,12 @@ def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
 
 
 def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]) -> Contents:
-    """What the part ``inner`` of a model puts into a directory.
+    """The contents of a directory for the part ``inner`` of a model.
 
     Args:
-        inner: what peft wraps.
-        config: what the adapter was made with.
-        asked_as: the name that ``config`` knows something in ``inner`` by.
+        inner: the part that peft wraps.
+        config: the configuration of the adapter.
+        asked_as: gives the name in ``config``'s terms of something in ``inner``.
 
     Raises:
         ValueError: naming what PEFT's format has no place for.
@@ -77,7 +77,7 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     adapted = list(holders(inner))
     _check_layers(adapted, inner, config)
     pairs = {name: to_peft(module, adapters_of(adapters, config.name)) for name, module, adapters in adapted}
-    plain = _beside(inner, adapted)
+    plain = _other_state(inner, adapted)
     trained = _in_full(plain, inner, config, asked_as)
     modules_to_save = _owners(trained, inner)
     _check_saved(modules_to_save, inner, list(pairs))
@@ -111,26 +111,26 @@ def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Modu
             raise ValueError(f"`{name}` {reason}. {WITHOUT} Nothing was written.")
         if isinstance(owner, nn.TransformerEncoderLayer):
             warnings.warn(
-                f"`{name}` lies in an nn.TransformerEncoderLayer: in evaluation torch reads its weight past peft's "
-                "adapter. The files are right, and peft's outputs there are the base's.",
+                f"`{name}` lies in an nn.TransformerEncoderLayer: in evaluation torch bypasses peft's "
+                "adapter there. The files are right, but peft's outputs are the base's.",
                 stacklevel=4,
             )
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """What of PEFT's format each adapted layer is, or why it is nothing of that."""
+    """The kind of each adapted layer in PEFT's format, or why it has none."""
     modules, places = dict(names.named_modules(model)), places_in(model)
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for name, layer, adapters in holders(model):
         (holder,) = adapters.values()
         assert isinstance(holder, (Adapter, Pairs))
         kind = kind_in_peft(layer, modules.get(name.rpartition(".")[0]) if name else None, holder)
-        found[name] = kind if places[id(layer)] < 2 else REPEATED
-    return found
+        by_name[name] = kind if places[id(layer)] < 2 else REPEATED
+    return by_name
 
 
 def places_in(model: nn.Module) -> Counter[int]:
-    """In how many places of ``model`` each module is, by its identity: peft puts another into one of them."""
+    """How many places of ``model`` hold each module, by its id: peft replaces it in one of them only."""
     owners = {id(owner): owner for owner in model.modules()}
     return Counter(id(child) for owner in owners.values() for child in owner._modules.values())
 
@@ -140,36 +140,36 @@ def _all_names(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]])
     return {name for name, module in names.named_modules(inner) if id(module) in wanted}
 
 
-def _beside(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, Tensor]:
-    """What belongs to the adapter beside its pairs, by its name in ``inner``."""
-    own = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
-    found = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(own)}
-    for key, value in found.items():
+def _other_state(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, Tensor]:
+    """Everything else that belongs to the adapter, by its name in ``inner``."""
+    pairs = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
+    state = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(pairs)}
+    for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"`{key}` is a {type(value).__name__}, and PEFT's format holds tensors. Nothing was written."
             )
-    return found
+    return state
 
 
 def _in_full(
     plain: dict[str, Tensor], inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]
 ) -> set[str]:
-    """The parameters that train for another reason than that they are biases."""
+    """The trained parameters that are not trained as biases."""
     parameters = plain.keys() - buffer_names(inner)
     biases = {key for key in parameters if BIAS.fullmatch(key.rpartition(".")[2]) and config.bias != "none"}
     return {key for key in parameters if key not in biases or covers(asked_as(key), config.also_train or ())}
 
 
 def _owners(trained: set[str], inner: nn.Module) -> list[str]:
-    """The outermost modules that train in full, then those that hold what is left."""
-    found: list[str] = []
+    """The outermost modules that train in full, then the modules that hold the remaining parameters."""
+    owners: list[str] = []
     for name, module in names.named_modules(inner):
         keys = {names.join(name, names.clean(key)) for key, _ in module.named_parameters()}
-        if name and keys and keys <= trained and not isinstance(module, CONTAINERS) and not _lies_under(name, found):
-            found.append(name)
-    left = [key for key in trained if not _lies_under(key, found)]
-    return found + sorted({key.rpartition(".")[0] for key in left})
+        if name and keys and keys <= trained and not isinstance(module, CONTAINERS) and not _lies_under(name, owners):
+            owners.append(name)
+    left = [key for key in trained if not _lies_under(key, owners)]
+    return owners + sorted({key.rpartition(".")[0] for key in left})
 
 
 def _lies_under(key: str, modules: list[str]) -> bool:
@@ -186,11 +186,11 @@ def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str
             )
         if isinstance(modules[name], CONTAINERS):
             raise ValueError(f"`{name}` is a container, which peft does not wrap. {WITHOUT} Nothing was written.")
-        more = [other for other in saved([name], inner) if other not in modules_to_save]
-        more += [other for other in adapted if lies_in(other, [name])]
+        more = [module for module in saved([name], inner) if module not in modules_to_save]
+        more += [module for module in adapted if lies_in(module, [name])]
         if more:
             raise ValueError(
-                f"`{name}` trains in full, and by that name peft would take `{more[0]}` for it too. Rename it, or name "
+                f"`{name}` trains in full, and peft would match `{more[0]}` by that name too. Rename it, or name "
                 "a smaller module in `also_train`. Nothing was written."
             )
 
@@ -202,13 +202,13 @@ def _key(key: str, adapted: set[str]) -> str:
 
 
 def _as_written(key: str, value: Tensor) -> Tensor:
-    """A copy in fp32, or what cannot be had in it: fp64 and whole numbers."""
+    """A copy in fp32; fp64 and integers stay as they are."""
     kept = value.dtype == torch.float64 or not value.is_floating_point()
     return value.detach().to("cpu", value.dtype if kept else torch.float32, copy=True).contiguous()
 
 
 def for_vllm(contents: Contents) -> Contents:
-    """The same with one rank and one scale for all, which is all that vLLM reads.
+    """The same contents with one rank and one scale for all layers, as vLLM reads only these.
 
     Raises:
         ValueError: naming what vLLM refuses.
@@ -218,7 +218,7 @@ def for_vllm(contents: Contents) -> Contents:
     for name, pair in contents.pairs.items():
         if pair.A.dim() > 2 or pair.keys[0] != "lora_A.weight":
             raise ValueError(
-                f"`{name}` is no linear map, and vLLM adapts linear maps only: leave it out with `exclude`."
+                f"`{name}` is no linear layer, and vLLM adapts linear layers only: leave it out with `exclude`."
             )
     largest = max(pair.r for pair in contents.pairs.values())
     rank = next((allowed for allowed in RANKS if allowed >= largest), None)

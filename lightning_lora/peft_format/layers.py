@@ -1,6 +1,6 @@
-"""One layer's A and B as PEFT's files hold them, and back; what its files cannot hold.
+"""A and B of one layer in the form of PEFT's files, and back; and which layers have no such form.
 
-Shapes (peft 0.21, ``tuners/lora/layer.py``): A ``(r, in)`` and B ``(out, r)`` for a linear map of either kind and for
+Shapes (peft 0.21, ``tuners/lora/layer.py``): A ``(r, in)`` and B ``(out, r)`` for a linear layer of either kind and for
 an embedding, where the two have other names; A ``(r, in, *kernel)`` and B ``(out, r, 1, ...)`` for a convolution.
 """
 
@@ -33,7 +33,7 @@ class PeftPair:
         A: ``(r, in, *kernel)``.
         B: ``(out, r, ...)``.
         scale: factor in front of ``B A``.
-        keys: what the two are called.
+        keys: the ends of their names in the file.
     """
 
     A: Tensor
@@ -52,7 +52,7 @@ class PeftPair:
 
 
 def keys_of(module: nn.Module) -> tuple[str, str]:
-    """What peft calls A and B of ``module``."""
+    """The ends of peft's names for A and B of ``module``."""
     if adaptable_base(original_class(module)) is nn.Embedding:
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
@@ -61,13 +61,13 @@ def keys_of(module: nn.Module) -> tuple[str, str]:
 def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
     """Why no PEFT file can hold adapters of ``module`` in ``owner``, as the end of a sentence; ``None`` where one can.
 
-    peft adds its term to what the module gives. So where that is not the plain map, the two would differ.
+    peft adds ``B A x`` to the output of the module. So outputs differ where the module computes more than ``W x``.
     """
     cls, root = original_class(module), adaptable_base(original_class(module))
     if root is None or not (root in (nn.Linear, nn.Embedding, *CONVOLUTIONS) or root is conv1d_base(root)):
         return f"is a {cls.__name__}, which PEFT's format has no place for"
     if isinstance(owner, nn.MultiheadAttention):
-        return "lies in an nn.MultiheadAttention, which reads its weight past peft's adapter"
+        return "lies in an nn.MultiheadAttention, which bypasses peft's adapter as it reads the weight itself"
     if parameter_of(module).is_meta:
         return ON_META
     if root in CONVOLUTIONS:
@@ -76,12 +76,12 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
         return "has `max_norm`, which peft applies to A instead of the sum"
     scaled = root is nn.Embedding and hasattr(module, "embed_scale")  # peft knows of that attribute
     if cls.forward is not root.forward and not scaled and not is_quantized_class(cls):
-        return f"is a {cls.__name__} with a forward of its own, past which peft would add its term"
+        return f"is a {cls.__name__} with its own forward, whose result peft's term would be added to"
     return None
 
 
 def kind_in_peft(module: nn.Module, owner: nn.Module | None, adapters: Adapter | Pairs) -> str:
-    """What of PEFT's format an adapted layer is, or why it is nothing of that: told in checkpoints for later."""
+    """The kind of an adapted layer in PEFT's format, or why it has none; checkpoints record it."""
     reason = refusal(module, owner) or refused_pairs(adapters)
     if reason is None and isinstance(adapters, Pairs):
         reason = SLICES
@@ -94,18 +94,18 @@ def kind_in_peft(module: nn.Module, owner: nn.Module | None, adapters: Adapter |
 
 
 def _refused_convolution(module: nn.Module) -> str | None:
-    own = original_class(module)
-    root = next(kind for kind in CONVOLUTIONS if issubclass(own, kind))
+    cls = original_class(module)
+    root = next(kind for kind in CONVOLUTIONS if issubclass(cls, kind))
     for attribute, plain in (("groups", 1), ("padding_mode", "zeros"), ("dilation", (1,) * len(module.kernel_size))):  # type: ignore[arg-type]
         if getattr(module, attribute) != plain:
             return f"has {attribute}={getattr(module, attribute)!r}, which peft's adapter does not follow"
-    if own.forward is not root.forward or getattr(own, "_conv_forward", None) is not root._conv_forward:
-        return f"is a {own.__name__} with a forward of its own, past which peft would add its term"
+    if cls.forward is not root.forward or getattr(cls, "_conv_forward", None) is not root._conv_forward:
+        return f"is a {cls.__name__} with its own forward, whose result peft's term would be added to"
     return None
 
 
 def refused_pairs(adapters: Adapter | Pairs) -> str | None:
-    """Why no PEFT file can hold these pairs, as the end of a sentence about their layer."""
+    """Why PEFT's format has no place for these pairs, as the end of a sentence about their layer."""
     for adapter in pairs_in(adapters):
         if adapter.part.read or adapter.part.stacked or adapter.part.key != "weight":
             return f"is adapted by its parameter `{adapter.part.key}`, which PEFT's format has no place for"
@@ -113,14 +113,14 @@ def refused_pairs(adapters: Adapter | Pairs) -> str | None:
 
 
 def pairs_in(adapters: Adapter | Pairs) -> list[Adapter]:
-    """One pair, or those of the slices of a fused map."""
+    """The pair of a layer, or the pairs of the slices of a fused one."""
     return [pair for _, pair in adapters.items()] if isinstance(adapters, Pairs) else [adapters]
 
 
 def to_peft(module: nn.Module, adapters: Adapter | Pairs) -> PeftPair:
-    """The pair as peft has it: of a fused map's slices one pair on all of it, whose rank is the sum of theirs.
+    """The pair in peft's form; the slices of a fused layer become one pair, whose rank is the sum of theirs.
 
-    B is zero in the rows of the other slices, so that its product is the same.
+    For each slice B is zero in the rows of the others, so that ``B A`` is the same.
     """
     pairs = pairs_in(adapters)
     weight = parameter_of(module)
@@ -156,21 +156,21 @@ def from_peft(adapters: Adapter | Pairs, pair: PeftPair) -> Mapping[str, Tensor]
     """The values of A and B of each of ``adapters`` from the file's ``pair``; or why they do not fit."""
     A, B = pair.A.flatten(1), pair.B.flatten(1)
     pairs = pairs_in(adapters)
-    if sum(one.r for one in pairs) != pair.r:
-        return f"has rank {pair.r} in the file and {sum(one.r for one in pairs)} in the model"
+    if sum(adapter.r for adapter in pairs) != pair.r:
+        return f"has rank {pair.r} in the file and {sum(adapter.r for adapter in pairs)} in the model"
     if not math.isclose(pairs[0].scale, pair.scale, rel_tol=1e-6):
         return f"has the scale {pair.scale:g} in the file and {pairs[0].scale:g} in the model"
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     start = 0
-    for name, one in adapters.items() if isinstance(adapters, Pairs) else [("", adapters)]:
-        columns = B[:, start : start + one.r]
-        own = _own_rows(one, columns)
-        if not torch.equal(one.part.place_rows(own, len(B)), columns):
-            return "is adapted in rows that the adapters in the model leave alone"
-        found[f"{name}.A" if name else "A"] = A[start : start + one.r]
-        found[f"{name}.B" if name else "B"] = own * (pair.scale / one.scale)
-        start += one.r
-    return found
+    for name, adapter in adapters.items() if isinstance(adapters, Pairs) else [("", adapters)]:
+        columns = B[:, start : start + adapter.r]
+        rows = _own_rows(adapter, columns)
+        if not torch.equal(adapter.part.place_rows(rows, len(B)), columns):
+            return "is adapted in rows that the adapters in the model do not change"
+        values[f"{name}.A" if name else "A"] = A[start : start + adapter.r]
+        values[f"{name}.B" if name else "B"] = rows * (pair.scale / adapter.scale)
+        start += adapter.r
+    return values
 
 
 def _own_rows(pair: Adapter, B: Tensor) -> Tensor:
@@ -183,6 +183,6 @@ def _own_rows(pair: Adapter, B: Tensor) -> Tensor:
 
 def adapters_of(holder: Adapters, name: str) -> Adapter | Pairs:
     """The pairs of the adapter ``name`` of a layer."""
-    found = holder[name]
-    assert isinstance(found, (Adapter, Pairs))
-    return found
+    adapter = holder[name]
+    assert isinstance(adapter, (Adapter, Pairs))
+    return adapter

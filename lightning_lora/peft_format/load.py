@@ -38,8 +38,8 @@ def load_adapter(
 ) -> list[str]:
     """Load a directory that peft or :func:`save_adapter` wrote into ``model``: all of it, or nothing at all.
 
-    A bare model is adapted as ``adapter_config.json`` says; of a fused map it then gets one pair on all of it. A model
-    that has adapters keeps its own configuration, which must fit: apply yours first to go on training slices of it.
+    A model without adapters gets them as ``adapter_config.json`` says, with one pair on all of a fused layer. A model
+    with adapters keeps its own configuration, which must fit: apply yours first to continue to train slices.
     Nothing is unpickled.
 
     Args:

@@ -47,10 +47,10 @@ def read_values(adapter: StoredAdapter) -> FileValues:
 
 
 def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None:
-    """Raise unless the configuration means just the modules that the file has pairs for, in a form that we have.
+    """Raise unless the configuration adapts exactly the modules that the file has pairs for, and we support them.
 
     Raises:
-        ValueError: naming the first that it does not.
+        ValueError: naming the first module that does not fit.
     """
     wanted, modules, places = targeted(asked, inner), dict(names.named_modules(inner)), places_in(inner)
     for name in (*file.pairs, *wanted):
@@ -85,12 +85,12 @@ def _check_pair(name: str, module: nn.Module, halves: Mapping[str, Tensor], r: i
     padding, A = getattr(module, "padding_idx", None), halves[keys_of(module)[0]]
     if padding is not None and bool(A[:, padding].any()):
         raise ValueError(
-            f"`{name}` has an adapter for its padding index, which here has none: set that column to zero."
+            f"`{name}` has an adapter for its padding index, which has none here: set that column to zero."
         )
 
 
 def config_for(asked: PeftConfig, file: FileValues, inner: nn.Module, prefix: str, model: nn.Module) -> LoRAConfig:
-    """The configuration of ours with which a bare ``model`` gets the adapters of the file."""
+    """The LoRAConfig that gives a ``model`` without adapters those of the file."""
     every = module_names(model, aliases=True)
     full = {name: exact_pattern(names.join(prefix, name), every) for name in file.pairs}
     ranks = {full[name]: asked.rank_for(name) for name in file.pairs}
@@ -111,10 +111,10 @@ def config_for(asked: PeftConfig, file: FileValues, inner: nn.Module, prefix: st
 
 
 def check_adapted(file: FileValues, inner: nn.Module) -> None:
-    """Raise unless ``inner`` has adapters on just the modules that the file has pairs for.
+    """Raise unless ``inner`` has adapters on exactly the modules that the file has pairs for.
 
     Raises:
-        ValueError: naming the first that it does not.
+        ValueError: naming the first module that does not fit.
     """
     present = [name for name, _, _ in holders(inner)]
     for name in (*file.pairs, *present):
@@ -124,30 +124,30 @@ def check_adapted(file: FileValues, inner: nn.Module) -> None:
 
 
 def values_for(asked: PeftConfig, file: FileValues, inner: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The state of the adapted ``inner`` that the file holds, by its names there.
+    """The values of the file as a state dict of the adapted ``inner``.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: naming the first value that does not fit.
     """
     state: dict[str, Tensor] = {}
     for name, layer, adapters in holders(inner):
         A, B = (file.pairs[name][key].float() for key in keys_of(layer))
         pair = PeftPair(A, B, asked.scale_for(name), keys_of(layer))
-        found = from_peft(adapters_of(adapters, adapter), pair)
-        if isinstance(found, str):
-            raise ValueError(f"`{name}` {found}: apply the configuration that the adapter was made with.")
-        state |= {names.join(name, f"lora.{adapter}.{key}"): value for key, value in found.items()}
-    return state | _beside(file.in_full, inner)
+        values = from_peft(adapters_of(adapters, adapter), pair)
+        if isinstance(values, str):
+            raise ValueError(f"`{name}` {values}: apply the configuration that the adapter was made with.")
+        state |= {names.join(name, f"lora.{adapter}.{key}"): value for key, value in values.items()}
+    return state | _other_state(file.in_full, inner)
 
 
-def _beside(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Tensor]:
-    """What is loaded beside the pairs; what the file holds of the frozen base must be the base's."""
-    own, frozen = clean_state(inner), frozen_names(inner)
+def _other_state(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Tensor]:
+    """The other values to load; those of the frozen base must equal the base's."""
+    present, frozen = clean_state(inner), frozen_names(inner)
     for key, value in plain.items():
-        if not isinstance(own.get(key), Tensor):
-            raise ValueError(f"The adapter's file has {shown(key)}, which the model has not.")
-        _check_value(key, value, full_detached(own[key]))
-        if key in frozen and not _same(value, full_detached(own[key]).cpu()):
+        if not isinstance(present.get(key), Tensor):
+            raise ValueError(f"The adapter's file has {shown(key)}, which the model does not have.")
+        _check_value(key, value, full_detached(present[key]))
+        if key in frozen and not _same(value, full_detached(present[key]).cpu()):
             raise ValueError(
                 f"The adapter's file holds `{key}` of its base, and the model has other values there. Load the base "
                 "that it was trained on first."
@@ -173,20 +173,20 @@ def _same(value: Tensor, own: Tensor) -> bool:
 
 
 def _check_tied(plain: Mapping[str, Tensor], inner: nn.Module) -> None:
-    """Raise where peft would give the modules that share a parameter one each, of other values."""
+    """Raise where modules share a parameter and the file has different values for them."""
     every = inner.named_parameters(remove_duplicate=False)
     known = {names.clean(name): id(parameter) for name, parameter in every}
     for key in plain.keys() & known.keys():
-        for other in (name for name, one in known.items() if one == known[key]):
-            if other not in plain or not torch.equal(plain[other], plain[key]):
+        for alias in (name for name, identity in known.items() if identity == known[key]):
+            if alias not in plain or not torch.equal(plain[alias], plain[key]):
                 raise ValueError(
-                    f"`{key}` and `{other}` are one parameter in the model, and the file trains them apart: untie them "
+                    f"`{key}` and `{alias}` are one parameter in the model, and the file trains them apart: untie them "
                     "first (`tie_word_embeddings=False` in transformers)."
                 )
 
 
 def filled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``state`` with the biases that train in a ``model`` that was just adapted, and that peft knows by no name."""
-    own = clean_state(model)
+    """``state`` with the trained biases of a new ``model`` that peft does not save, as their names are not ``bias``."""
+    present = clean_state(model)
     missing = [key for key in needed_names(model) if key not in state and BIAS.fullmatch(key.rpartition(".")[2])]
-    return {**state, **{key: full_detached(own[key]).clone() for key in missing}}
+    return {**state, **{key: full_detached(present[key]).clone() for key in missing}}

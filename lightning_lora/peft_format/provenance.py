@@ -1,4 +1,4 @@
-"""Where an adapter comes from, as strings in the header of its file: the base it was trained on, and how."""
+"""The header of an adapter's file: the base it was trained on, its configuration, and a digest of its values."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def header(
     metadata: Mapping[str, str] | None,
     inner: str,
 ) -> dict[str, str]:
-    """What the header says.
+    """The strings of the header.
 
     Args:
-        config: what the adapter was made with.
-        base: what it was trained on, by names relative to ``inner``.
-        tensors: what the file holds.
-        metadata: what the user adds.
+        config: the configuration of the adapter.
+        base: the fingerprint of its base, by names relative to ``inner``.
+        tensors: the tensors of the file.
+        metadata: strings of the user.
         inner: name of the part of the model that the file's names are relative to.
 
     Raises:
@@ -56,14 +56,14 @@ def header(
             raise TypeError(f"`metadata` must be a dict of strings, but got {key!r}: {value!r}. Write str(...).")
         if key == "format" or key.startswith(OWN):
             raise ValueError(f"`metadata` has {key!r}, which the file itself uses: take another key.")
-    own = {
+    ours = {
         f"{OWN}.version": __version__,
         f"{OWN}.config": json.dumps(config.to_dict()),
         INNER: inner,
         BASE: json.dumps(base),
         DIGEST: digest(tensors),
     }
-    return {"format": "pt", **own, **(metadata or {})}
+    return {"format": "pt", **ours, **(metadata or {})}
 
 
 def check_config(metadata: Mapping[str, str], values: Mapping[str, Any], path: Path) -> None:
@@ -81,29 +81,29 @@ def check_config(metadata: Mapping[str, str], values: Mapping[str, Any], path: P
         written = parse_object(metadata[ADAPTER_CONFIG].encode())
     except ValueError as error:
         raise ValueError(f"The header of `{path}` is damaged: its configuration is no JSON ({error}).") from error
-    other = difference(values, written)
-    if other is not None:
+    change = difference(values, written)
+    if change is not None:
         raise ValueError(
-            f"`{path}`: `adapter_config.json` does not belong to the weights, {other} when they were written. Was the "
+            f"`{path}`: `adapter_config.json` does not belong to the weights, {change} when they were written. Was the "
             "write interrupted, or is it still going on? Copy or save both files again."
         )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A hash of the names, the types and every bit of ``tensors``."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hasher.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Compare ``tensors`` with those that the file was written with, if it tells.
+    """Compare ``tensors`` with the digest in the header, if there is one.
 
     Raises:
-        ValueError: if a bit of them is another.
+        ValueError: if a bit of them changed.
     """
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
         raise ValueError("The adapter's file is damaged: its values are not those it was written with. Copy it again.")
@@ -119,7 +119,7 @@ def base_of(model: nn.Module) -> Fingerprint:
 
 
 def _unmerged(layer: nn.Module, record: Merged) -> Fingerprint:
-    if any(is_sharded(parameter_of(layer, key)) for key in record.weights):  # no copy of these can be made
+    if any(is_sharded(parameter_of(layer, key)) for key in record.weights):  # these cannot be copied
         return {key: [None, None, None, *shape_of(parameter_of(layer, key))] for key in record.weights}
     plain = copy.deepcopy(layer)
     unmerge_lora(plain)
@@ -127,36 +127,36 @@ def _unmerged(layer: nn.Module, record: Merged) -> Fingerprint:
 
 
 def _first_names(model: nn.Module) -> list[str]:
-    """The first name of every parameter, those that the merge parted taken as one."""
+    """The first name of every parameter; a tied one that the merge separated counts once."""
     weights = {id(layer): merged.weights for _, layer, merged in merged_layers(model)}
-    found: dict[int, str] = {}
+    first: dict[int, str] = {}
     for name, module in names.named_modules(model):
         for key, parameter in module._parameters.items():
             weight = weights.get(id(module), {}).get(key)
             tied = parameter if weight is None or weight.shared is None else weight.shared
-            found.setdefault(id(tied), names.join(name, key))
-    return list(found.values())
+            first.setdefault(id(tied), names.join(name, key))
+    return list(first.values())
 
 
 def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str], strict: bool) -> None:
-    """Compare ``model`` with the base that the header tells of, if it does; what is ``trained`` may be no part of it.
+    """Compare ``model`` with the fingerprint in the header, if there is one; ``trained`` names may be missing there.
 
     Raises:
-        ValueError: if it is another, or the header is damaged.
+        ValueError: if the bases differ, or the header is damaged.
     """
     if BASE not in metadata:
         return
     expected = base_in(metadata)
-    found = {name: sums for name, sums in fingerprint(model).items() if name in expected or name not in trained}
-    wrong = other_base(expected, found)
+    present = {name: sums for name, sums in fingerprint(model).items() if name in expected or name not in trained}
+    wrong = other_base(expected, present)
     if wrong is not None and strict:
         raise ValueError(
-            f"The adapter was trained on another base: {wrong}. Load the base it was trained on first; to load it all "
-            "the same pass strict_base=False."
+            f"The adapter was trained on another base: {wrong}. Load that base first, or pass "
+            "strict_base=False to load the adapter all the same."
         )
     if wrong is not None:
         warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=3)
-    elif not exactly_same(expected, found):
+    elif not exactly_same(expected, present):
         warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=3)
 
 

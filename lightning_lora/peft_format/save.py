@@ -34,9 +34,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
 
-    peft's outputs are then those of ``model``. Slices of a fused map become one pair on all of it, whose rank is the
-    sum of theirs. Everything is checked before anything is written; an error leaves the files that were there. Where
-    several processes train, all must call it, and the first writes.
+    peft's outputs are then those of ``model``. Slices of a fused layer become one pair on all of it, whose rank is
+    the sum of theirs. Everything is checked before anything is written, and an error leaves the old files. In
+    distributed training all processes must call it, and the first writes.
 
     Args:
         model: a model with adapters, live or merged.
@@ -44,7 +44,7 @@ def save_adapter(
         inner: name of the module in ``model`` that peft will wrap, ``""`` for ``model`` itself. ``None`` finds it: the
             transformers model that holds all adapters, else the one child of a LightningModule that does, else
             ``model``.
-        flavor: ``"peft"``, or ``"vllm"`` for the same in one rank and one scale for all layers.
+        flavor: ``"peft"``, or ``"vllm"`` for one rank and one scale in all layers.
         metadata: strings to keep in the header of the weights' file, such as the step and metrics.
 
     Raises:
@@ -95,7 +95,7 @@ def file_writers(
 
 
 def _first_of_all(write: Callable[[], None]) -> None:
-    """Let the first process write, and the others wait for it."""
+    """Write in the first process; the others wait."""
     several = distributed.is_available() and distributed.is_initialized()
     try:
         if not several or distributed.get_rank() == 0:
@@ -106,21 +106,21 @@ def _first_of_all(write: Callable[[], None]) -> None:
 
 
 def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
-    """The name of the module in ``model`` that was adapted, empty for itself, and how."""
+    """The name of the module in ``model`` that was adapted, empty for itself, and its configuration."""
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
-    found = [(name, record.config) for name, _, record in records(model) if record.config is not None]
-    if len(found) != 1:
-        what = "several parts of it were" if found else "a module around it was"
+    configured = [(name, record.config) for name, _, record in records(model) if record.config is not None]
+    if len(configured) != 1:
+        what = "several parts of it were" if configured else "a module around it was"
         raise ValueError(f"`model` was not adapted as one: {what}. Save what `apply_lora` was called with.")
-    return found[0]
+    return configured[0]
 
 
 def _inner_of(model: nn.Module, inner: str | None) -> tuple[str, nn.Module]:
     """The part that peft wraps and its name; all that belongs to the adapter must lie in it."""
     adapted = [name for name, _, _ in holders(model)]
     modules = dict(names.named_modules(model))
-    name = inner_name(model, inner, lambda head: all(one.startswith(f"{head}." if head else "") for one in adapted))
+    name = inner_name(model, inner, lambda head: all(layer.startswith(f"{head}." if head else "") for layer in adapted))
     part = modules[name]
     heads = tuple(f"{alias}." if alias else "" for alias, module in modules.items() if module is part)
     for key in lora_state_dict(model):
@@ -137,12 +137,12 @@ def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor
     modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.pairs.items()}
     inside = dict(names.named_modules(part))
     linear = [module for name in modules if is_linear(module := inside[name])]
-    own = getattr(part, "name_or_path", None) or None
+    base = getattr(part, "name_or_path", None) or None
     return written_config(
         modules,
         exact_targets(list(modules), part),
         contents.modules_to_save,
         config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
-        base=own if isinstance(own, str) else None,
+        base=base if isinstance(base, str) else None,
         transposed=bool(linear) and not any(issubclass(original_class(module), nn.Linear) for module in linear),
     )

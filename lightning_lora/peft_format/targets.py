@@ -1,4 +1,4 @@
-"""Which modules peft means, and how to name just those that we mean; which part of a model it wraps.
+"""Which modules peft would adapt, how to name exact targets, and which part of a model peft wraps.
 
 Its rules: ``check_target_module_exists`` and ``_maybe_include_all_linear_layers`` in ``tuners/tuners_utils.py``,
 ``_set_trainable`` in ``utils/other.py`` (peft 0.21).
@@ -21,13 +21,13 @@ HEADS = ("score", "classifier")
 
 
 def module_names(model: nn.Module, aliases: bool = False) -> list[str]:
-    """The names of the modules in ``model`` as peft would see them, without ours; each once, or under all names."""
+    """The names of the modules in ``model`` without our adapters; with ``aliases`` under all names."""
     hidden = {id(inner) for layer in model.modules() if isinstance(layer, LoRALayer) for inner in layer.lora.modules()}
-    found: dict[int, list[str]] = {}
+    aliases_of: dict[int, list[str]] = {}
     for name, module in names.named_modules(model):
         if name and id(module) not in hidden:
-            found.setdefault(id(module), []).append(name)
-    return [name for own in found.values() for name in (own if aliases else own[:1])]
+            aliases_of.setdefault(id(module), []).append(name)
+    return [name for every in aliases_of.values() for name in (every if aliases else every[:1])]
 
 
 def targeted(asked: PeftConfig, model: nn.Module) -> list[str]:
@@ -44,7 +44,7 @@ def is_targeted(name: str, asked: PeftConfig) -> bool:
 
 
 def saved(modules_to_save: Sequence[str], model: nn.Module) -> list[str]:
-    """The modules of ``model`` that peft would train in full: it asks for the end of a name, not for a whole word."""
+    """The modules of ``model`` that peft would train in full: it compares the end of a name, not whole words."""
     return [name for name in module_names(model, aliases=True) if name.endswith(tuple(modules_to_save))]
 
 
@@ -55,7 +55,7 @@ def _left_out(name: str, asked: PeftConfig) -> bool:
 
 
 def lies_in(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether peft takes ``name`` for a part of one of ``modules_to_save``, which it reads as expressions."""
+    """Whether peft finds ``name`` inside one of ``modules_to_save``, which it uses as regular expressions."""
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in modules_to_save)
 
 
@@ -82,19 +82,19 @@ def _number(name: str, patterns: list[str]) -> int | None:
 
 
 def _all_linear(asked: PeftConfig, model: nn.Module) -> list[str]:
-    """The linear maps of ``model`` but the output head, which only a transformers model tells."""
+    """The linear layers of ``model`` without the output head, which only a transformers model names."""
     modules = dict(names.named_modules(model))
     linear = [name for name in module_names(model) if is_linear(modules[name])]
     if not is_pretrained(model):
         return linear
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None and asked.classifies:
-        head = next((found for name in HEADS if (found := getattr(model, name, None)) is not None), None)
+        head = next((module for name in HEADS if (module := getattr(model, name, None)) is not None), None)
     return [name for name in linear if modules[name] is not head]
 
 
 def exact_targets(wanted: Sequence[str], model: nn.Module) -> list[str] | str:
-    """``target_modules`` that mean just the modules ``wanted``: their names, or an expression where a tail is one."""
+    """``target_modules`` that match the modules ``wanted`` and no others: names, or an expression if one is a tail."""
     others, tails = set(module_names(model)) - set(wanted), tuple(f".{name}" for name in wanted)
     if any(name.endswith(tails) for name in others):
         return "|".join(re.escape(name) for name in wanted)
@@ -102,8 +102,8 @@ def exact_targets(wanted: Sequence[str], model: nn.Module) -> list[str] | str:
 
 
 def exact_pattern(name: str, among: Sequence[str]) -> str:
-    """The pattern of ours that means just ``name`` ``among`` the names of modules."""
-    plain = not set("*?[:") & set(name) and not any(other.endswith(f".{name}") for other in among)
+    """The pattern in our syntax that matches ``name`` and no other of the names in ``among``."""
+    plain = not set("*?[:") & set(name) and not any(longer.endswith(f".{name}") for longer in among)
     return name if plain and "." in name else f"re:{re.escape(name)}"
 
 
@@ -117,8 +117,8 @@ def inner_name(model: nn.Module, inner: str | None, holds: Callable[[str], bool]
 
     Args:
         model: any module.
-        inner: that name where it is known.
-        holds: whether the part of a name has everything that the adapter needs.
+        inner: the name, if the user gave it.
+        holds: whether the module of this name has everything that the adapter needs.
 
     Raises:
         ValueError: if there is no module ``inner``.

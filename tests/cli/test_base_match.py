@@ -18,7 +18,7 @@ def found(tmp_path, pairs, whole=None, tensors=None):
 def test_names_as_they_are(tmp_path):
     change = found(tmp_path, attention_pairs(), {"score.weight": values(2, 8), "model.norm.weight": values(8)})
     assert change.pairs.keys() == {f"{name}.weight" for name in attention_pairs()}
-    assert change.whole.keys() == {"score.weight", "model.norm.weight"}
+    assert change.in_full.keys() == {"score.weight", "model.norm.weight"}
     assert not any(target.transposed for target in change.pairs.values())
 
 
@@ -29,7 +29,7 @@ def test_a_leading_part_on_one_side(tmp_path, start):
     whole = {f"{start}norm.weight": values(8), "score.weight": values(2, 8)}
     change = found(tmp_path, pairs, whole, inner)
     assert change.pairs.keys() == {f"{name.removeprefix('model.')}.weight" for name in attention_pairs()}
-    assert change.whole.keys() == {"norm.weight", "score.weight"}
+    assert change.in_full.keys() == {"norm.weight", "score.weight"}
 
 
 def test_not_when_it_finds_only_some(tmp_path):

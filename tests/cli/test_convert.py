@@ -140,7 +140,7 @@ def test_a_convolution(tmp_path):
     ("make", "target", "words"),
     [
         (lambda: image(lambda: nn.Conv2d(1, 2, 3, dilation=1, groups=1, padding_mode="reflect")), "1", "padding_mode"),
-        (lambda: image(lambda: nn.Conv2d(1, 2, 3)), "3", "is a Scaled with a forward of its own"),
+        (lambda: image(lambda: nn.Conv2d(1, 2, 3)), "3", "is a Scaled with its own forward"),
     ],
 )
 def test_what_peft_would_compute_otherwise_is_refused(tmp_path, make, target, words):

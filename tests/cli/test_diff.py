@@ -90,7 +90,7 @@ def test_bits_that_are_no_numbers(tmp_path):
     save_file(tensors | {"b.weight": torch.tensor([[1.0]]), "c": torch.tensor([1, 4])}, tmp_path / "b.safetensors")
     rows = by_name(diff_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
     assert not rows["a.weight"].changed()
-    assert rows["b.weight"].changed() and rows["b.weight"].note == "NaN or infinite numbers"
+    assert rows["b.weight"].changed() and rows["b.weight"].note == "NaN or infinity"
     assert rows["c"].distance == 2
 
 

@@ -91,7 +91,7 @@ def test_targets(tmp_path):
         "model.layers.1.mlp.down_proj",
     }
     assert found.not_covered["model.layers.0.mlp.up_proj.weight"] == "not chosen"
-    with pytest.raises(ValueError, match=r"`targets` has 'k_proj', which matches no map\. The nearest are .*q_proj"):
+    with pytest.raises(ValueError, match=r"`targets` has 'k_proj', which matches no layer\. The nearest are .*q_proj"):
         extract(base, other, tmp_path / "out2", targets=["k_proj"])
 
 
@@ -110,7 +110,7 @@ def test_half_precision_and_other_shapes(tmp_path):
 def test_refused(tmp_path):
     base, same = write_base(tmp_path / "base", base_tensors()), write_base(tmp_path / "same", base_tensors(), 2)
     before = listing(tmp_path)
-    with pytest.raises(ValueError, match="no chosen map that differs"):
+    with pytest.raises(ValueError, match="no chosen layer that differs"):
         extract(base, same, tmp_path / "out")
     with pytest.raises(ValueError, match="`r` must be at least 1"):
         extract(base, same, tmp_path / "out", r=0)

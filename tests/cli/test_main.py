@@ -242,7 +242,7 @@ def test_json_without_nan(here, capsys):
         (["merge", "base", "adapter", "tuned"], "exists: choose another name, or give --overwrite"),
         (["merge", "base", "adapter", "base", "--overwrite"], "must be apart"),
         (["diff", "base", "adapter"], "is an adapter and `base` is a model"),
-        (["extract", "base", "base", "out"], "must be apart|no chosen map that differs"),
+        (["extract", "base", "base", "out"], "must be apart|no chosen layer that differs"),
         (["plan", "base", "--targets", "k_proj"], "matches no module"),
         (["plan", "none"], "does not exist"),
         (

@@ -37,7 +37,7 @@ def test_an_index_may_name_files_beside_it_only(tmp_path, name):
     base = write_base(tmp_path / "base", base_tensors(), 2)
     save_file({"a": values(2)}, tmp_path / "x.safetensors")
     (base / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match=r"may name only .safetensors files that lie beside it"):
+    with pytest.raises(ValueError, match=r"may name only .safetensors files in its own folder"):
         open_weights(base)
 
 

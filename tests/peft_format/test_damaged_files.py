@@ -152,7 +152,7 @@ TENSORS = {
     "lacks-a-half": ({B: None}, r"`0` needs one A and one B, but .* has lora_A.weight"),
     "hostile-name": ({"base_model.model.../../x.lora_A.weight": torch.ones(2, 3)}, r"`../../x` needs one A and one B"),
     "absolute-name": ({"/etc/passwd": torch.ones(2)}, "holds `/etc/passwd`, which no plain LoRA"),
-    "unknown-name": ({"base_model.model.7.weight": torch.ones(2)}, "has `7.weight`, which the model has not"),
+    "unknown-name": ({"base_model.model.7.weight": torch.ones(2)}, "has `7.weight`, which the model does not have"),
     "long-name": ({"x" * 10_000: torch.ones(2)}, r"holds `x{150}\.\.\.`, which"),
     "line-break": ({"base_model.model.a\nb": torch.ones(2)}, r"has `a\\nb`, which"),
     "dora": ({"base_model.model.0.lora_magnitude_vector": torch.ones(4)}, "which no plain LoRA of peft's has"),

@@ -333,7 +333,7 @@ def test_an_adapter_of_the_padding_index_is_refused(tmp_path):
     load_adapter(made(make), tmp_path)
     tensors["base_model.model.0.lora_embedding_A"][:, 2] = 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="`0` has an adapter for its padding index, which here has none"):
+    with pytest.raises(ValueError, match="`0` has an adapter for its padding index, which has none here"):
         load_adapter(made(make), tmp_path)
 
 
@@ -398,7 +398,7 @@ def test_a_pair_on_all_rows_does_not_fit_slices(tmp_path):
     model = made(plain_qkv)
     apply_lora(model, LoRAConfig(r=2, alpha=6, targets="qv"))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"`1.qkv` is adapted in rows that the adapters in the model leave alone"):
+    with pytest.raises(ValueError, match=r"`1.qkv` is adapted in rows that the adapters in the model do not change"):
         load_adapter(model, tmp_path)
     assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
 
@@ -492,7 +492,7 @@ def test_another_base_is_an_error_or_a_warning(tmp_path):
     other = made(LM)
     other.embed.weight.data[0, 0] += 1
     before = snapshot(other)
-    with pytest.raises(ValueError, match=r"another base: `embed.weight` has other values. Load the base"):
+    with pytest.raises(ValueError, match=r"another base: `embed.weight` has other values. Load that base"):
         load_adapter(other, tmp_path)
     assert all(same_bits(value, before[key]) for key, value in other.state_dict().items())
     with pytest.warns(UserWarning, match="another base: `embed.weight` has other values"):
@@ -547,13 +547,21 @@ REFUSED = {
     "dilation": (*convolution(dilation=2), r"`0` has dilation=\(2, 2\), which"),
     "circular": (*convolution(padding=1, padding_mode="circular"), r"`0` has padding_mode='circular', which"),
     "max-norm": (of(lambda: nn.Embedding(7, 4, max_norm=1)), {"targets": ["0"]}, r"`0` has `max_norm`, which"),
-    "own-forward": (of(lambda: Scaled(4, 4)), {"targets": ["0"]}, r"`0` is a Scaled with a forward of its own"),
-    "own-lookup": (of(lambda: ScaledEmbedding(7, 4)), {"targets": ["0"]}, r"`0` is a ScaledEmbedding with a forward"),
-    "own-convolution": (of(lambda: StandardizedConv(2, 4, 3)), {"targets": ["0"]}, r"`0` is a StandardizedConv with a"),
+    "own-forward": (of(lambda: Scaled(4, 4)), {"targets": ["0"]}, r"`0` is a Scaled with its own forward"),
+    "own-lookup": (
+        of(lambda: ScaledEmbedding(7, 4)),
+        {"targets": ["0"]},
+        r"`0` is a ScaledEmbedding with its own forward",
+    ),
+    "own-convolution": (
+        of(lambda: StandardizedConv(2, 4, 3)),
+        {"targets": ["0"]},
+        r"`0` is a StandardizedConv with its own",
+    ),
     "point": (
         Alike,
         {"targets": ["axb"], "also_train": ["a.b"]},
-        r"`a.b` trains in full, .* peft would take `axb` for it",
+        r"`a.b` trains in full, .* peft would match `axb` by that name",
     ),
     "two-names": (
         lambda: Shared(nn.Linear(4, 4)),
@@ -566,7 +574,7 @@ REFUSED = {
         {"targets": ["body"], "also_train": ["token"]},
         r"A parameter of the model itself trains",
     ),
-    "heads": (Heads, {"targets": ["body"], "also_train": ["head"]}, r"peft would take `overhead` for it too"),
+    "heads": (Heads, {"targets": ["body"], "also_train": ["head"]}, r"peft would match `overhead` by that name too"),
 }
 
 
@@ -655,8 +663,8 @@ def test_vllm_gets_one_rank_and_one_scale(arguments, tmp_path):
     [
         (LM, {"targets": ["mlp.*"], "also_train": ["head"]}, r"`head.0.weight` is not part of a pair, and vLLM"),
         (LM, {"targets": ["mlp.*"], "bias": "lora_only"}, r"`blocks.0.mlp.0.base_layer.bias` is not part of a pair"),
-        (LM, {"targets": ["embed"]}, r"`embed` is no linear map"),
-        (CASES["conv2d"][0], {"targets": ["0"]}, r"`0` is no linear map"),
+        (LM, {"targets": ["embed"]}, r"`embed` is no linear layer"),
+        (CASES["conv2d"][0], {"targets": ["0"]}, r"`0` is no linear layer"),
         (LINEAR, {"r": 600, "targets": ["0"]}, r"rank 600, and vLLM takes ranks up to 512"),
     ],
 )

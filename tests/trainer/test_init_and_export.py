@@ -168,7 +168,7 @@ def test_what_could_not_be_written_is_refused_before_the_first_step(tmp_path, wa
             raise AssertionError("too late")
 
     (tmp_path / "file").write_text("mine")
-    cls, words = (Own, "is a Scaled with a forward of its own") if way == "layer" else (Lit, "but is a file")
+    cls, words = (Own, "is a Scaled with its own forward") if way == "layer" else (Lit, "but is a file")
     with pytest.raises(ValueError, match=words):
         trainer(LoRACallback(export=str(tmp_path / way))).fit(cls(), data(), data(1))
 
