@@ -8,6 +8,7 @@ docstring of each room states its rule. From the ground up:
 
     names, arguments   names of modules and patterns over them; arguments as plain data
     torch_internals    what only private names of torch answer, in one file
+    foreign            names of other libraries that are matched as text, in one file
     config             LoRAConfig and RunConfig, what the user asks for
     ops                W0 x + scale * B A x on tensors, and the exact sum of a merge
     distributed        what each rank holds and exchanges

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from torch import nn
 
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+from lightning_lora.foreign import WRAPPERS
 
 
 def clean(name: str) -> str:

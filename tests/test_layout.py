@@ -25,6 +25,7 @@ ELSEWHERE = {
     "trainer/strategies/fsdp": ("trainer/strategies/test_base", "the strategies are run by one table"),
     "distributed/deepspeed_optimizer": ("trainer/strategies/test_deepspeed", "its input is a DeepSpeed engine"),
     "distributed/sharded": ("trainer/strategies/test_sharded_edges", "its input is a model that a strategy sharded"),
+    "foreign": ("trainer/test_compatibility", "each name is tried where it is asked for"),
     "files/safetensors_writing": ("trainer/strategies/test_sharded_edges", "it writes what no process holds whole"),
     "layers/base": ("layers/test_protocol", "it is what all adapted layers have in common"),
     "layers/merged_forward": ("layers/test_protocol", "it is how layers run that read their own weight"),

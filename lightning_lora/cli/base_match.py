@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from lightning_lora.cli.meta_model import is_embedding
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
+from lightning_lora.foreign import MODELS_WITH_HEAD
 from lightning_lora.peft_format.provenance import INNER
 from lightning_lora.peft_format.stored import StoredAdapter, StoredPair, config_of
 
 HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection|(?:predictions|lm_head)\.decoder)")
-MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
 APART = (
     "Make them two tensors in the base first: load it, give the head a copy of its weight, set "
     "`tie_word_embeddings=False` in its configuration, and save it."

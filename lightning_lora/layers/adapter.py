@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.foreign import SEED_VARIABLE
 from lightning_lora.layers.weight_view import WeightPart
 
 
 def default_seed() -> int:
     """The seed that Lightning's ``seed_everything`` stores in the environment, else 0."""
-    value = os.environ.get("PL_GLOBAL_SEED", "")
+    value = os.environ.get(SEED_VARIABLE, "")
     return int(value) if value.lstrip("-").isdigit() else 0
 
 

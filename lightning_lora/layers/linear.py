@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import WeightPart
@@ -89,7 +90,7 @@ class TransposedLinear(LoRALayer):
 
 def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """Hugging Face's ``Conv1D`` among the bases of ``cls``; by its upper-case D it differs from ``nn.Conv1d``."""
-    return next((base for base in cls.__mro__ if base.__name__ == "Conv1D" and issubclass(base, nn.Module)), None)
+    return next((base for base in cls.__mro__ if base.__name__ == CONV1D and issubclass(base, nn.Module)), None)
 
 
 def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
@@ -99,5 +100,4 @@ def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
 
 def is_quantized_class(cls: type[nn.Module]) -> bool:
     """Whether layers of class ``cls`` store a quantized weight, which is not a plain matrix."""
-    known = any(base.__module__.partition(".")[0] == "bitsandbytes" for base in cls.__mro__)
-    return known and issubclass(cls, nn.Linear)  # its embeddings are plain
+    return is_from(cls, QUANTIZING_LIBRARY) and issubclass(cls, nn.Linear)  # its embeddings are plain

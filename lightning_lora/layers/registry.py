@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from lightning_lora.foreign import PARAMETRIZATIONS
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.bilinear import LoRABilinear
@@ -200,7 +201,7 @@ def refusal(module: nn.Module) -> str | None:
         return "has a `__call__` of its own, which may bypass the adapter"
     if hasattr(module, "lora") and not isinstance(module, LoRALayer):
         return "has an attribute `lora` of its own, where the adapter would go"
-    if "parametrizations" in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
+    if PARAMETRIZATIONS in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
     if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
         return None

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 
-LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_lora", "builtins"}
+from lightning_lora.foreign import FRAMEWORKS
+
 WORDS = (
     "init|initialize|reset|tie|load|save|prune|resize|export|freeze|repr|set|quantize|decay|optimizers?|enable|disable"
 )
@@ -18,7 +19,7 @@ NOT_COMPUTING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")
 
 def is_library(cls: type) -> bool:
     """Whether ``cls`` belongs to torch, Lightning or this package, not to the user or a library of models."""
-    return cls.__module__.partition(".")[0] in LIBRARIES
+    return cls.__module__.partition(".")[0] in FRAMEWORKS
 
 
 def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
+from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.source_code import computing_methods
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.targets.survey import Survey, survey_of
-
-CHECKPOINTS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}
 
 
 class GraphStart:
@@ -71,18 +70,14 @@ def leave_graphs(model: nn.Module) -> None:
 
 def is_reentrant(module: nn.Module) -> bool:
     """Whether ``module`` checkpoints the modules in it, and may do so with ``use_reentrant=True``."""
-    if getattr(module, "gradient_checkpointing", False) is True:  # Hugging Face
-        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        return keywords.get("use_reentrant", True) is not False
-    if hasattr(module, "checkpoint_impl"):  # torch's CheckpointWrapper
-        return str(module.checkpoint_impl).endswith(".REENTRANT")
+    by_flag = checkpoints_reentrantly(module)
     cls: Any = type(module)
-    return _calls_checkpoint(cls)
+    return _calls_checkpoint(cls) if by_flag is None else by_flag
 
 
 @cache
 def _calls_checkpoint(cls: Any) -> bool:
-    return any(_reenters(node) for method in computing_methods(cls, CHECKPOINTS) for node in ast.walk(method))
+    return any(_reenters(node) for method in computing_methods(cls, CHECKPOINT_FUNCTIONS) for node in ast.walk(method))
 
 
 def _reenters(node: ast.AST) -> bool:
@@ -90,7 +85,7 @@ def _reenters(node: ast.AST) -> bool:
         return False
     called = getattr(node.func, "attr", getattr(node.func, "id", ""))
     values = [keyword.value for keyword in node.keywords if keyword.arg == "use_reentrant"]
-    return called in CHECKPOINTS and not any(isinstance(v, ast.Constant) and v.value is False for v in values)
+    return called in CHECKPOINT_FUNCTIONS and not any(isinstance(v, ast.Constant) and v.value is False for v in values)
 
 
 class BaseCheckpoint:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.compiled_input import hidden_while_compiling
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.fused_linear import PLAIN_CLASSES, compute_dtype
 from lightning_lora.ops.products import add_product, as_matrix, base_plus_low_rank, matmul, scaled
@@ -239,6 +238,8 @@ class SharedInputGroup:
 
     def hidden_while_compiling(self, adapter: ScaledA, x: Tensor) -> Tensor:
         """``A x`` of ``adapter``, ``(..., r)``, while a compiler traces."""
+        from lightning_lora.ops.compiled_input import hidden_while_compiling  # imports the compiler: 1.5 s
+
         index = next(i for i, member in enumerate(self.adapters) if member is adapter)
         hidden: Tensor = hidden_while_compiling(x, index, *(member.A for member in self.adapters))
         return hidden

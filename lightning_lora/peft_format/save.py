@@ -12,6 +12,7 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files.atomic import write_together
 from lightning_lora.files.safetensors_writing import write_tensors
+from lightning_lora.foreign import BASE_NAME
 from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.record import records
 from lightning_lora.model.state import has_adapters, lora_state_dict
@@ -137,7 +138,7 @@ def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor
     modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.pairs.items()}
     inside = dict(names.named_modules(part))
     linear = [module for name in modules if is_linear(module := inside[name])]
-    base = getattr(part, "name_or_path", None) or None
+    base = getattr(part, BASE_NAME, None) or None
     return written_config(
         modules,
         exact_targets(list(modules), part),

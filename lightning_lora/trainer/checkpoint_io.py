@@ -16,6 +16,7 @@ from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.distributed.sharded import fsdp1_units
 from lightning_lora.files.safetensors_writing import write_merged
+from lightning_lora.foreign import PLAIN_CHECKPOINT_IO
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.state import clean_state
@@ -111,7 +112,7 @@ class CheckpointFiles:
             checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
-        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
+        plain = type(self.strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO and "://" not in str(filepath)
         if not plain or storage_options is not None:  # the user's own may write anywhere
             return original(checkpoint, filepath, storage_options=storage_options)
         if self.trainer.is_global_zero:

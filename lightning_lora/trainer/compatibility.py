@@ -8,20 +8,22 @@ from lightning_utilities.core.overrides import is_overridden
 from torch import nn
 
 from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.foreign import (
+    AVERAGING_CALLBACKS,
+    AVERAGING_IN_SETUP,
+    LIGHTNING_MODULE,
+    MIXED_PRECISION,
+    RATE_FINDER,
+    SHARDING_STRATEGIES,
+    SPAWNING_LAUNCHERS,
+    UNFREEZING_CALLBACK,
+    UNTRIED_PRECISION,
+    UNTRIED_STRATEGIES,
+    is_a,
+)
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 
-UNPROVEN = ("XLAFSDPStrategy",)
-SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 MIXED = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
-
-
-def is_a(thing: object, *class_names: str) -> bool:
-    """Whether ``thing`` derives from a class of one of these names.
-
-    Lightning ships every class twice, in ``lightning.pytorch`` and in ``pytorch_lightning``.
-    """
-    return any(cls.__name__ in class_names for cls in type(thing).__mro__)
 
 
 def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
@@ -46,7 +48,7 @@ def _check_strategy(trainer: Any) -> None:
     ``XLAFSDPStrategy`` and ``TransformerEnginePrecision`` were never tried. ``use_orig_params=False`` makes one flat
     parameter of a unit, in which an adapter cannot find its weight.
     """
-    if is_a(trainer.strategy, *UNPROVEN):
+    if is_a(trainer.strategy, *UNTRIED_STRATEGIES):
         raise MisconfigurationException(
             f"LoRACallback does not support {type(trainer.strategy).__name__} yet: use strategy='auto' or 'ddp'."
         )
@@ -59,7 +61,7 @@ def _check_strategy(trainer: Any) -> None:
             "`use_orig_params=False` makes one parameter of all those in a unit, in which no adapter can find its "
             "weight. Leave it out: Lightning's FSDPStrategy sets it to True."
         )
-    if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
+    if is_a(trainer.precision_plugin, UNTRIED_PRECISION):
         raise MisconfigurationException(
             "`TransformerEnginePrecision` replaces every linear layer, its adapters included, by layers of its own, "
             "and none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
@@ -84,7 +86,7 @@ def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> No
 def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
     before = trainer.callbacks[: trainer.callbacks.index(callback)]
     for other in before:
-        if is_a(other, *AVERAGING):
+        if is_a(other, *AVERAGING_CALLBACKS):
             name = type(other).__name__
             raise MisconfigurationException(
                 f"{name} copies the model in its `setup`, so LoRACallback must come before it: "
@@ -92,12 +94,12 @@ def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
             )
     for other in trainer.callbacks:
         _check_averaging(trainer, other)
-        if is_a(other, "BaseFinetuning"):
+        if is_a(other, UNFREEZING_CALLBACK):
             raise MisconfigurationException(
                 f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
                 "the two; to train modules in full, name them in `also_train`."
             )
-        if is_a(other, "LearningRateFinder") and config.lr_scale != 1:
+        if is_a(other, RATE_FINDER) and config.lr_scale != 1:
             rank_zero_warn(
                 f"LearningRateFinder sets the rate it finds in every group, where `lr_scale={config.lr_scale}` has no "
                 "effect in this run. Leave lr_scale at 1 while the finder runs."
@@ -107,11 +109,11 @@ def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
 def _check_averaging(trainer: Any, other: Any) -> None:
     """Refuse an average that copies a module which is sharded, or not built yet."""
     name, strategy = type(other).__name__, type(trainer.strategy).__name__
-    if is_a(other, *AVERAGING) and is_a(trainer.strategy, *SHARDING):
+    if is_a(other, *AVERAGING_CALLBACKS) and is_a(trainer.strategy, *SHARDING_STRATEGIES):
         raise MisconfigurationException(
             f"{name} copies the whole module, which {strategy} shards. Leave it out, or use strategy='ddp'."
         )
-    if is_a(other, "StochasticWeightAveraging") and overrides(trainer.lightning_module, "configure_model"):
+    if is_a(other, AVERAGING_IN_SETUP) and overrides(trainer.lightning_module, "configure_model"):
         raise MisconfigurationException(
             f"{name} copies the module in its `setup`, before `configure_model` has made what is adapted. Make the "
             "model in `__init__`, or use WeightAveraging."
@@ -120,19 +122,19 @@ def _check_averaging(trainer: Any, other: Any) -> None:
 
 def _check_base_dtype(trainer: Any, dtype: str) -> None:
     """Refuse ``base_dtype`` where something else casts or copies the base, or autocast casts to another dtype."""
-    if is_a(trainer.strategy, *SHARDING):
+    if is_a(trainer.strategy, *SHARDING_STRATEGIES):
         raise MisconfigurationException(
             f"`base_dtype={dtype!r}` does not work with {type(trainer.strategy).__name__}, which casts its own parts "
             "of the weights. Leave it out, or use strategy='ddp'."
         )
     wanted, plugin = MIXED[dtype], trainer.precision_plugin
-    if not is_a(plugin, "MixedPrecision") or plugin.precision != wanted:
+    if not is_a(plugin, MIXED_PRECISION) or plugin.precision != wanted:
         raise MisconfigurationException(
             f"`base_dtype={dtype!r}` keeps weights in the dtype to which precision={wanted!r} casts them at every use, "
             f"but the Trainer has precision={plugin.precision!r}. Change one of the two, or leave out `base_dtype`."
         )
     for other in trainer.callbacks:
-        if is_a(other, *AVERAGING):
+        if is_a(other, *AVERAGING_CALLBACKS):
             raise MisconfigurationException(
                 f"`base_dtype={dtype!r}` does not work with {type(other).__name__}, which averages the base in its own "
                 "dtype. Leave one of the two out."
@@ -165,10 +167,10 @@ def best_checkpoints(trainer: Any) -> Any | None:
 
 def is_spawned(trainer: Any) -> bool:
     """Whether this is a process of a launcher that starts workers from the running one, as ``ddp_spawn`` does."""
-    return is_a(trainer.strategy.launcher, "_MultiProcessingLauncher", "_XLALauncher")
+    return is_a(trainer.strategy.launcher, *SPAWNING_LAUNCHERS)
 
 
 def overrides(module: nn.Module, method: str) -> bool:
     """Whether the user's module has a ``method`` of its own."""
-    parent = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    parent = next(cls for cls in type(module).__mro__ if cls.__name__ == LIGHTNING_MODULE)
     return bool(is_overridden(method, module, parent))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.foreign import is_compiled
 from lightning_lora.methods.base import Watched
 from lightning_lora.names import folded
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
@@ -37,7 +38,7 @@ class Liveness:
         self.evaluation_checked = self.stepped = False
         self.checked: set[int] = set()
         self.stack = ExitStack()
-        self.watches = not any(map(_is_compiled, module.modules()))
+        self.watches = not any(map(is_compiled, module.modules()))
         self.watch(self.trained)
 
     def watch(self, ran: dict[int, int]) -> None:
@@ -155,11 +156,6 @@ def _noting(adapter: nn.Module, ran: dict[int, int]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return note
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    in_place = getattr(module, "_compiled_call_impl", None) or getattr(module, "_compiler_ctx", None)
-    return hasattr(module, "_orig_mod") or in_place is not None
 
 
 def listed(names: list[str]) -> str:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora import names
+from lightning_lora.foreign import PARTITIONED_OPTIMIZER, SPARSE_OPTIMIZER, is_a
 from lightning_lora.methods.base import Method
-from lightning_lora.trainer.compatibility import is_a
 from lightning_lora.trainer.imports import MisconfigurationException
 
 Group = dict[str, Any]
@@ -50,12 +50,12 @@ def refuse(optimizer: Optimizer) -> None:
     Raises:
         MisconfigurationException: naming the optimizer to use instead.
     """
-    if is_a(optimizer, "ZeroRedundancyOptimizer"):
+    if is_a(optimizer, PARTITIONED_OPTIMIZER):
         raise MisconfigurationException(
             "`ZeroRedundancyOptimizer` divides its parameters among ranks when it is made, so adapters put into it "
             "would never move. Use the plain optimizer in `configure_optimizers`: the state of adapters is small."
         )
-    if is_a(optimizer, "SparseAdam"):
+    if is_a(optimizer, SPARSE_OPTIMIZER):
         raise MisconfigurationException(
             "`SparseAdam` takes sparse gradients only, and those of adapters are dense. Use Adam in "
             "`configure_optimizers`, or leave the embedding out with `exclude`."

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import BASE_DTYPES, RunConfig
+from lightning_lora.foreign import AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import cast_by_autocast, lower
 from lightning_lora.model.freeze import is_frozen, unfreeze
 from lightning_lora.model.record import Record, all_records, place_again
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.trainer.checkpoint_io import CheckpointFiles
-from lightning_lora.trainer.compatibility import SHARDING, is_a, overrides
+from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.liveness import Liveness
@@ -31,7 +32,7 @@ from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
 from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
 
-STRATEGY_ADAPTERS: dict[str, type[StrategyAdapter]] = dict(zip(SHARDING, (FSDP1, FSDP2, DeepSpeed), strict=True))
+SHARDING_ADAPTERS: tuple[type[StrategyAdapter], ...] = (FSDP1, FSDP2, DeepSpeed)
 
 
 class Run:
@@ -89,7 +90,7 @@ class Run:
         """Let a plug-in that replaces layers by quantized ones do so first: it would drop adapters."""
         plugin = self.trainer.precision_plugin
         is_built = any(isinstance(module, nn.Linear) for module in self.module.modules())
-        if is_built and is_a(plugin, "BitsandbytesPrecision") and self.method.present(self.module) is None:
+        if is_built and is_a(plugin, QUANTIZING_PRECISION) and self.method.present(self.module) is None:
             plugin.convert_module(self.module)
 
     def unmerge(self) -> None:
@@ -180,7 +181,7 @@ class Run:
     def keep_averages_exact(self) -> None:
         """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
         for callback in self.trainer.callbacks:
-            averaged = getattr(callback, "_average_model", None)
+            averaged = getattr(callback, AVERAGED_MODEL, None)
             if getattr(averaged, "avg_fn", None) is not None:
                 patch_method(self.stack, averaged, "avg_fn", equal_stays)
 
@@ -216,8 +217,9 @@ class Run:
 
 def strategy_adapter_for(strategy: Any, module: nn.Module) -> StrategyAdapter:
     """The adapter for ``strategy``, known by the name of its class."""
-    kinds = (STRATEGY_ADAPTERS[name] for name in STRATEGY_ADAPTERS if is_a(strategy, name))
-    return next(kinds, StrategyAdapter)(strategy, module)
+    pairs = zip(SHARDING_STRATEGIES, SHARDING_ADAPTERS, strict=True)
+    adapters = (adapter for name, adapter in pairs if is_a(strategy, name))
+    return next(adapters, StrategyAdapter)(strategy, module)
 
 
 def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:

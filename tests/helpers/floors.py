@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # From the ground up. A room imports from rooms of lower floors and from itself.
 FLOORS = [
-    {"version", "names", "arguments", "torch_internals"},
+    {"version", "foreign"},
+    {"names", "arguments", "torch_internals"},
     {"config"},
     {"ops", "distributed", "files"},
     {"layers"},

@@ -1,0 +1,79 @@
+"""Names of other libraries that are matched as text, because the libraries are not imported or hold a class twice.
+
+Every such name is here, so that a release that renames one of them is met in this file. Private names of torch that are
+called are in :mod:`lightning_lora.torch_internals`; the keys of PEFT's files are in :mod:`lightning_lora.peft_format`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Lightning, which ships every class twice, in `lightning.pytorch` and in `pytorch_lightning`.
+SEED_VARIABLE = "PL_GLOBAL_SEED"  # set by `seed_everything`
+SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+UNTRIED_STRATEGIES = ("XLAFSDPStrategy",)
+SPAWNING_LAUNCHERS = ("_MultiProcessingLauncher", "_XLALauncher")
+AVERAGING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
+AVERAGING_IN_SETUP = "StochasticWeightAveraging"  # copies the module before `configure_model`
+AVERAGED_MODEL = "_average_model"  # their attribute
+UNFREEZING_CALLBACK = "BaseFinetuning"
+RATE_FINDER = "LearningRateFinder"
+MIXED_PRECISION = "MixedPrecision"
+QUANTIZING_PRECISION = "BitsandbytesPrecision"
+UNTRIED_PRECISION = "TransformerEnginePrecision"
+PLAIN_CHECKPOINT_IO = "TorchCheckpointIO"
+LIGHTNING_MODULE = "LightningModule"
+
+# torch: modules that wrap another one, and classes that torch makes optional.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+PARTITIONED_OPTIMIZER = "ZeroRedundancyOptimizer"
+SPARSE_OPTIMIZER = "SparseAdam"
+CHECKPOINT_FUNCTIONS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}  # torch's and timm's
+PARAMETRIZATIONS = "parametrizations"
+
+# transformers.
+CONV1D = "Conv1D"
+BASE_NAME = "name_or_path"
+MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
+
+# The library whose linear layers hold quantized weights.
+QUANTIZING_LIBRARY = "bitsandbytes"
+
+# Libraries whose classes are no models: their code is not read for what it does with weights.
+FRAMEWORKS = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_lora", "builtins"})
+
+
+def is_a(thing: object, *class_names: str) -> bool:
+    """Whether ``thing`` is an instance of a class of one of these names, or of a sub-class of one.
+
+    Example:
+        >>> is_a(3, "int"), is_a(True, "int"), is_a(3, "str")
+        (True, True, False)
+    """
+    return any(cls.__name__ in class_names for cls in type(thing).__mro__)
+
+
+def is_from(cls: type, library: str) -> bool:
+    """Whether ``cls``, or a class that it derives from, is defined in ``library``."""
+    return any(base.__module__.partition(".")[0] == library for base in cls.__mro__)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether ``torch.compile`` compiled ``module``: by a wrapper, or in place."""
+    in_place = getattr(module, "_compiled_call_impl", None) or getattr(module, "_compiler_ctx", None)
+    return hasattr(module, "_orig_mod") or in_place is not None
+
+
+def checkpoints_reentrantly(module: Any) -> bool | None:
+    """Whether ``module`` was told to checkpoint what is in it with ``use_reentrant=True``.
+
+    Returns:
+        ``None`` if it carries neither the flag of transformers nor that of torch's ``CheckpointWrapper``.
+    """
+    if getattr(module, "gradient_checkpointing", False) is True:
+        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        return keywords.get("use_reentrant", True) is not False
+    if hasattr(module, "checkpoint_impl"):
+        return str(module.checkpoint_impl).endswith(".REENTRANT")
+    return None
