@@ -6,9 +6,9 @@ its code; ``apply_lora(model, LoRAConfig(r=8))`` does the same to any ``nn.Modul
 The package is a house of rooms, one folder each. A room imports from the rooms below it and never from one above; the
 docstring of each room states its rule. From the ground up:
 
-    names, arguments   names of modules and patterns over them; arguments as plain data
-    torch_internals    what only private names of torch answer, in one file
     foreign            names of other libraries that are matched as text, in one file
+    torch_internals    what only private names of torch answer, in one file
+    names, arguments   names of modules and patterns over them; arguments as plain data
     config             LoRAConfig and RunConfig, what the user asks for
     ops                W0 x + scale * B A x on tensors, and the exact sum of a merge
     distributed        what each rank holds and exchanges

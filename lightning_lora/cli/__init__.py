@@ -1,4 +1,5 @@
-"""The command ``lightning-lora``: one file for each sub-command, which works on files without a model in memory.
+"""The command ``lightning-lora``, which works on files; no weight of a model is held in memory longer than needed.
 
-Functions here parse options, call the rooms below and print; results are plain data.
+A sub-command has a file of its name (``convert`` is ``export`` and ``import``); ``main``, ``options``, ``reports`` and
+``output`` are for all of them. The others answer questions about a model from its files: names, shapes, costs.
 """

@@ -125,7 +125,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "pytorch-lightning_version": version("lightning"),
         checkpoints.KEY: checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
     }
-    checkpoints.write_beside(written, path)
+    checkpoints.write_checkpoint(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
     return Exported(str(path), prefix, layers, path.stat().st_size)
 
@@ -136,7 +136,7 @@ def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[
     for key, value in state.items():
         match = re.fullmatch(rf"(.+)\.lora\.{config.name}\.([AB])", key)
         if match is None or value.dim() != 2:
-            what = "a slice or a stack of a layer" if ".lora." in key else "trained beside the adapters"
+            what = "a slice or a stack of a layer" if ".lora." in key else "trained in addition to the adapters"
             raise ValueError(f"`{path}` holds `{key}`, {what}, which only the module can place. {THROUGH}")
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"`{path}`: `{key}` must hold finite numbers: its training failed, or it is damaged.")

@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # a command imports what it needs and no other command
 LISTED = 20  # rows of a list that has no limit of its own
 
 
+def layers_text(count: int) -> str:
+    """``1 adapted layer``, ``2 adapted layers``."""
+    return f"{count} adapted layer{'s' if count != 1 else ''}"
+
+
 def printable(text: str) -> str:
     """``text`` without what could steer a terminal: names come from files."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -70,9 +75,7 @@ def inspection_text(inspection: Inspection) -> str:
     ]  # fmt: skip
     ranks = sorted({layer.r for layer in inspection.layers})
     lines = [
-        printable(
-            f"{inspection.path}: {inspection.kind}, {len(rows)} adapted layers, rank {', '.join(map(str, ranks))}"
-        )
+        printable(f"{inspection.path}: {inspection.kind}, {layers_text(len(rows))}, rank {', '.join(map(str, ranks))}")
     ]
     lines += columns(head, rows)
     lines += [
@@ -157,9 +160,7 @@ def extraction_data(extraction: Extraction) -> dict[str, Any]:
 def exported_text(exported: Exported) -> str:
     """The written file, and the module that its names are relative to."""
     relative = f"names relative to `{exported.inner}`" if exported.inner else "names as the checkpoint has them"
-    return printable(
-        f"{exported.path}: {len(exported.layers)} adapted layers, {bytes_text(exported.nbytes)}; {relative}"
-    )
+    return printable(f"{exported.path}: {layers_text(len(exported.layers))}, {bytes_text(exported.nbytes)}; {relative}")
 
 
 def exported_data(exported: Exported) -> dict[str, Any]:

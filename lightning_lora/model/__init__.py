@@ -1,4 +1,5 @@
 """The verbs on any ``nn.Module``: apply, freeze, merge, unmerge, remove, save state, plan.
 
-These functions change a whole model in place, all of it or nothing. They need no Trainer and do not import Lightning.
+A verb changes all of a model in place, or nothing; the other files describe a model: its state, its fingerprint, its
+summary. Nothing here needs a Trainer or imports Lightning.
 """

@@ -1,5 +1,5 @@
-"""One run of a Lightning Trainer over an adapted module.
+"""One run of a Lightning Trainer over an adapted module: the callback, its checkpoints, optimizers and strategies.
 
-The callback, its checkpoints, optimizers and strategies. This room and ``cli`` are the only ones that may import
-Lightning.
+``checkpoints`` is what a file holds and the checks before it is loaded; ``checkpoint_io`` is how a run writes and reads
+it. Only this room imports Lightning.
 """

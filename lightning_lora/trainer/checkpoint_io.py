@@ -116,7 +116,7 @@ class CheckpointFiles:
         if not plain or storage_options is not None:  # the user's own may write anywhere
             return original(checkpoint, filepath, storage_options=storage_options)
         if self.trainer.is_global_zero:
-            checkpoints.write_beside(checkpoint, filepath)
+            checkpoints.write_checkpoint(checkpoint, filepath)
         return None
 
     def _random_states(self) -> list[random_state.State]:

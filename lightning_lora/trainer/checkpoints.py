@@ -76,7 +76,7 @@ def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
     return next((found for found in (clean, inner) if needed and needed <= set(found.values())), {})
 
 
-def write_beside(checkpoint: dict[str, Any], path: Any) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:
     """Write a new file and rename it to ``path``: a kill during the write leaves the old one.
 
     Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.

@@ -1,4 +1,4 @@
-"""The end of ``fit``: which adapters are exported and merged, and what the user is told."""
+"""The end of ``fit``: which adapters are exported and merged, and what is reported."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def test_what_a_run_exported_goes_back_too(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "lora", "words"),
     [
-        (Lit, {"also_train": ["head"]}, "holds `net.head.weight`, trained beside the adapters"),
-        (Lit, {"bias": "lora_only"}, "holds `net.layers.0.q.bias`, trained beside the adapters"),
+        (Lit, {"also_train": ["head"]}, "holds `net.head.weight`, trained in addition to the adapters"),
+        (Lit, {"bias": "lora_only"}, "holds `net.layers.0.q.bias`, trained in addition to the adapters"),
         (Language, {"targets": "qv"}, "lora.default.q.A`, a slice or a stack of a layer"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_process_of_its_own_does_the_same(done, tmp_path, name):
 
 def test_export_and_import_are_each_others_reverse(done, monkeypatch):
     folder, finished = done
-    assert finished["export"][0].startswith("exported: 1 adapted layers, ")
+    assert finished["export"][0].startswith("exported: 1 adapted layer, ")
     monkeypatch.chdir(folder)
     assert json.loads(captured(["import", "exported", "again.ckpt", "--json"])[0])["layers"] == ["layer"]
     one, other = (torch.load(folder / name, weights_only=True)["state_dict"] for name in ("run.ckpt", "again.ckpt"))

@@ -16,7 +16,7 @@ import torch
 
 from lightning_lora.files import atomic
 from lightning_lora.files.atomic import PART, atomic_write, write_together
-from lightning_lora.trainer.checkpoints import write_beside
+from lightning_lora.trainer.checkpoints import write_checkpoint
 
 DEAD = PART.format("0" * 16)
 # The file alone, as the package imports torch.
@@ -111,7 +111,7 @@ def test_names_of_any_length(tmp_path, length):
 
 def test_equal_checkpoints_have_equal_bytes(tmp_path):
     for name in ("a.ckpt", "b.ckpt"):
-        write_beside({"a": torch.ones(3)}, tmp_path / name)
+        write_checkpoint({"a": torch.ones(3)}, tmp_path / name)
     assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
 
 

@@ -154,12 +154,12 @@ class FSDP1(Sharded):
     def _check_casts(self) -> None:
         """Refuse ``mixed_precision`` of the strategy if more than adapters trains: FSDP would not cast it."""
         own, adapters = self.strategy.mixed_precision, adapter_parameters(self.module)
-        beside = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
-        if own is not None and own.param_dtype not in (None, torch.float32) and beside:
+        in_full = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
+        if own is not None and own.param_dtype not in (None, torch.float32) and in_full:
             raise MisconfigurationException(
-                f"`{beside[0]}` trains in addition to the adapters and stays out of FSDP's units, so `mixed_precision` "
-                "of the strategy would not cast it. Use precision='bf16-mixed' instead, or leave out `also_train` and "
-                "`bias`."
+                f"`{in_full[0]}` trains in addition to the adapters and stays out of FSDP's units, so "
+                "`mixed_precision` of the strategy would not cast it. Use precision='bf16-mixed' instead, or leave out "
+                "`also_train` and `bias`."
             )
 
 
