@@ -95,7 +95,7 @@ def _add_inner(parser: ArgumentParser, words: str) -> None:
 
 
 def _add_overwrite(parser: ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="Replace what is at OUT, once the result is complete.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what is there, once the result is complete.")
 
 
 PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {

@@ -127,7 +127,8 @@ def _why_unreadable(path: Any, error: Exception) -> str:
     return (
         f"`ckpt_path={str(path)!r}` holds an object of {refused[1]}, perhaps a hyperparameter, and was not opened: "
         "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
-        "path."
+        "path. `init_from` and the command line take no such argument: give them a directory, made by "
+        "save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)."
     )
 
 

@@ -18,6 +18,7 @@ from lightning_lora.peft_format.layers import KINDS, ON_META, SLICES
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpoint_io import is_written_here
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_warn
 
@@ -39,7 +40,7 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     if Path(path).is_dir():
         load_adapter(module, path)
         return
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, weights_only=True)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, weights_only=not is_written_here(path))
     written, trained_on = checkpoints.facts_in(checkpoint, path)
     checkpoints.check_config(written, path, method)
     checkpoints.check_base(trained_on, base, path)

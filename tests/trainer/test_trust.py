@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import LoRACallback, load_from_checkpoint
+from lightning_lora import LoRACallback, load_from_checkpoint, save_adapter
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 
@@ -84,6 +84,20 @@ def test_an_object_in_a_file_is_named_and_the_remedy_works(tmp_path, monkeypatch
         with pytest.raises(ValueError, match=words):
             use()
         use(weights_only=False)
+
+
+def test_init_from_takes_what_this_process_wrote_and_else_a_directory_made_as_the_error_says(tmp_path, monkeypatch):
+    files = checkpoints(tmp_path)
+    trainer(LoRACallback(r=4, merge=False), files, max_epochs=1).fit(Chooses(), data(), data(1))
+    path = files.last_model_path
+    trainer(LoRACallback(r=4, init_from=path), max_epochs=1).fit(Chooses(), data())
+    monkeypatch.setattr("lightning_lora.trainer.checkpoint_io._WRITTEN_HERE", set())  # as in another process
+    with pytest.raises(
+        ValueError, match=r"`init_from` and the command line take .* save_adapter\(load_from_checkpoint"
+    ):
+        trainer(LoRACallback(r=4, init_from=path), max_epochs=1).fit(Chooses(), data())
+    save_adapter(load_from_checkpoint(Chooses, path, weights_only=False), tmp_path / "directory")
+    trainer(LoRACallback(r=4, init_from=str(tmp_path / "directory")), max_epochs=1).fit(Chooses(), data())
 
 
 def test_a_truncated_file_is_called_so(tmp_path):
