@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from lightning_lora.cli.costs import ACCOUNTINGS, Costs
@@ -21,6 +23,7 @@ BY_NAME = {how.name: how for how in ACCOUNTINGS}
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configurations")
 
+    @functools.cache  # GPT-3 takes three seconds to build, even without values
     def costs(model, r):
         path = folder / f"{model}.json"
         path.write_text(MODELS[model].to_json_string())
@@ -29,7 +32,7 @@ def planned(tmp_path_factory):
     return costs
 
 
-@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), (8, 37.7)])
+@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), pytest.param(8, 37.7, marks=pytest.mark.slow)])
 def test_gpt3_on_queries_and_values(planned, r, millions):
     assert round(planned("gpt3", r).trainable / 1e6, 1) == millions
 
@@ -38,6 +41,7 @@ def test_gpt3_parameters(planned):
     assert planned("gpt3", 1).base / 1e6 == pytest.approx(175_255.8, rel=3e-4)
 
 
+@pytest.mark.slow
 def test_gpt3_checkpoint(planned):
     full, adapter = planned("gpt3", 4).checkpoint(2)
     assert adapter == 2 * 96 * 2 * 4 * (12288 + 12288) == 36 * 2**20, "36.0 MiB; the paper says 35 MB"
@@ -45,6 +49,7 @@ def test_gpt3_checkpoint(planned):
     assert full / adapter == pytest.approx(10_000, rel=0.08)
 
 
+@pytest.mark.slow
 def test_gpt3_training(planned):
     costs = planned("gpt3", 4)
     freed, held = (costs.memory(BY_NAME[f"16-bit, gradients {name}"]) for name in ("freed as used", "held"))

@@ -179,6 +179,7 @@ for call in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_no_command_imports_lightning(done):
     folder, _ = done
     made = {"merge": "alone", "extract": "alone2", "export": "alone3"}  # where the fixture wrote is taken

@@ -246,8 +246,9 @@ class Sized(Lit):
         return torch.utils.data.DataLoader(data(1).dataset, batch_size=self.batch_size)
 
 
-@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["fit", pytest.param("validate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("method", ["fit", "validate"])
 def test_a_batch_size_is_tuned_and_the_module_left_as_found(merged, method, tmp_path):
     module = Sized()
     if merged:
