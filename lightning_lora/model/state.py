@@ -61,7 +61,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
-    live = keep_adapter(model, own_state(model))
+    live = keep_adapter(own_state(model), base_names(model))
     return {key: full_detached(value) for key, value in live.items()} | _merged_state(model)
 
 
@@ -116,9 +116,13 @@ def real_keys(model: nn.Module) -> dict[str, str]:
     return {names.clean(key): key for key in own_state(model)}
 
 
-def keep_adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a state dict of ``model`` that belong in an adapter file, under clean names."""
-    base = base_names(model)
+def keep_adapter(state: Mapping[str, Any], base: set[str]) -> dict[str, Any]:
+    """The entries of a model's state dict that belong in an adapter file, under clean names.
+
+    Args:
+        state: under any keys that wrappers make.
+        base: the clean names that belong to the base.
+    """
     return {names.clean(key): value for key, value in state.items() if names.clean(key) not in base}
 
 

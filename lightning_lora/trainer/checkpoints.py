@@ -22,7 +22,7 @@ from lightning_lora.files.atomic import atomic_write
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
-from lightning_lora.model.state import real_keys
+from lightning_lora.model.state import keep_adapter, real_keys
 
 KEY = "lightning_lora"
 FORMATS = (1, 2)
@@ -265,6 +265,4 @@ def check_complete(checkpoint: dict[str, Any], method: Method, model: nn.Module)
 
 def adapter_of(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
     """The adapter in a file that :func:`read` opened, under clean names."""
-    base = method.base_names(model)
-    clean = {names.clean(key): value for key, value in checkpoint["state_dict"].items()}
-    return {name: value for name, value in clean.items() if name not in base}
+    return keep_adapter(checkpoint["state_dict"], method.base_names(model))
