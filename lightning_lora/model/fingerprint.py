@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import names
 from lightning_lora.distributed.sharded import full_parameters, shape_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.ops.exact_sum import checksum
@@ -16,24 +19,31 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
     """For each frozen parameter: its checksums after rounding to bf16 and to fp16, its exact one, and its shape.
 
     The same base loaded in fp32 and in bf16 agrees in the first, loaded in fp32 and in fp16 in the second. Of a
-    quantized parameter only the shape counts. Every rank must call it: sharded parameters are gathered one by one.
+    quantized parameter only the shape of its matrix counts, as its library may pack the values anew. Every rank must
+    call it: sharded parameters are gathered one by one.
 
     Args:
         model: any module, with live or merged adapters or without.
         device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     trained = {name for name, _ in trained_parameters(model)}
-    return {name: sums_of(value, device) for name, value in full_parameters(model) if name not in trained}
+    quantized = {name: _shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state")}
+    values = ((name, value) for name, value in full_parameters(model) if name not in trained)
+    return {name: quantized[name] if name in quantized else sums_of(value, device) for name, value in values}
 
 
 def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:
     """The entry of :func:`fingerprint` for one parameter."""
     if tensor.is_meta or not tensor.is_floating_point():
-        return [None, None, None, *shape_of(tensor)]
+        return _shape_alone(tensor)
     tensor = tensor if device is None else tensor.to(device)
     sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
     exact = sums[tensor.dtype] if tensor.dtype in sums else checksum(tensor)
     return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]
+
+
+def _shape_alone(tensor: Tensor) -> list[int | None]:
+    return [None, None, None, *shape_of(tensor)]
 
 
 def other_base(expected: Fingerprint, present: Fingerprint) -> str | None:
@@ -43,12 +53,18 @@ def other_base(expected: Fingerprint, present: Fingerprint) -> str | None:
             return f"`{name}` is only in {'the file' if name in expected else 'the model'}"
         (*rounded, _), shape = expected[name][:3], expected[name][3:]
         (*rounded_here, _), shape_here = present[name][:3], present[name][3:]
-        if shape != shape_here:
+        if shape != shape_here and not _is_packed(expected[name], shape_here):
             return f"`{name}` had shape {tuple(shape)} and has {tuple(shape_here)} here"
         comparable = None not in (*rounded, *rounded_here)
         if comparable and not any(a == b for a, b in zip(rounded, rounded_here, strict=True)):
             return f"`{name}` has other values"
     return None
+
+
+def _is_packed(entry: list[int | None], shape: list[int | None]) -> bool:
+    """Whether ``entry`` has the shape in which bytes of two 4-bit numbers are stored, as version 0.1.0 recorded it."""
+    count = math.prod(size or 0 for size in entry[3:])
+    return entry[:3] == [None, None, None] and 2 * count == math.prod(size or 0 for size in shape)
 
 
 def exactly_same(expected: Fingerprint, present: Fingerprint) -> bool:

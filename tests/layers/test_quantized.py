@@ -79,6 +79,28 @@ def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, 
     assert own == fresh != quantizing().test(Wide(), data(2), verbose=False)
 
 
+class FourBits(Lit):
+    """A base that comes quantized, as transformers loads one; on a CPU bitsandbytes packs it anew in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = WideNet()
+            for block in self.net.layers:
+                block.q = quantized(block.q)
+
+
+def test_a_base_that_evaluation_packs_anew_is_the_same_base(tmp_path):
+    files, module = checkpoints(tmp_path, monitor=None), FourBits()
+    runner = trainer(LoRACallback(r=4), files)
+    runner.fit(module, data())
+    expected = runner.test(module, data(2), verbose=False)
+    assert runner.test(module, data(2), ckpt_path=files.last_model_path, verbose=False) == expected
+    fresh = trainer(LoRACallback(r=4)).test(FourBits(), data(2), ckpt_path=files.last_model_path, verbose=False)
+    assert fresh == expected
+
+
 @pytest.mark.slow
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     def run(name: str, epochs: int, ckpt: object = None) -> dict:

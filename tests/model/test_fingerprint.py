@@ -1,6 +1,7 @@
 """Which base it is: the same in another precision, another by any change."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,29 @@ def test_it_changes_nothing():
     before = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()}
     fingerprint(model)
     assert {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()} == before
+
+
+class Packed(nn.Module):
+    """Its weight is stored as a 4-bit library stores one: two numbers in a byte, the matrix's shape in an attribute."""
+
+    def __init__(self, stored=(32, 1), dtype=torch.uint8):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(stored, dtype=dtype), requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(shape=torch.Size((8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_quantized_base_that_its_library_packs_anew_is_the_same(dtype):
+    model = Packed(dtype=dtype)
+    before = fingerprint(model)
+    assert before == {"weight": [None, None, None, 8, 8]}
+    model.weight.data = torch.zeros(8, 4, dtype=torch.uint8)
+    assert exactly_same(before, fingerprint(model))
+
+
+def test_a_file_that_recorded_the_packed_shape_is_of_the_same_base():
+    recorded = {"weight": [None, None, None, 32, 1]}
+    assert other_base(recorded, fingerprint(Packed())) is None
+    assert other_base({"weight": [None, None, None, 33, 1]}, fingerprint(Packed())) == (
+        "`weight` had shape (33, 1) and has (8, 8) here"
+    )
