@@ -52,6 +52,7 @@ ELSEWHERE = {
     "peft_format/provenance": ("peft_format/test_peft_files", "it stands in the header of a saved file"),
     "peft_format/save": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/targets": ("peft_format/test_config", "it reads what a configuration names"),
+    "peft_format/vllm": ("peft_format/test_peft_files", "what is written for vLLM is loaded by peft too"),
     "cli/options": ("test_public_names", "the options are part of the public surface"),
     "targets/roles": ("targets/test_select", "a role is seen by what a preset chooses"),
     "trainer/checkpoint_io": ("trainer/test_checkpoints", "its files are those of a run"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,21 @@ from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.record import merged_layers
 from lightning_lora.model.state import buffer_names, clean_state, full_detached, lora_state_dict
 from lightning_lora.names import covers
-from lightning_lora.peft_format.layers import PeftPair, adapters_of, kind_in_peft, refusal, refused_pairs, to_peft
+from lightning_lora.peft_format.attention import INSIDE, OUT_PROJ, attention_around, attention_pairs, warn_of_half
+from lightning_lora.peft_format.layers import (
+    PeftPair,
+    adapters_of,
+    is_attention,
+    kind_in_peft,
+    refusal,
+    refused_pairs,
+    to_peft,
+)
 from lightning_lora.peft_format.stored import PREFIX
 from lightning_lora.peft_format.targets import lies_in, saved
 
 WITHOUT = "Leave it out with `exclude` and `also_train`, or merge the adapter and save the whole model."
 REPEATED = "is used in several places, of which peft adapts one"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which peft does not wrap
 
 
@@ -33,7 +41,7 @@ class Contents:
     """The contents of a directory; names are relative to the model that peft wraps.
 
     Args:
-        pairs: A and B by the name of the adapted module.
+        pairs: A and B by the name of the adapted module, for peft's second pair of an attention by its place there.
         modules_to_save: names of the modules that are trained in full.
         plain: their values, trained biases and changed buffers, by their keys in the file.
     """
@@ -41,6 +49,10 @@ class Contents:
     pairs: dict[str, PeftPair]
     modules_to_save: list[str]
     plain: dict[str, Tensor]
+
+    def adapted(self) -> dict[str, PeftPair]:
+        """The pairs of the modules that peft is told to adapt: without those inside an attention."""
+        return {name: pair for name, pair in self.pairs.items() if attention_around(name) is None}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its key in the file."""
@@ -76,17 +88,41 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     """
     adapted = list(holders(inner))
     _check_layers(adapted, inner, config)
-    pairs = {name: to_peft(module, adapters_of(adapters, config.name)) for name, module, adapters in adapted}
+    pairs = _pairs(adapted, inner, config)
     plain = _other_state(inner, adapted)
     trained = _in_full(plain, inner, config, asked_as)
     modules_to_save = _owners(trained, inner)
-    _check_saved(modules_to_save, inner, list(pairs))
+    _check_saved(modules_to_save, inner, [name for name, _, _ in adapted])
     state = clean_state(inner)
     inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
     _check_finite(pairs)
     values = {**plain, **{key: full_detached(state[key]) for key in inside}}  # in one order: sharded ones are gathered
-    bases = _all_names(inner, adapted)
-    return Contents(pairs, modules_to_save, {_key(key, bases): _as_written(key, v) for key, v in values.items()})
+    places = _places(inner, adapted)
+    return Contents(pairs, modules_to_save, {_key(key, places): _as_written(key, v) for key, v in values.items()})
+
+
+def _pairs(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> dict[str, PeftPair]:
+    """A and B of every layer; of an attention both, in the place of the first that has adapters."""
+    modules = dict(names.named_modules(inner))
+    own = {name: adapters_of(adapters, config.name) for name, _, adapters in adapted}
+    pairs: dict[str, PeftPair] = {}
+    for name, module, _ in adapted:
+        attention = _attention_of(name, modules)
+        if attention is None:
+            pairs[name] = to_peft(module, own[name])
+        elif attention not in pairs:
+            output = own.get(f"{attention}.{OUT_PROJ}")
+            pairs |= attention_pairs(attention, modules[attention], own.get(attention), output)
+    halved = [name.removesuffix(f".{OUT_PROJ}") for name in own if _attention_of(name, modules) not in (None, name)]
+    if halved:
+        warn_of_half(halved)
+    return pairs
+
+
+def _attention_of(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the attention that ``name`` is, or that it is the ``out_proj`` of."""
+    owner = name.rpartition(".")[0]
+    return next((place for place in (name, owner) if is_attention(modules[place])), None)
 
 
 def _check_finite(pairs: dict[str, PeftPair]) -> None:
@@ -109,12 +145,18 @@ def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Modu
         reason = REPEATED if reason is None and places[id(module)] > 1 else reason
         if reason is not None:
             raise ValueError(f"`{name}` {reason}. {WITHOUT} Nothing was written.")
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            warnings.warn(
-                f"`{name}` lies in an nn.TransformerEncoderLayer: in evaluation torch bypasses peft's "
-                "adapter there. The files are right, but peft's outputs are the base's.",
-                stacklevel=4,
-            )
+    _warn_of_fast_path([name for name, _, _ in adapted], modules)
+
+
+def _warn_of_fast_path(adapted: list[str], modules: dict[str, nn.Module]) -> None:
+    encoders = [n for n in adapted if isinstance(modules[n.rpartition(".")[0]], nn.TransformerEncoderLayer)]
+    if encoders:
+        more = f" (and {len(encoders) - 1} more)" if len(encoders) > 1 else ""
+        warnings.warn(
+            f"`{encoders[0]}`{more} lies in an nn.TransformerEncoderLayer: in evaluation torch bypasses peft's adapter "
+            "there. The files are right, but peft's outputs are the base's.",
+            stacklevel=5,
+        )
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -186,6 +228,11 @@ def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str
             )
         if isinstance(modules[name], CONTAINERS):
             raise ValueError(f"`{name}` is a container, which peft does not wrap. {WITHOUT} Nothing was written.")
+        if (owner := name.rpartition(".")[0]) and is_attention(modules[owner]) and _adapted_in(owner, adapted):
+            raise ValueError(
+                f"`{name}` trains in full inside an nn.MultiheadAttention with adapters, which peft cannot do. Train "
+                f"all of `{owner}` in full, or adapt it alone. {WITHOUT} Nothing was written."
+            )
         more = [module for module in saved([name], inner) if module not in modules_to_save]
         more += [module for module in adapted if lies_in(module, [name])]
         if more:
@@ -195,43 +242,31 @@ def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str
             )
 
 
-def _key(key: str, adapted: set[str]) -> str:
-    """The key of a parameter of the base, which peft keeps one level deeper in an adapted layer."""
+def _places(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, str]:
+    """Where peft keeps the parameters of the base in an adapted layer, by its name: one level deeper."""
+    modules, places = dict(names.named_modules(inner)), {}
+    for name in _all_names(inner, adapted):
+        attention = _attention_of(name, modules)
+        places[name] = f"{name}.base_layer"
+        if attention is not None:
+            places |= {
+                attention: f"{attention}.base_layer",
+                f"{attention}.{OUT_PROJ}": f"{attention}{INSIDE}.base_layer",
+            }
+    return places
+
+
+def _adapted_in(attention: str, adapted: list[str]) -> bool:
+    return any(name in (attention, f"{attention}.{OUT_PROJ}") for name in adapted)
+
+
+def _key(key: str, places: dict[str, str]) -> str:
+    """The key in the file of a parameter or buffer of the base."""
     owner, _, leaf = key.rpartition(".")
-    return f"{owner}.base_layer.{leaf}" if owner in adapted else key
+    return names.join(places.get(owner, owner), leaf)
 
 
 def _as_written(key: str, value: Tensor) -> Tensor:
     """A copy in fp32; fp64 and integers stay as they are."""
     kept = value.dtype == torch.float64 or not value.is_floating_point()
     return value.detach().to("cpu", value.dtype if kept else torch.float32, copy=True).contiguous()
-
-
-def for_vllm(contents: Contents) -> Contents:
-    """The same contents with one rank and one scale for all layers, as vLLM reads only these.
-
-    Raises:
-        ValueError: naming what vLLM refuses.
-    """
-    for key in contents.plain:
-        raise ValueError(f"`{key}` is not part of a pair, and vLLM takes neither `also_train`, biases nor buffers.")
-    for name, pair in contents.pairs.items():
-        if pair.A.dim() > 2 or pair.keys[0] != "lora_A.weight":
-            raise ValueError(
-                f"`{name}` is no linear layer, and vLLM adapts linear layers only: leave it out with `exclude`."
-            )
-    largest = max(pair.r for pair in contents.pairs.values())
-    rank = next((allowed for allowed in RANKS if allowed >= largest), None)
-    if rank is None:
-        raise ValueError(f"A pair has rank {largest}, and vLLM takes ranks up to {RANKS[-1]}.")
-    scales = {pair.scale for pair in contents.pairs.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    pairs = {name: _padded(pair, rank, scale) for name, pair in contents.pairs.items()}
-    return replace(contents, pairs=pairs)
-
-
-def _padded(pair: PeftPair, rank: int, scale: float) -> PeftPair:
-    more = rank - pair.r
-    A = nn.functional.pad(pair.A, (0, 0, 0, more))
-    B = nn.functional.pad(pair.B * (pair.scale / scale), (0, more))
-    return PeftPair(A, B, scale, pair.keys)

@@ -13,7 +13,6 @@ from lightning_lora.layers.base import is_adapted
 from lightning_lora.model import record
 from lightning_lora.model.apply import apply_lora, remove_lora
 from lightning_lora.model.state import load_lora_state_dict
-from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.contents import holders
 from lightning_lora.peft_format.placement import (
     FileValues,
@@ -23,6 +22,7 @@ from lightning_lora.peft_format.placement import (
     filled,
     read_values,
     values_for,
+    with_attentions,
 )
 from lightning_lora.peft_format.provenance import check_base
 from lightning_lora.peft_format.stored import config_of, open_adapter
@@ -38,7 +38,8 @@ def load_adapter(
 ) -> list[str]:
     """Load a directory that peft or :func:`save_adapter` wrote into ``model``: all of it, or nothing at all.
 
-    A model without adapters gets them as ``adapter_config.json`` says, with one pair on all of a fused layer. A model
+    A model without adapters gets them as ``adapter_config.json`` says, with one pair on all of a fused layer; q, k and
+    v of an ``nn.MultiheadAttention`` get a pair each, and its ``out_proj`` twice the stored update, as in peft. A model
     with adapters keeps its own configuration, which must fit: apply yours first to continue to train slices.
     Nothing is unpickled.
 
@@ -79,16 +80,17 @@ def load_adapter(
     prefix = inner_name(model, inner, lambda head: _has_all(model, head, file))
     part = dict(names.named_modules(model))[prefix]
     check_targets(asked, file, part)
+    file = with_attentions(file, part)
     check_base(adapter.file.metadata, part, set(file.in_full), strict_base)
     if is_adapted(model):
         check_adapted(file, part)
-        _load(model, part, prefix, asked, file, bare=False)
+        _load(model, part, prefix, file, bare=False)
     else:
         config = config_for(asked, file, part, prefix, model)
         try:
             apply_lora(model, config)
             check_adapted(file, part)
-            _load(model, part, prefix, asked, file, bare=True)
+            _load(model, part, prefix, file, bare=True)
         except BaseException:
             remove_lora(model)
             raise
@@ -100,9 +102,9 @@ def _has_all(model: nn.Module, head: str, file: FileValues) -> bool:
     return all(names.join(head, name) in known for name in file.pairs)
 
 
-def _load(model: nn.Module, part: nn.Module, prefix: str, asked: PeftConfig, file: FileValues, *, bare: bool) -> None:
+def _load(model: nn.Module, part: nn.Module, prefix: str, file: FileValues, *, bare: bool) -> None:
     config = record.config_of(model)
     assert config is not None
-    values = values_for(asked, file, part, config.name)
+    values = values_for(file, part, config.name)
     state: dict[str, Any] = {names.join(prefix, key): value for key, value in values.items()}
     load_lora_state_dict(model, filled(state, model) if bare else state)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, alpha_of
 from lightning_lora.files.json_files import shown
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.state import clean_state, frozen_names, full_detached, needed_names
+from lightning_lora.peft_format.attention import OUT_PROJ, ranks_of_projections, without_padding
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.contents import REPEATED, holders, places_in
-from lightning_lora.peft_format.layers import PeftPair, adapters_of, expected_shapes, from_peft, keys_of, refusal
+from lightning_lora.peft_format.layers import (
+    BYPASSED,
+    PeftPair,
+    adapters_of,
+    expected_shapes,
+    from_peft,
+    is_attention,
+    keys_of,
+    pairs_in,
+    refusal,
+)
 from lightning_lora.peft_format.stored import StoredAdapter
 from lightning_lora.peft_format.targets import exact_pattern, module_names, saved, targeted
 
@@ -26,11 +38,17 @@ class FileValues:
 
     Args:
         pairs: A and B of each adapted layer, by their names in the file.
+        scales: the factor in front of ``B A`` of each layer.
         in_full: everything else, by its name in the base.
+        inside: the names of the layers whose pair lies inside that of an attention.
+        ranks: the ranks of q, k and v in an attention; those that are not in it have no adapter.
     """
 
     pairs: dict[str, dict[str, Tensor]]
+    scales: dict[str, float]
     in_full: dict[str, Tensor]
+    inside: frozenset[str] = frozenset()
+    ranks: Mapping[str, dict[str, int]] = field(default_factory=dict)
 
 
 def read_values(adapter: StoredAdapter) -> FileValues:
@@ -42,8 +60,13 @@ def read_values(adapter: StoredAdapter) -> FileValues:
     pairs = {}
     for name, pair in adapter.pairs.items():
         keys = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
-        pairs[name] = dict(zip(keys, (pair.A.read_finite(), pair.B.read_finite()), strict=True))
-    return FileValues(pairs, {name: tensor.read_finite() for name, tensor in adapter.in_full.items()})
+        pairs[name] = dict(zip(keys, (pair.A.read_finite(), pair.times * pair.B.read_finite()), strict=True))
+    return FileValues(
+        pairs,
+        {name: pair.scale for name, pair in adapter.pairs.items() if pair.scale is not None},
+        {name: tensor.read_finite() for name, tensor in adapter.in_full.items()},
+        frozenset(name for name, pair in adapter.pairs.items() if pair.times > 1),
+    )
 
 
 def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None:
@@ -52,7 +75,8 @@ def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None
     Raises:
         ValueError: naming the first module that does not fit.
     """
-    wanted, modules, places = targeted(asked, inner), dict(names.named_modules(inner)), places_in(inner)
+    modules, places = dict(names.named_modules(inner)), places_in(inner)
+    wanted = [place for name in targeted(asked, inner) for place in _pairs_of(name, modules[name])]
     for name in (*file.pairs, *wanted):
         if name not in wanted or name not in file.pairs:
             where = "`adapter_model.safetensors` only" if name in file.pairs else "`adapter_config.json` only"
@@ -63,14 +87,22 @@ def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None
     for name in wanted:
         module, owner = modules[name], modules[name.rpartition(".")[0]]
         reason = refusal(module, owner) or (REPEATED if places[id(module)] > 1 else None)
+        if is_attention(owner) and name not in file.inside:
+            reason = BYPASSED
         if reason is not None:
             raise ValueError(f"`{name}` {reason}. Load this adapter with peft.")
-        _check_pair(name, module, file.pairs[name], asked.rank_for(name))
+        _check_pair(name, module, file.pairs[name])
 
 
-def _check_pair(name: str, module: nn.Module, halves: Mapping[str, Tensor], r: int) -> None:
+def _pairs_of(name: str, module: nn.Module) -> list[str]:
+    """The layers that peft gives a pair when it adapts ``module``."""
+    return [name, f"{name}.{OUT_PROJ}"] if is_attention(module) else [name]
+
+
+def _check_pair(name: str, module: nn.Module, halves: Mapping[str, Tensor]) -> None:
     if set(halves) != set(keys_of(module)):
         raise ValueError(f"`{name}` needs {' and '.join(keys_of(module))}, but the file has {', '.join(halves)}.")
+    r = len(halves[keys_of(module)[0]])
     for key, shape in zip(keys_of(module), expected_shapes(module, r), strict=True):
         value = halves[key]
         if tuple(value.shape) != shape:
@@ -89,17 +121,41 @@ def _check_pair(name: str, module: nn.Module, halves: Mapping[str, Tensor], r: i
         )
 
 
+def with_attentions(file: FileValues, inner: nn.Module) -> FileValues:
+    """``file`` without what stands in it for projections of an attention that have no adapter."""
+    modules, pairs, ranks = dict(names.named_modules(inner)), dict(file.pairs), {}
+    for name in file.pairs:
+        if not is_attention(modules[name]) and name not in file.inside:
+            continue
+        A, B = without_padding(*(pairs[name][key] for key in keys_of(modules[name])))
+        pairs[name] = dict(zip(keys_of(modules[name]), (A, B), strict=True))
+        if not len(A):
+            del pairs[name]
+        elif is_attention(modules[name]):
+            ranks[name] = ranks_of_projections(B)
+    return replace(file, pairs=pairs, ranks=ranks)
+
+
 def config_for(asked: PeftConfig, file: FileValues, inner: nn.Module, prefix: str, model: nn.Module) -> LoRAConfig:
     """The LoRAConfig that gives a ``model`` without adapters those of the file."""
     every = module_names(model, aliases=True)
-    full = {name: exact_pattern(names.join(prefix, name), every) for name in file.pairs}
-    ranks = {full[name]: asked.rank_for(name) for name in file.pairs}
-    alphas = {full[name]: asked.alpha_for(name) for name in file.pairs}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, pair in file.pairs.items():
+        full = names.join(prefix, name)
+        if name in file.ranks or name in file.inside:
+            by_part = {f"re:{re.escape(f'{full}.{part}')}": r for part, r in file.ranks.get(name, {}).items()}
+            by_part = by_part or {exact_pattern(full, every): len(next(iter(pair.values())))}
+            ranks |= by_part
+            alphas |= {part: alpha_of(file.scales[name], r, asked.rslora) for part, r in by_part.items()}
+        else:
+            ranks[exact_pattern(full, every)] = asked.rank_for(name)
+            alphas[exact_pattern(full, every)] = asked.alpha_for(name)
     in_full = [exact_pattern(names.join(prefix, name), every) for name in saved(asked.modules_to_save, inner)]
     return LoRAConfig(
         r=asked.r,
         alpha=asked.alpha,
-        targets=list(full.values()),
+        targets=list(ranks),
         dropout=asked.dropout,
         init="gaussian" if asked.gaussian else "kaiming",
         rslora=asked.rslora,
@@ -123,7 +179,7 @@ def check_adapted(file: FileValues, inner: nn.Module) -> None:
             raise ValueError(f"`{name}` has adapters {where}: were `targets` and `exclude` the same when it was made?")
 
 
-def values_for(asked: PeftConfig, file: FileValues, inner: nn.Module, adapter: str) -> dict[str, Tensor]:
+def values_for(file: FileValues, inner: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The values of the file as a state dict of the adapted ``inner``.
 
     Raises:
@@ -132,8 +188,11 @@ def values_for(asked: PeftConfig, file: FileValues, inner: nn.Module, adapter: s
     state: dict[str, Tensor] = {}
     for name, layer, adapters in holders(inner):
         A, B = (file.pairs[name][key].float() for key in keys_of(layer))
-        pair = PeftPair(A, B, asked.scale_for(name), keys_of(layer))
-        values = from_peft(adapters_of(adapters, adapter), pair)
+        own, scale = adapters_of(adapters, adapter), file.scales[name]
+        if name in file.inside:  # the file has one scale for the attention and its `out_proj`, a model may have two
+            own_scale = pairs_in(own)[0].scale
+            B, scale = B * (scale / own_scale), own_scale
+        values = from_peft(own, PeftPair(A, B, scale, keys_of(layer)))
         if isinstance(values, str):
             raise ValueError(f"`{name}` {values}: apply the configuration that the adapter was made with.")
         state |= {names.join(name, f"lora.{adapter}.{key}"): value for key, value in values.items()}

@@ -26,6 +26,7 @@ from lightning_lora.version import __version__
 
 OWN = "lightning_lora"
 BASE, DIGEST, INNER = f"{OWN}.base", f"{OWN}.digest", f"{OWN}.inner"
+VERSION = f"{OWN}.version"
 ADAPTER_CONFIG = f"{OWN}.adapter_config"  # what the file of that name held when the weights were written
 
 
@@ -57,7 +58,7 @@ def header(
         if key == "format" or key.startswith(OWN):
             raise ValueError(f"`metadata` has {key!r}, which the file itself uses: take another key.")
     ours = {
-        f"{OWN}.version": __version__,
+        VERSION: __version__,
         f"{OWN}.config": json.dumps(config.to_dict()),
         INNER: inner,
         BASE: json.dumps(base),

@@ -17,10 +17,11 @@ from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.record import records
 from lightning_lora.model.state import has_adapters, lora_state_dict
 from lightning_lora.peft_format.config_writer import Scaled, written_config
-from lightning_lora.peft_format.contents import Contents, contents_of, for_vllm, holders
+from lightning_lora.peft_format.contents import Contents, contents_of, holders
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
 from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
 from lightning_lora.peft_format.targets import exact_targets, inner_name
+from lightning_lora.peft_format.vllm import for_vllm
 
 FLAVORS = ("peft", "vllm")
 
@@ -36,8 +37,9 @@ def save_adapter(
     """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
 
     peft's outputs are then those of ``model``. Slices of a fused layer become one pair on all of it, whose rank is
-    the sum of theirs. Everything is checked before anything is written, and an error leaves the old files. In
-    distributed training all processes must call it, and the first writes.
+    the sum of theirs; so do q, k and v of an ``nn.MultiheadAttention``. peft 0.21 adds the update of its ``out_proj``
+    twice, so half of it is written, and a warning says so. Everything is checked before anything is written, and an
+    error leaves the old files. In distributed training all processes must call it, and the first writes.
 
     Args:
         model: a model with adapters, live or merged.
@@ -135,7 +137,7 @@ def _inner_of(model: nn.Module, inner: str | None) -> tuple[str, nn.Module]:
 
 def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor: str) -> str:
     rslora = config.rslora and flavor == "peft"
-    modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.pairs.items()}
+    modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.adapted().items()}
     inside = dict(names.named_modules(part))
     linear = [module for name in modules if is_linear(module := inside[name])]
     base = getattr(part, BASE_NAME, None) or None

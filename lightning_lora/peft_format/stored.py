@@ -20,8 +20,9 @@ import torch
 from lightning_lora.files.json_files import read_object, shown
 from lightning_lora.files.safetensors import FLOATS, StoredTensor, TensorFile, check_dtypes, open_tensors
 from lightning_lora.ops.low_rank import DeltaFactors
+from lightning_lora.peft_format.attention import TIMES, attention_around, warn_of_version
 from lightning_lora.peft_format.config import PeftConfig, read_config
-from lightning_lora.peft_format.provenance import DIGEST, check_config, check_digest
+from lightning_lora.peft_format.provenance import DIGEST, VERSION, check_config, check_digest
 from lightning_lora.peft_format.targets import is_targeted
 
 PREFIX = "base_model.model."
@@ -45,6 +46,7 @@ class StoredPair:
         B: ``(out_features, r)``, of a convolution ``(out, r, 1, ...)``.
         scale: factor in front of ``B A``; ``None`` where there is no configuration.
         embedding: whether the layer is an embedding.
+        times: how often the update is added.
     """
 
     name: str
@@ -52,6 +54,7 @@ class StoredPair:
     B: StoredTensor
     scale: float | None
     embedding: bool
+    times: int = 1
 
     @property
     def r(self) -> int:
@@ -63,9 +66,9 @@ class StoredPair:
         return math.prod(self.A.shape[1:]), self.B.shape[0]
 
     def read(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
-        """``scale * B``, shape ``(out_features, r)``, and A, shape ``(r, in_features)``."""
+        """``times * scale * B``, shape ``(out_features, r)``, and A, shape ``(r, in_features)``."""
         A, B = (tensor.read().to(dtype).flatten(1) for tensor in (self.A, self.B))
-        return (1.0 if self.scale is None else self.scale) * B, A
+        return self._factor() * B, A
 
     def read_finite(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
         """The same as :meth:`read`, without NaN and infinity.
@@ -74,7 +77,10 @@ class StoredPair:
             ValueError: if there are such numbers.
         """
         A, B = (tensor.read_finite().to(dtype).flatten(1) for tensor in (self.A, self.B))
-        return (1.0 if self.scale is None else self.scale) * B, A
+        return self._factor() * B, A
+
+    def _factor(self) -> float:
+        return self.times * (1.0 if self.scale is None else self.scale)
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,10 @@ def open_adapter(path: Path) -> StoredAdapter:
         check_config(file.metadata, values, folder)
     if DIGEST in file.metadata:
         check_digest(file.metadata, {name: tensor.read() for name, tensor in file.tensors.items()})
-    halves, in_full = _sorted(file)
-    pairs = {name: _pair(name, both, config, file.path) for name, both in halves.items()}
+    halves, in_full, inside = _sorted(file)
+    pairs = {name: _pair(name, inside.get(name), both, config, file.path) for name, both in halves.items()}
+    if inside and VERSION not in file.metadata:
+        warn_of_version(values or {})
     return StoredAdapter(path, file, config, values or {}, pairs, in_full)
 
 
@@ -161,9 +169,12 @@ def _end(name: str) -> str | None:
     return next((end for end in ENDS if name.endswith(f".{end}")), None)
 
 
-def _sorted(file: TensorFile) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """A and B of each layer by the ends of their names, and all other tensors."""
+def _sorted(
+    file: TensorFile,
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor], dict[str, str]]:
+    """A and B of each layer by the ends of their names, all other tensors, and the attention of pairs inside one."""
     halves: dict[str, dict[str, StoredTensor]] = {}
+    inside: dict[str, str] = {}
     in_full: dict[str, StoredTensor] = {}
     for key, tensor in file.tensors.items():
         end = _end(key)
@@ -172,39 +183,46 @@ def _sorted(file: TensorFile) -> tuple[dict[str, dict[str, StoredTensor]], dict[
                 f"`{file.path}` holds {shown(key)}, which no plain LoRA of peft's has: names begin with {PREFIX!r}, "
                 "and a layer has A and B alone."
             )
-        name = _without_wrapper(key.removeprefix(PREFIX).removesuffix("" if end is None else f".{end}"))
-        group, place = (in_full, name) if end is None else (halves.setdefault(name, {}), end)
-        if place in group:
+        place = key.removeprefix(PREFIX).removesuffix("" if end is None else f".{end}")
+        name, attention = _without_wrapper(place), attention_around(place)
+        if end is not None and attention is not None:
+            inside[name] = _without_wrapper(attention)
+        group, half = (in_full, name) if end is None else (halves.setdefault(name, {}), end)
+        if half in group:
             raise ValueError(f"`{file.path}` has two tensors for {shown(name)}.")
-        group[place] = tensor
+        group[half] = tensor
     if not halves:
         raise ValueError(f"`{file.path}` has no tensors that are called lora_A and lora_B, so it is no LoRA adapter.")
-    return halves, in_full
+    return halves, in_full, inside
 
 
 def _without_wrapper(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def _pair(name: str, both: Mapping[str, StoredTensor], config: PeftConfig | None, path: Path) -> StoredPair:
+def _pair(
+    name: str, attention: str | None, both: Mapping[str, StoredTensor], config: PeftConfig | None, path: Path
+) -> StoredPair:
+    """The pair of the layer ``name``, which may lie inside the adapted module ``attention``."""
     halves = {ENDS[end]: tensor for end, tensor in both.items()}
     if len(both) != 2 or len(halves) != 2 or len({"embedding" in end for end in both}) != 1:
         raise ValueError(f"{shown(name)} needs one A and one B, but {path} has {', '.join(both)}.")
     A, B = halves["A"], halves["B"]
     _check_shapes(name, A, B, path)
+    asked_as, times = (name, 1) if attention is None else (attention, TIMES)
     if config is None:
-        return StoredPair(name, A, B, None, "lora_embedding_A" in both)
-    if not is_targeted(name, config):
+        return StoredPair(name, A, B, None, "lora_embedding_A" in both, times)
+    if not is_targeted(asked_as, config):
         raise ValueError(
             f"{shown(name)} is adapted by {path}, but `target_modules` and `exclude_modules` of {CONFIG} leave it out: "
             "the two files do not belong together."
         )
-    if config.rank_for(name) != A.shape[0]:
+    if config.rank_for(asked_as) != A.shape[0]:
         raise ValueError(
-            f"{shown(name)} has rank {A.shape[0]} in {path}, but {CONFIG} says {config.rank_for(name)}: the two files "
-            "do not belong together."
+            f"{shown(name)} has rank {A.shape[0]} in {path}, but {CONFIG} says {config.rank_for(asked_as)}: the two "
+            "files do not belong together."
         )
-    return StoredPair(name, A, B, config.scale_for(name), "lora_embedding_A" in both)
+    return StoredPair(name, A, B, config.scale_for(asked_as), "lora_embedding_A" in both, times)
 
 
 def _check_shapes(name: str, A: StoredTensor, B: StoredTensor, path: Path) -> None:

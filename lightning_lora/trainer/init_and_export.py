@@ -14,7 +14,7 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import clean
 from lightning_lora.peft_format.contents import kinds
-from lightning_lora.peft_format.layers import KINDS, ON_META, SLICES
+from lightning_lora.peft_format.layers import IN_ATTENTION, KINDS, ON_META, SLICES
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.trainer import checkpoints
@@ -56,7 +56,7 @@ def check_export(module: nn.Module, directory: str) -> None:
     if Path(directory).is_file():
         raise ValueError(f"`export={directory!r}` must be a directory, but is a file.")
     for name, kind in kinds(module).items():
-        if kind not in (*KINDS, SLICES, ON_META):
+        if kind not in (*KINDS, SLICES, IN_ATTENTION, ON_META):
             raise ValueError(f"`export={directory!r}` cannot be written: `{name}` {kind}. Leave it out with `exclude`.")
 
 

@@ -532,12 +532,6 @@ def convolution(**arguments):
 
 
 REFUSED = {
-    "attention": (of(lambda: nn.MultiheadAttention(4, 2)), {"targets": ["0"]}, r"`0` is a MultiheadAttention, which"),
-    "out-proj": (
-        of(lambda: nn.MultiheadAttention(4, 2)),
-        {"targets": ["out_proj"]},
-        r"`0.out_proj` lies in an nn.Multi",
-    ),
     "lstm": (of(lambda: nn.LSTM(4, 4)), {"targets": ["0"]}, r"`0` is a LSTM, which PEFT's format has no place for"),
     "bilinear": (of(lambda: nn.Bilinear(4, 4, 2)), {"targets": ["0"]}, r"`0` is a Bilinear"),
     "transposed": (of(lambda: nn.ConvTranspose2d(2, 2, 3)), {"targets": ["0"]}, r"`0` is a ConvTranspose2d"),
