@@ -20,9 +20,11 @@ from lightning_lora.model.state import buffer_names, clean_state, full_detached,
 from lightning_lora.names import covers
 from lightning_lora.peft_format.attention import INSIDE, OUT_PROJ, attention_around, attention_pairs, warn_of_half
 from lightning_lora.peft_format.layers import (
+    ON_META,
     PeftPair,
     adapters_of,
     is_attention,
+    is_empty,
     kind_in_peft,
     refusal,
     refused_pairs,
@@ -86,13 +88,13 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     Raises:
         ValueError: naming what PEFT's format has no place for.
     """
-    adapted = list(holders(inner))
-    _check_layers(adapted, inner, config)
+    adapted, plain, modules_to_save = _checked(inner, config, asked_as)
+    modules = dict(names.named_modules(inner))
+    for name, module, _ in adapted:
+        if is_empty(module):
+            raise ValueError(f"`{name}` {ON_META}. Nothing was written.")
+    _warn_of_fast_path([name for name, _, _ in adapted], modules)
     pairs = _pairs(adapted, inner, config)
-    plain = _other_state(inner, adapted)
-    trained = _in_full(plain, inner, config, asked_as)
-    modules_to_save = _owners(trained, inner)
-    _check_saved(modules_to_save, inner, [name for name, _, _ in adapted])
     state = clean_state(inner)
     inside = [key for key in state if _lies_under(key, modules_to_save) and key not in plain]
     _check_finite(pairs)
@@ -101,7 +103,31 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     return Contents(pairs, modules_to_save, {_key(key, places): _as_written(key, v) for key, v in values.items()})
 
 
-def _pairs(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> dict[str, PeftPair]:
+def check_contents(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]) -> None:
+    """Raise what :func:`contents_of` raises whatever the values are, which may not be there yet.
+
+    Raises:
+        ValueError: naming what PEFT's format has no place for.
+    """
+    _checked(inner, config, asked_as)
+
+
+Adapted = list[tuple[str, nn.Module, Adapters]]
+
+
+def _checked(
+    inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]
+) -> tuple[Adapted, dict[str, Tensor], list[str]]:
+    """The adapted layers, everything else that belongs to the adapter, and the modules that train in full."""
+    adapted = list(holders(inner))
+    _check_layers(adapted, inner, config)
+    plain = _other_state(inner, adapted)
+    modules_to_save = _owners(_in_full(plain, inner, config, asked_as), inner)
+    _check_saved(modules_to_save, inner, [name for name, _, _ in adapted])
+    return adapted, plain, modules_to_save
+
+
+def _pairs(adapted: Adapted, inner: nn.Module, config: LoRAConfig) -> dict[str, PeftPair]:
     """A and B of every layer; of an attention both, in the place of the first that has adapters."""
     modules = dict(names.named_modules(inner))
     own = {name: adapters_of(adapters, config.name) for name, _, adapters in adapted}
@@ -133,7 +159,7 @@ def _check_finite(pairs: dict[str, PeftPair]) -> None:
             )
 
 
-def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Module, config: LoRAConfig) -> None:
+def _check_layers(adapted: Adapted, inner: nn.Module, config: LoRAConfig) -> None:
     modules, places = dict(names.named_modules(inner)), places_in(inner)
     for name, module, adapters in adapted:
         if not name:
@@ -145,7 +171,6 @@ def _check_layers(adapted: list[tuple[str, nn.Module, Adapters]], inner: nn.Modu
         reason = REPEATED if reason is None and places[id(module)] > 1 else reason
         if reason is not None:
             raise ValueError(f"`{name}` {reason}. {WITHOUT} Nothing was written.")
-    _warn_of_fast_path([name for name, _, _ in adapted], modules)
 
 
 def _warn_of_fast_path(adapted: list[str], modules: dict[str, nn.Module]) -> None:
@@ -155,7 +180,7 @@ def _warn_of_fast_path(adapted: list[str], modules: dict[str, nn.Module]) -> Non
         warnings.warn(
             f"`{encoders[0]}`{more} lies in an nn.TransformerEncoderLayer: in evaluation torch bypasses peft's adapter "
             "there. The files are right, but peft's outputs are the base's.",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -177,12 +202,12 @@ def places_in(model: nn.Module) -> Counter[int]:
     return Counter(id(child) for owner in owners.values() for child in owner._modules.values())
 
 
-def _all_names(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> set[str]:
+def _all_names(inner: nn.Module, adapted: Adapted) -> set[str]:
     wanted = {id(module) for _, module, _ in adapted}
     return {name for name, module in names.named_modules(inner) if id(module) in wanted}
 
 
-def _other_state(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, Tensor]:
+def _other_state(inner: nn.Module, adapted: Adapted) -> dict[str, Tensor]:
     """Everything else that belongs to the adapter, by its name in ``inner``."""
     pairs = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
     state = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(pairs)}
@@ -242,7 +267,7 @@ def _check_saved(modules_to_save: list[str], inner: nn.Module, adapted: list[str
             )
 
 
-def _places(inner: nn.Module, adapted: list[tuple[str, nn.Module, Adapters]]) -> dict[str, str]:
+def _places(inner: nn.Module, adapted: Adapted) -> dict[str, str]:
     """Where peft keeps the parameters of the base in an adapted layer, by its name: one level deeper."""
     modules, places = dict(names.named_modules(inner)), {}
     for name in _all_names(inner, adapted):

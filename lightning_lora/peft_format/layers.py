@@ -73,8 +73,6 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
         return f"is a {cls.__name__}, which PEFT's format has no place for"
     if owner is not None and is_attention(owner):
         return _refused_attention(owner)
-    if parameter_of(module).is_meta:
-        return ON_META
     if root in CONVOLUTIONS:
         return _refused_convolution(module)
     if getattr(module, "max_norm", None) is not None:
@@ -88,6 +86,8 @@ def refusal(module: nn.Module, owner: nn.Module | None) -> str | None:
 def kind_in_peft(module: nn.Module, owner: nn.Module | None, adapters: Adapter | Pairs) -> str:
     """The kind of an adapted layer in PEFT's format, or why it has none; checkpoints record it."""
     reason = refusal(module, owner) or refused_pairs(adapters)
+    if reason is None and is_empty(module):
+        reason = ON_META
     if reason is None and (is_attention(module) or (owner is not None and is_attention(owner))):
         reason = IN_ATTENTION
     if reason is None and isinstance(adapters, Pairs):
@@ -114,7 +114,12 @@ def _refused_attention(module: nn.Module) -> str | None:
         return f"belongs to a {cls.__name__} with its own forward, which peft calls as an nn.MultiheadAttention's"
     if is_quantized_class(original_class(module.out_proj)):
         return "belongs to an nn.MultiheadAttention with a quantized `out_proj`, which peft does not adapt"
-    return ON_META if parameter_of(module, "in_proj_weight").is_meta else None
+    return None
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Whether the weight of the adapted or adaptable ``module`` is on the meta device."""
+    return parameter_of(module, parts_of(module)[0].key).is_meta
 
 
 def _refused_convolution(module: nn.Module) -> str | None:

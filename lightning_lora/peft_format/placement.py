@@ -19,11 +19,13 @@ from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.contents import REPEATED, holders, places_in
 from lightning_lora.peft_format.layers import (
     BYPASSED,
+    ON_META,
     PeftPair,
     adapters_of,
     expected_shapes,
     from_peft,
     is_attention,
+    is_empty,
     keys_of,
     pairs_in,
     refusal,
@@ -89,6 +91,8 @@ def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None
         reason = refusal(module, owner) or (REPEATED if places[id(module)] > 1 else None)
         if is_attention(owner) and name not in file.inside:
             reason = BYPASSED
+        if reason is None and is_empty(module):
+            reason = ON_META
         if reason is not None:
             raise ValueError(f"`{name}` {reason}. Load this adapter with peft.")
         _check_pair(name, module, file.pairs[name])

@@ -10,17 +10,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from lightning_lora.files.writable import why_unwritable
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import clean
-from lightning_lora.peft_format.contents import kinds
-from lightning_lora.peft_format.layers import IN_ATTENTION, KINDS, ON_META, SLICES
 from lightning_lora.peft_format.load import load_adapter
-from lightning_lora.peft_format.save import save_adapter
+from lightning_lora.peft_format.save import check_saveable, save_adapter
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_io import is_written_here
 from lightning_lora.trainer.compatibility import best_checkpoints
-from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 
 
 def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) -> None:
@@ -47,17 +46,26 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     method.load(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
 
 
-def check_export(module: nn.Module, directory: str) -> None:
-    """Raise before the first step if the adapters could not be written after the last.
+def check_export(trainer: Any, module: nn.Module, directory: str) -> None:
+    """Raise before the first step if the adapters could not be written after the last; every rank must call it.
 
     Raises:
-        ValueError: naming the layer that PEFT's format has no place for, or the file that is in the way.
+        ValueError: naming what PEFT's format has no place for, or why ``directory`` cannot be written.
     """
     if Path(directory).is_file():
         raise ValueError(f"`export={directory!r}` must be a directory, but is a file.")
-    for name, kind in kinds(module).items():
-        if kind not in (*KINDS, SLICES, IN_ATTENTION, ON_META):
-            raise ValueError(f"`export={directory!r}` cannot be written: `{name}` {kind}. Leave it out with `exclude`.")
+    reason = trainer.strategy.broadcast(why_unwritable(directory) if trainer.is_global_zero else None)
+    if reason is not None:
+        raise ValueError(f"`export={directory!r}` cannot be written: {reason}. Name a directory that can be.")
+    try:
+        to_know = check_saveable(module)
+    except ValueError as error:
+        raise ValueError(
+            f"`export={directory!r}` cannot be written: {error} Without `export` the run trains and merges it all the "
+            "same."
+        ) from error
+    if to_know is not None:
+        rank_zero_info(f"`export={directory!r}`: {to_know}")
 
 
 def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, Any] | None) -> None:

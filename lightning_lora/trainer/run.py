@@ -129,7 +129,7 @@ class Run:
         """See that the adapters can be exported at the end, and give fresh ones the values of ``init_from``."""
         path, fits = self.run_config.init_from, self.stage == "fit"
         if self.run_config.export is not None and fits:
-            check_export(self.module, self.run_config.export)
+            check_export(self.trainer, self.module, self.run_config.export)
         if path is not None and self.was_bare:
             start_from(self.module, path, self.method, self.files.base_fingerprint())
             self.files.loaded = True

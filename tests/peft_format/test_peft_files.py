@@ -466,8 +466,15 @@ def test_the_whole_transformers_model_is_the_inner_one(tmp_path):
 def test_what_trains_outside_of_the_inner_model_is_not_left_behind(tmp_path):
     model = trained(lambda: Lit(LM), r=2, targets=["mlp.*"], also_train=["scale"])
     with pytest.raises(ValueError, match=r"`scale.weight` belongs to the adapter and lies outside of `model`"):
-        save_adapter(model, tmp_path)
+        save_adapter(model, tmp_path, inner="model")
     assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match=r"`scale.weight` .* lies outside of `model`, .* relative to the Lit,"):
+        save_adapter(model, tmp_path)
+    theirs, bare = in_peft(lambda: Lit(LM), tmp_path), made(lambda: Lit(LM))
+    load_adapter(bare, tmp_path)
+    for loaded in (theirs.base_model.model, bare):
+        assert close(out(loaded, INDEX), out(model, INDEX))
+        assert close(loaded.scale(torch.ones(2)), model.scale(torch.ones(2)))
 
 
 def test_the_header_tells_where_it_comes_from(tmp_path):

@@ -17,6 +17,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, l
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.trainer.init_and_export import start_from
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
+from tests.helpers.oracles import Scaled
 
 peft = pytest.importorskip("peft")
 X = data(5).dataset.tensors[0]
@@ -153,24 +154,68 @@ def test_adapters_that_are_there_go_on_and_it_is_said(from_peft):
         trainer(LoRACallback(r=4, init_from=str(from_peft[0]))).test(module, data(2), verbose=False)
 
 
-@pytest.mark.parametrize("way", ["layer", "file"])
-def test_what_could_not_be_written_is_refused_before_the_first_step(tmp_path, way):
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class OwnForward(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.layers[0].q = Scaled(16, 16)
 
-    class Own(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net.layers[0].q = Scaled(16, 16)
 
+class OwnParameter(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1))
+
+
+REFUSED = {
+    "layer": (OwnForward, {}, "out", "is a Scaled with its own forward"),
+    "parameter": (OwnParameter, {"also_train": ["token"]}, "out", "A parameter of the model itself trains"),
+    "matrix": (Lit, {"targets": ["layers.0.q.weight"]}, "out", "is adapted by its parameter `weight`"),
+    "file": (Lit, {}, "file", "but is a file"),
+    "inside-a-file": (Lit, {}, "file/out", "file is not a directory. Name a directory that can be"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_not_be_written_is_refused_before_the_first_step(tmp_path, case):
+    cls, arguments, name, words = REFUSED[case]
+
+    class Started(cls):
         def on_train_start(self):
             raise AssertionError("too late")
 
     (tmp_path / "file").write_text("mine")
-    cls, words = (Own, "is a Scaled with its own forward") if way == "layer" else (Lit, "but is a file")
     with pytest.raises(ValueError, match=words):
-        trainer(LoRACallback(export=str(tmp_path / way))).fit(cls(), data(), data(1))
+        trainer(LoRACallback(export=str(tmp_path / name), **arguments)).fit(Started(), data(), data(1))
+    assert not (tmp_path / "out").exists()
+
+
+class Backbone(Lit):
+    """A new head beside the network that holds all adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.scores = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.scores(self.net(x))
+
+
+def test_a_head_outside_the_backbone_is_exported_with_it(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("lightning_lora.trainer.init_and_export.rank_zero_info", said.append)
+    with pytest.warns(UserWarning, match="lies outside of `net`"):
+        module = fit(tmp_path, Backbone, also_train=["scores"], export=str(tmp_path / "out"))
+    assert len(said) == 1 and "are relative to the Backbone, and peft has to wrap that" in said[0]
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(Backbone(), str(tmp_path / "out")).eval()(X)
+    torch.testing.assert_close(theirs, module(X), rtol=1e-5, atol=1e-5)
+    again = Backbone()
+    trainer(LoRACallback(r=4, also_train=["scores"], init_from=str(tmp_path / "out"))).test(
+        again, data(2), verbose=False
+    )
+    torch.testing.assert_close(again.eval()(X), module(X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_merge_does_not_depend_on_the_export(tmp_path):
