@@ -37,6 +37,17 @@ CONV1D = "Conv1D"
 BASE_NAME = "name_or_path"
 MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
 
+TRANSFORMERS = "transformers"
+# The ends of the names of its classes, with peft's word for the task.
+TASK_CLASSES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
 # The library whose linear layers hold quantized weights.
 QUANTIZING_LIBRARY = "bitsandbytes"
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_lora.config import LoRAConfig
 
@@ -26,6 +27,7 @@ def written_config(
     *,
     base: str | None,
     transposed: bool,
+    auto: Mapping[str, Any] | None = None,
 ) -> str:
     """The smallest ``adapter_config.json`` from which peft makes this adapter.
 
@@ -36,6 +38,7 @@ def written_config(
         config: the configuration of the adapter.
         base: name of the base, as ``from_pretrained`` takes it.
         transposed: whether all linear layers among the modules have a weight of shape ``(in, out)``.
+        auto: the keys by which peft's Auto classes find the class of the base; ``None`` where it is not known.
     """
     ranks = {name: module.r for name, module in modules.items()}
     alphas = {name: _short(module.alpha) for name, module in modules.items()}
@@ -48,6 +51,7 @@ def written_config(
         "lora_dropout": config.dropout,
         "bias": config.bias,
         "target_modules": targets,
+        **(auto or {}),
     }
     more = {
         "rank_pattern": _others(ranks),

@@ -22,6 +22,7 @@ from lightning_lora.peft_format.contents import Contents, check_contents, conten
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
 from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
 from lightning_lora.peft_format.targets import exact_targets, inner_name
+from lightning_lora.peft_format.task import auto_classes
 from lightning_lora.peft_format.vllm import for_vllm
 
 FLAVORS = ("peft", "vllm")
@@ -195,4 +196,5 @@ def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor
         config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
         base=base if isinstance(base, str) else None,
         transposed=bool(linear) and not any(issubclass(original_class(module), nn.Linear) for module in linear),
+        auto=auto_classes(part, contents.modules_to_save),
     )
