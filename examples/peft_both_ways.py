@@ -2,8 +2,8 @@
 
     python examples/peft_both_ways.py
 
-A small Llama that counts in ones (it is trained first, in seconds) learns to count in threes. It needs `pip install
-transformers peft`, and no network. What the one library gives the other is judged by the model's outputs.
+A small Llama that counts in ones (it is trained first, in seconds) learns to count in threes. It needs the extra
+`examples`, and no network. What the one library gives the other is judged by the model's outputs.
 """
 
 from __future__ import annotations

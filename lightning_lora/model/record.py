@@ -63,6 +63,7 @@ class Record:
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
         load_hook: of the hook that loads adapter state dicts into the module.
+        started_from: the path of the file or directory that a run started the adapters from.
     """
 
     config: LoRAConfig | None = None
@@ -72,6 +73,7 @@ class Record:
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
     load_hook: RemovableHandle | None = None
+    started_from: str | None = None
 
 
 def record_of(module: nn.Module) -> Record:

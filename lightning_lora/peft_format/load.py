@@ -71,6 +71,12 @@ def load_adapter(
         ['0', '2']
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(
+            f"`directory` must be a directory in PEFT's format, but `{directory}` is a file. A checkpoint of a run is "
+            "loaded by load_from_checkpoint(cls, path) or LoRACallback(init_from=path); the command `lightning-lora "
+            "export CKPT DIR` makes a directory of it."
+        )
     if not directory.is_dir():
         raise FileNotFoundError(f"`directory` must be a local directory, but there is no `{directory}`.")
     adapter = open_adapter(directory)

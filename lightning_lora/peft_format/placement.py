@@ -84,7 +84,8 @@ def check_targets(asked: PeftConfig, file: FileValues, inner: nn.Module) -> None
             where = "`adapter_model.safetensors` only" if name in file.pairs else "`adapter_config.json` only"
             raise ValueError(
                 f"{shown(name)} is adapted by {where}: the two do not belong together, or not to this "
-                f"{type(inner).__name__}. With the adapted model inside another name it in `inner`."
+                f"{type(inner).__name__}. If the adapted model is inside another, name it: load_adapter(..., "
+                "inner=...)."
             )
     for name in wanted:
         module, owner = modules[name], modules[name.rpartition(".")[0]]

@@ -152,8 +152,8 @@ def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str],
     wrong = other_base(expected, present)
     if wrong is not None and strict:
         raise ValueError(
-            f"The adapter was trained on another base: {wrong}. Load that base first, or pass "
-            "strict_base=False to load the adapter all the same."
+            f"The adapter was trained on another base: {wrong}. Load that base first; "
+            "load_adapter(model, directory, strict_base=False) loads the adapter all the same."
         )
     if wrong is not None:
         warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=3)

@@ -18,7 +18,7 @@ from lightning_lora.foreign import AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDIN
 from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import cast_by_autocast, lower
 from lightning_lora.model.freeze import is_frozen, unfreeze
-from lightning_lora.model.record import Record, all_records, place_again
+from lightning_lora.model.record import Record, all_records, place_again, record_of
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.trainer.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.compatibility import overrides
@@ -132,9 +132,10 @@ class Run:
             check_export(self.trainer, self.module, self.run_config.export)
         if path is not None and self.was_bare:
             start_from(self.module, path, self.method, self.files.base_fingerprint())
+            record_of(self.module).started_from = path
             self.files.loaded = True
             self.snapshot = deepcopy(self.method.state(self.module))  # a run that changes none of these trained nothing
-        elif path is not None and fits:
+        elif path is not None and fits and record_of(self.module).started_from != path:
             rank_zero_warn(f"`init_from={path!r}` was not read: the module has adapters, and trains them further.")
 
     def lower_base(self) -> None:

@@ -632,6 +632,12 @@ def test_wrapped_modules_keep_their_names(tmp_path):
     assert close(out(inner, INDEX), expected)
 
 
+def test_a_file_is_no_directory_and_the_error_says_what_reads_it(tmp_path):
+    (tmp_path / "last.ckpt").write_text("")
+    with pytest.raises(ValueError, match=r"`directory` must be .* is a file. .* load_from_checkpoint\(cls, path\) or"):
+        load_adapter(made(LINEAR), tmp_path / "last.ckpt")
+
+
 def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="The model has no adapters, so there is nothing to save"):
         save_adapter(made(LINEAR), tmp_path)
