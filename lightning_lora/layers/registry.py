@@ -185,6 +185,23 @@ def is_linear(module: nn.Module) -> bool:
     return root is not None and (root is nn.Linear or root is conv1d_base(root))
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution."""
+    return adaptable_base(original_class(module)) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution of kernel size 1 that mixes channels: a linear layer at each position."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    depthwise = module.groups == module.in_channels > 1
+    return (
+        not depthwise
+        and {*module.kernel_size, *module.stride} == {1}
+        and module.padding in ("valid", "same", (0,) * len(module.kernel_size))
+    )
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, as the end of a sentence about it; ``None`` if it can."""
     if isinstance(module, LoRALayer) and module.lora.all_pairs():

@@ -15,7 +15,7 @@ from lightning_lora.model.hooks import equip
 from lightning_lora.model.record import record_of
 from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.targets.resolve import Targets
-from lightning_lora.targets.roles import family_of
+from lightning_lora.targets.role_names import family_of
 from lightning_lora.targets.survey import Site, Survey
 
 

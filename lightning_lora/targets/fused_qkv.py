@@ -120,7 +120,8 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[We
     """
     (whole,) = parts_of(layer)
     out_features = whole.full_features(parameter_of(layer))[1]
-    for by_role in filter(None, _attempts(owner, leaf, layer) if owner is not None else ()):
+    runs = _attempts(owner, leaf, layer) if owner is not None and is_linear(layer) else ()
+    for by_role in filter(None, runs):  # not of a convolution, whose features are not the last dimension
         rows = {name: _as_rows(sorted(numbers), out_features) for name, numbers in by_role.items()}
         count = sum(len(numbers) for numbers in by_role.values())
         disjoint = count == len(set().union(*by_role.values())) == out_features

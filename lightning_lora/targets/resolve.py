@@ -16,7 +16,7 @@ from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import covers, join, matches
 from lightning_lora.targets.fused_qkv import fused_parts
 from lightning_lora.targets.problems import empty_preset, nothing_left, refused, unadapted, unmatched
-from lightning_lora.targets.roles import stem
+from lightning_lora.targets.role_names import stem
 from lightning_lora.targets.select import Choice, by_name, by_preset, matrix_names
 from lightning_lora.targets.survey import Site, Survey, survey_of
 

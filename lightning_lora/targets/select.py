@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.layers.registry import is_known, is_linear, parts_of
+from lightning_lora.layers.registry import is_known, is_linear, is_pointwise, parts_of
 from lightning_lora.names import join, matches
 from lightning_lora.targets.fused_qkv import FUSED_PARTS
-from lightning_lora.targets.roles import is_fused, is_query_or_value, roles_in
+from lightning_lora.targets.role_names import is_fused, is_query_or_value
+from lightning_lora.targets.roles import Roles, roles_in
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
 
@@ -66,7 +67,7 @@ def _attention_outputs(chosen: Iterable[str], survey: Survey) -> list[str]:
 def matrix_names(site: Site) -> dict[str, str]:
     """For a layer with several matrices: every name of one, as ``self_attn.q`` or ``qkv.v``, and its name there."""
     inside = [part.name for part in parts_of(site.module) if part.name] if is_known(site.module) else []
-    if is_linear(site.module) and is_fused(site.name):
+    if (is_linear(site.module) or is_pointwise(site.module)) and is_fused(site.name):
         inside = list(FUSED_PARTS)
     return {join(name, part): part for name in site.names for part in inside}
 
@@ -113,6 +114,14 @@ def preset(model: nn.Module | Survey, which: str) -> dict[str, tuple[str, ...] |
         chosen = [name for name in roles.attention if name in cut or is_query_or_value(name)]
         return {name: ("q", "v") if name in cut else None for name in chosen}
     if which == "all":
-        wanted = {*roles.linear, *roles.attention, *roles.experts} - set(roles.heads) - set(roles.routers)
-        return dict.fromkeys([name for name in survey.sites if name in wanted] or roles.convolutions)
+        return dict.fromkeys(_everything(survey, roles))
     return dict.fromkeys(roles.attention if which == "attn" else roles.mlp + roles.experts)
+
+
+def _everything(survey: Survey, roles: Roles) -> list[str]:
+    """Every linear layer but heads and routers; all convolutions of a network that has no linear layer but heads."""
+    left_out = {*roles.heads, *roles.routers}
+    wanted = {*roles.linear, *roles.attention, *roles.mlp, *roles.experts} - left_out
+    if not wanted - set(roles.convolutions):
+        return roles.convolutions
+    return [name for name in survey.sites if name in wanted]

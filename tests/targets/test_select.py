@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.targets.roles import is_fused
+from lightning_lora.targets.role_names import is_fused
 from lightning_lora.targets.select import preset
 
 
