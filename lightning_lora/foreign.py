@@ -24,6 +24,20 @@ QUANTIZING_PRECISION = "BitsandbytesPrecision"
 UNTRIED_PRECISION = "TransformerEnginePrecision"
 PLAIN_CHECKPOINT_IO = "TorchCheckpointIO"
 LIGHTNING_MODULE = "LightningModule"
+LIGHTNING_HOOKS = frozenset(  # methods of a LightningModule that compute, besides its forward
+    {
+        *(
+            "training_step",
+            "validation_step",
+            "test_step",
+            "predict_step",
+            "on_train_batch_start",
+            "on_train_batch_end",
+        ),
+        *("on_validation_batch_start", "on_validation_batch_end", "on_test_batch_end", "on_before_zero_grad"),
+        *("on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end"),
+    }
+)
 
 # torch: modules that wrap another one, and classes that torch makes optional.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

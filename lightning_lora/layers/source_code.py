@@ -6,7 +6,8 @@ import ast
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from functools import cached_property, partial
+from types import CodeType, FunctionType, MethodType
 
 from lightning_lora.foreign import FRAMEWORKS
 
@@ -17,13 +18,13 @@ WORDS = (
 NOT_COMPUTING = re.compile(rf"__\w+__|(?:.*_)?(?:{WORDS})(?:_.*)?")
 
 
-def is_library(cls: type) -> bool:
-    """Whether ``cls`` belongs to torch, Lightning or this package, not to the user or a library of models."""
+def is_library(cls: type | FunctionType) -> bool:
+    """Whether a class or function belongs to torch, Lightning or this package, not to the user or a model's library."""
     return cls.__module__.partition(".")[0] in FRAMEWORKS
 
 
-def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
-    """Iterate over the parsed methods of ``cls`` that compute an output and use a name in ``words``.
+def computing_methods(cls: type, words: Iterable[str]) -> Iterator[tuple[str, ast.AST]]:
+    """Iterate over the names and code of the methods of ``cls`` that compute an output and use a name in ``words``.
 
     The names come from the compiled code; only the source of methods that use one is read and parsed.
     """
@@ -32,11 +33,23 @@ def computing_methods(cls: type, words: Iterable[str]) -> Iterator[ast.AST]:
         if is_library(base):
             continue
         for name, value in vars(base).items():
-            function = inspect.unwrap(value) if callable(value) else None
-            if not inspect.isfunction(function) or NOT_COMPUTING.fullmatch(name):
+            function = function_of(value)
+            if function is None or NOT_COMPUTING.fullmatch(name):
                 continue
             if wanted & names_in(function.__code__):
-                yield from _parsed(function)
+                yield from ((name, tree) for tree in _parsed(function))
+
+
+def function_of(value: object) -> FunctionType | None:
+    """The Python function behind a method, a property or a partial call; ``None`` if there is none."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (cached_property, partial)):
+        value = value.func
+    elif isinstance(value, MethodType):
+        value = value.__func__
+    value = inspect.unwrap(value) if callable(value) else value
+    return value if isinstance(value, FunctionType) else None
 
 
 def names_in(code: CodeType) -> set[str]:

@@ -2,18 +2,19 @@
 
 Such code bypasses the forward of an adapted layer, so its parameter is adapted instead
 (:mod:`lightning_lora.layers.parameter`). The source of the classes around the layer is searched; local names and loops
-are followed. A false positive costs time, not correctness.
+are followed. Code that the forward cannot reach does not count. A false positive costs time, not correctness.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
 
+from lightning_lora.layers.reachable import reachable_names
 from lightning_lora.layers.source_code import computing_methods
 
 # Attributes and functions of a weight that do not depend on its values.
@@ -21,22 +22,43 @@ FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_g
 QUESTIONS = {"isinstance", "hasattr", "id", "type"}
 
 
-def is_read_raw(name: str, key: str, module_at: Callable[[str], nn.Module | None]) -> bool:
-    """Whether the code of a module that contains ``name`` reads its parameter ``key``."""
-    parts = name.split(".")
-    for length in range(len(parts) if name else 0):
-        cls: Any = type(module_at(".".join(parts[:length])))
-        path = ".".join(parts[length:])
-        read = paths_read(cls, key)
-        if path in read or any(path.startswith(prefix[:-1]) for prefix in read if prefix.endswith(".*")):
-            return True
-    return False
+class WeightReads:
+    """What the code of a model reads of its layers.
+
+    Args:
+        modules: the modules of the model by name, the model itself under the empty name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+
+    def is_read_raw(self, name: str, key: str) -> bool:
+        """Whether code around the layer ``name`` reads its parameter ``key``, in a method that the forward reaches."""
+        parts = name.split(".")
+        for length in range(len(parts) if name else 0):
+            cls: Any = type(self.modules.get(".".join(parts[:length])))
+            path = ".".join(parts[length:])
+            if any(_covers(read, path) and self._is_reached(method) for method, read in paths_read(cls, key)):
+                return True
+        return False
+
+    def _is_reached(self, method: str) -> bool:
+        return method in self._reachable
+
+    @cached_property
+    def _reachable(self) -> set[str]:
+        return reachable_names(self.modules)
+
+
+def _covers(read: str, path: str) -> bool:
+    return path == read or (read.endswith(".*") and path.startswith(read[:-1]))
 
 
 @cache
-def paths_read(cls: Any, key: str) -> frozenset[str]:
-    """Paths from ``self`` to the modules whose ``key`` the methods of ``cls`` read; ``layers.*`` is all inside."""
-    return frozenset(path for method in computing_methods(cls, [key, "getattr"]) for path in _paths_in(method, key))
+def paths_read(cls: Any, key: str) -> frozenset[tuple[str, str]]:
+    """The methods of ``cls`` that read ``key`` of modules, each with a path to such; ``layers.*`` is all inside."""
+    methods = computing_methods(cls, [key, "getattr"])
+    return frozenset((name, path) for name, method in methods for path in _paths_in(method, key))
 
 
 def _paths_in(method: ast.AST, key: str) -> Iterator[str]:

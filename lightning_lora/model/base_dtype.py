@@ -15,7 +15,7 @@ from lightning_lora import names
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.weight_reads import is_read_raw
+from lightning_lora.layers.weight_reads import WeightReads
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.targets.survey import memory_of
 
@@ -52,6 +52,7 @@ def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     users: dict[tuple[int, bool], list[tuple[str, nn.Module, str]]] = {}
     modules = dict(names.named_modules(model))
+    reads = WeightReads(modules)
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -60,7 +61,7 @@ def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
         parameters = [parameter_of(module, key) for _, module, key in sharing]
         first = parameters[0]
         frozen = first.dtype == torch.float32 and not first.requires_grad and not first.is_meta
-        if frozen and all(_is_cast(m, key) and not is_read_raw(name, key, modules.get) for name, m, key in sharing):
+        if frozen and all(_is_cast(m, key) and not reads.is_read_raw(name, key) for name, m, key in sharing):
             yield from {id(parameter): parameter for parameter in parameters}.values()
 
 

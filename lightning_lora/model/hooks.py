@@ -77,7 +77,9 @@ def is_reentrant(module: nn.Module) -> bool:
 
 @cache
 def _calls_checkpoint(cls: Any) -> bool:
-    return any(_reenters(node) for method in computing_methods(cls, CHECKPOINT_FUNCTIONS) for node in ast.walk(method))
+    return any(
+        _reenters(node) for _, method in computing_methods(cls, CHECKPOINT_FUNCTIONS) for node in ast.walk(method)
+    )
 
 
 def _reenters(node: ast.AST) -> bool:

@@ -11,7 +11,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merged_forward import WeightAdapter
 from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
 from lightning_lora.layers.registry import adapted_class_for, parts_of, refusal, refused_parameter
-from lightning_lora.layers.weight_reads import is_read_raw
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import covers, join, matches
 from lightning_lora.targets.fused_qkv import fused_parts
@@ -133,7 +132,7 @@ def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConf
             return rows
         parts = rows
     keys = dict.fromkeys(part.key for part in parts)
-    raw = [key for key in keys if is_read_raw(site.name, key, survey.by_name.get)]
+    raw = [key for key in keys if survey.reads.is_read_raw(site.name, key)]
     if raw and several:
         return (
             f"is called as a layer, and code around it reads its `{raw[0]}` too: to adapt it wherever it is read name "

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.weight_reads import WeightReads
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import clean, is_wrapper, join
 
@@ -84,6 +85,11 @@ class Survey:
     def by_name(self) -> dict[str, nn.Module]:
         """The modules of ``sites`` by first clean name."""
         return {name: site.module for name, site in self.sites.items()}
+
+    @cached_property
+    def reads(self) -> WeightReads:
+        """What the code of the model reads of its layers."""
+        return WeightReads(self.by_name)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, under its first clean name, in the order of ``model.named_parameters``."""

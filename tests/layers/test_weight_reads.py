@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
-from lightning_lora.layers.weight_reads import is_read_raw
+from lightning_lora.layers.weight_reads import WeightReads
 from tests.helpers import oracles
 
 
@@ -65,8 +65,9 @@ class OtherMethod(nn.Module):
 def test_what_is_read(make, expected):
     model = nn.Sequential(nn.Identity(), make())
     modules = dict(model.named_modules())
+    reads = WeightReads(modules)
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    assert {name.removeprefix("1.") for name in linear if is_read_raw(name, "weight", modules.get)} == expected
+    assert {name.removeprefix("1.") for name in linear if reads.is_read_raw(name, "weight")} == expected
 
 
 @pytest.mark.parametrize("make", [Reads, Derived, OtherMethod])
@@ -108,7 +109,7 @@ def test_a_class_without_source_is_taken_as_it_is():
     exec("class Made(nn.Module):\n    def forward(self, x):\n        return x * self.fc.weight.sum()", names)
     model = names["Made"]()
     model.fc = nn.Linear(2, 2)
-    assert not is_read_raw("fc", "weight", dict(model.named_modules()).get)
+    assert not WeightReads(dict(model.named_modules())).is_read_raw("fc", "weight")
 
 
 class TiedByHand(nn.Module):

@@ -1,0 +1,118 @@
+"""Which methods of a model's classes its forward can reach.
+
+Code is compared by names: a method counts as called if code that counts uses its name. So a method may count that is
+not called, but one that is called does not get lost. Methods that only a user calls, such as one that fuses
+projections for inference, do not count.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, ModuleType
+
+from torch import Tensor, nn
+
+from lightning_lora.foreign import FRAMEWORKS, LIGHTNING_HOOKS
+from lightning_lora.layers.source_code import function_of, is_library, names_in
+
+ENTRIES = {"forward", "__call__"}
+
+
+def reachable_names(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The names of methods that are called in a forward or a step of the model.
+
+    Args:
+        modules: the modules of the model by name, the model itself under the empty name.
+    """
+    methods = _methods(dict.fromkeys(type(module) for module in modules.values()))
+    held = list(_held_functions(modules.values()))
+    names = {*ENTRIES, *LIGHTNING_HOOKS, *_public_results(type(modules.get(""))), *(f.__name__ for f in held)}
+    waiting = [*held, *(function for name in names for function in methods.get(name, ()))]
+    seen = set(waiting)
+    while waiting:
+        function = waiting.pop()
+        used = _words_in(function.__code__) - names
+        names |= used
+        called = [*(inner for name in used for inner in methods.get(name, ())), *_called_globals(function)]
+        waiting += [inner for inner in dict.fromkeys(called) if inner not in seen]
+        seen.update(called)
+    return names
+
+
+def functions_of(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions that the user's classes among the bases of ``cls`` define, those of properties too."""
+    for base in cls.__mro__:
+        if not is_library(base):
+            for name, value in vars(base).items():
+                function = function_of(value)
+                if function is not None:
+                    yield name, function
+
+
+def _methods(classes: Iterable[type]) -> dict[str, dict[FunctionType, None]]:
+    methods: dict[str, dict[FunctionType, None]] = {}
+    for cls in classes:
+        for name, function in functions_of(cls):
+            methods.setdefault(name, {})[function] = None
+    return methods
+
+
+def _words_in(code: CodeType) -> set[str]:
+    """The names that ``code`` uses, and its strings, which ``getattr`` may be given."""
+    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
+    strings = {const for const in code.co_consts if isinstance(const, str) and const.isidentifier()}
+    return names_in(code) | strings.union(*map(_words_in, nested))
+
+
+def _called_globals(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions of the user's modules that ``function`` uses."""
+    names = names_in(function.__code__)
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in FRAMEWORKS:
+            values = [vars(value).get(inner) for inner in names]
+        else:
+            values = [value]
+        for candidate in values:
+            called = function_of(candidate) if callable(candidate) and not isinstance(candidate, type) else None
+            if called is not None and not is_library(called):
+                yield called
+
+
+def _public_results(cls: type) -> set[str]:
+    """The public methods of the model itself that return something: users may call them in place of its forward."""
+    return {name for name, function in functions_of(cls) if name[0] != "_" and _returns(function.__code__)}
+
+
+def _returns(code: CodeType) -> bool:
+    """Whether ``code`` returns a value other than ``None``."""
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return True
+        if instruction.opname == "RETURN_VALUE" and not (before is not None and _loads_none(before)):
+            return True
+        before = instruction
+    return False
+
+
+def _loads_none(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "LOAD_CONST" and instruction.argval is None
+
+
+def _held_functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
+    """The functions that modules hold as attributes, and the methods of objects there that can be called."""
+    classes: dict[type, None] = {}
+    for module in modules:
+        for held in list(vars(module).values()):
+            for value in held.values() if isinstance(held, dict) else held if isinstance(held, list) else [held]:
+                if not callable(value) or isinstance(value, (type, nn.Module, Tensor)):
+                    continue
+                function = function_of(value)
+                if function is None:
+                    classes[type(value)] = None
+                elif not is_library(function):
+                    yield function
+    for cls in classes:
+        yield from (function for _, function in functions_of(cls))
