@@ -23,6 +23,7 @@ from lightning_lora.arguments import (
 from lightning_lora.names import first_match
 
 PRESETS = ("attn", "qv", "mlp", "all")
+OTHER_WORDS = {"all-linear": "all"}  # peft's word for a preset
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
@@ -50,7 +51,8 @@ class LoRAConfig:
     Args:
         r: rank of the update; A has shape ``(r, in_features)``, B ``(out_features, r)``.
         alpha: numerator of the scale ``alpha / r``; ``None`` means ``alpha = r``, a scale of 1.
-        targets: a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``) or a list of patterns.
+        targets: a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``, which may be written ``"all-linear"``) or a list
+            of patterns and presets. In a list a layer of that name comes before the preset.
         exclude: patterns of modules to leave alone, with all that is inside them.
         dropout: probability with which the input of the adapter, not of the layer, is dropped in training. An
             embedding's adapter has none: its input is one index.
@@ -100,6 +102,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         """Make every argument plain data and check it; everything else may then rely on it."""
         _make_plain(self)
+        object.__setattr__(self, "targets", _in_our_words(self.targets))
         check_rank("r", self.r)
         if self.alpha is not None:
             check_positive("alpha", self.alpha)
@@ -190,6 +193,12 @@ class RunConfig:
 def _make_plain(config: LoRAConfig | RunConfig) -> None:
     for field in fields(config):
         object.__setattr__(config, field.name, plain_data(getattr(config, field.name)))
+
+
+def _in_our_words(targets: Any) -> Any:
+    if isinstance(targets, list):
+        return [_in_our_words(target) if isinstance(target, str) else target for target in targets]
+    return OTHER_WORDS.get(targets, targets) if isinstance(targets, str) else targets
 
 
 def _check_targets(targets: Any) -> None:

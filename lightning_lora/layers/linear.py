@@ -1,4 +1,4 @@
-"""LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D`` and quantized layers.
+"""LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D``, quantized layers and linear layers of the user's.
 
 ``Conv1D`` stores its weight transposed. Quantized layers, such as those of bitsandbytes, have no matrix to read: the
 adapter adds the low-rank term to their output. They are recognized by the name of their library, which is not imported.
@@ -6,6 +6,7 @@ adapter adds the low-rank term to their output. They are recognized by the name 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.source_code import is_library, is_linear_forward
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import add_pair, linear
 from lightning_lora.ops.shared_input import SharedInputGroup
@@ -86,6 +88,40 @@ class TransposedLinear(LoRALayer):
         for adapter in self.lora.active_pairs():
             y = adapter(y, x)
         return y
+
+
+class OwnLinear(LoRALayer):
+    """Mixin for a linear layer that is no ``nn.Linear``; the adapters add to its output."""
+
+    lora_adapter_class = LinearAdapter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base output plus the low-rank term of each adapter."""
+        y = super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        for adapter in self.lora.active_pairs():
+            y = adapter(y, x)
+        return y
+
+
+def own_linear_class(root: type[nn.Module]) -> type[LoRALayer]:
+    """The adapted class for the linear class ``root`` of the user's."""
+    return type(f"LoRA{root.__name__}", (OwnLinear, root), {"lora_original_class": root, "__module__": __name__})
+
+
+def own_linear_base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """``cls``, if its forward is ``F.linear`` of its input and its ``weight`` and no more, as in PyG's ``Linear``.
+
+    The forward is read, not run.
+    """
+    hashable: Any = cls
+    return cls if _computes_linear(hashable) else None
+
+
+@cache
+def _computes_linear(cls: Any) -> bool:
+    owner = next((base for base in cls.__mro__ if "forward" in vars(base)), nn.Module)
+    return not is_library(owner) and not issubclass(cls, nn.Linear) and is_linear_forward(vars(owner)["forward"])
 
 
 def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:

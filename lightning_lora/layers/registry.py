@@ -23,7 +23,15 @@ from lightning_lora.layers.conv import (
     LoRAConvTranspose3d,
 )
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
-from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, conv1d_base, conv1d_class, is_quantized_class
+from lightning_lora.layers.linear import (
+    LoRALinear,
+    LoRAQuantizedLinear,
+    conv1d_base,
+    conv1d_class,
+    is_quantized_class,
+    own_linear_base,
+    own_linear_class,
+)
 from lightning_lora.layers.merged_forward import MergedForward
 from lightning_lora.layers.parameter import (
     LoRAParameterHolder,
@@ -90,7 +98,8 @@ def _rebuild(original: type[nn.Module], keys: Keys, *arguments: Any) -> nn.Modul
 
 def adaptable_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The adaptable class that ``cls`` is or derives from."""
-    return next((base for base in cls.__mro__ if base in ADAPTED_CLASSES), None) or conv1d_base(cls)
+    known = next((base for base in cls.__mro__ if base in ADAPTED_CLASSES), None)
+    return known or conv1d_base(cls) or own_linear_base(cls)
 
 
 def host_base(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -125,7 +134,10 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
     if root is None or (host is not None and calls_super(original, root)):
         assert host is not None
         return HOST_CLASSES[host] if original is host else _derived(original, [original, HOST_CLASSES[host]])
-    cls = ADAPTED_CLASSES[root] if root in ADAPTED_CLASSES else conv1d_class(root)
+    if root in ADAPTED_CLASSES:
+        cls = ADAPTED_CLASSES[root]
+    else:
+        cls = conv1d_class(root) if root is conv1d_base(root) else own_linear_class(root)
     if vars(cls).get("lora_original_class") is original and root in ADAPTED_CLASSES:
         return cls
     if cls is LoRALinear and is_quantized_class(original):
@@ -180,9 +192,17 @@ def is_known(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer: ``nn.Linear`` or Hugging Face's ``Conv1D``."""
+    """Whether ``module`` is a linear layer: ``nn.Linear``, Hugging Face's ``Conv1D`` or one of the user's."""
     root = adaptable_base(original_class(module))
-    return root is not None and (root is nn.Linear or root is conv1d_base(root))
+    if root is None or root in ADAPTED_CLASSES:
+        return root is nn.Linear
+    weight = module._parameters.get("weight")  # one of the user's may keep it as something else
+    return weight is not None and (torch.nn.parameter.is_lazy(weight) or weight.dim() == 2)
+
+
+def is_own_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer that derives from no known class, which other packages cannot adapt."""
+    return own_linear_base(original_class(module)) is not None
 
 
 def is_convolution(module: nn.Module) -> bool:

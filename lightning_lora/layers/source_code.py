@@ -58,6 +58,22 @@ def names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(names_in, nested))
 
 
+def is_linear_forward(forward: object) -> bool:
+    """Whether the code of a ``forward(self, x)`` is ``return F.linear(x, self.weight)``, with or without a bias."""
+    function = function_of(forward)
+    tree = next(_parsed(function), None) if function is not None else None
+    definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None) if tree else None
+    if definition is None or len(definition.args.args) != 2:
+        return False
+    first, x = (argument.arg for argument in definition.args.args)
+    body = [
+        line for line in definition.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+    ]
+    written = ast.unparse(body[0]) if len(body) == 1 else ""
+    bias = rf"(?:, (?:bias=)?(?:None|{first}\.bias))?"
+    return re.fullmatch(rf"return (?:\w+\.)*linear\({x}, {first}\.weight{bias}\)", written) is not None
+
+
 def _parsed(function: FunctionType) -> Iterator[ast.AST]:
     try:
         source = inspect.getsource(function)

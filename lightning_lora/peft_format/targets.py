@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lora import names
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.registry import is_linear
+from lightning_lora.layers.registry import is_linear, is_own_linear
 from lightning_lora.names import nearest
 from lightning_lora.peft_format.config import ALL_LINEAR, PeftConfig
 
@@ -84,7 +84,7 @@ def _number(name: str, patterns: list[str]) -> int | None:
 def _all_linear(asked: PeftConfig, model: nn.Module) -> list[str]:
     """The linear layers of ``model`` without the output head, which only a transformers model names."""
     modules = dict(names.named_modules(model))
-    linear = [name for name in module_names(model) if is_linear(modules[name])]
+    linear = [name for name in module_names(model) if is_linear(modules[name]) and not is_own_linear(modules[name])]
     if not is_pretrained(model):
         return linear
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.registry import is_known, refusal
-from lightning_lora.names import folded, nearest
+from lightning_lora.layers.registry import is_known, refusal, refused_parameter
+from lightning_lora.names import folded, join, matches, nearest
 from lightning_lora.targets.roles import roles_in
 from lightning_lora.targets.survey import Survey
+
+EXPRESSION = re.compile(r"\.\*|[|()^$\\+]")
 
 
 def unmatched(argument: str, pattern: str, hits: Sequence[str], survey: Survey) -> str:
@@ -19,9 +22,24 @@ def unmatched(argument: str, pattern: str, hits: Sequence[str], survey: Survey) 
         why = refusal(survey.sites[hits[0]].module)
         return f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that {why}.{advice}"
     layers = [name for name, site in survey.sites.items() if name and is_known(site.module)]
-    hint = " A `re:` pattern must match the whole name." if pattern.startswith("re:") else ""
-    close = _listed(nearest(pattern, layers or [name for name in survey.sites if name]))
+    names = layers or [name for name in survey.sites if name]
+    close, hint = _listed(nearest(pattern, names)), _expression_hint(pattern, names)
     return f"`{argument}` has {pattern!r}, which matches no module. The nearest names are {close}.{hint}"
+
+
+def _expression_hint(pattern: str, names: Iterable[str]) -> str:
+    """What to write where ``pattern`` looks like a regular expression, as peft takes it."""
+    if pattern.startswith("re:"):
+        return " A `re:` pattern must match the whole name."
+    if not EXPRESSION.search(pattern):
+        return ""
+    for candidate in (f"re:{pattern}", f"re:.*{pattern}"):
+        try:
+            if any(matches(name, candidate) for name in names):
+                return f" A regular expression starts with `re:` and matches the whole name: {candidate!r}."
+        except (ValueError, re.error):
+            continue
+    return ""
 
 
 def _holds_layers(container: str, survey: Survey) -> bool:
@@ -41,16 +59,34 @@ def _listed(names: Sequence[str]) -> str:
 
 def empty_preset(survey: Survey, which: str) -> str:
     """A preset that chooses nothing in this model."""
-    names = roles_in(survey).linear
-    linear = list(dict.fromkeys(folded(name) for name in names))
+    roles = roles_in(survey)
+    linear = list(dict.fromkeys(folded(name) for name in roles.linear))
     what = {"all": "linear layer besides output heads", "mlp": "MLP"}.get(which, "attention block")
     shown = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
-    example = (names or ["conv1"])[-1].rpartition(".")[2]
-    everything = "Take targets='all', or name" if linear and which != "all" else "Name"
-    return (
-        f"`targets={which!r}` found no {what} in {type(survey.model).__name__}. Its linear layers are "
-        f"{shown or 'none'}. {everything} those to adapt in a list, as in targets={[example]!r}."
-    )
+    model = type(survey.model).__name__
+    found = f"`targets={which!r}` found no {what} in {model}. Its linear layers are {shown or 'none'}."
+    inner = [name for name in roles.linear if name not in roles.heads]
+    if inner and which != "all":
+        return f"{found} Take targets='all', or name those to adapt in a list, as in targets={[_short(inner[0])]!r}."
+    layers = [name for name, site in survey.sites.items() if name and is_known(site.module)]
+    others = [name for name in layers if name not in roles.linear] or roles.linear or _matrices(survey)
+    return f"{found} Name what to adapt in a list, as in targets={[_short(others[0])]!r}." if others else found
+
+
+def _short(name: str) -> str:
+    """The last part of ``name``, or all of it where that is a number, which other layers have too."""
+    last = name.rpartition(".")[2]
+    return name if last.isdigit() else last
+
+
+def _matrices(survey: Survey) -> list[str]:
+    """Parameters that are matrices: they can be adapted wherever code reads them."""
+    return [
+        join(name, key)
+        for name, site in survey.sites.items()
+        for key, parameter in site.module._parameters.items()
+        if parameter is not None and refused_parameter(site.module, key) is None
+    ]
 
 
 def refused(reason: str, names: list[str], others: bool) -> str:

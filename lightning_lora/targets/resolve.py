@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import PRESETS, LoRAConfig
 from lightning_lora.layers.merged_forward import WeightAdapter
 from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
 from lightning_lora.layers.registry import adapted_class_for, parts_of, refusal, refused_parameter
@@ -77,7 +77,10 @@ def _chosen(survey: Survey, config: LoRAConfig) -> tuple[dict[str, Choice], list
         chosen = by_preset(survey, config.targets)
         return chosen, [] if chosen else [empty_preset(survey, config.targets)]
     chosen, useless = by_name(survey, config.targets)
-    return chosen, [unmatched("targets", pattern, hits, survey) for pattern, hits in useless.items()]
+    return chosen, [
+        unmatched("targets", pattern, hits, survey) if hits or pattern not in PRESETS else empty_preset(survey, pattern)
+        for pattern, hits in useless.items()
+    ]
 
 
 def _left_out(names: Iterable[str], config: LoRAConfig) -> bool:

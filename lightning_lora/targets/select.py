@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_lora.config import PRESETS
 from lightning_lora.layers.registry import is_known, is_linear, is_pointwise, parts_of
 from lightning_lora.names import join, matches
 from lightning_lora.targets.fused_qkv import FUSED_PARTS
@@ -48,12 +49,12 @@ def by_name(survey: Survey, patterns: Sequence[str]) -> tuple[dict[str, Choice],
     for pattern in patterns:
         hits = [name for name, site in survey.sites.items() if _matches(site.names, pattern)]
         layers = [name for name in hits if is_known(survey.sites[name].module)]
-        for name in [*layers, *_attention_outputs(layers, survey)]:
-            chosen[name] = Choice(repr(pattern))
+        choices = {name: Choice(repr(pattern)) for name in [*layers, *_attention_outputs(layers, survey)]}
         inside = _matrices_named(survey, pattern) or ({} if hits else _parameters_named(survey, pattern))
-        for name, choice in inside.items():
+        choices = {**inside, **choices} or (by_preset(survey, pattern) if pattern in PRESETS else {})
+        for name, choice in choices.items():
             _add(chosen, name, choice)
-        if not layers and not inside:
+        if not choices:
             unmatched[pattern] = hits
     return chosen, unmatched
 
@@ -93,9 +94,13 @@ def _parameters_named(survey: Survey, pattern: str) -> dict[str, Choice]:
 
 
 def _add(chosen: dict[str, Choice], name: str, choice: Choice) -> None:
-    """Add ``choice``; a module that is chosen whole stays whole."""
+    """Add ``choice``. A module that is chosen whole stays whole, unless a parameter of it is named itself."""
     before = chosen.setdefault(name, choice)
-    if before is choice or (before.only is None and not before.parameters):
+    whole = [one for one in (before, choice) if one.only is None and not one.parameters]
+    if before is choice or (whole and choice.only is not None):
+        return
+    if whole:
+        chosen[name] = before if before.parameters else choice
         return
     before.only = (before.only or set()) | choice.only if choice.only is not None else before.only
     before.parameters += [key for key in choice.parameters if key not in before.parameters]

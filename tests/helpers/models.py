@@ -131,3 +131,16 @@ def trainer(*callbacks: object, **kwargs: object) -> Trainer:
 def checkpoints(folder: object, **kwargs: object) -> ModelCheckpoint:
     settings: dict = {"monitor": "val_loss", "save_last": True, "save_top_k": -1, "filename": "{epoch}"}
     return ModelCheckpoint(dirpath=folder, **{**settings, **kwargs})
+
+
+class OwnLinear(nn.Module):
+    """A linear layer that is no ``nn.Linear``, as libraries for graphs have it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        return nn.functional.linear(x, self.weight, self.bias)

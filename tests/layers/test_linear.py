@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora
 from tests.helpers import oracles
+from tests.helpers.models import OwnLinear
 from tests.helpers.oracles import CASES, SCALE, adapt, as_double, assert_close, build, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules are")
@@ -198,3 +199,40 @@ def give_to_peft(layer, adapter, weight):
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data.copy_(adapter.A.data.view(A.shape))
     B.data.copy_(adapter.B.data.view(B.shape))
+
+
+class WithBias(OwnLinear):
+    """Inherits the forward."""
+
+
+class NotQuite(OwnLinear):
+    """Computes something else of its weight."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.abs(), self.bias)
+
+
+@pytest.mark.parametrize("make", [OwnLinear, WithBias])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_the_users_is_adapted_as_one(make, bias):
+    layer, x = make(4, 3, bias), torch.randn(2, 4)
+    model = nn.ModuleDict({"hidden": nn.Linear(4, 4), "lin": layer})
+    plain, before = copy.deepcopy(layer), layer(x)
+    assert apply_lora(model, LoRAConfig(r=2, alpha=4, targets="all")) == ["hidden", "lin"]
+    assert isinstance(layer, make) and same_bits(layer(x), before)
+    oracles.train_by_hand(model)
+    pair = layer.lora.default
+    expected = x @ (plain.weight + 2 * pair.B @ pair.A).T + (plain.bias if bias else 0)
+    assert_close(layer(x), expected, torch.float32)
+    assert_close(layer(x=x), expected, torch.float32)
+    merge_lora(model)
+    assert type(layer) is make
+    assert_close(layer(x), expected, torch.float32)
+
+
+def test_one_that_computes_something_else_is_adapted_by_its_parameter_alone():
+    model = nn.ModuleDict({"hidden": nn.Linear(4, 4), "lin": NotQuite(4, 3)})
+    assert apply_lora(copy.deepcopy(model), LoRAConfig(targets="all")) == ["hidden"]
+    with pytest.raises(ValueError, match=r"'lin', which names `lin`, but that is a NotQuite"):
+        apply_lora(copy.deepcopy(model), LoRAConfig(targets=["lin"]))
+    assert apply_lora(model, LoRAConfig(targets=["lin.weight"])) == ["lin"]

@@ -117,7 +117,7 @@ UNMATCHED = [
     ({"targets": ["q_porj"]}, r"The nearest names are `layers\.\*\.attn\.q_proj`"),
     ({"targets": ["re:q_proj"]}, r"nearest names are `layers.*q_proj`.* A `re:` pattern must match the whole name\."),
     ({"targets": ["norm"]}, r"`targets` has 'norm', which names `layers\.0\.norm`, but that is a LayerNorm"),
-    ({"targets": ["attn"]}, r"that is a Attention; LoRA adapts .*Name the layers in it, or .* 'attn\.\*'"),
+    ({"targets": ["layers.0.attn"]}, r"that is a Attention; LoRA .*Name the layers in it, or .* 'layers\.0\.attn\.\*'"),
     ({"targets": "all", "exclude": ["haed"]}, r"`exclude` has 'haed', which matches no module.*`head`"),
     ({"targets": "all", "also_train": ["haed"]}, r"`also_train` has 'haed', which matches no module.*`head`"),
     ({"targets": "qv", "rank_pattern": {"k_proj": 2}}, r"`rank_pattern` has 'k_proj', which matches no"),
@@ -160,7 +160,7 @@ def test_a_preset_that_finds_nothing_says_what_there_is(which, words):
     with pytest.raises(ValueError, match=words):
         find_targets(model, LoRAConfig(targets=which)).check()
     assert "Its linear layers are `0`, `2`" in told
-    assert "targets=['2']" in told
+    assert told.endswith("Take targets='all', or name those to adapt in a list, as in targets=['0'].")
 
 
 def test_a_preset_on_a_model_without_linear_layers_says_so():
@@ -262,9 +262,9 @@ def test_what_cannot_be_adapted_can_be_left_out():
 
 
 def test_an_advice_that_is_followed_works():
-    told = problem(targets=["attn"])
-    assert "'attn.*'" in told
-    assert found(targets=["attn.*"]) == in_both(*(f"attn.{letter}_proj" for letter in "qkvo"))
+    told = problem(targets=["0.attn", "1.attn"])
+    assert "'0.attn.*'" in told
+    assert found(targets=["0.attn.*", "1.attn.*"]) == in_both(*(f"attn.{letter}_proj" for letter in "qkvo"))
 
 
 def test_many_problems_are_told_by_the_first_five():
@@ -349,3 +349,79 @@ def test_a_recurrent_layer_with_weight_norm_is_refused():
         layer = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
     with pytest.raises(ValueError, match=r"`lstm` computes its weight"):
         apply_lora(nn.ModuleDict({"lstm": layer}), LoRAConfig(targets=["lstm"]))
+
+
+class Called(nn.Module):
+    """A model whose attention is a layer, and whose module `mlp` is one too."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "mlp": nn.Linear(4, 4)})
+        self.other = nn.ModuleDict({"attention": Attention(), "ffn": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["attn", "mlp"], in_both(*(f"attn.{letter}_proj" for letter in "qkvo"), "mlp.0", "mlp.2")),
+        (["qv", "head"], [*in_both("attn.q_proj", "attn.v_proj"), "head"]),
+        (["all", "conv"], [*in_both(*(f"attn.{letter}_proj" for letter in "qkvo"), "mlp.0", "mlp.2"), "conv"]),
+        ("all-linear", in_both(*(f"attn.{letter}_proj" for letter in "qkvo"), "mlp.0", "mlp.2")),
+        (["all-linear", "head"], [*in_both(*(f"attn.{letter}_proj" for letter in "qkvo"), "mlp.0", "mlp.2"), "head"]),
+    ],
+    ids=str,
+)
+def test_presets_may_stand_in_a_list(targets, expected):
+    assert found(targets=targets) == expected
+    assert "all-linear" not in LoRAConfig(targets=targets).to_dict()["targets"]
+
+
+def test_in_a_list_a_layer_of_that_name_comes_before_the_preset():
+    assert found(Called(), targets=["attn", "mlp"]) == ["block.attn", "block.attn.out_proj", "block.mlp"]
+    everything = [*found(Called(), targets="attn"), "block.mlp"]
+    assert sorted(found(Called(), targets=["*.attn", "attention.*", "mlp"])) == sorted(everything)
+
+
+def test_a_preset_in_a_list_that_finds_nothing_says_so():
+    told = problem(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), targets=["attn", "0"])
+    assert told.startswith("`targets='attn'` found no attention block in Sequential")
+
+
+def test_a_parameter_that_is_named_itself_stays_when_its_layer_is_chosen_too():
+    for targets in (["all", "0.attn.q_proj.weight"], ["0.attn.q_proj.weight", "q_proj"]):
+        targets = find_targets(Model(), LoRAConfig(targets=targets))
+        targets.check()
+        reads = {site.name: site.parts[0].read for site in targets.sites}
+        assert reads["layers.0.attn.q_proj"] and not reads["layers.1.attn.q_proj"]
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.0\..*_proj", "(q|v)_proj", r".*\.(q|v)_proj", "[qv]_proj|head"])
+def test_an_expression_without_its_mark_is_told_how_to_write_it(pattern):
+    told = problem(targets=[pattern])
+    advice = told.rpartition("the whole name: '")[2].removesuffix("'.").replace("\\\\", "\\")
+    assert advice.startswith("re:") and found(targets=[advice])
+
+
+@pytest.mark.parametrize("which", ["attn", "qv", "mlp", "all"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+        lambda: nn.ModuleDict({"body": nn.ModuleDict({"wa": nn.Linear(4, 4)}), "head": nn.Linear(4, 2)}),
+        lambda: nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2)}),
+        lambda: nn.ModuleDict({"head": nn.Linear(4, 2)}),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)),
+        lambda: nn.ParameterDict({"table": torch.zeros(4, 4)}),
+    ],
+)
+def test_what_an_empty_preset_advises_works_and_is_no_head(make, which):
+    targets = find_targets(make(), LoRAConfig(targets=which))
+    if not targets.problems:
+        return
+    advice = targets.problems[0].rpartition("targets=[")[2].partition("]")[0].strip("'")
+    chosen = found(make(), targets=[advice])
+    assert chosen and ("head" not in chosen or list(dict(make().named_children())) == ["head"])
+
+
+def test_an_empty_preset_on_a_model_without_layers_advises_nothing():
+    assert problem(nn.Sequential(nn.LayerNorm(3)), targets="attn").endswith("Its linear layers are none.")
