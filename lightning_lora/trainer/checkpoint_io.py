@@ -24,6 +24,7 @@ from lightning_lora.names import clean
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import best_checkpoints
+from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter
@@ -104,7 +105,7 @@ class CheckpointFiles:
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
         checkpoints.check_complete(checkpoint, self.method, self.module)
-        checkpoint = checkpoints.without_base(checkpoint, self.method, self.module)
+        checkpoint = plain_callbacks(checkpoints.without_base(checkpoint, self.method, self.module))
         checkpoint[checkpoints.KEY] = checkpoints.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )

@@ -17,7 +17,9 @@ from lightning_lora.model.same_config import check_same
 from lightning_lora.model.state import load_lora_state_dict
 from lightning_lora.names import clean
 from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.compatibility import overrides
+from lightning_lora.trainer.hyperparameters import with_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -57,8 +59,9 @@ def load_from_checkpoint(
         >>> module = load_from_checkpoint(LitModel, "last.ckpt", merge=True)  # doctest: +SKIP
     """
     checkpoint = checkpoints.read(checkpoints.on_cpu, checkpoint_path, weights_only is not False)
+    checkpoint = with_callbacks(checkpoint, {"LoRACallback": LoRACallback})
     config, trained_on = checkpoints.facts_in(checkpoint, checkpoint_path)
-    module = _bare(cls, checkpoint, hparams_file=hparams_file, weights_only=weights_only, **kwargs)
+    module = _bare(cls, checkpoint, hparams_file=hparams_file, **kwargs)
     if map_location is not None:
         module.to(map_location)
     _adapt(module, config)
@@ -85,7 +88,8 @@ def _bare(cls: type[Module], checkpoint: dict[str, Any], **kwargs: Any) -> Modul
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*contains no parameters")
         warnings.filterwarnings("ignore", message=".*in the model state dict but not in the checkpoint")
-        return cls.load_from_checkpoint(file, strict=False, **kwargs)  # type: ignore[attr-defined, no-any-return]
+        # `weights_only` was minded when the checkpoint was read; these bytes were written here.
+        return cls.load_from_checkpoint(file, strict=False, weights_only=False, **kwargs)  # type: ignore[attr-defined, no-any-return]
 
 
 def _adapt(module: torch.nn.Module, config: LoRAConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from typing_extensions import override
 
 from lightning_lora.config import RunConfig
@@ -28,6 +29,14 @@ class MethodCallback(CallbackBase):
         super().__init__()
         self.method, self.run_config = method, run_config
         self._run: Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle gets: no run, and no ``log``, which Lightning binds to the module.
+
+        Hyperparameters of a module may hold the callback, and would take the whole module into every checkpoint.
+        """
+        bound = {key for key, value in self.__dict__.items() if isinstance(getattr(value, "__self__", None), nn.Module)}
+        return {key: value for key, value in self.__dict__.items() if key not in bound} | {"_run": None}
 
     @property
     def state_key(self) -> str:
