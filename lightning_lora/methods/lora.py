@@ -20,7 +20,7 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values
 from lightning_lora.model.record import config_of, is_merged
-from lightning_lora.model.same_config import check_same, difference
+from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
     base_names,
     check_state,
@@ -91,6 +91,7 @@ class LoRAMethod(Method):
     def complete(self, model: nn.Module) -> list[str]:
         targets = find_targets(model, self.config)
         targets.check()
+        check_meant(targets)
         inject(targets, self.config)
         remember(targets.survey)
         return targets.names()

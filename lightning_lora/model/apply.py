@@ -17,7 +17,7 @@ from lightning_lora.model.initial_values import moved, put_back, remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.record import forget, is_merged
-from lightning_lora.model.same_config import check_same
+from lightning_lora.model.same_config import check_meant, check_same
 from lightning_lora.targets.resolve import find_targets
 from lightning_lora.targets.survey import Survey
 
@@ -59,6 +59,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         survey = Survey(model)
     targets = find_targets(survey, config)
     targets.check()
+    check_meant(targets)
     inject(targets, config)
     remember(survey)
     return targets.names()

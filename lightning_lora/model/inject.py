@@ -36,6 +36,7 @@ def inject(targets: Targets, config: LoRAConfig) -> None:
         _renew_dropout(site, config)
     for site, cls, adapters in made:
         record_of(site.module).shared |= {part.key for part in site.parts if survey.is_shared(site.module, part.key)}
+        record_of(site.module).adapted_by = config
         set_adapters(site.module, cls, adapters)
     _attach_hosts(survey)
     _share_inputs(survey)

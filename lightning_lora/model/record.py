@@ -57,6 +57,8 @@ class Record:
 
     Args:
         config: on the module that ``apply_lora`` was called with.
+        adapted_by: on an adapted layer: the configuration that made its adapters. A layer may be a part of several
+            models, and each of them must find it.
         requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
         trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
@@ -67,6 +69,7 @@ class Record:
     """
 
     config: LoRAConfig | None = None
+    adapted_by: LoRAConfig | None = None
     requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
@@ -120,8 +123,8 @@ def prune(model: nn.Module) -> None:
 
 
 def config_of(model: nn.Module | Survey) -> LoRAConfig | None:
-    """The configuration that ``model``, or a part of it, was adapted with."""
-    return next((config for _, config in holders(model)), None)
+    """The configuration of the adapters in ``model``, live or merged, whatever model they were put on as a part of."""
+    return next((record.adapted_by for _, _, record in records(model) if record.adapted_by is not None), None)
 
 
 def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, LoRAConfig]]:

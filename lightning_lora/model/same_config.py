@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.freeze import has_pairs
+from lightning_lora.model.record import is_merged, records
+from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey
 
 IDENTITY = ("name", "r", "alpha", "rslora", "targets", "exclude", "rank_pattern", "alpha_pattern", "bias", "also_train")
@@ -32,16 +35,34 @@ def _same_alpha(present: LoRAConfig, asked: LoRAConfig) -> bool:
 
 
 def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
-    """Raise if ``model`` has adapters, live or merged, of another configuration.
+    """Raise if ``model`` has adapters, live or merged, of another configuration, in whatever part of it.
 
     Raises:
         ValueError: naming the first difference and the ways out.
     """
-    present = config_of(model)
-    changed = difference(present, config) if present is not None else None
+    by_id = {id(record.adapted_by): record.adapted_by for _, _, record in records(model)}
+    changes = (difference(present, config) for present in by_id.values() if present is not None)
+    changed = next((change for change in changes if change is not None), None)
     if changed is not None:
         raise ValueError(
             f"The model already has adapters{' (merged)' if is_merged(model) else ''}, and this asks for {changed}. To "
             "start over on the original base call `remove_lora(model)`; to keep what was trained as the new base call "
             "`merge_lora(model, undo=False)`; to continue, ask for the same."
+        )
+
+
+def check_meant(targets: Targets) -> None:
+    """Raise if a layer is adapted that the same configuration does not mean in this model, as it did in another.
+
+    Raises:
+        ValueError: naming the layer and the ways out.
+    """
+    meant = {id(site.module) for site in targets.sites}
+    present = [name for name, module in targets.survey.modules if has_pairs(module) and id(module) not in meant]
+    if present:
+        raise ValueError(
+            f"`{names.clean(present[0])}` has adapters ({len(present)} such layers), and in this model the "
+            "configuration does not mean it: it was adapted as a part of another model. To take them off call "
+            "`remove_lora` with that layer; to keep what was trained in its weights call `merge_lora(layer, "
+            "undo=False)`."
         )
