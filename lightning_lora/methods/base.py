@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+
+from lightning_lora.model.twins import Agree, own_answer
 
 
 class MethodConfig(Protocol):
@@ -106,24 +108,57 @@ class Method(ABC):
         """Whether the method acts in the forward of ``model``."""
 
     @abstractmethod
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: nn.Module, agree: Agree = own_answer) -> None:
         """Adapt the sites of ``model`` that exist already, and freeze the rest. Adapted sites stay as they are.
 
         For a model of which a part is built later: a site that is missing is no error yet. ``model`` is not merged.
+
+        Args:
+            model: any module.
+            agree: gives the answer of rank 0 on every rank; what a method asks the weights may differ by rank.
         """
 
     @abstractmethod
-    def complete(self, model: nn.Module) -> list[str]:
+    def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
         """Adapt everything in ``model`` that the configuration means, and freeze the rest. Adapted sites stay.
 
         The first values of what may change (trained biases, buffers) are kept for :meth:`remove`. ``model`` is not
-        merged.
+        merged. For the arguments see :meth:`adapt`.
 
         Returns:
             The names of the sites.
 
         Raises:
             ValueError: if something that was asked for is not there or cannot be adapted; nothing is changed then.
+        """
+
+    @abstractmethod
+    def make_plain(self, model: nn.Module, known: Iterable[nn.Module]) -> list[str]:
+        """Make plain the adapted modules that came into ``model`` as copies; what they compute stays.
+
+        They are plain from then on, also where ``model`` is adapted again, and are no part of its base.
+
+        Args:
+            model: an adapted model.
+            known: the modules that it had before.
+
+        Returns:
+            The names of the outermost copies.
+        """
+
+    @abstractmethod
+    def make_plain_unless_meant(
+        self, model: nn.Module, known: Iterable[nn.Module], *, keep_update: bool = True
+    ) -> list[str]:
+        """Make plain those copies that the configuration does not mean, in a model that is adapted or merged.
+
+        Args:
+            model: an adapted or merged model.
+            known: the modules that it had before.
+            keep_update: whether what they compute stays; else they become copies of the base.
+
+        Returns:
+            The names of the outermost copies.
         """
 
     @abstractmethod

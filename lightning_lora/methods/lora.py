@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
 from lightning_lora.methods.base import Method, MethodConfig, Watched
 from lightning_lora.model.apply import drop_adapters, remove_lora
+from lightning_lora.model.copies import has_copies, make_plain, targets_of
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
@@ -31,8 +32,8 @@ from lightning_lora.model.state import (
     needed_names,
 )
 from lightning_lora.model.summary import describe
+from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
-from lightning_lora.targets.resolve import find_targets
 
 
 class LoRAMethod(Method):
@@ -84,17 +85,30 @@ class LoRAMethod(Method):
         return is_adapted(model)
 
     @override
-    def adapt(self, model: nn.Module) -> None:
-        inject(find_targets(model, self.config), self.config)
+    def adapt(self, model: nn.Module, agree: Agree = own_answer) -> None:
+        inject(targets_of(model, self.config), self.config, agree)
 
     @override
-    def complete(self, model: nn.Module) -> list[str]:
-        targets = find_targets(model, self.config)
+    def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
+        targets = targets_of(model, self.config)
         targets.check()
         check_meant(targets)
-        inject(targets, self.config)
+        inject(targets, self.config, agree)
         remember(targets.survey)
         return targets.names()
+
+    @override
+    def make_plain(self, model: nn.Module, known: Iterable[nn.Module]) -> list[str]:
+        return make_plain(model, known, mark=True) if has_copies(model, known) else []
+
+    @override
+    def make_plain_unless_meant(
+        self, model: nn.Module, known: Iterable[nn.Module], *, keep_update: bool = True
+    ) -> list[str]:
+        if not has_copies(model, known):
+            return []
+        meant = {id(site.module) for site in targets_of(model, self.config).sites}
+        return make_plain(model, known, meant, keep_update=keep_update)
 
     @override
     def drop(self, model: nn.Module) -> None:

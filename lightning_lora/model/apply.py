@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
 from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, pop_adapters
+from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.hooks import strip
 from lightning_lora.model.initial_values import moved, put_back, remember
@@ -18,7 +19,6 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.record import forget, is_merged
 from lightning_lora.model.same_config import check_meant, check_same
-from lightning_lora.targets.resolve import find_targets
 from lightning_lora.targets.survey import Survey
 
 
@@ -57,7 +57,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     if is_merged(survey):
         unmerge_lora(model)
         survey = Survey(model)
-    targets = find_targets(survey, config)
+    targets = targets_of(survey, config)
     targets.check()
     check_meant(targets)
     inject(targets, config)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import full_parameters, shape_of
+from lightning_lora.model.copies import copied_names
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.ops.exact_sum import checksum
 
@@ -19,16 +20,16 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
     """For each frozen parameter: its checksums after rounding to bf16 and to fp16, its exact one, and its shape.
 
     The same base loaded in fp32 and in bf16 agrees in the first, loaded in fp32 and in fp16 in the second. Of a
-    quantized parameter only the shape of its matrix counts, as its library may pack the values anew. Every rank must
-    call it: sharded parameters are gathered one by one.
+    quantized parameter only the shape of its matrix counts, as its library may pack the values anew. Copies that a hook
+    made after injection are left out. Every rank must call it: sharded parameters are gathered one by one.
 
     Args:
         model: any module, with live or merged adapters or without.
         device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
-    trained = {name for name, _ in trained_parameters(model)}
+    left_out = {name for name, _ in trained_parameters(model)} | copied_names(model)
     quantized = {name: _shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state")}
-    values = ((name, value) for name, value in full_parameters(model) if name not in trained)
+    values = ((name, value) for name, value in full_parameters(model) if name not in left_out)
     return {name: quantized[name] if name in quantized else sums_of(value, device) for name, value in values}
 
 

@@ -13,25 +13,30 @@ from lightning_lora.model.adapter_loading import accept_adapters
 from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.record import record_of
+from lightning_lora.model.twins import Agree, own_answer, seed_names
+from lightning_lora.names import join
 from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.role_names import family_of
 from lightning_lora.targets.survey import Site, Survey
 
 
-def inject(targets: Targets, config: LoRAConfig) -> None:
+def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer) -> None:
     """Adapt those of ``targets`` that are not adapted yet, in place, and freeze the rest of their model.
 
     Args:
         targets: from :func:`lightning_lora.targets.resolve.find_targets`, called on the model as it is now.
         config: the same configuration.
+        agree: gives the answer of rank 0 on every rank, where several of them inject.
 
     Raises:
         ValueError: if the adapter's name cannot be one; nothing is changed then.
     """
     _check_name_is_free(config.name)
     survey = targets.survey
-    made = [(site, *_made(site, config)) for site in targets.sites if not has_pairs(site.module)]
+    fresh = [site for site in targets.sites if not has_pairs(site.module)]
+    twins = seed_names(survey, targets.sites, agree) if fresh else {}
+    made = [(site, *_made(site, config, twins.get(site.name, site.name))) for site in fresh]
     for site in targets.sites:
         _renew_dropout(site, config)
     for site, cls, adapters in made:
@@ -52,14 +57,14 @@ def _check_name_is_free(name: str) -> None:
         )
 
 
-def _made(site: Site, config: LoRAConfig) -> tuple[type[LoRALayer], Adapters]:
+def _made(site: Site, config: LoRAConfig, seed_name: str) -> tuple[type[LoRALayer], Adapters]:
     """The class that the module gets, and its adapters: one pair, or one for each matrix that has a name."""
     cls = adapted_class_for(site.module, site.parts)
-    pairs = {part.name: _new_adapter(site, part, cls, config) for part in site.parts}
+    pairs = {part.name: _new_adapter(site, part, cls, config, seed_name) for part in site.parts}
     return cls, Adapters({config.name: Pairs(pairs) if site.parts[0].name else pairs[""]})
 
 
-def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoRAConfig) -> Adapter:
+def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoRAConfig, seed_name: str) -> Adapter:
     """A fresh pair for one matrix, on the device of its weight."""
     names, weight = site.names_of(part), parameter_of(site.module, part.key)
     in_features, out_features = part.features(weight)
@@ -71,7 +76,7 @@ def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoR
         scale=config.scale_for(*names),
         dropout=config.dropout,
         init=config.init,
-        seed=seed_of(config.seed, names[0], config.name),
+        seed=seed_of(config.seed, join(seed_name, part.name) if part.name else seed_name, config.name),
         part=part,
         stack=part.stack(weight),
         device=weight.device,

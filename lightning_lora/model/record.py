@@ -66,6 +66,7 @@ class Record:
         merged: on a layer whose adapters are merged.
         load_hook: of the hook that loads adapter state dicts into the module.
         started_from: the path of the file or directory that a run started the adapters from.
+        plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
     """
 
     config: LoRAConfig | None = None
@@ -77,6 +78,7 @@ class Record:
     merged: Merged | None = None
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
+    plain_copy: bool = False
 
 
 def record_of(module: nn.Module) -> Record:
@@ -115,6 +117,27 @@ def forget(model: nn.Module) -> None:
         del module.__dict__[_ATTRIBUTE]
 
 
+def release(module: nn.Module, keep_flags: bool, mark: bool) -> None:
+    """Remove the record that ``module`` got as a copy of another module, and the hook that belongs to it.
+
+    Args:
+        module: a module that holds no adapter.
+        keep_flags: whether its ``requires_grad`` is restored with that of the model.
+        mark: whether it is recorded as a plain copy.
+    """
+    old = module.__dict__.pop(_ATTRIBUTE, Record())
+    if old.load_hook is not None:
+        old.load_hook.remove()
+    record_of(module).requires_grad = old.requires_grad if keep_flags else {}
+    record_of(module).plain_copy = mark
+
+
+def is_plain_copy(module: nn.Module) -> bool:
+    """Whether ``module`` came into an adapted model as a copy, and stays plain."""
+    record = module.__dict__.get(_ATTRIBUTE)
+    return record is not None and record.plain_copy
+
+
 def prune(model: nn.Module) -> None:
     """Remove the records that hold nothing."""
     for _, module, record in list(records(model)):
@@ -137,6 +160,12 @@ def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, M
     for name, module, record in records(model):
         if record.merged is not None:
             yield name, module, record.merged
+
+
+def is_merged_layer(module: nn.Module) -> bool:
+    """Whether adapters are merged into the weights of ``module`` itself."""
+    record = module.__dict__.get(_ATTRIBUTE)
+    return record is not None and record.merged is not None
 
 
 def is_merged(model: nn.Module | Survey) -> bool:

@@ -63,8 +63,18 @@ class MethodCallback(CallbackBase):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the adapters in the first steps."""
+        if self._run is not None:
+            self._run.release_copies()
         if self._run is not None and self.run_config.liveness:
             self._run.watch(trainer.optimizers)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first batch the module's own ``on_train_start`` and ``on_train_epoch_start`` have run too."""
+        if self._run is not None and batch_idx == 0:
+            self._run.release_copies()
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:

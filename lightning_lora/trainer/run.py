@@ -24,7 +24,7 @@ from lightning_lora.trainer.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
-from lightning_lora.trainer.liveness import Liveness
+from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import patch_method
@@ -61,6 +61,8 @@ class Run:
         self.was_frozen = is_frozen(module)
         self.snapshot: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
+        self.known = list(module.modules())
+        self.released: set[str] = set()
         self.liveness: Liveness | None = None
         self.stack = ExitStack()
 
@@ -83,7 +85,7 @@ class Run:
         late = "configure_model" if overrides(self.module, "configure_model") else "setup"
         if late == "setup":
             self.convert()
-            self.method.adapt(self.module)
+            self.method.adapt(self.module, self.strategy.broadcast)
         patch_method(self.stack, self.module, late, self.complete)
 
     def convert(self) -> None:
@@ -101,7 +103,10 @@ class Run:
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """After the user's hook the model is whole: adapt what the hook made, and report what is adapted."""
+        known = list(self.module.modules())
+        unfreeze(self.module)  # the user's code sees, and copies, the flags that it set
         result = original(*args, **kwargs)
+        self.method.make_plain_unless_meant(self.module, known)
         self.inject()
         if self.stage == "fit" or self.strategy_adapter.loads_late:
             self.files.base_fingerprint()  # while the base is as the user built it
@@ -114,6 +119,8 @@ class Run:
 
     def adapt_late(self) -> None:
         """Adapt a module that ran merged until a file is to be loaded, or was built anew in ``setup``."""
+        # The base of the file has copies of the base, as `setup` made them before there was an update.
+        self.method.make_plain_unless_meant(self.module, self.known, keep_update=False)
         self.adapt()
         self.inject()
 
@@ -122,8 +129,20 @@ class Run:
         self.strategy_adapter.before_injection(self.was_bare)
         self.convert()
         with self.strategy_adapter.during_injection():
-            self.method.complete(self.module)
-        self.records = all_records(self.module)
+            self.method.complete(self.module, self.strategy.broadcast)
+        self.records, self.known = all_records(self.module), list(self.module.modules())
+
+    def release_copies(self) -> None:
+        """Take the adapters off copies that hooks after ``setup`` made: no optimizer holds them, and no file does."""
+        copies = self.method.make_plain(self.module, self.known)
+        if copies:
+            self.records = all_records(self.module)
+        if set(copies) - self.released:
+            self.released.update(copies)
+            rank_zero_info(
+                f"{listed(copies)} came after `setup`, as a copy of adapted layers: it is plain now, and computes what "
+                "they computed then. Make it in `setup` to adapt it too."
+            )
 
     def check_export_and_start(self) -> None:
         """See that the adapters can be exported at the end, and give fresh ones the values of ``init_from``."""
@@ -209,6 +228,8 @@ class Run:
 
     def restore(self) -> None:
         """After a run that trained nothing: merged if it was merged, bare if it was bare and no file was loaded."""
+        if self.method.is_merged(self.module):
+            self.method.make_plain_unless_meant(self.module, self.known)
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
             self.method.load(self.module, self.snapshot)
             self.method.merge(self.module)

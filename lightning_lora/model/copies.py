@@ -1,0 +1,126 @@
+"""Copies of adapted modules that the user's code puts into the model: they become plain modules.
+
+A reference, a teacher or a target network is often ``copy.deepcopy(self.net)``. Where the network is adapted already,
+its copy is adapted too, though no configuration means it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import nn
+
+from lightning_lora import names
+from lightning_lora.config import LoRAConfig
+from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.layers.base import LoRALayer, pop_adapters
+from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.model.freeze import has_pairs
+from lightning_lora.model.initial_values import remember
+from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
+from lightning_lora.model.record import is_merged_layer, is_plain_copy, prune, record_of, release
+from lightning_lora.targets.resolve import Targets, find_targets
+from lightning_lora.targets.survey import Survey
+
+
+def targets_of(model: nn.Module | Survey, config: LoRAConfig) -> Targets:
+    """What ``config`` means in ``model``, without the copies that were made plain after an earlier injection."""
+    targets = find_targets(model, config)
+    targets.sites = [site for site in targets.sites if not is_plain_copy(site.module)]
+    return targets
+
+
+def copied_names(model: nn.Module) -> set[str]:
+    """The names of the parameters of those copies: they are no part of the base."""
+    return {
+        names.join(name, key)
+        for name, module in names.named_modules(model)
+        if is_plain_copy(module)
+        for key in module._parameters
+    }
+
+
+def has_copies(model: nn.Module, known: Iterable[nn.Module]) -> bool:
+    """Whether modules with adapters, live or merged, came into ``model``, which had the modules ``known`` before."""
+    return any(_has_adapters(module) for _, copy in _outermost(model, known) for module in copy.modules())
+
+
+def make_plain(
+    model: nn.Module,
+    known: Iterable[nn.Module],
+    meant: Collection[int] = (),
+    *,
+    keep_update: bool = True,
+    mark: bool = False,
+) -> list[str]:
+    """Take the adapters off the modules that came into ``model`` as copies.
+
+    Args:
+        model: any module.
+        known: the modules that it had before.
+        meant: the ``id`` of modules that keep their adapters.
+        keep_update: whether an update that was trained before the copy was made stays in its weights, for good; else
+            the copy becomes the base.
+        mark: whether the copies stay plain wherever ``model`` is adapted again, and are no part of its base.
+
+    Returns:
+        The names of the outermost copies.
+    """
+    changed = []
+    for name, copy in list(_outermost(model, known)):
+        layers = [module for module in copy.modules() if _has_adapters(module) and id(module) not in meant]
+        if layers:
+            keep_flags = any(parameter.requires_grad for parameter in _adapter_parameters(layers))
+            for layer in layers:
+                _take_off(layer, keep_update)
+            _release(copy, keep_flags, mark)
+            changed.append(names.clean(name))
+    if changed:
+        prune(model)
+        remember(model)
+    return changed
+
+
+def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    covered = set(map(id, known))
+    for name, module in model.named_modules():
+        if id(module) not in covered:
+            covered.update(map(id, module.modules()))
+            yield name, module
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return has_pairs(module) or is_merged_layer(module)
+
+
+def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    for layer in layers:
+        if isinstance(layer, LoRALayer):
+            yield from layer.lora.parameters()
+
+
+def _take_off(layer: nn.Module, keep_update: bool) -> None:
+    merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
+    if merged is not None and not keep_update:
+        unmerge_layer(layer, merged)
+    if not isinstance(layer, LoRALayer):
+        return
+    if not keep_update or not _is_trained(layer):
+        pop_adapters(layer)
+    elif not is_quantized_class(type(layer)):  # which cannot hold the sum
+        merge_layer(layer)
+
+
+def _is_trained(layer: LoRALayer) -> bool:
+    every_B = [local_shard(adapter.B) for adapter in layer.lora.all_pairs()]
+    return any(not B.is_meta and bool(B.any()) for B in every_B)
+
+
+def _release(copy: nn.Module, keep_flags: bool, mark: bool) -> None:
+    for module in reversed(list(copy.modules())):
+        inside = [inner for inner in module.modules() if isinstance(inner, LoRALayer)]
+        if inside == [module] and not has_pairs(module):  # swapped only for what was adapted in it
+            pop_adapters(inside[0])
+            inside = []
+        if not inside:
+            release(module, keep_flags, mark)
