@@ -31,6 +31,7 @@ from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
 from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
+from lightning_lora.trainer.untrained_targets import untrained_targets, warn_of_untrained
 
 SHARDING_ADAPTERS: tuple[type[StrategyAdapter], ...] = (FSDP1, FSDP2, DeepSpeed)
 
@@ -177,10 +178,12 @@ class Run:
         place_again(self.module, self.records)  # SyncBatchNorm's conversion replaces modules
         with self.method.as_found(self.module):
             result = original()
+            optimizers, schedulers, _ = _configure_optimizers(result) if result is not None else ([], [], [])
+            untrained, trained = untrained_targets(optimizers, self.module, self.method)
         if result is None:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
-        optimizers, schedulers, _ = _configure_optimizers(result)
+        warn_of_untrained(untrained, trained, getattr(self.method.config, "exclude", None))
         restrict(optimizers, self.module, self.method)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:

@@ -1,0 +1,54 @@
+"""Adapted layers that the user's own run would not train: a teacher or a reference among them would move.
+
+A preset chooses by names and structure, and so it also means a frozen copy of the network.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.methods.base import Method
+from lightning_lora.names import covers
+from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.liveness import listed
+
+
+def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Method) -> tuple[list[str], list[str]]:
+    """The adapted layers whose weights the user's run leaves alone, and those that it trains.
+
+    Args:
+        optimizers: as the user's ``configure_optimizers`` made them.
+        model: with the ``requires_grad`` that the user gave its parameters.
+        method: what it is adapted by.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    weights = dict(method.adapted_weights(model).values())
+    trained = {name.rpartition(".")[0] for name, p in weights.items() if p.requires_grad and id(p) in held}
+    every = dict.fromkeys(name.rpartition(".")[0] for name in weights)
+    return [name for name in every if name not in trained], [name for name in every if name in trained]
+
+
+def warn_of_untrained(untrained: list[str], trained: list[str], exclude: list[str] | None) -> None:
+    """Name the layers that train only because of the adapters. Where all do, a frozen backbone is meant.
+
+    Args:
+        untrained: names of layers.
+        trained: names of the other adapted layers.
+        exclude: the argument of this run.
+    """
+    if not untrained or not trained:
+        return
+    left_out = list(dict.fromkeys(_shortest(name, trained) for name in untrained))
+    rank_zero_warn(
+        f"{listed(untrained)} would not train without adapters: the module froze it, or no optimizer holds it. It is "
+        "adapted, and trains, because `targets` means it. To leave it as it is, as a teacher or a reference must be, "
+        f"give exclude={[*(exclude or ()), *left_out]!r}."
+    )
+
+
+def _shortest(name: str, trained: list[str]) -> str:
+    """The outermost module around ``name`` in which none of the layers ``trained`` lies; ``name`` if there is none."""
+    parts = name.split(".")
+    around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next((head for head in around if not any(covers(other, [head]) for other in trained)), name)
