@@ -26,6 +26,7 @@ from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.kept_states import with_base_values
 from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 
@@ -142,6 +143,8 @@ class CheckpointFiles:
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()
+        if "callbacks" in checkpoint:
+            checkpoint["callbacks"] = with_base_values(checkpoint["callbacks"], self.module)
         return checkpoints.fit_to(checkpoint, self.module)
 
     def restore_random_state(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.state import keep_adapter, real_keys
+from lightning_lora.trainer.kept_states import own_names, without_base_values
 
 KEY = "lightning_lora"
 FORMATS = (1, 2)
@@ -48,11 +49,12 @@ def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[
 def without_base(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
     """``checkpoint`` without the base: averaging callbacks put whole models there, as an entry and in their state."""
     frozen, base = method.frozen_names(model), method.base_names(model)
-    places = {key: value for key, value in checkpoint.items() if key in (*WEIGHTS, "callbacks")}
-    places = _without(places, frozen, base)
+    places = _without({key: value for key, value in checkpoint.items() if key in WEIGHTS}, frozen, base)
     for weights in WEIGHTS:  # also where a user's own `state_dict` left some of the base out
         if isinstance(state := places.get(weights), dict):
             places[weights] = {key: value for key, value in state.items() if names.clean(str(key)) not in base}
+    if "callbacks" in checkpoint:
+        places["callbacks"] = without_base_values(checkpoint["callbacks"], model, frozen, base)
     return {**checkpoint, **places}
 
 
@@ -64,16 +66,6 @@ def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[
     if not dropped and all(value is mapping[key] for key, value in inner.items()):
         return mapping
     return {key: inner.get(key, value) for key, value in mapping.items() if key not in dropped}
-
-
-def own_names(keys: Iterable[Any], needed: set[str]) -> dict[Any, str]:
-    """The module's own names for the keys of a state dict of it, or of an ``AveragedModel`` or DDP around it.
-
-    Empty unless every name that is ``needed`` is among them.
-    """
-    clean = {key: names.clean(key) for key in keys if isinstance(key, str)}
-    inner = {key: name.removeprefix("module.") for key, name in clean.items()}
-    return next((found for found in (clean, inner) if needed and needed <= set(found.values())), {})
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:

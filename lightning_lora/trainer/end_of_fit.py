@@ -8,6 +8,7 @@ from lightning_lora.trainer.checkpoint_io import export_merged, load_best
 from lightning_lora.trainer.compatibility import is_spawned
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import export
+from lightning_lora.trainer.kept_copies import merge_copies
 from lightning_lora.trainer.run import Run
 
 LOST = 0.01  # share of the update that rounding may take before it is reported
@@ -52,6 +53,7 @@ def merge_into_base(run: Run) -> None:
         )
         return
     lost = run.method.merge(run.module)
+    merge_copies(run.trainer, run.module, run.method)
     run.strategy_adapter.after_merge()
     worst = max(lost, key=lost.__getitem__, default="")
     if lost.get(worst, 0) > LOST:

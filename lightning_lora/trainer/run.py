@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import BASE_DTYPES, RunConfig
-from lightning_lora.foreign import AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDING_STRATEGIES, is_a
+from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import cast_by_autocast, lower
 from lightning_lora.model.freeze import is_frozen, unfreeze
@@ -24,6 +24,7 @@ from lightning_lora.trainer.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
+from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
 from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.optimizers import restrict
@@ -101,6 +102,7 @@ class Run:
         if self.method.is_merged(self.module):
             self.snapshot = deepcopy(self.method.state(self.module))
             self.method.unmerge(self.module)
+            unmerge_copies(self.trainer, self.module, self.method)
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """After the user's hook the model is whole: adapt what the hook made, and report what is adapted."""
@@ -203,8 +205,8 @@ class Run:
 
     def keep_averages_exact(self) -> None:
         """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
-        for callback in self.trainer.callbacks:
-            averaged = getattr(callback, AVERAGED_MODEL, None)
+        inside = [module for module in self.module.modules() if is_a(module, AVERAGED_CLASS)]
+        for averaged in [*(getattr(callback, AVERAGED_MODEL, None) for callback in self.trainer.callbacks), *inside]:
             if getattr(averaged, "avg_fn", None) is not None:
                 patch_method(self.stack, averaged, "avg_fn", equal_stays)
 
@@ -236,6 +238,7 @@ class Run:
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
             self.method.load(self.module, self.snapshot)
             self.method.merge(self.module)
+            merge_copies(self.trainer, self.module, self.method)
         elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
             self.method.drop(self.module)
 
