@@ -1,4 +1,4 @@
-"""Copies of the module that callbacks keep, as averages or snapshots: a merge does to them what it does to the module.
+"""Copies of the module that callbacks keep, as averages do: a merge does to them what it does to the module.
 
 An averaging callback exchanges parameters with its copy by position. So the two must have the same parameters, before
 and after a merge.
@@ -6,7 +6,6 @@ and after a merge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,20 +15,15 @@ from lightning_lora.methods.base import Method
 
 
 def kept_copies(trainer: Any, module: nn.Module, method: Method) -> list[nn.Module]:
-    """The modules that callbacks of ``trainer`` hold, which are adapted or merged and no part of ``module``."""
+    """The modules that callbacks of ``trainer`` have as attributes, adapted or merged and no part of ``module``.
+
+    Those in a list are snapshots of one moment, and stay as they were then.
+    """
     own = set(map(id, module.modules()))
-    held = {id(each): each for callback in trainer.callbacks for each in _modules_in(vars(callback).values())}
+    values = (value for callback in trainer.callbacks for value in vars(callback).values())
+    held = {id(each): each for each in values if isinstance(each, nn.Module)}
     apart = [each for each in held.values() if own.isdisjoint(map(id, each.modules()))]
     return [each for each in apart if method.present(each) is not None]
-
-
-def _modules_in(values: Iterable[Any]) -> Iterator[nn.Module]:
-    for value in values:
-        if isinstance(value, nn.Module):
-            yield value
-        elif isinstance(value, (list, tuple, dict)):
-            inside = value.values() if isinstance(value, dict) else value
-            yield from (each for each in inside if isinstance(each, nn.Module))
 
 
 def merge_copies(trainer: Any, module: nn.Module, method: Method) -> None:
