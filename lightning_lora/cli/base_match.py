@@ -16,10 +16,13 @@ from lightning_lora.cli.meta_model import is_embedding
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
 from lightning_lora.foreign import MODELS_WITH_HEAD
+from lightning_lora.peft_format.config import ALL_LINEAR
 from lightning_lora.peft_format.provenance import INNER
 from lightning_lora.peft_format.stored import StoredAdapter, StoredPair, config_of
+from lightning_lora.peft_format.targets import is_targeted
 
 HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_projection|(?:predictions|lm_head)\.decoder)")
+WEIGHTS = ("weight", "in_proj_weight")
 APART = (
     "Make them two tensors in the base first: load it, give the head a copy of its weight, set "
     "`tie_word_embeddings=False` in its configuration, and save it."
@@ -106,7 +109,28 @@ def changes(adapter: StoredAdapter, base: Weights) -> Changes:
         pairs[weight.name] = StoredTarget(
             pair, in_full.pop(weight.name, weight), _is_transposed(pair, weight, base, transposed)
         )
+    _check_all_pairs(adapter, base, called)
     return Changes(pairs, in_full)
+
+
+def _check_all_pairs(adapter: StoredAdapter, base: Weights, called: Renaming) -> None:
+    """Raise if ``target_modules`` names a layer of ``base`` for which the file has no pair: a part of it is missing.
+
+    ``"all-linear"`` cannot be checked, as a file of tensors does not say which are those of linear layers.
+    """
+    config = config_of(adapter)
+    if config.targets == ALL_LINEAR:
+        return
+    starts = {name.partition(".")[0] for name in adapter.pairs}
+    for key in (key for key, tensor in base.tensors.items() if len(tensor.shape) > 1):
+        module, _, leaf = key.rpartition(".")
+        candidates = (module, module.partition(".")[2], *(f"{start}.{module}" for start in starts))
+        names = [name for name in candidates if name and called(name) == module]
+        if leaf in WEIGHTS and any(is_targeted(name, config) and name not in adapter.pairs for name in names):
+            raise ValueError(
+                f"`{module}` is named by `target_modules` of `{adapter.path}`, which has no pair for it: the two files "
+                "do not belong together, or one was cut. Save the adapter again."
+            )
 
 
 def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renaming:
@@ -140,7 +164,8 @@ def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renamin
 
 def _weight_of(name: str, base: Weights) -> StoredTensor | None:
     """The weight of the layer ``name``, if there is one."""
-    return base.tensors.get(f"{name}.weight") or base.tensors.get(f"{name}.in_proj_weight")
+    weights = (base.tensors.get(f"{name}.{key}") for key in WEIGHTS)
+    return next((weight for weight in weights if weight is not None), None)
 
 
 def _own_weight(name: str, base: Weights) -> StoredTensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -65,12 +65,13 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
         FileExistsError: if ``directory`` has an adapter already.
         ValueError: if the file is damaged, or holds what only the module can place.
     """
+    _check_is_file(path)
     check_free(directory / WEIGHTS, overwrite)
     checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
     config, base = checkpoints.facts_in(checkpoint, path)
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
-    prefix = _common(base) if inner is None else inner
+    prefix = _common(base, pairs) if inner is None else inner
     relative = {name: _relative(name, prefix) for name in pairs}
     below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
     kinds = {name: _kind(name, checkpoint[checkpoints.KEY], path) for name in pairs}
@@ -91,6 +92,17 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     return Exported(str(directory), prefix, list(relative.values()), (directory / WEIGHTS).stat().st_size)
 
 
+def _check_is_file(path: Path) -> None:
+    """Raise unless there is a file at ``path`` that may be a checkpoint."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"`{path}` does not exist: give the .ckpt of a run with LoRACallback.")
+    if Path(path).is_dir() or str(path).endswith(".safetensors"):
+        raise ValueError(
+            f"`{path}` is no checkpoint: CKPT must be the .ckpt of a run with LoRACallback. A PEFT directory and its "
+            "safetensors file need no export; `lightning-lora inspect PATH` shows them."
+        )
+
+
 def import_directory(directory: Path, path: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
     """Write a PEFT directory of ours as a checkpoint: for ``ckpt_path`` in ``test``, and for ``load_from_checkpoint``.
 
@@ -107,6 +119,11 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         FileExistsError: if there is something at ``path``.
         ValueError: if the directory is damaged, or does not record its base and configuration.
     """
+    if directory.is_file():
+        raise ValueError(
+            f"`{directory}` is a file, and DIR must be a PEFT directory. A checkpoint needs no import; `lightning-lora "
+            "export CKPT DIR` makes a PEFT directory of one."
+        )
     check_free(path, overwrite)
     adapter = open_adapter(directory)
     metadata = adapter.file.metadata
@@ -176,10 +193,11 @@ def _shaped(pair: tuple[Tensor, Tensor], kind: str, shape: tuple[int, ...]) -> t
     return A, B
 
 
-def _common(base: Fingerprint) -> str:
+def _common(base: Fingerprint, adapted: Container[str]) -> str:
     """The one module that holds all frozen parameters, as the model of a LightningModule; empty if there is none."""
     first = {name.partition(".")[0] for name in base}
-    return first.pop() if len(first) == 1 else ""
+    common = first.pop() if len(first) == 1 else ""
+    return "" if common in adapted else common  # an adapted layer is not around the adapted layers
 
 
 def _lies_in(name: str, prefix: str) -> bool:
@@ -203,9 +221,9 @@ def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
 
 def _state(adapter: StoredAdapter, prefix: str, config: LoRAConfig) -> dict[str, Tensor]:
     """The pairs under the keys of a checkpoint."""
-    for key in adapter.in_full:
+    for key in (*adapter.in_full, *(name for name, pair in adapter.pairs.items() if pair.times > 1)):
         raise ValueError(
-            f"`{adapter.path}` holds more than pairs: only the module can place `{key}`. Load it by "
+            f"`{adapter.path}` holds more than pairs of plain layers: only the module can place `{key}`. Load it by "
             "load_adapter(model, directory), or LoRACallback(init_from=...)."
         )
     return {

@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import Namespace
@@ -18,7 +19,7 @@ from lightning_lora.cli.options import make_parser
 from lightning_lora.config import PRESETS
 
 ZIP = b"PK\x03\x04"  # how torch.save begins
-LONG = 2_000_000_000  # bytes that take long enough for a progress bar
+PATIENCE = 1.0  # seconds after which a command that is not done shows a progress bar
 Result = tuple[str, dict[str, Any]]  # as text and as plain data
 
 
@@ -32,35 +33,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = given[name]
     try:
         text, data = COMMANDS[name](options)
-        print(json.dumps(reports.plain(data), indent=2, default=str) if options.json else text, flush=True)
+        print(_as_json(name, data) if options.json else text, flush=True)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        return _failed(name, "interrupted; nothing was written", 130)
+        return _failed(options, name, "interrupted; nothing was written", 130)
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        return _failed(name, " ".join(str(error).split()) or type(error).__name__, 1)
+        return _failed(options, name, " ".join(str(error).split()) or type(error).__name__, 1)
     except Exception as error:  # files come from strangers
-        return _failed(name, f"the files are not what they should be ({type(error).__name__}: {error!s:.200})", 1)
+        return _failed(
+            options, name, f"the files are not what they should be ({type(error).__name__}: {error!s:.200})", 1
+        )
     return 0
 
 
-def _failed(name: str, why: str, status: int) -> int:
+def _as_json(name: str, data: Mapping[str, Any]) -> str:
+    return json.dumps(reports.plain({"command": name, **data}), indent=2, default=str)
+
+
+def _failed(options: Namespace, name: str, why: str, status: int) -> int:
+    if options.json:
+        print(_as_json(name, {"error": why}), flush=True)
     print(reports.printable(f"lightning-lora {name}: {why}"), file=sys.stderr)
     return status
 
 
 def _safetensors(name: str) -> Path:
-    """The path ``name``, for a command that reads safetensors files and no checkpoints."""
+    """The path ``name``, for an argument that is a model in safetensors files and no checkpoint."""
     path = Path(name)
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) == ZIP:
-                raise ValueError(
-                    f"`{path}` is a checkpoint of PyTorch or Lightning (a pickle in a zip archive), and this command "
-                    "reads safetensors files. Of a run with LoRACallback `lightning-lora export CKPT DIR` makes a PEFT "
-                    "directory, and `lightning-lora inspect CKPT` shows the checkpoint."
-                )
+    if _is_checkpoint(path):
+        raise ValueError(
+            f"`{path}` is a checkpoint of PyTorch or Lightning (a pickle in a zip archive), and a model is read from "
+            "safetensors files. The adapters in one of LoRACallback are shown by `lightning-lora inspect CKPT`, merged "
+            "by `lightning-lora merge BASE CKPT OUT`, and `lightning-lora export CKPT DIR` makes a PEFT directory."
+        )
     return path
+
+
+@contextmanager
+def _adapter(name: str) -> Iterator[Path]:
+    """The path ``name``, of an adapter or a model; of a run's checkpoint a PEFT directory that is made for the time."""
+    path = Path(name)
+    if not _is_checkpoint(path):
+        yield path
+        return
+    from lightning_lora.cli.convert import export_checkpoint
+
+    with TemporaryDirectory() as folder:
+        export_checkpoint(path, Path(folder, path.stem))
+        yield Path(folder, path.stem)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == ZIP
 
 
 # Each command imports what it needs: the others, and Lightning, stay out of its start.
@@ -77,16 +105,15 @@ def _merge(options: Namespace) -> Result:
     from lightning_lora.cli.merge import merge_files
 
     base = _safetensors(options.base)
-    with _progress(base) as progress:
-        report = merge_files(base, _safetensors(options.adapter), Path(options.out), options.overwrite, progress)
+    with _adapter(options.adapter) as adapter, _progress(base) as progress:
+        report = merge_files(base, adapter, Path(options.out), options.overwrite, progress)
     return reports.merge_text(report, options.out), reports.merge_data(report)
 
 
 def _diff(options: Namespace) -> Result:
     from lightning_lora.cli.diff import diff_files
 
-    first, second = _safetensors(options.first), _safetensors(options.second)
-    with _progress(first, second) as progress:
+    with _adapter(options.first) as first, _adapter(options.second) as second, _progress(first, second) as progress:
         differences = diff_files(first, second, progress)
     return reports.difference_text(differences, options.top), reports.difference_data(differences)
 
@@ -126,16 +153,16 @@ def _import(options: Namespace) -> Result:
 
 @contextmanager
 def _progress(*paths: Path) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr where somebody watches, there is much to do, and tqdm is installed."""
-    size = _size(paths) if sys.stderr.isatty() else 0
+    """A bar on stderr where somebody watches, the command takes longer than a moment, and tqdm is installed."""
+    watched = sys.stderr.isatty()
     try:
         from tqdm import tqdm
     except ImportError:
-        size = 0
-    if size < LONG:
+        watched = False
+    if not watched:
         yield lambda _: None
         return
-    with tqdm(total=size, unit="B", unit_scale=True) as bar:
+    with tqdm(total=_size(paths), unit="B", unit_scale=True, delay=PATIENCE) as bar:
         yield bar.update
 
 

@@ -147,7 +147,7 @@ def _check_base(adapter: StoredAdapter, change: Changes) -> None:
         return
     expected = base_in(adapter.file.metadata)
     for target in change.pairs.values():
-        name = f"{target.pair.name}.weight"
+        name = f"{target.pair.name}.{target.start.name.rpartition('.')[2]}"
         wrong = name in expected and other_base({name: expected[name]}, {name: sums_of(target.start.read())})
         if wrong:
             raise ValueError(f"The adapter was trained on another base: {wrong}. Give the base it was trained on.")

@@ -38,13 +38,13 @@ def _add_merge(parser: ArgumentParser) -> None:
     parser.add_argument(
         "base", metavar="BASE", help="Model: a .safetensors file, or a directory with one or with shards."
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT directory.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT directory, or .ckpt of LoRACallback.")
     parser.add_argument("out", metavar="OUT", help="Where to write: a file if BASE is one, else a directory.")
     _add_overwrite(parser)
 
 
 def _add_diff(parser: ArgumentParser) -> None:
-    parser.add_argument("first", metavar="A", help="PEFT directory or model.")
+    parser.add_argument("first", metavar="A", help="PEFT directory, .ckpt of LoRACallback, or model.")
     parser.add_argument("second", metavar="B", help="Another one of the same kind.")
     parser.add_argument("--top", type=PositiveInt, default=40, help="How many rows to show; --json gives all.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
 from lightning_lora.model.table import bytes_text
+from lightning_lora.names import folded
 
 if TYPE_CHECKING:  # a command imports what it needs and no other command
     from lightning_lora.cli.convert import Exported
@@ -51,9 +53,31 @@ def number(value: float | None) -> str:
 
 
 def listed(title: str, names: Sequence[str]) -> list[str]:
-    """A line with the first of ``names``, or none."""
-    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return [printable(f"{title} ({len(names):,}): {', '.join(names[:LISTED])}{more}")] if names else []
+    """A line with the number of ``names``, and one for each of the first; names that differ by numbers share a line.
+
+    Example:
+        >>> listed("unchanged", ["layers.0.q", "layers.1.q", "head"])
+        ['unchanged (3):', '  layers.*.q (2)', '  head']
+    """
+    counts = Counter(map(folded, names))
+    first = [f"  {name} ({count:,})" if count > 1 else f"  {name}" for name, count in counts.items()][:LISTED]
+    more = [f"  and {len(counts) - LISTED:,} more"] if len(counts) > LISTED else []
+    return [printable(line) for line in (f"{title} ({len(names):,}):", *first, *more)] if names else []
+
+
+def result(layers: Iterable[Mapping[str, Any]], total: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The result of a command for programs: every command gives these two entries, and others.
+
+    Args:
+        layers: one object for each layer or tensor, with its ``name``.
+        total: numbers for all of them together.
+        more: what only this command gives.
+    """
+    return {"layers": list(layers), "total": dict(total), **more}
+
+
+def _named(by_name: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, **asdict(layer)} for name, layer in by_name.items()]
 
 
 def plain(value: Any) -> Any:
@@ -87,12 +111,15 @@ def inspection_text(inspection: Inspection) -> str:
     described = {
         key: value for key, value in inspection.about.items() if not key.endswith(".config")
     }  # the table has it
-    return "\n".join(lines + [printable(f"{key}: {value!s:.300}") for key, value in described.items()])
+    for key, value in described.items():
+        lines += listed(key, value) if isinstance(value, list) else [printable(f"{key}: {value!s:.300}")]
+    return "\n".join(lines)
 
 
 def inspection_data(inspection: Inspection) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(inspection) | {"parameters": inspection.parameters(), "norm": inspection.norm()}
+    facts = asdict(inspection)
+    return result(facts.pop("layers"), {"parameters": inspection.parameters(), "norm": inspection.norm()}, **facts)
 
 
 def merge_text(report: MergeReport, out: str) -> str:
@@ -109,7 +136,9 @@ def merge_text(report: MergeReport, out: str) -> str:
 
 def merge_data(report: MergeReport) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(report) | {"lost": report.lost()}
+    facts = asdict(replace(report, layers={}))
+    facts.pop("layers")
+    return result(_named(report.layers), {"lost": report.lost(), "written": facts.pop("written")}, **facts)
 
 
 def difference_text(differences: Differences, top: int) -> str:
@@ -136,7 +165,7 @@ def difference_data(differences: Differences) -> dict[str, Any]:
         asdict(row) | {"relative": row.relative, "changed": row.changed()}
         for row in (*differences.rows, differences.total())
     ]
-    return {"kind": differences.kind, "rows": rows[:-1], "total": rows[-1]}
+    return result(rows[:-1], rows[-1], kind=differences.kind)
 
 
 def extraction_text(extraction: Extraction, out: str) -> str:
@@ -154,7 +183,8 @@ def extraction_text(extraction: Extraction, out: str) -> str:
 
 def extraction_data(extraction: Extraction) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(extraction) | {"energy": extraction.energy()}
+    layers, energy = _named(extraction.layers), extraction.energy()
+    return result(layers, {"energy": energy}, unchanged=extraction.unchanged, not_covered=extraction.not_covered)
 
 
 def exported_text(exported: Exported) -> str:
@@ -165,7 +195,8 @@ def exported_text(exported: Exported) -> str:
 
 def exported_data(exported: Exported) -> dict[str, Any]:
     """The same for programs."""
-    return asdict(exported)
+    layers = [{"name": name} for name in exported.layers]
+    return result(layers, {"nbytes": exported.nbytes}, path=exported.path, inner=exported.inner)
 
 
 def costs_text(planned: PlannedCosts) -> str:
@@ -193,15 +224,13 @@ def costs_text(planned: PlannedCosts) -> str:
 
 def costs_data(planned: PlannedCosts) -> dict[str, Any]:
     """The same for programs."""
-    return {
-        "source": planned.source,
-        "model": planned.model,
+    total = {
         "base_parameters": planned.costs.base,
         "trainable_parameters": planned.costs.trainable,
         "checkpoint_bytes": {f"{8 * w}-bit": _both(planned.costs.checkpoint(w)) for w in (2, 4)},
         "training_bytes": {how.name: _both(planned.costs.memory(how)) for how in ACCOUNTINGS},
-        "rows": [asdict(row) for row in planned.plan.rows],
     }
+    return result(map(asdict, planned.plan.rows), total, source=planned.source, model=planned.model)
 
 
 def _both(values: tuple[int, int]) -> dict[str, int]:

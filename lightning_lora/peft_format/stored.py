@@ -116,6 +116,8 @@ def open_adapter(path: Path) -> StoredAdapter:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged, is no plain LoRA, or the two do not belong together.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` does not exist: give a PEFT directory.")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         _check_files(path)

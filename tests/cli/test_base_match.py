@@ -36,3 +36,16 @@ def test_not_when_it_finds_only_some(tmp_path):
     pairs = {"transformer.model.layers.0.self_attn.q_proj": pair(8, 8), "transformer.other": pair(8, 8)}
     with pytest.raises(ValueError, match=r"no tensor `transformer.model.layers.0.self_attn.q_proj.weight`"):
         found(tmp_path, pairs)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*layers\.\d\.self_attn\.(q|v)_proj"])
+@pytest.mark.parametrize("start", ["", "model."])
+def test_a_layer_that_the_configuration_names_has_a_pair(tmp_path, targets, start):
+    pairs = {start + name.removeprefix("model."): value for name, value in attention_pairs().items()}
+    base = open_weights(write_base(tmp_path / "base", base_tensors()))
+    whole = write_adapter(tmp_path / "whole", pairs, target_modules=targets)
+    assert len(changes(open_adapter(whole), base).pairs) == 4
+    gone, *_ = pairs
+    cut = write_adapter(tmp_path / "cut", {n: p for n, p in pairs.items() if n != gone}, target_modules=targets)
+    with pytest.raises(ValueError, match=r"`model.layers.0.self_attn.q_proj` is named by `target_modules` of .*/cut`"):
+        changes(open_adapter(cut), base)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRACallback, __version__
 from lightning_lora.cli import main as command_line
@@ -33,16 +34,16 @@ from tests.helpers.on_disk import (
 from tests.helpers.scripts import run_module
 
 ROOT = Path(__file__).parents[2]
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 Q = "model.layers.0.self_attn.q_proj"
 
 
 def trained(path):
     """The checkpoint of a run."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     files = ModelCheckpoint(dirpath=path.parent, filename=path.stem, every_n_epochs=1)
     callbacks = [LoRACallback(r=2, targets=["layer"], merge=False), files]
     Trainer(
-        accelerator="cpu", max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=callbacks, **quiet
+        accelerator="cpu", max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=callbacks, **QUIET
     ).fit(BoringModel())
 
 
@@ -104,7 +105,7 @@ def test_export_and_import_are_each_others_reverse(done, monkeypatch):
     folder, finished = done
     assert finished["export"][0].startswith("exported: 1 adapted layer, ")
     monkeypatch.chdir(folder)
-    assert json.loads(captured(["import", "exported", "again.ckpt", "--json"])[0])["layers"] == ["layer"]
+    assert json.loads(captured(["import", "exported", "again.ckpt", "--json"])[0])["layers"] == [{"name": "layer"}]
     one, other = (torch.load(folder / name, weights_only=True)["state_dict"] for name in ("run.ckpt", "again.ckpt"))
     assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
@@ -119,11 +120,11 @@ def test_inspect_shows_every_map(done):
 def test_merge_writes_and_reports(done):
     folder, finished = done
     found = json.loads(finished["merge"][0])
-    assert found["layers"].keys() == {f"{name}.weight" for name in attention_pairs()}
+    assert {layer["name"] for layer in found["layers"]} == {f"{name}.weight" for name in attention_pairs()}
     A, B = attention_pairs()[Q]
     merged = everything_in(folder / "out")[f"{Q}.weight"]
     torch.testing.assert_close(merged, (base_tensors(torch.bfloat16)[f"{Q}.weight"].float() + 2 * B @ A).bfloat16())
-    assert 0 < found["lost"] < 0.05
+    assert 0 < found["total"]["lost"] < 0.05
 
 
 def test_diff_shows_the_factor(done):
@@ -138,7 +139,7 @@ def test_extract_writes_an_adapter(done):
 
 
 def test_plan_counts(done):
-    found = json.loads(done[1]["plan"][0])
+    found = json.loads(done[1]["plan"][0])["total"]
     assert found["trainable_parameters"] == 8 * 2 * (16 + 12)
     assert found["checkpoint_bytes"]["16-bit"]["lora"] == 2 * found["trainable_parameters"]
 
@@ -147,7 +148,7 @@ def test_an_error_is_one_line(done):
     folder, finished = done
     out, err, status = finished["error"]
     assert (out, status) == ("", 1)
-    assert re.fullmatch(r"lightning-lora merge: `nothing.*` is no file, .*\n", err)
+    assert re.fullmatch(r"lightning-lora merge: `nothing` does not exist: give a PEFT directory\.\n", err)
     assert not (folder / "out2").exists()
 
 
@@ -220,7 +221,29 @@ def test_help_tells_every_option(capsys, name):
 def test_json_is_json(here, capsys, name):
     call = [part for part in CALLS[name] if part != "--json"]
     assert main([*call, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == name and found["total"] and all(layer["name"] for layer in found["layers"])
+
+
+def test_an_error_is_json_too(here, capsys):
+    assert main(["inspect", "none", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["command"] == "inspect" and err == f"lightning-lora inspect: {json.loads(out)['error']}\n"
+
+
+def test_a_checkpoint_is_an_adapter(here, capsys):
+    torch.manual_seed(0)
+    save_file(BoringModel().state_dict(), here / "boring.safetensors")
+    run = ModelCheckpoint(dirpath=here / "runs", filename="run", every_n_epochs=1)
+    torch.manual_seed(0)
+    module = BoringModel()
+    arguments = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0, **QUIET}
+    Trainer(accelerator="cpu", callbacks=[LoRACallback(r=2, targets=["layer"]), run], **arguments).fit(module)
+    assert main(["merge", "boring.safetensors", "runs/run.ckpt", "merged.safetensors"]) == 0
+    merged = load_file(here / "merged.safetensors")
+    assert all(torch.equal(value, merged[key]) for key, value in module.state_dict().items())
+    assert main(["diff", "runs/run.ckpt", "runs/run.ckpt"]) == 0
+    assert "0 of 1 updates differ" in capsys.readouterr().out
 
 
 def refuse_constant(name):
@@ -246,12 +269,14 @@ def test_json_without_nan(here, capsys):
         (["extract", "base", "base", "out"], "must be apart|no chosen layer that differs"),
         (["plan", "base", "--targets", "k_proj"], "matches no module"),
         (["plan", "none"], "does not exist"),
-        (
-            ["merge", "base", "run.ckpt", "out"],
-            "is a checkpoint of PyTorch .* `lightning-lora export CKPT",
-        ),
+        (["merge", "base", "run.ckpt", "out"], "has no tensor `layer.weight`"),
+        (["import", "run.ckpt", "again.ckpt"], "`run.ckpt` is a file, and DIR must be a PEFT directory"),
+        (["import", "none", "again.ckpt"], "`none` does not exist: give a PEFT directory"),
+        (["export", "adapter/adapter_model.safetensors", "out"], "is no checkpoint: CKPT must be the .ckpt of a run"),
+        (["export", "adapter", "out"], "is no checkpoint: CKPT must be the .ckpt of a run"),
+        (["export", "none", "out"], "`none` does not exist: give the .ckpt of a run"),
         (["merge", "run.ckpt", "adapter", "out"], "is a checkpoint of PyTorch or Lightning"),
-        (["diff", "run.ckpt", "adapter"], "`lightning-lora inspect CKPT` shows the checkpoint"),
+        (["plan", "run.ckpt"], "are shown by `lightning-lora inspect CKPT`"),
     ],
 )
 def test_errors(here, capsys, call, match):
@@ -290,10 +315,10 @@ def test_a_bar_where_somebody_watches(here, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    monkeypatch.setattr(command_line, "LONG", 1)
     assert main(["merge", "base", "adapter", "out"]) == 0
     assert made == [], "stderr is no terminal"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(command_line, "PATIENCE", 0)
     assert main(["merge", "base", "adapter", "out2"]) == 0
     assert made[0].n == made[0].total == sum(value.nbytes for value in base_tensors(torch.bfloat16).values())
     monkeypatch.setitem(sys.modules, "tqdm", None)

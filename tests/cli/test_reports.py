@@ -16,6 +16,15 @@ def test_names_cannot_steer_a_terminal():
     assert "\x1b" not in "\n".join(listed("others", ["\x1b[2J"]))
 
 
+def test_a_list_has_a_line_for_each_name():
+    many = [f"layers.{i}.{name}" for i in range(300) for name in ("q", "k")]
+    assert listed("unchanged", [*many, "head"]) == [
+        "unchanged (601):", "  layers.*.q (300)", "  layers.*.k (300)", "  head",
+    ]  # fmt: skip
+    lines = listed("others", [f"w{i}" for i in range(25)])
+    assert lines[20:] == ["  w19", "  and 5 more"] and not listed("others", [])
+
+
 def test_columns_are_aligned():
     lines = columns(("layer", "r"), [("a", "16"), ("longer", "4")])
     assert lines == ["  layer    r", "  a       16", "  longer   4"]
