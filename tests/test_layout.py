@@ -47,6 +47,7 @@ ELSEWHERE = {
     "peft_format/contents": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/placement": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/config_writer": ("peft_format/test_config", "what is written is read again, by peft too"),
+    "peft_format/inner": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/layers": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/load": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/provenance": ("peft_format/test_peft_files", "it stands in the header of a saved file"),

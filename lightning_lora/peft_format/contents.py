@@ -121,7 +121,7 @@ def _checked(
     """The adapted layers, everything else that belongs to the adapter, and the modules that train in full."""
     adapted = list(holders(inner))
     _check_layers(adapted, inner, config)
-    plain = _other_state(inner, adapted)
+    plain = other_state(inner, adapted)
     modules_to_save = _owners(_in_full(plain, inner, config, asked_as), inner)
     _check_saved(modules_to_save, inner, [name for name, _, _ in adapted])
     return adapted, plain, modules_to_save
@@ -133,19 +133,19 @@ def _pairs(adapted: Adapted, inner: nn.Module, config: LoRAConfig) -> dict[str, 
     own = {name: adapters_of(adapters, config.name) for name, _, adapters in adapted}
     pairs: dict[str, PeftPair] = {}
     for name, module, _ in adapted:
-        attention = _attention_of(name, modules)
+        attention = attention_of(name, modules)
         if attention is None:
             pairs[name] = to_peft(module, own[name])
         elif attention not in pairs:
-            output = own.get(f"{attention}.{OUT_PROJ}")
+            output = own.get(names.join(attention, OUT_PROJ))
             pairs |= attention_pairs(attention, modules[attention], own.get(attention), output)
-    halved = [name.removesuffix(f".{OUT_PROJ}") for name in own if _attention_of(name, modules) not in (None, name)]
+    halved = [name.removesuffix(f".{OUT_PROJ}") for name in own if attention_of(name, modules) not in (None, name)]
     if halved:
         warn_of_half(halved)
     return pairs
 
 
-def _attention_of(name: str, modules: dict[str, nn.Module]) -> str | None:
+def attention_of(name: str, modules: dict[str, nn.Module]) -> str | None:
     """The name of the attention that ``name`` is, or that it is the ``out_proj`` of."""
     owner = name.rpartition(".")[0]
     return next((place for place in (name, owner) if is_attention(modules[place])), None)
@@ -162,7 +162,7 @@ def _check_finite(pairs: dict[str, PeftPair]) -> None:
 def _check_layers(adapted: Adapted, inner: nn.Module, config: LoRAConfig) -> None:
     modules, places = dict(names.named_modules(inner)), places_in(inner)
     for name, module, adapters in adapted:
-        if not name:
+        if "" in (name, attention_of(name, modules)):
             raise ValueError(
                 "The model is the adapted layer itself, and peft adapts layers inside a model: pass one that holds it."
             )
@@ -207,7 +207,7 @@ def _all_names(inner: nn.Module, adapted: Adapted) -> set[str]:
     return {name for name, module in names.named_modules(inner) if id(module) in wanted}
 
 
-def _other_state(inner: nn.Module, adapted: Adapted) -> dict[str, Tensor]:
+def other_state(inner: nn.Module, adapted: Adapted) -> dict[str, Tensor]:
     """Everything else that belongs to the adapter, by its name in ``inner``."""
     pairs = tuple(names.join(name, "lora.") for name in _all_names(inner, adapted))
     state = {key: value for key, value in lora_state_dict(inner).items() if not key.startswith(pairs)}
@@ -271,7 +271,7 @@ def _places(inner: nn.Module, adapted: Adapted) -> dict[str, str]:
     """Where peft keeps the parameters of the base in an adapted layer, by its name: one level deeper."""
     modules, places = dict(names.named_modules(inner)), {}
     for name in _all_names(inner, adapted):
-        attention = _attention_of(name, modules)
+        attention = attention_of(name, modules)
         places[name] = f"{name}.base_layer"
         if attention is not None:
             places |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, distributed, nn
@@ -16,12 +16,13 @@ from lightning_lora.files.safetensors_writing import write_tensors
 from lightning_lora.foreign import BASE_NAME
 from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.record import records
-from lightning_lora.model.state import has_adapters, lora_state_dict
+from lightning_lora.model.state import has_adapters
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.contents import Contents, check_contents, contents_of
+from lightning_lora.peft_format.inner import belongings_of, inner_of, wider_than_adapters
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
 from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
-from lightning_lora.peft_format.targets import exact_targets, inner_name
+from lightning_lora.peft_format.targets import exact_targets
 from lightning_lora.peft_format.task import auto_classes
 from lightning_lora.peft_format.vllm import for_vllm
 
@@ -74,13 +75,13 @@ def save_adapter(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory, but `{directory}` is a file.")
     holder, config = _adapted_as(model)
-    keys = list(lora_state_dict(model))
-    prefix, part = _inner_of(model, inner, keys)
+    held = belongings_of(model)
+    prefix, part = inner_of(model, inner, held)
     contents = contents_of(part, config, _asked_as(prefix, holder))
     contents = for_vllm(contents) if flavor == "vllm" else contents
     text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
     about = header(config, base_of(part), tensors, metadata, prefix)
-    if inner is None and (to_know := _wider_than_adapters(model, keys)) is not None:
+    if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
         warnings.warn(to_know, stacklevel=2)
     _first_of_all(lambda: write_together(directory, file_writers(text, tensors, about)))
 
@@ -124,45 +125,6 @@ def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
     return configured[0]
 
 
-def _inner_of(model: nn.Module, inner: str | None, keys: list[str]) -> tuple[str, nn.Module]:
-    """The part that peft wraps and its name; the ``keys`` of all that belongs to the adapter must lie in it."""
-    modules = dict(names.named_modules(model))
-    name = inner_name(model, inner, lambda head: _outside(keys, head, modules) is None)
-    outside = _outside(keys, name, modules)
-    if outside is not None:
-        raise ValueError(
-            f"`{outside}` belongs to the adapter and lies outside of `{name}`, which peft would wrap. Name a module "
-            "that holds both in `inner`; inner='' is the whole model."
-        )
-    return name, modules[name]
-
-
-def _outside(keys: Iterable[str], head: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The first of ``keys`` that does not lie in the module ``head``, under any name of it."""
-    heads = tuple(f"{alias}." if alias else "" for alias, module in modules.items() if module is modules[head])
-    return next((key for key in keys if not key.startswith(heads)), None)
-
-
-def _wider_than_adapters(model: nn.Module, keys: list[str]) -> str | None:
-    """What to know where the part that peft wraps is chosen for something that trains in addition to the adapters.
-
-    The user may expect the names of a smaller part, which has all adapters: peft loads a directory with other names
-    without an error, and without any effect.
-    """
-    modules = dict(names.named_modules(model))
-    adapted = [key for key in keys if ".lora." in key]
-    narrow = inner_name(model, None, lambda head: _outside(adapted, head, modules) is None)
-    outside = _outside(keys, narrow, modules)
-    if outside is None:
-        return None
-    _, wide = _inner_of(model, None, keys)
-    return (
-        f"`{outside}` is saved with the adapters and lies outside of `{narrow}`, which holds these: the names in the "
-        f"directory are relative to the {original_class(wide).__name__}, and peft has to wrap that, by "
-        "PeftModel.from_pretrained(module, directory)."
-    )
-
-
 def check_saveable(model: nn.Module) -> str | None:
     """Raise before a training what :func:`save_adapter` would raise after it, whatever the values are.
 
@@ -173,10 +135,10 @@ def check_saveable(model: nn.Module) -> str | None:
         ValueError: naming what the format has no place for.
     """
     holder, config = _adapted_as(model)
-    keys = list(lora_state_dict(model))
-    prefix, part = _inner_of(model, None, keys)
+    held = belongings_of(model)
+    prefix, part = inner_of(model, None, held)
     check_contents(part, config, _asked_as(prefix, holder))
-    return _wider_than_adapters(model, keys)
+    return wider_than_adapters(model, held)
 
 
 def _asked_as(prefix: str, holder: str) -> Callable[[str], str]:

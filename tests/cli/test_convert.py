@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, load_from_checkpoint
+from lightning_lora import LoRACallback, load_from_checkpoint, save_adapter
 from lightning_lora.cli.convert import export_checkpoint, import_directory
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 
@@ -124,6 +124,29 @@ def module_of(make):
             self.net = make()
 
     return Image
+
+
+class Attending(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.attn = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        return self.net(self.attn(x, x, x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:peft 0.21 adds the update")
+def test_an_attention_takes_the_module(tmp_path):
+    _, path = fit(tmp_path, Attending, targets=["out_proj"])
+    with pytest.raises(
+        ValueError, match=r"`attn.out_proj` is a projection of an nn.MultiheadAttention\. Export it from"
+    ):
+        export_checkpoint(path, tmp_path / "out")
+    save_adapter(load_from_checkpoint(Attending, path), tmp_path / "out")  # as the error says
+    with pytest.raises(ValueError, match=r"only the module can place `attn.out_proj`\. Load it by"):
+        import_directory(tmp_path / "out", tmp_path / "back.ckpt")
 
 
 def test_a_convolution(tmp_path):

@@ -218,6 +218,14 @@ def test_what_peft_cannot_express_is_refused_by_name(case, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("targets", ["attn", ["out_proj"]])
+def test_the_attention_itself_is_no_model(targets, tmp_path):
+    model = made(lambda: nn.MultiheadAttention(8, 2))
+    apply_lora(model, LoRAConfig(targets=targets))
+    with pytest.raises(ValueError, match="The model is the adapted layer itself"):
+        save_adapter(model, tmp_path / "new")
+
+
 @pytest.mark.filterwarnings(TWICE)
 def test_vllm_takes_no_attention(tmp_path):
     with pytest.raises(ValueError, match=r"`0.attn` is no linear layer"):

@@ -455,6 +455,20 @@ def test_names_are_relative_to_the_inner_model(tmp_path):
         )
 
 
+class OneLayer(LightningModule):
+    def __init__(self, make):
+        super().__init__()
+        self.layer = make()
+
+
+@pytest.mark.filterwarnings("ignore:peft 0.21 adds the update")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.MultiheadAttention(4, 2)])
+def test_an_adapted_layer_is_not_the_inner_model(make, tmp_path):
+    save_adapter(trained(lambda: OneLayer(make), targets=["layer"]), tmp_path)
+    assert "base_model.model.layer.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert load_adapter(made(lambda: OneLayer(make)), tmp_path)[0] == "layer"
+
+
 def test_the_whole_transformers_model_is_the_inner_one(tmp_path):
     model = trained(lambda: Lit(gpt2), r=2, targets="attn")
     save_adapter(model, tmp_path)
@@ -465,7 +479,7 @@ def test_the_whole_transformers_model_is_the_inner_one(tmp_path):
 
 def test_what_trains_outside_of_the_inner_model_is_not_left_behind(tmp_path):
     model = trained(lambda: Lit(LM), r=2, targets=["mlp.*"], also_train=["scale"])
-    with pytest.raises(ValueError, match=r"`scale.weight` belongs to the adapter and lies outside of `model`"):
+    with pytest.raises(ValueError, match=r"`scale.weight` belongs to the adapter and does not lie inside `model`"):
         save_adapter(model, tmp_path, inner="model")
     assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=r"`scale.weight` .* lies outside of `model`, .* relative to the Lit,"):
