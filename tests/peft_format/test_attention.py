@@ -163,16 +163,16 @@ def test_files_merge_into_files(tmp_path):
     torch.testing.assert_close(out(merged), out(model), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_halved_is_said_once(tmp_path):
-    with pytest.warns(UserWarning) as said:
+def test_one_warning_names_all_halved_updates(tmp_path):
+    with pytest.warns(UserWarning) as caught:
         save_adapter(trained(targets=["attn"]), tmp_path)
-    assert [str(warning.message) for warning in said] == [
+    assert [str(warning.message) for warning in caught] == [
         "peft 0.21 adds the update of `0.attn.out_proj` (and 1 more) twice, so the file has half of it, and peft's "
         "outputs are those of the model. A later peft that adds it once would apply half of it."
     ]
 
 
-def test_a_later_peft_is_said(tmp_path):
+def test_a_file_of_a_later_peft_gives_a_warning(tmp_path):
     theirs = peft.get_peft_model(made(), peft.LoraConfig(target_modules=["attn"]))
     theirs.save_pretrained(str(tmp_path))
     load_adapter(made(), tmp_path)

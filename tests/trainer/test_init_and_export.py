@@ -204,11 +204,11 @@ class Backbone(Lit):
 
 
 def test_a_head_outside_the_backbone_is_exported_with_it(tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("lightning_lora.trainer.init_and_export.rank_zero_info", said.append)
+    messages: list[str] = []
+    monkeypatch.setattr("lightning_lora.trainer.init_and_export.rank_zero_info", messages.append)
     with pytest.warns(UserWarning, match="lies outside of `net`"):
         module = fit(tmp_path, Backbone, also_train=["scores"], export=str(tmp_path / "out"))
-    assert len(said) == 1 and "are relative to the Backbone, and peft has to wrap that" in said[0]
+    assert len(messages) == 1 and "are relative to the Backbone, and peft has to wrap that" in messages[0]
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(Backbone(), str(tmp_path / "out")).eval()(X)
     torch.testing.assert_close(theirs, module(X), rtol=1e-5, atol=1e-5)
