@@ -66,6 +66,16 @@ TASK_CLASSES = {
 # The library whose linear layers hold quantized weights.
 QUANTIZING_LIBRARY = "bitsandbytes"
 
+# Layers of other libraries that are adapters already, by library.
+ADAPTER_LAYERS = {
+    "peft": {"BaseTunerLayer"},
+    "loralib": {"LoRALayer"},
+    "adapters": {"AdapterLayerBase"},
+    "litgpt": {"LoRALayer"},
+    "torchtune": {"AdapterModule", "LoRALinear", "DoRALinear"},
+    "lycoris": {"LycorisBaseModule"},
+}
+
 # Libraries whose classes are no models: their code is not read for what it does with weights.
 FRAMEWORKS = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_lora", "builtins"})
 
@@ -78,6 +88,12 @@ def is_a(thing: object, *class_names: str) -> bool:
         (True, True, False)
     """
     return any(cls.__name__ in class_names for cls in type(thing).__mro__)
+
+
+def adapter_library(module: object) -> str | None:
+    """The library whose adapter ``module`` is, or ``None`` if it is none of :data:`ADAPTER_LAYERS`."""
+    libraries = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(module).__mro__)
+    return next((library for library, name in libraries if name in ADAPTER_LAYERS.get(library, ())), None)
 
 
 def is_from(cls: type, library: str) -> bool:

@@ -96,6 +96,12 @@ def refused(reason: str, names: list[str], others: bool) -> str:
     return f"`{names[0]}`{more} {reason}." + (f" To leave it out write exclude={leave!r}." if others else "")
 
 
+def adapted_by(library: str, class_name: str) -> str:
+    """Why an adapter of ``library`` is refused, as the end of a sentence about it."""
+    how = "`model = model.merge_and_unload()`" if library == "peft" else "as that library does it"
+    return f"is a {class_name} of {library}, an adapter already: merge it into the weights first, {how}"
+
+
 def nothing_left(config: LoRAConfig) -> str:
     """All that ``targets`` chooses is taken out again."""
     by = [f"`{key}={value!r}`" for key in ("exclude", "also_train") if (value := getattr(config, key))]

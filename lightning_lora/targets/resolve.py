@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lightning_lora.config import PRESETS, LoRAConfig
+from lightning_lora.foreign import adapter_library
 from lightning_lora.layers.merged_forward import WeightAdapter
 from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
 from lightning_lora.layers.registry import adapted_class_for, parts_of, refusal, refused_parameter
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import covers, join, matches
 from lightning_lora.targets.fused_qkv import fused_parts
-from lightning_lora.targets.problems import empty_preset, nothing_left, refused, unadapted, unmatched
-from lightning_lora.targets.role_names import stem
+from lightning_lora.targets.problems import adapted_by, empty_preset, nothing_left, refused, unadapted, unmatched
+from lightning_lora.targets.role_names import around, stem
 from lightning_lora.targets.select import Choice, by_name, by_preset, matrix_names
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
@@ -90,11 +91,24 @@ def _left_out(names: Iterable[str], config: LoRAConfig) -> bool:
 
 def _resolved(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> Site:
     """``site`` with the matrices that were chosen in it, or with the reason why they cannot be adapted."""
+    adapter = _adapter_around(site, survey)
+    if adapter is not None:
+        return adapter
     parts = _parts(site, choice, survey, config)
     if isinstance(parts, str):
         return replace(site, why=choice.why, refusal=parts)
     reason = _no_dropout(parts, site.module, config) if parts else None
     return replace(site, parts=parts, why=choice.why, refusal=reason)
+
+
+def _adapter_around(site: Site, survey: Survey) -> Site | None:
+    """The adapter of another library that ``site`` is or lies in, refused."""
+    for outer in [*around(site.name), site.name]:
+        module = survey.by_name.get(outer)
+        library = adapter_library(module)
+        if library is not None:
+            return replace(survey.sites[outer], refusal=adapted_by(library, type(module).__name__))
+    return None
 
 
 def _parts(site: Site, choice: Choice, survey: Survey, config: LoRAConfig) -> list[WeightPart] | str:
@@ -129,8 +143,8 @@ def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConf
     several = any(part.name for part in parts)
     excluded = [name for name in matrix_names(site) if covers(name, config.exclude or ())]
     if not several and (choice.only is not None or excluded):
-        around, _, leaf = stem(site.name).rpartition(".")
-        rows = fused_parts(survey.by_name.get(around), leaf, site.module)
+        owner, _, leaf = stem(site.name).rpartition(".")
+        rows = fused_parts(survey.by_name.get(owner), leaf, site.module)
         if isinstance(rows, str):
             return rows
         parts = rows
@@ -157,7 +171,7 @@ def _refusals(sites: list[Site], others: bool) -> list[str]:
     for site in sites:
         if site.refusal is not None:
             names_by_reason.setdefault(site.refusal, []).append(site.name)
-    return [refused(reason, names, others) for reason, names in names_by_reason.items()]
+    return [refused(reason, list(dict.fromkeys(names)), others) for reason, names in names_by_reason.items()]
 
 
 def _useless_patterns(survey: Survey, config: LoRAConfig) -> list[str]:

@@ -425,3 +425,17 @@ def test_what_an_empty_preset_advises_works_and_is_no_head(make, which):
 
 def test_an_empty_preset_on_a_model_without_layers_advises_nothing():
     assert problem(nn.Sequential(nn.LayerNorm(3)), targets="attn").endswith("Its linear layers are none.")
+
+
+def test_the_adapters_of_peft_are_refused_with_advice_that_works():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    told = problem(wrapped, targets="all")
+    words = (
+        "`base_model.model.layers.0.attn.q_proj` (and 1 more) is a Linear of peft, an adapter already: merge it into "
+    )
+    assert told.startswith(words + "the weights first, `model = model.merge_and_unload()`.")
+    advice = told.rpartition("exclude=[")[2].partition("]")[0].replace("'", "").split(", ")
+    assert not any("q_proj" in name for name in found(wrapped, targets="all", exclude=advice))
+    assert found(wrapped, targets=["v_proj"]) == [f"base_model.model.{name}" for name in in_both("attn.v_proj")]
+    assert in_both("attn.q_proj")[0] in found(wrapped.merge_and_unload(), targets="all")
