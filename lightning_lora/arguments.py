@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,6 +42,39 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [plain_data(inner) for inner in value]
     return value
+
+
+# What arguments of peft's LoraConfig are called here.
+PEFT_NAMES = {
+    "target_modules": "targets=[...]",
+    "target_parameters": "targets=[...], with the names of the parameters",
+    "exclude_modules": "exclude=[...]",
+    "layers_to_transform": "targets=[...], with an expression for the layers, such as 're:.*layers[.][0-3][.].*q_proj'",
+    "layers_pattern": "targets=[...], with an expression for the layers, such as 're:.*layers[.][0-3][.].*q_proj'",
+    "lora_alpha": "alpha=...",
+    "lora_dropout": "dropout=...",
+    "lora_bias": "bias=...",
+    "use_rslora": "rslora=...",
+    "init_lora_weights": "init='kaiming' or init='gaussian'",
+    "modules_to_save": "also_train=[...]",
+    "adapter_name": "name=...",
+    "fan_in_fan_out": "nothing: the layer says which it is",
+}
+
+
+def check_argument_names(owner: str, names: Iterable[str], own: Iterable[str]) -> None:
+    """Raise for arguments that peft has under another name.
+
+    Args:
+        owner: the class that is called.
+        names: of the arguments that came.
+        own: the names that the class takes.
+
+    Raises:
+        TypeError: naming what to write instead.
+    """
+    for name in set(PEFT_NAMES).intersection(names).difference(own):
+        raise TypeError(f"{owner} takes no `{name}`, which is peft's name. Write {PEFT_NAMES[name]}.")
 
 
 def check_rank(argument: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_lora.arguments import (
+    check_argument_names,
     check_choice,
     check_flag,
     check_mapping,
@@ -90,7 +91,8 @@ class LoRAConfig:
     name: str = "default"
 
     def __new__(cls, *_: Any, **arguments: Any) -> LoRAConfig:
-        """Say where the arguments of a run belong, which ``apply_lora`` could not follow."""
+        """Say where the arguments of a run belong, which ``apply_lora`` could not follow, and what peft's are here."""
+        check_argument_names(cls.__name__, arguments, (field.name for field in fields(cls)))
         for field in fields(RunConfig):
             if field.name in arguments:
                 raise TypeError(

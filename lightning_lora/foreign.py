@@ -42,6 +42,7 @@ LIGHTNING_HOOKS = frozenset(  # methods of a LightningModule that compute, besid
 # torch: modules that wrap another one, and classes that torch makes optional.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 AVERAGED_CLASS = "AveragedModel"
+ATTENTION_OUTPUT = {"NonDynamicallyQuantizableLinear": "Linear"}  # `out_proj` of nn.MultiheadAttention, for people
 PARTITIONED_OPTIMIZER = "ZeroRedundancyOptimizer"
 SPARSE_OPTIMIZER = "SparseAdam"
 CHECKPOINT_FUNCTIONS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}  # torch's and timm's

@@ -15,6 +15,7 @@ import torch
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora
 from lightning_lora.config import RunConfig
+from lightning_lora.names import matches
 
 REFUSED = [
     ({"r": 0}, ValueError, r"`r` must be at least 1, but got 0\. To train no adapter, leave LoRA out\."),
@@ -264,3 +265,39 @@ def test_to_dict_is_a_copy():
 def test_pickle_gives_an_equal_config():
     config = LoRAConfig(r=2, targets=["q"], alpha_pattern={"q": 3.0})
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("cls", [LoRACallback, LoRAConfig], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("target_modules", ["q"], r"takes no `target_modules`, which is peft's name\. Write targets="),
+        ("lora_alpha", 16, r"takes no `lora_alpha`, which is peft's name\. Write alpha="),
+        ("lora_dropout", 0.1, "Write dropout="),
+        ("modules_to_save", ["head"], "Write also_train="),
+        ("use_rslora", True, "Write rslora="),
+        ("init_lora_weights", "gaussian", "Write init="),
+        ("layers_to_transform", [0], "with an expression for the layers"),
+    ],
+)
+def test_the_arguments_of_peft_are_told_by_their_names_here(cls, argument, value, words):
+    with pytest.raises(TypeError, match=f"{cls.__name__} {words}" if "takes" in words else words):
+        cls(**{argument: value})
+
+
+def test_an_argument_that_is_no_ones_stays_pythons_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rnk'"):
+        LoRACallback(rnk=4)
+
+
+def test_a_sub_class_may_use_such_a_name_itself():
+    class Mine(LoRACallback):
+        def __init__(self, target_modules):
+            super().__init__(targets=target_modules)
+
+    assert Mine(target_modules=["q"]).config.targets == ["q"]
+
+
+def test_the_expression_for_layers_that_the_hint_shows_works():
+    pattern = "re:.*layers[.][0-3][.].*q_proj"
+    assert matches("model.layers.2.attn.q_proj", pattern) and not matches("model.layers.4.attn.q_proj", pattern)

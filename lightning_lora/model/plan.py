@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import nn
 
@@ -13,8 +14,9 @@ from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import trains
-from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full
+from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.names import matches
+from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.resolve import Targets, find_targets
 from lightning_lora.targets.survey import Site, Survey
 
@@ -28,12 +30,14 @@ class Plan:
         in_full: parameters of the base that would train too, with their sizes.
         base: number of parameters of the model.
         every_name: the names of all modules, parameters and matrices: a pattern in :meth:`to_yaml` matches only one.
+        remarks: lines for people about what is adapted.
     """
 
     rows: list[Row]
     in_full: dict[str, int]
     base: int
     every_name: list[str]
+    remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """The table and the totals."""
@@ -41,7 +45,7 @@ class Plan:
         lines = ["LoRA would adapt", *table(self.rows), *trained_in_full(self.in_full, "and train in full")]
         share, size = trained / max(1, self.base), bytes_text(4 * trained)
         total = f"{trained:,} trainable parameters, {share:.2%} of the base's {self.base:,}; {size} in fp32"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *self.remarks])
 
     __repr__ = __str__
 
@@ -59,18 +63,25 @@ class Plan:
         return f"re:{re.escape(name) or '()'}" if not name or ambiguous else name
 
 
-def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
+class HasConfig(Protocol):
+    """A callback of this package: its ``config`` says what is adapted."""
+
+    config: LoRAConfig
+
+
+def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig) -> Plan:
     """What :func:`apply_lora` would adapt in ``model``, which is not changed and may be on the meta device.
 
     Args:
         model: any module, with all layers that will be adapted.
-        config: what to adapt and how.
+        config: what to adapt and how, or the LoRACallback that holds it.
 
     Returns:
         A table that can be printed; its ``rows`` and :meth:`Plan.to_yaml` are for programs.
 
     Raises:
         ValueError: where ``apply_lora`` would raise: a target cannot be found or adapted.
+        TypeError: if ``config`` is neither.
 
     Example:
         >>> print(plan_lora(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), LoRAConfig(r=2, targets="all")))
@@ -80,12 +91,16 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> Plan:
           2       1       Linear  4 -> 2     2  1      12         'all'
         28 trainable parameters, 93.33% of the base's 30; 112 B in fp32
     """
+    config = getattr(config, "config", config)
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"`config` must be a LoRAConfig or a LoRACallback, but got a {type(config).__name__}.")
     targets = find_targets(model, config)
     targets.check()
     rows = [_row(site, part, config) for site in targets.sites for part in site.parts]
     base = _base_parameters(targets.survey)
     size = sum(parameter.numel() for parameter in base.values())
-    return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base))
+    remarks = useless_ranks(rows) + left_alone(targets.survey, targets.names(), config)
+    return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base), remarks)
 
 
 def _row(site: Site, part: WeightPart, config: LoRAConfig) -> Row:

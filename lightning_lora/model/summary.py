@@ -11,16 +11,20 @@ from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.record import config_of
 from lightning_lora.model.state import lora_parameters
-from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full
+from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
+from lightning_lora.targets.left_alone import left_alone
+from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in
+from lightning_lora.targets.survey import Survey
 
 
 def describe(model: nn.Module) -> str:
     """What LoRA adapts and trains in ``model``, as text; layers that differ only by a number share a row."""
-    return "\n".join(
-        ["LoRA adapts", *table(rows_of(model)), *_also_trained(model), _totals(model), *_frozen_heads(model)]
-    )
+    rows = rows_of(model)
+    lines = ["LoRA adapts", *table(rows), *_also_trained(model), _totals(model), *useless_ranks(rows)]
+    return "\n".join([*lines, *_left_alone(model), *_frozen_heads(model)])
 
 
 def rows_of(model: nn.Module) -> list[Row]:
@@ -32,6 +36,12 @@ def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
     part, class_name = adapter.part, layer.lora_original_class.__name__
     matrix = names.join(name, part.name) if part.name else name
     return row_of(matrix, class_name, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
+
+
+def _left_alone(model: nn.Module) -> list[str]:
+    config = config_of(model)
+    adapted = [name for name, _ in adapted_layers(model)]
+    return [] if config is None else left_alone(Survey(model), adapted, config)
 
 
 def _also_trained(model: nn.Module) -> list[str]:
@@ -62,11 +72,15 @@ def _frozen_heads(model: nn.Module) -> list[str]:
 
 
 def output_heads(model: nn.Module) -> list[str]:
-    """The linear layers that compute the output, known by name; without such names the last layer, if in no block."""
-    roles = roles_in(model)
-    blocks = {*roles.attention, *roles.mlp}
-    last = [name for name in roles.linear if name not in blocks][-1:]
-    return roles.heads or [name for name in last if name == roles.linear[-1]]
+    """The linear layers that compute the output, known by name; else the last layer of all, if it is in no block."""
+    survey = Survey(model)
+    roles = roles_in(survey)
+    if roles.heads or not roles.linear:
+        return roles.heads
+    last, blocks = roles.linear[-1], {*roles.attention, *roles.mlp}
+    places = {name: place for place, name in enumerate(survey.by_name)}
+    comes_last = all(places[name] < places[last] for name in roles.convolutions)
+    return [last] if comes_last and last not in blocks and not numbered(last) else []
 
 
 def _trains(module: nn.Module, trained: Iterable[int]) -> bool:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_lora.foreign import ATTENTION_OUTPUT
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import folded
+
+WIDTH = 80  # of a terminal
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Row:
         scale: factor in front of ``B A``.
         parameters: number of parameters of A and B together.
         why: the preset or pattern that chose the matrix.
+        full_rank: the rank that the matrix can have at most.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Row:
     scale: float
     parameters: int
     why: str = ""
+    full_rank: int = 0
 
 
 def row_of(name: str, kind: str, part: WeightPart, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
@@ -40,11 +45,15 @@ def row_of(name: str, kind: str, part: WeightPart, weight: Tensor, r: int, scale
     (experts,) = part.stack(weight) or (1,)
     shape = f"{in_features} -> {out_features}"
     described = f"{experts} x {shape}" if part.stacked else shape
-    return Row(name, kind, described, r, scale, experts * r * (in_features + out_features), why)
+    parameters, full_rank = experts * r * (in_features + out_features), min(in_features, out_features)
+    return Row(name, ATTENTION_OUTPUT.get(kind, kind), described, r, scale, parameters, why, full_rank)
 
 
 def table(rows: Iterable[Row]) -> list[str]:
-    """Aligned lines with a heading; rows that differ only by a number in the name share a line."""
+    """Aligned lines with a heading; rows that differ only by a number in the name share a line.
+
+    Where they would be wider than a terminal, the names of modules, or of all layers, have lines of their own.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = (folded(row.name), row.kind, row.shape, str(row.r), f"{row.scale:g}", row.why)
@@ -53,8 +62,42 @@ def table(rows: Iterable[Row]) -> list[str]:
     lines = [heading, *(_line(key, group) for key, group in groups.items())]
     if not any(group[0].why for group in groups.values()):
         lines = [line[:-1] for line in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    own_line = [lines[0], *(row for name, *rest in lines[1:] for row in ((name,), ("", *rest)))]
+    layouts = [_aligned(layout) for layout in (lines, _by_module(lines), own_line)]
+    return next((layout for layout in layouts if max(map(len, layout)) <= WIDTH), layouts[-1])
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    full = [line for line in lines if len(line) > 1]
+    widths = [max(len(line[column]) for line in full) for column in range(len(full[0]))]
+    return [
+        "  " + "  ".join(map(str.ljust, line, widths[: len(line)] if len(line) > 1 else [0])).rstrip() for line in lines
+    ]
+
+
+def _by_module(lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The lines, with the names of layers below those of their modules."""
+    heading, *rows = lines
+    below, current = [heading], ""
+    for name, *columns in rows:
+        module, _, leaf = name.rpartition(".")
+        if module != current and module:
+            below.append((module,))
+        current = module
+        below.append((f"  {leaf}" if module else leaf, *columns))
+    return below
+
+
+def useless_ranks(rows: Iterable[Row]) -> list[str]:
+    """A line about ranks that are higher than a matrix can have."""
+    large = [row for row in rows if row.r > row.full_rank]
+    if not large:
+        return []
+    first, more = large[0], f" and {len(large) - 1} more" if len(large) > 1 else ""
+    return [
+        f"r={first.r} is more than `{first.name}` ({first.shape}){more} can use: any update of it has rank "
+        f"{first.full_rank} at most, and A and B are larger than the weight"
+    ]
 
 
 def _line(key: tuple[str, ...], group: list[Row]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from lightning_lora.targets.role_names import (
     OUTPUT,
     QUERY,
     ROUTER,
+    SCORES,
     VALUE,
     any_token,
     around,
@@ -180,9 +181,16 @@ def _heads(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) 
         container = _head_container(name, modules)
         if container is not None and not any(container in around(owner) for owner in owners):
             in_head.setdefault(container, []).append(name)
-    last = {layers[-1] for layers in in_head.values()}  # of several layers in a head the last one gives the output
+    last = {layers[-1] for container, layers in in_head.items() if not _ends_in_convolution(container, layers, modules)}
+    last |= {name for name in linear if leaf_is(name, SCORES)}  # of several layers in a head the last gives the output
     whole = {name for container, layers in in_head.items() if _is_all_head(container, modules) for name in layers}
     return tied | last | (whole if len(whole) < len(linear) else set())
+
+
+def _ends_in_convolution(container: str, layers: list[str], modules: dict[str, nn.Module]) -> bool:
+    """Whether the output of a head comes from a convolution after its linear ``layers``."""
+    after = list(modules)[list(modules).index(layers[-1]) :]
+    return any(is_convolution(modules[name]) for name in after if name.startswith(f"{container}."))
 
 
 def _is_all_head(container: str, modules: dict[str, nn.Module]) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from lightning_lora.arguments import check_argument_names
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.base import Method
 from lightning_lora.model.hooks import start_graphs
@@ -24,6 +26,11 @@ class MethodCallback(CallbackBase):
         method: what the module is adapted by.
         run_config: what a run does with it.
     """
+
+    def __new__(cls, *_: Any, **arguments: Any) -> Self:
+        """Say what an argument of peft is called here; one that the class takes itself is its own."""
+        check_argument_names(cls.__name__, arguments, inspect.signature(cls.__init__).parameters)
+        return super().__new__(cls)
 
     def __init__(self, method: Method, run_config: RunConfig) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, plan_lora
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, plan_lora
 from tests.helpers import oracles
 from tests.helpers.oracles import net
 
@@ -109,3 +109,10 @@ def test_the_model_itself_can_be_planned():
     assert "(the model itself)" in str(plan)
     assert yaml.safe_load(plan.to_yaml()) == ["re:()"]
     assert apply_lora(nn.Linear(3, 2), LoRAConfig(targets=["re:()"])) == [""]
+
+
+def test_a_plan_takes_a_callback_and_nothing_else():
+    model, callback = nn.Sequential(nn.Linear(4, 4)), LoRACallback(r=2, targets="all")
+    assert str(plan_lora(model, callback)) == str(plan_lora(model, callback.config))
+    with pytest.raises(TypeError, match="`config` must be a LoRAConfig or a LoRACallback, but got a dict"):
+        plan_lora(model, {"r": 2})

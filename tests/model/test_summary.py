@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, plan_lora
 from lightning_lora.model.summary import bytes_text, describe, output_heads
 from tests.helpers.models import Lit, data, net, trainer
 
@@ -53,6 +53,19 @@ def test_the_sizes_are_those_of_a_count_by_hand():
             ["classifier.0", "classifier.1"],
         ),
         (nn.Conv2d(3, 8, 3), []),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), ["2"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8), nn.Conv2d(8, 2, 1)), []),  # the output is a convolution's
+        (nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4)})])}), []),  # in a block
+        (
+            nn.ModuleDict({"decode_head": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 2, 1))}),
+            [],  # as in SegFormer
+        ),
+        (
+            nn.ModuleDict(
+                {"roi_heads": nn.ModuleDict({"cls_score": nn.Linear(4, 2), "bbox_pred": nn.Linear(4, 8)})}
+            ),  # as in Faster R-CNN
+            ["roi_heads.cls_score", "roi_heads.bbox_pred"],
+        ),
     ],
 )
 def test_heads(model, heads):
@@ -115,3 +128,36 @@ class BF16(torch.utils.data.DataLoader):
     def __init__(self, tensors):
         x, y = tensors
         super().__init__(torch.utils.data.TensorDataset(x.bfloat16(), y), batch_size=8)
+
+
+def nested(depth):
+    attention = nn.ModuleDict(
+        {"self_attention": nn.MultiheadAttention(16, 2), "output_projection_layer": nn.Linear(16, 16)}
+    )
+    model = attention
+    for index in range(depth):
+        model = nn.ModuleDict({f"a_long_name_of_a_module_{index}": nn.ModuleList([model])})
+    return model
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_table_fits_a_terminal_and_speaks_plainly(depth):
+    model = nested(depth)
+    apply_lora(model, LoRAConfig(r=4, targets=["self_attention", "output_projection_layer"]))
+    lines = describe(model).splitlines()
+    table = [line for line in lines if "16 -> 16" in line]
+    assert len(table) == 5 and max(map(len, table)) <= 80
+    assert "NonDynamically" not in describe(model)
+    assert sum("Linear" in line.split() for line in table) == 2, "the output of attention is a linear layer"
+    names = "\n".join(lines)
+    assert "self_attention.out_proj" in names and ("  a_long_name_of_a_module_" in names) == (depth > 0)
+
+
+def test_a_rank_that_no_matrix_can_have_is_said():
+    model = nn.Sequential(nn.Linear(32, 64))
+    config = LoRAConfig(r=1000, targets="all")
+    words = "r=1000 is more than `0` (32 -> 64) can use: any update of it has rank 32 at most, and A and B are larger"
+    assert words in str(plan_lora(model, config))
+    apply_lora(model, config)
+    assert words in describe(model)
+    assert "can use" not in str(plan_lora(nn.Sequential(nn.Linear(32, 64)), LoRAConfig(r=32, targets="all")))
