@@ -31,7 +31,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         assert isinstance(module, nn.MultiheadAttention)
         if not module._qkv_same_embed_dim:
             return [WeightPart(f"{name}_proj_weight", name) for name in "qkv"]
-        size = module.embed_dim
+        size = int(module.embed_dim)
         return [WeightPart("in_proj_weight", name, Rows(i * size, (i + 1) * size)) for i, name in enumerate("qkv")]
 
     def forward(
@@ -115,12 +115,13 @@ def _base_projections(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor,
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(base_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
     thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
-    sizes = [count * layer.embed_dim for count in thirds]
+    size = int(layer.embed_dim)  # torch splits by no number of NumPy's
+    sizes = [count * size for count in thirds]
     split_weight = torch.split(layer.in_proj_weight, sizes)
     split_bias = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
     inputs = (query, key, value)[: len(sizes)]
     outputs = [base_linear(*each) for each in zip(inputs, split_weight, split_bias, strict=True)]
-    return tuple(part.contiguous() for y in outputs for part in torch.split(y, layer.embed_dim, -1))
+    return tuple(part.contiguous() for y in outputs for part in torch.split(y, size, -1))
 
 
 def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.distributed.sharded import is_sharded, shape_of
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
+from lightning_lora.layers.reachable import calls_autograd_function
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.stacked import StackedSum
 
@@ -23,9 +24,9 @@ from lightning_lora.ops.stacked import StackedSum
 class ParameterAdapter(Adapter):
     """Adds ``scale * B A`` to a parameter; for stacked experts the sum is not built."""
 
-    def forward(self, weight: Tensor) -> Tensor | StackedSum:
-        """``weight + scale * B A``, differentiable by A and B."""
-        if not self.part.stacked:
+    def forward(self, weight: Tensor, build: bool = False) -> Tensor | StackedSum:
+        """``weight + scale * B A``, differentiable by A and B; with ``build`` a tensor in any case."""
+        if build or not self.part.stacked:
             return self.add_to_weight(weight)
         left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
         return StackedSum(weight, left, right)
@@ -44,11 +45,12 @@ def adapted_property(key: str) -> Any:
         if key not in module._parameters:
             raise AttributeError(key)
         weight: Any = parameter_of(module, key)
+        original: Any = module.lora_original_class
         if not _has_values(weight):
             return weight
         for adapter in module.lora.active_pairs():
             if adapter.part.key == key:
-                weight = adapter(weight)
+                weight = adapter(weight, calls_autograd_function(original, key))
         return weight
 
     def write(module: LoRAParameterHolder, value: Any) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,6 +40,13 @@ def reachable_names(modules: Mapping[str, nn.Module]) -> set[str]:
         waiting += [inner for inner in dict.fromkeys(called) if inner not in seen]
         seen.update(called)
     return names
+
+
+@cache
+def calls_autograd_function(cls: Any, key: str) -> bool:
+    """Whether a method of ``cls`` that uses ``key``, or a function that it calls, may apply an autograd function."""
+    users = [function for _, function in functions_of(cls) if key in names_in(function.__code__)]
+    return any("apply" in names_in(f.__code__) for user in users for f in (user, *_called_globals(user)))
 
 
 def functions_of(cls: type) -> Iterator[tuple[str, FunctionType]]:

@@ -6,7 +6,9 @@ instead, whose products are the frozen one plus two of rank r.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,9 +27,11 @@ class StackedSum:
 
     def __init__(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         self.weight, self.left, self.right = weight, left, right
+        self.wants_gradient = torch.is_grad_enabled() and left.requires_grad
 
     def materialize(self) -> Tensor:
         """The sum as a tensor, of the size of the weight: for functions that are not known to be linear in it."""
+        self._check_gradient()
         return self.weight + self.left @ self.right
 
     @classmethod
@@ -35,6 +39,9 @@ class StackedSum:
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Called by torch for every function of torch that gets a :class:`StackedSum`."""
+        for value in args:
+            if isinstance(value, StackedSum):
+                value._check_gradient()
         linear_function = LINEAR_FUNCTIONS.get(func)
         if linear_function is not None:
             result = linear_function(*args, **(kwargs or {})) if _expected(kwargs) else NotImplemented
@@ -43,7 +50,17 @@ class StackedSum:
         args = [_materialized(value) for value in args]
         return func(*args, **{key: _materialized(value) for key, value in (kwargs or {}).items()})
 
+    def _check_gradient(self) -> None:
+        """Raise inside of a user's autograd function, which hands gradients to tensors alone."""
+        if not torch.compiler.is_compiling() and self.wants_gradient and not torch.is_grad_enabled() and _in_function():
+            raise RuntimeError(
+                "A parameter of three dimensions that LoRA adapts was passed to a torch.autograd.Function, which would "
+                "give its adapters no gradient. Leave it out with `exclude`, or read it in a method of its own module "
+                "that calls `.apply`: there the sum is built."
+            )
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> StackedSum:
+        self._check_gradient()
         return StackedSum(function(self.weight), function(self.left), function(self.right))
 
     def __getitem__(self, index: Any) -> Any:
@@ -61,6 +78,7 @@ class StackedSum:
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """Transposed matrices; for other dimensions a plain tensor."""
+        self._check_gradient()
         if {dim % self.weight.dim() for dim in (dim0, dim1)} == {self.weight.dim() - 1, self.weight.dim() - 2}:
             return StackedSum(self.weight.mT, self.right.mT, self.left.mT)
         return self.materialize().transpose(dim0, dim1)
@@ -88,10 +106,21 @@ class StackedSum:
         return self._map(Tensor.contiguous)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "left", "right"):  # not yet set while it is copied
+        if name in ("weight", "left", "right", "wants_gradient"):  # not yet set while it is copied
             raise AttributeError(name)
         # Shape, dtype, device and the like are those of the weight; whatever gives values needs the sum.
         return getattr(self.weight if name in DESCRIBES else self.materialize(), name)
+
+
+def _in_function() -> bool:
+    """Whether the forward of an autograd function is running."""
+    apply, frame = torch.autograd.Function.apply.__func__.__code__, sys._getframe()  # type: ignore[attr-defined]
+    outer: FrameType | None = frame
+    while outer is not None:
+        if outer.f_code is apply:
+            return True
+        outer = outer.f_back
+    return False
 
 
 DESCRIBES = {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "layout", "element_size", "data_ptr"}

@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -606,3 +607,15 @@ def test_compiled_whole_without_gradients_gives_the_same_outputs(name, context):
             assert_close(compiled(*inputs), block(*inputs))
     assert all(isinstance(parameter, nn.Parameter) for parameter in own)
     assert [parameter for parameter in block.attn._parameters.values() if parameter is not None] == own
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    layer, x = nn.MultiheadAttention(np.int64(8), np.int64(2)), torch.randn(3, 2, 8)
+    model = nn.ModuleDict({"attn": layer})
+    before = layer(x, x, x)[0]
+    apply_lora(model, LoRAConfig(r=2, targets="attn"))
+    oracles.assert_close(layer(x, x, x)[0], before, torch.float32)
+    oracles.train_by_hand(model)
+    trained = layer(x, x, x)[0]
+    merge_lora(model)
+    oracles.assert_close(layer(x, x, x)[0], trained, torch.float32)

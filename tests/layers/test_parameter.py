@@ -94,3 +94,78 @@ def test_the_weight_of_a_layer_can_be_named_for_code_that_reads_it():
     assert not torch.allclose(F.linear(x, layer.weight), F.linear(x, dict(layer.named_parameters())["weight"]))
     oracles.assert_close(layer.weight, dict(layer.named_parameters())["weight"] + pair.B @ pair.A, torch.float32)
     oracles.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), torch.float32)
+
+
+class Squared(torch.autograd.Function):
+    """A product that is written with its own backward, as fused kernels are."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return torch.bmm(gradient, weight.mT), torch.bmm(x.mT, gradient)
+
+
+def helper(x, weight):
+    return Squared.apply(x, weight)
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 4, 3))
+
+    def forward(self, x):
+        return Squared.apply(x, self.w)
+
+
+class FusedByHelper(Fused):
+    def forward(self, x):
+        return helper(x, self.w)
+
+
+class Around(nn.Module):
+    """Passes the parameter of another module to the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ParameterDict({"w": torch.randn(2, 4, 3)})
+
+    def forward(self, x):
+        return Squared.apply(x, self.inner["w"] if hasattr(self, "never") else self.inner.w)
+
+
+@pytest.mark.parametrize("make", [Fused, FusedByHelper])
+def test_a_stack_that_goes_through_an_autograd_function_gets_its_gradient(make):
+    x, model = torch.randn(2, 5, 4), nn.ModuleDict({"layer": make()})
+    plain = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(r=2, targets=["layer.w"]))
+    oracles.train_by_hand(model)
+    pair = model.layer.lora.default["w"]
+    A, B = (matrix.detach().requires_grad_() for matrix in (pair.A, pair.B))
+    left, right = (m.detach() for m in pair.factors(plain.layer.w))
+    expected = torch.bmm(x, plain.layer.w.detach() + left @ right)
+    for matrix in (pair.A, pair.B):
+        matrix.grad = None
+    output = model.layer(x)
+    oracles.assert_close(output, expected, torch.float32)
+    output.square().sum().backward()
+    delta = (B @ A) if (B @ A).shape == plain.layer.w.shape else (B @ A).mT
+    torch.bmm(x, plain.layer.w.detach() + pair.scale * delta).square().sum().backward()
+    oracles.assert_close(pair.A.grad, A.grad, torch.float32)
+    oracles.assert_close(pair.B.grad, B.grad, torch.float32)
+
+
+def test_a_stack_that_other_code_passes_to_one_is_refused():
+    model = Around()
+    apply_lora(model, LoRAConfig(r=2, targets=["inner.w"]))
+    with pytest.raises(
+        RuntimeError, match=r"passed to a torch\.autograd\.Function, which would give its adapters no grad"
+    ):
+        model(torch.randn(2, 5, 4))
+    with torch.no_grad():
+        assert model(torch.randn(2, 5, 4)).shape == (2, 5, 3)
