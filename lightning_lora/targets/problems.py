@@ -65,6 +65,9 @@ def empty_preset(survey: Survey, which: str) -> str:
     shown = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
     model = type(survey.model).__name__
     found = f"`targets={which!r}` found no {what} in {model}. Its linear layers are {shown or 'none'}."
+    if which == "qv" and roles.attention:
+        found = f"`targets='qv'` found attention in {model}, but no name of its projections says query or value."
+        return f"{found} Take targets='attn', or name projections in a list, as in targets={[roles.attention[0]]!r}."
     inner = [name for name in roles.linear if name not in roles.heads]
     if inner and which != "all":
         return f"{found} Take targets='all', or name those to adapt in a list, as in targets={[_short(inner[0])]!r}."

@@ -29,11 +29,13 @@ class LoRACallback(MethodCallback):
         r: Rank of the update. A has shape (r, in_features), B has shape (out_features, r).
         alpha: Numerator of the scale alpha / r in front of B A. None means alpha = r, a scale of 1.
         targets: What to adapt. "attn" (every projection of every attention block), "qv" (query and value, the paper's
-            choice), "mlp", "all" (every linear layer but output heads), or a list of module names: suffixes
-            ("q_proj"), globs ("layers.*.q_proj") and regular expressions for the whole name ("re:.*[qv]_proj"). A
-            model without attention (Mamba, ConvNeXt) has no "attn": the error lists the linear layers to name. "qv" on
-            a fused projection trains the rows of query and value; where a trial run of the attention block does not
-            show which rows these are, name the projection to adapt all of it.
+            choice), "mlp", "all" or "all-linear" (every linear layer but output heads), or a list of presets and module
+            names: suffixes ("q_proj"), globs ("layers.*.q_proj") and regular expressions for the whole name
+            ("re:.*[qv]_proj"). In transformer blocks a convolution of kernel size 1 counts as a linear layer. "all"
+            leaves other convolutions and recurrent layers alone, and says so; in a network whose one linear layer is
+            its output it means the convolutions. A model without attention (Mamba, ConvNeXt) has no "attn": the error
+            lists the linear layers to name. "qv" on a fused projection trains the rows of query and value; where a
+            trial run of the attention block does not show which rows these are, name the projection to adapt all of it.
         exclude: Names of modules to leave alone, with all that is inside them.
         dropout: Probability with which the input of an adapter is dropped in training. It is inactive in layers in eval
             mode, as transformers loads models; a warning says so. Embeddings ignore it: their input is one index. Where

@@ -124,8 +124,9 @@ class Liveness:
         self.stack.close()
 
     def _advice(self, names: list[str]) -> str:
-        weights = [self.adapters[name].weight for name in names]
-        return f"targets={weights[:4]!r}" + (" and so on" if len(weights) > 4 else "")
+        weights = list(dict.fromkeys(self.adapters[name].weight for name in names))  # one for query, key and value
+        listed_weights = ", ".join(map(repr, weights[:4])) + (", ..." if len(weights) > 4 else "")
+        return f"in addition to the other targets, targets=[..., {listed_weights}]"
 
     def _causes(self, dead: dict[str, Watched]) -> str:
         if not self.watches:

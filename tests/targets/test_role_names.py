@@ -98,3 +98,11 @@ def test_the_rows_of_a_fused_convolution_are_not_known():
 )
 def test_other_words_are_no_attention(names):
     assert preset(attention(*names.split()), "attn") == {}
+
+
+def test_which_of_these_are_query_and_value_is_not_known():
+    with pytest.raises(
+        ValueError, match=r"found attention in ModuleList, but no name .* Take targets='attn', or .*'0.li"
+    ):
+        apply_lora(annotated(), LoRAConfig(targets="qv"))
+    assert apply_lora(annotated(), LoRAConfig(targets=["0.linears.0"])) == ["0.linears.0"]

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as rematerialized
 
-from lightning_lora import LoRACallback, lora_parameters
+from lightning_lora import LoRACallback, LoRAConfig, lora_parameters
+from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.trainer.liveness import Liveness
 from tests.helpers import models
 from tests.helpers.models import Lit
 
@@ -86,7 +88,7 @@ def test_living_adapters_are_not_mentioned_and_nothing_is_left_on_them():
     [
         (
             "raw",
-            r"1 of 2 adapters got no gradient at the first step. `net.second` did not run: .*targets=\['net.second.w",
+            r"1 of 2 adapters got no gradient at the first step. `net.second` did not run: .*, 'net.second.weight'",
         ),
         ("unused", r"`net.second` did not run: it lies in a branch that this batch did not take"),
         ("detached", r"`net.second` ran, but the loss does not depend on it: its output is unused or detached"),
@@ -99,9 +101,10 @@ def test_an_adapter_without_gradient_is_named_with_its_cause(how, words):
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(told))
 
 
-def test_following_the_advice_on_a_raw_read_trains_it():
+@pytest.mark.parametrize("others", [["first"], ["first", "second"], ["all"]], ids=str)
+def test_following_the_advice_on_a_raw_read_trains_it(others):
     model = module("raw")
-    assert fit(model, targets=["first", "net.second.weight"], merge=False) == []
+    assert fit(model, targets=[*others, "net.second.weight"], merge=False) == []
     assert all(matrix.any() for _, matrix in lora_parameters(model))
 
 
@@ -203,3 +206,12 @@ def test_reentrant_checkpointing_that_was_not_seen_is_named():
     assert (
         "`net.second` ran where gradients are off: under `torch.no_grad`, or in reentrant activation checkpoint" in told
     )
+
+
+def test_the_advice_names_the_one_weight_of_query_key_and_value_once():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    method = LoRAMethod(LoRAConfig(r=2, targets=["attn.q", "attn.k", "attn.v"]))
+    method.complete(model)
+    liveness = Liveness(model, method.watched(model))
+    assert liveness._advice(list(liveness.adapters)).endswith("targets=[..., 'attn.in_proj_weight']")
+    liveness.close()
