@@ -23,7 +23,8 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
         method: what it is adapted by.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    weights = dict(method.adapted_weights(model).values())
+    adapted = dict(method.adapted_weights(model).values())
+    weights = {name: p for name, p in adapted.items() if p.is_floating_point()}  # integers hold a quantized base
     trained = {name.rpartition(".")[0] for name, p in weights.items() if p.requires_grad and id(p) in held}
     every = dict.fromkeys(name.rpartition(".")[0] for name in weights)
     return [name for name in every if name not in trained], [name for name in every if name in trained]
