@@ -82,11 +82,15 @@ def make_plain(
 
 
 def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    covered = set(map(id, known))
+    """The new modules in which there is nothing that was known: what a strategy wraps around the model is no copy."""
+    before = set(map(id, known))
+    covered = set(before)
     for name, module in model.named_modules():
         if id(module) not in covered:
-            covered.update(map(id, module.modules()))
-            yield name, module
+            inside = set(map(id, module.modules()))
+            if before.isdisjoint(inside):
+                covered |= inside
+                yield name, module
 
 
 def _has_adapters(module: nn.Module) -> bool:

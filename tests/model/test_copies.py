@@ -120,3 +120,12 @@ def test_an_attention_module_that_reads_inner_weights_is_plain_in_the_copy():
     assert make_plain(model, known) == ["ref"]
     assert {name: type(module) for name, module in model["ref"].named_modules()} == original
     assert not any(module._load_state_dict_pre_hooks for module in model["ref"].modules())
+
+
+def test_what_is_wrapped_around_known_modules_is_no_copy():
+    model = nn.ModuleDict({"net": net()})
+    apply_lora(model, LoRAConfig(r=2, targets=TARGETS))
+    known = list(model.modules())
+    model["net"] = nn.Sequential(model["net"], copy.deepcopy(model["net"]))  # as a strategy wraps, and one real copy
+    assert make_plain(model, known) == ["net.1"]
+    assert is_adapted(model["net"][0]) and not is_adapted(model["net"][1])
