@@ -83,8 +83,11 @@ class CheckpointFiles:
         patch_method(stack, self.strategy, "load_model_state_dict", self.load_module_state)
 
     def base_fingerprint(self) -> Fingerprint:
-        """The fingerprint of the base, taken once; every rank must call it."""
-        self.base = self.base or fingerprint(self.module, self.strategy.root_device)
+        """The fingerprint of the base, taken once; every rank must call it.
+
+        It is that of rank 0, which alone may have loaded the base: DDP gives the others its values when it wraps.
+        """
+        self.base = self.base or self.strategy.broadcast(fingerprint(self.module, self.strategy.root_device))
         return self.base
 
     def module_state(self, original: Any) -> dict[str, Any]:

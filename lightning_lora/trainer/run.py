@@ -29,6 +29,7 @@ from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
 from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
@@ -70,6 +71,7 @@ class Run:
 
     def begin(self) -> None:
         """Adapt the module; a merged one runs as it is, unless a file is loaded."""
+        check_same_on_ranks(self.method, self.run_config)
         self.method.check_same(self.module)
         patch_method(self.stack, self.strategy, "teardown", self.end)
         self.files.at_setup(self.stack)

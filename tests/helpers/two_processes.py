@@ -75,6 +75,35 @@ def resume(folder: Path) -> None:
     run(folder / "resumed", 4, folder / "two" / "last.ckpt", merge=False)
 
 
+class LoadedByOne(RankSeeds):
+    """Only the first rank has the base; the others start from anything, and DDP gives them the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            for parameter in self.parameters():
+                torch.nn.init.normal_(parameter)
+
+
+def base_of_one(folder: Path) -> None:
+    """Four epochs, and two and two, and tests, where one rank has the base; then merged weights on both ranks."""
+    run(folder / "four", 4, make=LoadedByOne, merge=False)
+    run(folder / "two", 2, make=LoadedByOne, merge=False)
+    runner, module, _ = run(folder / "resumed", 4, folder / "two" / "last.ckpt", LoadedByOne)
+    result = {"equal": all_equal(flat(module))}
+    result["tested"] = runner.test(module, data(2), ckpt_path=folder / "resumed" / "last.ckpt", verbose=False)
+    torch.save(result, folder / f"base_of_one-{runner.global_rank}.pt")
+
+
+def other_arguments(folder: Path) -> None:
+    """Each rank asks for other targets."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        trainer(LoRACallback(r=4, targets=["q", "vk"[rank]]), **TWO).fit(Lit(), data())
+    except Exception as error:
+        (folder / f"said-{os.environ.get('LOCAL_RANK', 0)}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
 def end(code: int) -> None:
     """Leave without the interpreter's own end, in which gloo's threads may abort a process that has done its work."""
     sys.stdout.flush()
@@ -85,7 +114,8 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        {"train": train, "resume": resume}[sys.argv[1]](Path(sys.argv[2]))
+        cases = {case.__name__: case for case in (train, resume, base_of_one, other_arguments)}
+        cases[sys.argv[1]](Path(sys.argv[2]))
     except BaseException:
         traceback.print_exc()
         end(1)

@@ -49,6 +49,26 @@ def test_resume_equals_the_uninterrupted_run_and_other_ranks_are_warned_of(tmp_p
 
 
 @pytest.mark.slow
+def test_a_base_that_the_first_rank_alone_has_is_the_base_of_all(tmp_path):
+    two_processes("base_of_one", tmp_path)
+    four, resumed = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed"))
+    for name, value in four["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    results = [torch.load(tmp_path / f"base_of_one-{rank}.pt") for rank in (0, 1)]
+    assert all(result["equal"] and result["tested"] == results[0]["tested"] for result in results)
+    path = tmp_path / "resumed" / "last.ckpt"
+    (one,) = trainer(LoRACallback(r=4)).test(Lit(dropout=0.2), data(2), ckpt_path=path, verbose=False)
+    assert one["test_loss"] == pytest.approx(results[0]["tested"][0]["test_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_other_arguments_on_one_rank_are_an_error_on_all(tmp_path):
+    two_processes("other_arguments", tmp_path)
+    words = "MisconfigurationException: `targets` differs between ranks: ['q', 'v'] on rank 0 and ['q', 'k'] on rank 1"
+    assert [(tmp_path / f"said-{rank}.txt").read_text().startswith(words) for rank in (0, 1)] == [True, True]
+
+
+@pytest.mark.slow
 def test_forked_workers_do_not_merge_and_say_where_the_adapters_are(tmp_path, capfd):
     files, module = checkpoints(tmp_path), Lit()
     runner = trainer(LoRACallback(r=4, also_train=["head"]), files, strategy="ddp_spawn", devices=2, max_epochs=1)
