@@ -27,6 +27,8 @@ ELSEWHERE = {
     "distributed/sharded": ("trainer/strategies/test_sharded_edges", "its input is a model that a strategy sharded"),
     "foreign": ("trainer/test_compatibility", "each name is tried where it is asked for"),
     "files/safetensors_writing": ("trainer/strategies/test_sharded_edges", "it writes what no process holds whole"),
+    "files/pickle_values": ("files/test_torch_files", "a pickle comes in a file of torch.save"),
+    "files/pickles": ("files/test_torch_files", "a pickle comes in a file of torch.save"),
     "layers/base": ("layers/test_protocol", "it is what all adapted layers have in common"),
     "layers/merged_forward": ("layers/test_protocol", "it is how layers run that read their own weight"),
     "layers/registry": ("layers/test_linear", "its refusals are those of `apply_lora`"),

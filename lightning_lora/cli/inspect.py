@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
@@ -18,7 +16,7 @@ from lightning_lora.names import join
 from lightning_lora.ops.low_rank import DeltaFactors, norm
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
-from lightning_lora.trainer.checkpoints import KEY, facts_in
+from lightning_lora.trainer import checkpoints
 
 RECORDED = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
@@ -92,6 +90,7 @@ def inspect_files(path: Path) -> Inspection:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from safetensors.torch import save_file
         >>> path = Path(tempfile.mkdtemp(), "adapter_model.safetensors")
         >>> pair = {"lora_A.weight": torch.ones(1, 4), "lora_B.weight": torch.ones(9, 1)}
@@ -127,8 +126,8 @@ def _stored(pair: StoredPair) -> InspectedLayer:
 
 
 def _checkpoint(path: Path) -> Inspection:
-    checkpoint = _loaded(path)
-    config, base = facts_in(checkpoint, path)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
+    config, base = checkpoints.facts_in(checkpoint, path)
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config)
     used = {name for both in pairs.values() for name in both}
@@ -149,21 +148,6 @@ def _checkpoint(path: Path) -> Inspection:
         fingerprint=bool(base),
         about=about,
     )
-
-
-def _loaded(path: Path) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file can raise anything
-        raise ValueError(
-            f"`{path}` cannot be read as a checkpoint of plain data ({type(error).__name__}): it is damaged, of "
-            "another kind, or holds objects, whose loading could run code."
-        ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise ValueError(f"`{path}` holds no adapter that LoRACallback wrote: it is a full checkpoint, or another's.")
-    return checkpoint
 
 
 def _pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[tuple[str, str], tuple[str, str]]:

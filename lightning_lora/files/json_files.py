@@ -49,8 +49,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+LONGEST = 150  # characters of a value from a file in a message
+
+
+def printable(text: str, longest: int = 2 * LONGEST) -> str:
+    r"""``text`` from a file for a message: control characters as escapes, cut where it is long.
+
+    Example:
+        >>> printable("a\x1b[2J" + "b" * 9, longest=8)
+        'a\\x1b[2J...'
+    """
+    text = text[: longest + 1]
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return f"{text[:longest]}..." if len(text) > longest else text
+
+
 def shown(value: object) -> str:
-    """``value`` for a message, cut where it is long, without control characters: it comes from the file."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    return f"`{text[:150]}...`" if len(text) > 150 else f"`{text}`"
+    """``value`` from a file in backticks for a message."""
+    return f"`{printable(value if isinstance(value, str) else repr(value), LONGEST)}`"

@@ -136,8 +136,9 @@ class CheckpointFiles:
         if weights_only is None:
             weights_only = not is_written_here(checkpoint_path)
         if str(checkpoint_path) in self.plain_files:
-            return dict(checkpoints.open_file(original, checkpoint_path, weights_only))
-        read = self.strategy.checkpoint_io.load_checkpoint if self.strategy_adapter.loads_late else original
+            return dict(checkpoints.open_file(_checked(self.strategy, original), checkpoint_path, weights_only))
+        load = self.strategy.checkpoint_io.load_checkpoint if self.strategy_adapter.loads_late else original
+        read = _checked(self.strategy, load)
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not self.method.is_adapted(self.module):
             self.adapt_late()
@@ -169,6 +170,12 @@ class CheckpointFiles:
             )
 
 
+def _checked(strategy: Any, load: Callable[..., Any]) -> Callable[..., Any]:
+    """``load`` after a check of the file, unless an IO plug-in of the user's reads a format of its own."""
+    is_plain = type(strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO
+    return checkpoints.by_torch(load) if is_plain else load
+
+
 def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | None) -> dict[str, Any] | None:
     """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``.
 
@@ -179,7 +186,8 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
     if not path:
         return None
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
-    checkpoint = checkpoints.read(load, path, False if is_written_here(path) else weights_only is not False)
+    trusted = is_written_here(path) or weights_only is False
+    checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted)
     module.on_load_checkpoint(checkpoint)  # undoes what its `on_save_checkpoint` did
     method.load(module, checkpoints.adapter_of(checkpoint, method, module))
     return checkpoint

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,9 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.files.atomic import atomic_write
+from lightning_lora.files.json_files import printable
+from lightning_lora.files.pickles import ObjectRefusedError
+from lightning_lora.files.torch_files import checked, read_torch_file
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
@@ -80,11 +82,20 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:
         torch.save(checkpoint, file)
 
 
-def on_cpu(path: Any, weights_only: bool | None) -> Any:
+def on_cpu(path: Any, weights_only: bool) -> Any:
     """What is in the file at ``path``, for :func:`open_file` where no Trainer loads it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of in a file of another kind is in the error
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    return read_torch_file(Path(path), weights_only)
+
+
+def by_torch(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``load`` after a check of the file, for a Trainer that reads with ``torch.load``; an address is not checked."""
+
+    def load_checked(path: Any, weights_only: bool) -> Any:
+        if "://" in str(path) or not Path(path).exists():  # Lightning says what is missing
+            return load(path, weights_only=weights_only)
+        return checked(Path(path), weights_only, lambda: load(path, weights_only=weights_only))
+
+    return load_checked
 
 
 def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
@@ -110,18 +121,29 @@ def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
 
 
 def _why_unreadable(path: Any, error: Exception) -> str:
-    # torch surrounds its reason with the advice to load the file again with less care.
-    text = str(error)
-    reason = text.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or f"{text:.300}"
-    refused = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text)
-    if not isinstance(error, pickle.UnpicklingError) or refused is None:
-        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {reason}"
+    refused = _refused_object(error)
+    if refused is None:
+        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {_reason(error)}"
     return (
-        f"`ckpt_path={str(path)!r}` holds an object of {refused[1]}, perhaps a hyperparameter, and was not opened: "
+        f"`ckpt_path={str(path)!r}` holds an object of {refused}, perhaps a hyperparameter, and was not opened: "
         "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
         "path. `init_from` and the command line take no such argument: give them a directory, made by "
         "save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)."
     )
+
+
+def _refused_object(error: Exception) -> str | None:
+    """The class or function for which a file was refused, by us or by torch; ``None`` if that is not the reason."""
+    if isinstance(error, ObjectRefusedError):
+        return printable(str(error))
+    match = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+    return printable(match[1]) if match is not None and isinstance(error, pickle.UnpicklingError) else None
+
+
+def _reason(error: Exception) -> str:
+    # torch surrounds its reason with the advice to load the file again with less care.
+    text = str(error)
+    return printable(text.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or text)
 
 
 def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, Any]:
