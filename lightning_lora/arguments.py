@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from lightning_lora.patterns.expression import expression
 
 
 def plain_data(value: Any) -> Any:
@@ -129,9 +130,11 @@ def check_patterns(argument: str, patterns: Any) -> None:
 
 def _check_expression(argument: str, pattern: str) -> None:
     try:
-        re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"`{argument}` has {pattern!r}, which is not a regular expression: {error}.") from error
+        expression(pattern.removeprefix("re:"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` has {pattern[:200]!r}, which cannot be used as a regular expression: {error}."
+        ) from error
 
 
 def check_mapping(argument: str, value: Any) -> None:

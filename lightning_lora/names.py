@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_lora.foreign import WRAPPERS
+from lightning_lora.patterns.expression import expression
 
 
 def clean(name: str) -> str:
@@ -54,7 +55,10 @@ Value = TypeVar("Value")
 
 
 def matches(name: str, pattern: str) -> bool:
-    r"""Whether ``pattern`` chooses the dotted ``name``.
+    r"""Whether ``pattern`` chooses the dotted ``name``; of regular expressions a checked subset is allowed.
+
+    Raises:
+        ValueError: saying what is not allowed in a regular expression.
 
     Example:
         >>> matches("net.layers.0.q_proj", "q_proj"), matches("net.layers.0.q_proj", "proj")
@@ -63,7 +67,7 @@ def matches(name: str, pattern: str) -> bool:
         (True, True)
     """
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+        return expression(pattern.removeprefix("re:")).fullmatch(name)
     if any(character in pattern for character in "*?["):
         return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
     return name == pattern or name.endswith(f".{pattern}")

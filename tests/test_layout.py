@@ -46,6 +46,7 @@ ELSEWHERE = {
     "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/products": ("ops/test_linear", "its products are those of the op, forward and backward"),
     "ops/stacked": ("layers/test_parameter", "stacks of experts are parameters by name"),
+    "patterns/cost": ("patterns/test_expression", "what costs too much is refused there"),
     "peft_format/contents": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/placement": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/config_writer": ("peft_format/test_config", "what is written is read again, by peft too"),

@@ -88,7 +88,9 @@ def test_a_glob_matches_the_name_and_its_tails_only(name, data):
 
 @pytest.mark.parametrize("argument", ["targets", "exclude", "also_train"])
 def test_a_broken_regular_expression_is_refused_with_its_argument(argument):
-    with pytest.raises(ValueError, match=rf"`{argument}` has 're:\(q', which is not a regular expression: missing \)"):
+    with pytest.raises(
+        ValueError, match=rf"`{argument}` has 're:\(q', which cannot be used as a regular expression: missing \)"
+    ):
         LoRAConfig(**{argument: ["re:(q"]})
 
 

@@ -13,8 +13,10 @@ from typing import Any
 from lightning_lora.config import BIASES, scale_of
 from lightning_lora.files.json_files import shown
 from lightning_lora.names import Value
+from lightning_lora.patterns.expression import expression
 
 ALL_LINEAR = "all-linear"
+MOST_KEYS = 50_000  # of a pattern; one for each layer of the largest mixtures of experts
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class PeftConfig:
 
 def first_key(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first regular expression that ``name`` or a tail of it matches, as in peft."""
-    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    matching = (value for key, value in patterns.items() if expression(rf"(.*\.)?({key})$").match(name))
     return next(matching, default)
 
 
@@ -240,20 +242,22 @@ def _layers(value: Any) -> list[int] | None:
 def _layers_pattern(value: Any) -> list[str]:
     patterns = _names("layers_pattern", [value] if isinstance(value, str) and value else value or None)
     for pattern in patterns:
-        _check_expression("layers_pattern", pattern)
+        if not re.fullmatch(r"(?:\w|\\?\.)+", pattern):
+            raise _wrong("layers_pattern", "the name of a list of layers, as `layers`", pattern)
     return patterns
 
 
 def _pattern(key: str, value: Any, checked: Callable[[str, Any], Value]) -> dict[str, Value]:
-    if value is not None and not isinstance(value, dict):
-        raise _wrong(key, "an object of numbers by module name", value)
-    for expression in value or {}:
-        _check_expression(key, rf"(.*\.)?({expression})$")
-    return {name: checked(f"{key}[{name!r}]", number) for name, number in (value or {}).items()}
+    values = {} if value is None else value
+    if not isinstance(values, dict) or len(values) > MOST_KEYS:
+        raise _wrong(key, f"an object of numbers by module name, at most {MOST_KEYS:,}", value)
+    for pattern in values:
+        _check_expression(key, rf"(.*\.)?({pattern})$")
+    return {name: checked(f"{key}[{name[:200]!r}]", number) for name, number in values.items()}
 
 
-def _check_expression(key: str, expression: str) -> None:
+def _check_expression(key: str, pattern: str) -> None:
     try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise _wrong(key, f"a regular expression ({error})", expression) from error
+        expression(pattern)
+    except ValueError as error:
+        raise _wrong(key, f"a regular expression ({error})", pattern) from error

@@ -15,6 +15,7 @@ from lightning_lora import names
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import is_linear, is_own_linear
 from lightning_lora.names import nearest
+from lightning_lora.patterns.expression import expression
 from lightning_lora.peft_format.config import ALL_LINEAR, PeftConfig
 
 HEADS = ("score", "classifier")
@@ -50,13 +51,13 @@ def saved(modules_to_save: Sequence[str], model: nn.Module) -> list[str]:
 
 def _left_out(name: str, asked: PeftConfig) -> bool:
     exclude = asked.exclude or []
-    excluded = re.fullmatch(exclude, name) is not None if isinstance(exclude, str) else _ends_with(name, exclude)
+    excluded = expression(exclude).fullmatch(name) if isinstance(exclude, str) else _ends_with(name, exclude)
     return excluded or lies_in(name, asked.modules_to_save)
 
 
 def lies_in(name: str, modules_to_save: Iterable[str]) -> bool:
     """Whether peft finds ``name`` inside one of ``modules_to_save``, which it uses as regular expressions."""
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in modules_to_save)
+    return any(expression(rf"(^|.*\.){saved}($|\..*)").match(name) for saved in modules_to_save)
 
 
 def _ends_with(name: str, tails: Iterable[str]) -> bool:
@@ -65,7 +66,7 @@ def _ends_with(name: str, tails: Iterable[str]) -> bool:
 
 def _is_target(name: str, targets: list[str] | str, layers: list[int] | None, patterns: list[str]) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return expression(targets).fullmatch(name)
     if name in targets:
         return True
     return _ends_with(name, targets) and (layers is None or _number(name, patterns) in layers)
@@ -74,8 +75,8 @@ def _is_target(name: str, targets: list[str] | str, layers: list[int] | None, pa
 def _number(name: str, patterns: list[str]) -> int | None:
     """The number of the layer that ``name`` lies in."""
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\." for pattern in patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
-        match = re.match(expression, name)
+    for pattern in expressions or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
+        match = re.match(pattern, name)
         if match is not None:
             return int(match["number"])
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # From the ground up. A room imports from rooms of lower floors and from itself.
 FLOORS = [
-    {"version", "foreign"},
+    {"version", "foreign", "patterns"},
     {"names", "arguments", "torch_internals"},
     {"config"},
     {"ops", "distributed", "files"},
