@@ -6,7 +6,6 @@ that goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from lightning_lora.cli.meta_model import skeleton
 from lightning_lora.cli.output import check_free
 from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.files.atomic import write_together
+from lightning_lora.files.json_files import parse_object, printable
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.names import join
@@ -29,7 +29,7 @@ from lightning_lora.peft_format.provenance import OWN, base_in, header
 from lightning_lora.peft_format.save import file_writers
 from lightning_lora.peft_format.stored import PREFIX, WEIGHTS, StoredAdapter, open_adapter
 from lightning_lora.peft_format.targets import exact_targets
-from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer import checkpoint_contents, checkpoints
 
 THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
 KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
@@ -140,7 +140,10 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": version("lightning"),
-        checkpoints.KEY: checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
+        checkpoints.KEY: {
+            **checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
+            checkpoint_contents.ENTRIES: sorted(state),
+        },
     }
     checkpoints.write_checkpoint(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
@@ -212,10 +215,11 @@ def _relative(name: str, prefix: str) -> str:
 
 def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
     try:
-        return LoRAConfig.from_file(json.loads(metadata[f"{OWN}.config"]))
-    except (ValueError, TypeError, RecursionError) as error:
+        return LoRAConfig.from_file(parse_object(metadata[f"{OWN}.config"].encode()))
+    except (ValueError, TypeError) as error:
+        reason = printable(str(error))
         raise ValueError(
-            f"`{directory}` does not record its configuration ({error}): it is damaged, or of a later version."
+            f"`{directory}` does not record its configuration ({reason}): it is damaged, or of a later version."
         ) from error
 
 

@@ -25,6 +25,31 @@ def random_state(device: torch.device) -> State:
     return state
 
 
+def is_random_state(state: Any) -> bool:
+    """Whether ``state`` from a file has the form of what :func:`random_state` returns.
+
+    NumPy believes the position in its state, and a wrong one makes it read other memory.
+    """
+    try:
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        version, internal, rest = state["python"]
+        random.Random().setstate((version, tuple(internal), rest))  # raises where it does not fit
+        with_bytes = [value for key, value in state.items() if key in ("torch", "cuda")]
+        return (
+            kind == "MT19937"
+            and (keys.dtype, tuple(keys.shape)) == (torch.int64, (624,))
+            and bool(((keys >= 0) & (keys < 1 << 32)).all())
+            and type(position) is int
+            and 0 <= position <= 624
+            and isinstance(has_gauss, int)
+            and isinstance(gauss, float)
+            and all((value.dtype, value.dim()) == (torch.uint8, 1) for value in with_bytes)
+            and state["torch"].shape == torch.get_rng_state().shape
+        )
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return False
+
+
 def set_random_state(state: State, device: torch.device) -> None:
     """Restore what :func:`random_state` returned."""
     kind, keys, *rest = state["numpy"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import full_parameters, shape_of
+from lightning_lora.files.json_files import printable, shown
 from lightning_lora.model.copies import copied_names
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.ops.exact_sum import checksum
@@ -47,15 +48,29 @@ def _shape_alone(tensor: Tensor) -> list[int | None]:
     return [None, None, None, *shape_of(tensor)]
 
 
+def is_fingerprint(value: object) -> bool:
+    """Whether ``value`` from a file has the form of a fingerprint."""
+    return isinstance(value, dict) and all(isinstance(name, str) and _is_entry(entry) for name, entry in value.items())
+
+
+def _is_entry(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= 3
+        and all(number is None or type(number) is int for number in value[:3])
+        and all(type(size) is int for size in value[3:])
+    )
+
+
 def other_base(expected: Fingerprint, present: Fingerprint) -> str | None:
     """The first difference between two bases, a file's and a model's; ``None`` where they are equal but for a cast."""
     for name in (*expected, *present):
         if name not in present or name not in expected:
-            return f"`{name}` is only in {'the file' if name in expected else 'the model'}"
+            return f"{shown(name)} is only in {'the file' if name in expected else 'the model'}"
         (*rounded, _), shape = expected[name][:3], expected[name][3:]
         (*rounded_here, _), shape_here = present[name][:3], present[name][3:]
         if shape != shape_here and not _is_packed(expected[name], shape_here):
-            return f"`{name}` had shape {tuple(shape)} and has {tuple(shape_here)} here"
+            return f"`{name}` had shape {printable(str(tuple(shape)))} and has {tuple(shape_here)} here"
         comparable = None not in (*rounded, *rounded_here)
         if comparable and not any(a == b for a, b in zip(rounded, rounded_here, strict=True)):
             return f"`{name}` has other values"

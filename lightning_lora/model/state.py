@@ -18,8 +18,10 @@ from lightning_lora.distributed.sharded import (
     shape_of,
     shard_like,
 )
+from lightning_lora.files.json_files import shown
 from lightning_lora.layers.base import adapted_layers, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_layers, records
@@ -167,24 +169,30 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise if ``state`` is not exactly an adapter of ``model``.
+    """Raise if ``state`` is not exactly an adapter of ``model``, or its values are none that training gives.
 
     Raises:
-        ValueError: naming the first key that is missing, unknown or of another shape.
+        ValueError: naming the first key that is missing, unknown, or of another shape or kind, or not finite.
     """
     present, frozen = clean_state(model) | _merged_state(model), frozen_names(model)
     missing = [key for key in needed_names(model) if key not in state]
     unknown = [key for key in state if key not in present or key in frozen]
     if missing or unknown:
         wrong = [f"lacks `{key}`" for key in missing]
-        wrong += [f"has `{key}`, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown]
+        wrong += [
+            f"has {shown(key)}, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown
+        ]
         raise ValueError(
             f"The adapter does not fit the model: it {wrong[0]} ({len(missing)} missing, {len(unknown)} unknown). Were "
             "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
         )
+    buffers = buffer_names(model)
     for key, value in state.items():
         if isinstance(present[key], Tensor):
             _check_shape(key, value, tuple(shape_of(present[key])))
+            check_value(key, value, present[key])
+            if key not in buffers:  # the range of an observer begins at infinity
+                check_finite(key, value, present[key])
 
 
 def _check_shape(key: str, value: Any, expected: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, alpha_of
 from lightning_lora.files.json_files import shown
+from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.state import clean_state, frozen_names, full_detached, needed_names
 from lightning_lora.peft_format.attention import OUT_PROJ, ranks_of_projections, without_padding
@@ -210,7 +211,8 @@ def _other_state(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Ten
     for key, value in plain.items():
         if not isinstance(present.get(key), Tensor):
             raise ValueError(f"The adapter's file has {shown(key)}, which the model does not have.")
-        _check_value(key, value, full_detached(present[key]))
+        check_value(key, value, present[key])
+        check_finite(key, value, present[key])
         if key in frozen and not _same(value, full_detached(present[key]).cpu()):
             raise ValueError(
                 f"The adapter's file holds `{key}` of its base, and the model has other values there. Load the base "
@@ -219,16 +221,6 @@ def _other_state(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Ten
     trained = {key: value for key, value in plain.items() if key not in frozen}
     _check_tied(trained, inner)
     return trained
-
-
-def _check_value(key: str, value: Tensor, own: Tensor) -> None:
-    if value.shape != own.shape:
-        raise ValueError(f"`{key}` has shape {tuple(value.shape)} in the file and {tuple(own.shape)} in the model.")
-    both_real = value.is_floating_point() and own.is_floating_point()
-    if not both_real and value.dtype != own.dtype:
-        raise ValueError(f"`{key}` is of {value.dtype} in the file and of {own.dtype} in the model.")
-    if own.is_floating_point() and not torch.isfinite(value.to(own.dtype)).all():
-        raise ValueError(f"`{key}` has values that the model's {own.dtype} has no room for.")
 
 
 def _same(value: Tensor, own: Tensor) -> bool:

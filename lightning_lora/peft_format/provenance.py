@@ -18,7 +18,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_sharded, shape_of
 from lightning_lora.files.json_files import parse_object, shown
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.model.fingerprint import Fingerprint, exactly_same, fingerprint, other_base
+from lightning_lora.model.fingerprint import Fingerprint, exactly_same, fingerprint, is_fingerprint, other_base
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.record import Merged, merged_layers
 from lightning_lora.peft_format.config import difference
@@ -168,18 +168,9 @@ def base_in(metadata: Mapping[str, str]) -> Fingerprint:
         ValueError: if it is damaged.
     """
     try:
-        base = json.loads(metadata[BASE])
-    except (ValueError, RecursionError) as error:
+        base = parse_object(metadata[BASE].encode())
+    except ValueError as error:
         raise ValueError(f"The header of the adapter's file is damaged: its base is no JSON ({error}).") from error
-    if not isinstance(base, dict) or not all(_is_sums(value) for value in base.values()):
+    if not is_fingerprint(base):
         raise ValueError(f"The header of the adapter's file is damaged: its base is {shown(base)}.")
     return base
-
-
-def _is_sums(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) >= 3
-        and all(number is None or type(number) is int for number in value[:3])
-        and all(type(size) is int for size in value[3:])
-    )

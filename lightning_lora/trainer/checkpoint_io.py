@@ -23,6 +23,7 @@ from lightning_lora.model.state import clean_state
 from lightning_lora.names import clean
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpoint_contents import ENTRIES
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -113,6 +114,7 @@ class CheckpointFiles:
         checkpoint[checkpoints.KEY] = checkpoints.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
+        checkpoint[checkpoints.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         if "optimizer_states" in checkpoint:

@@ -25,6 +25,7 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.state import keep_adapter, real_keys
+from lightning_lora.trainer.checkpoint_contents import check_facts, check_pairs, check_weights
 from lightning_lora.trainer.kept_states import own_names, without_base_values
 
 KEY = "lightning_lora"
@@ -157,8 +158,8 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, A
     """
     checkpoint = open_file(load, path, weights_only)
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-        if any(".lora." in key for key in state):
+        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+        if any(".lora." in str(key) for key in (state if isinstance(state, dict) else ())):
             raise ValueError(
                 f"`ckpt_path={str(path)!r}` holds the base and live adapters together: it was saved outside a run. "
                 "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
@@ -234,18 +235,21 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
         ValueError: if the file does not record them, or was written by a later version.
     """
     try:
-        recorded = checkpoint[KEY]
+        recorded, state = checkpoint[KEY], checkpoint["state_dict"]
         if recorded.get("format") not in FORMATS:
-            raise ValueError(f"its format is {recorded.get('format')!r}, and {FORMATS[-1]} is the newest known")
+            raise ValueError(f"its format is {recorded.get('format')!r:.50}, and {FORMATS[-1]} is the newest known")
         if recorded.get("method", "lora") != "lora":
-            raise ValueError(f"its method is {recorded['method']!r}, and LoRACallback reads 'lora'")
+            raise ValueError(f"its method is {recorded['method']!r:.50}, and LoRACallback reads 'lora'")
+        for weights in WEIGHTS:
+            if weights in checkpoint:
+                check_weights(checkpoint[weights])
+        check_facts(recorded, state)
         written, base = LoRAConfig.from_file(recorded["config"]), recorded["base"]
-        if not isinstance(checkpoint["state_dict"], dict) or not isinstance(base, dict):
-            raise TypeError("no weights or no base")
-    except (KeyError, TypeError, ValueError) as error:
+        check_pairs(written, state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"`ckpt_path={str(path)!r}` does not say what adapter it holds ({error}): it is damaged, or was written by "
-            "a later version of lightning_lora."
+            f"`ckpt_path={str(path)!r}` does not say what adapter it holds ({printable(str(error))}): it is damaged, "
+            "or was written by a later version of lightning_lora."
         ) from error
     return written, base
 

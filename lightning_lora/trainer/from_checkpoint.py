@@ -18,6 +18,7 @@ from lightning_lora.model.state import load_lora_state_dict
 from lightning_lora.names import clean
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.callback import LoRACallback
+from lightning_lora.trainer.checkpoint_contents import check_room
 from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.hyperparameters import with_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -64,7 +65,7 @@ def load_from_checkpoint(
     module = _bare(cls, checkpoint, hparams_file=hparams_file, **kwargs)
     if map_location is not None:
         module.to(map_location)
-    _adapt(module, config)
+    _adapt(module, config, checkpoint["state_dict"])
     try:
         checkpoints.check_base(trained_on, fingerprint(module), checkpoint_path)
     except ValueError as error:
@@ -92,9 +93,10 @@ def _bare(cls: type[Module], checkpoint: dict[str, Any], **kwargs: Any) -> Modul
         return cls.load_from_checkpoint(file, strict=False, weights_only=False, **kwargs)  # type: ignore[attr-defined, no-any-return]
 
 
-def _adapt(module: torch.nn.Module, config: LoRAConfig) -> None:
+def _adapt(module: torch.nn.Module, config: LoRAConfig, state: dict[str, Any]) -> None:
     check_same(module, config)
     try:
+        check_room(module, config, state)
         apply_lora(module, config)
     except ValueError as error:
         if not overrides(module, "setup"):

@@ -268,10 +268,10 @@ def test_broken_files_are_refused_before_anything_is_loaded(file, tmp_path):
         (truncated, "cannot be read; is the file truncated"),
         (corrupt, "cannot be read; is the file truncated"),
         (full, "is a full checkpoint, without adapters.*load them into the module as its base"),
-        (edited(file, tmp_path / "1", lambda s: s.pop(q)), f"lacks `{re.escape(q)}` \\(1 missing, 0 unknown\\)"),
+        (edited(file, tmp_path / "1", lambda s: s.pop(q)), f"it lacks `{re.escape(q)}`"),
         (
             edited(file, tmp_path / "2", lambda s: s.update(extra=torch.ones(1))),
-            "has `extra`, which this model has not",
+            "it holds `extra`",
         ),
         (
             edited(file, tmp_path / "3", lambda s: s.update({q: torch.ones(3, 16)})),
