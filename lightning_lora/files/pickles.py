@@ -177,8 +177,10 @@ class Rehearsal:
 
     def storage(self, persistent: Any) -> Storage:
         """The storage that a tensor names: its record has exactly its size."""
-        kind, of, key, _, numel = persistent
+        kind, of, key, device, numel = persistent
         itemsize = itemsize_of(of.name) or 0
+        if not isinstance(device, str):
+            raise ValueError("its pickle is damaged")
         if kind != "storage" or numel * itemsize != self.sizes[key] or numel < 0:
             raise ValueError(f"the storage {shown(key)} is of another size than its record")
         if self.itemsizes.setdefault(key, itemsize) != itemsize:
