@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TypeVar
 
 from torch import nn
@@ -52,6 +53,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 Value = TypeVar("Value")
+MOST_COMPARED, LONGEST_COMPARED = 5000, 200  # names, and characters of one
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -97,12 +99,16 @@ def folded(name: str) -> str:
 
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The ``names`` that look most like ``pattern``; of names that differ by a number only one is given."""
-    stars = {folded(name): name for name in names}
+    """The ``names`` that look most like ``pattern``; of names that differ by a number only one is given.
+
+    Comparing takes the time of both lengths, and names may come from a stranger: long ones, and those after the first
+    thousands, are left out.
+    """
+    stars = {folded(name): name for name in islice(names, MOST_COMPARED) if len(name) <= LONGEST_COMPARED}
     tails: dict[str, str] = {}
     for short in stars:
         for tail in (short, short.split(".")[-1]):
             tails.setdefault(tail, short)
-    close = difflib.get_close_matches(pattern.removeprefix("re:"), tails, n=count * 2, cutoff=0.4)
+    close = difflib.get_close_matches(pattern.removeprefix("re:")[:LONGEST_COMPARED], tails, n=count * 2, cutoff=0.4)
     similar = list(dict.fromkeys(tails[tail] for tail in close))[:count]
     return similar or list(stars)[:count]

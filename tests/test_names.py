@@ -154,6 +154,11 @@ def test_some_names_come_even_when_none_is_near():
     assert nearest("zzzzzz", []) == []
 
 
+def test_of_the_many_or_long_names_of_a_stranger_few_are_compared():
+    assert nearest("q_proj", ["a" * 100_000, "attn.q_proj"]) == ["attn.q_proj"]
+    assert nearest("q_proj", (f"w{'x' * (i % 90)}.q_prop{i}" for i in range(1_000_000)), 1) != []
+
+
 def test_modules_named_by_a_number_alone_are_not_shown_as_a_star():
     assert set(nearest("fc", ["0", "2"])) <= {"0", "2"}
 

@@ -22,6 +22,7 @@ from lightning_lora.files.json_files import read_object, shown
 
 LARGEST = 2**40  # of any number
 MOST_LAYERS = 10_000
+MOST_LABELS = 1_000_000  # each gets a name before the model is built
 COUNTS = ("layer", "block", "depth", "expert", "stage")  # numbers with these in their names count modules
 SIZES = ("size", "dim", "width", "capacity", "offset", "norm")  # unless these are in them too
 MOST_MODULES = 300_000  # the largest mixtures of experts have a third of it
@@ -82,6 +83,8 @@ def _check_sizes(values: Any, path: Path, key: str = "") -> None:
 
 
 def _largest(key: str) -> int:
+    if "label" in key:
+        return MOST_LABELS
     counts = any(word in key for word in COUNTS) and not any(word in key for word in SIZES)
     return MOST_LAYERS if counts else LARGEST
 

@@ -49,7 +49,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+LONGEST_NAME = 1000  # characters
 LONGEST = 150  # characters of a value from a file in a message
+
+
+def is_name(name: object) -> bool:
+    """Whether ``name`` from a file can be that of a tensor: messages and tables may then show it as it is."""
+    return isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME
 
 
 def printable(text: str, longest: int = 2 * LONGEST) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_lora.files.json_files import parse_object, shown
+from lightning_lora.files.json_files import is_name, parse_object, shown
 
 DTYPES = {
     torch.float64: "F64",
@@ -154,6 +154,9 @@ def open_tensors(path: Path) -> TensorFile:
     except (SafetensorError, OSError, OverflowError) as error:
         raise _damaged(path, error) from error
     metadata = header.pop(METADATA, None) or {}
+    for name in header:
+        if not is_name(name):
+            raise ValueError(f"`{path}` holds {shown(name)}, which is no name of a tensor.")
     tensors = [_stored(path, name, entry, data) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     return TensorFile(path, {tensor.name: tensor for tensor in tensors}, metadata)

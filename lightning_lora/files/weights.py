@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightning_lora.files.json_files import read_object
+from lightning_lora.files.json_files import read_object, shown
 from lightning_lora.files.safetensors import StoredTensor, TensorFile, open_tensors
 from lightning_lora.names import nearest
 
@@ -93,10 +93,10 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"`{index}` names the file {name!r}, but may name only .safetensors files in its own folder."
+                f"`{index}` names the file {shown(name)}, but may name only .safetensors files in its own folder."
             )
         if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"`{index}` names {name!r}, which is not there: fetch the missing file.")
+            raise FileNotFoundError(f"`{index}` names {shown(name)}, which is not there: fetch the missing file.")
     return [index.parent / name for name in names]
 
 
@@ -115,7 +115,7 @@ def _check_map(index: Path, tensors: dict[str, StoredTensor]) -> None:
     for name, file in _weight_map(index).items():
         if name not in tensors or tensors[name].path.name != file:
             raise ValueError(
-                f"`{index}` says that {file!r} holds `{name}`, which it does not: the files do not belong "
+                f"`{index}` says that {shown(file)} holds {shown(name)}, which it does not: the files do not belong "
                 "together. Fetch them again."
             )
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.random_state import is_random_state
-from lightning_lora.files.json_files import shown
+from lightning_lora.files.json_files import is_name, shown
 from lightning_lora.model.fingerprint import is_fingerprint
 from lightning_lora.model.plan import plan_lora
 
 ENTRIES = "entries"  # the names in the state dict, as they were written
-LONGEST_NAME = 1000  # characters
 Facts = Mapping[str, Any]
 
 
@@ -30,7 +29,7 @@ def check_weights(state: Any) -> None:
     if not isinstance(state, dict):
         raise ValueError("its weights are no dict")
     for name in state:
-        if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
+        if not is_name(name):
             raise ValueError(f"{shown(name)} is no name of a weight")
 
 

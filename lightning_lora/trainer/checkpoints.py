@@ -121,12 +121,17 @@ def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
         raise ValueError(_why_unreadable(path, error)) from error
 
 
+def _named(path: Any) -> str:
+    """The argument and the path for a message; a path may come from a file."""
+    return f"`ckpt_path={str(path)!r:.400}`"
+
+
 def _why_unreadable(path: Any, error: Exception) -> str:
     refused = _refused_object(error)
     if refused is None:
-        return f"`ckpt_path={str(path)!r}` cannot be read; is the file truncated? {_reason(error)}"
+        return f"{_named(path)} cannot be read; is the file truncated? {_reason(error)}"
     return (
-        f"`ckpt_path={str(path)!r}` holds an object of {refused}, perhaps a hyperparameter, and was not opened: "
+        f"{_named(path)} holds an object of {refused}, perhaps a hyperparameter, and was not opened: "
         "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
         "path. `init_from` and the command line take no such argument: give them a directory, made by "
         "save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)."
@@ -161,11 +166,11 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, A
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
         if any(".lora." in str(key) for key in (state if isinstance(state, dict) else ())):
             raise ValueError(
-                f"`ckpt_path={str(path)!r}` holds the base and live adapters together: it was saved outside a run. "
+                f"{_named(path)} holds the base and live adapters together: it was saved outside a run. "
                 "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
             )
         raise ValueError(
-            f"`ckpt_path={str(path)!r}` is a full checkpoint, without adapters. LoRACallback loads adapters only; "
+            f"{_named(path)} is a full checkpoint, without adapters. LoRACallback loads adapters only; "
             "to start from these weights load them into the module as its base: "
             "model.load_state_dict(torch.load(path)['state_dict'])."
         )
@@ -202,9 +207,7 @@ def check_config(written: LoRAConfig, path: Any, method: Method) -> None:
     """
     difference = method.difference(written)
     if difference is not None:
-        raise ValueError(
-            f"`ckpt_path={str(path)!r}` was written with {difference}: give LoRACallback the same arguments."
-        )
+        raise ValueError(f"{_named(path)} was written with {difference}: give LoRACallback the same arguments.")
 
 
 def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
@@ -215,9 +218,7 @@ def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
     """
     wrong = other_base(trained_on, base)
     if wrong is not None:
-        raise ValueError(
-            f"`ckpt_path={str(path)!r}` was trained on another base: {wrong}. Load the base it was trained on first."
-        )
+        raise ValueError(f"{_named(path)} was trained on another base: {wrong}. Load the base it was trained on first.")
     if not exactly_same(trained_on, base):
         _warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
 
@@ -248,7 +249,7 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
         check_pairs(written, state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"`ckpt_path={str(path)!r}` does not say what adapter it holds ({printable(str(error))}): it is damaged, "
+            f"{_named(path)} does not say what adapter it holds ({printable(str(error))}): it is damaged, "
             "or was written by a later version of lightning_lora."
         ) from error
     return written, base

@@ -97,6 +97,7 @@ BAD = {
     "layers-inside": ({"model_type": "llava", "text_config": {"n_layer": 10**9}}, "1,000,000,000 as `n_layer`"),
     "depths": ({"model_type": "swin", "depths": [2, 10**9]}, "has 1,000,000,000 as `depths`"),
     "experts": ({"model_type": "mixtral", "num_local_experts": 10**7}, "has 10,000,000 as `num_local_experts`"),
+    "labels": ({"model_type": "llama", "num_labels": 10**9}, "as `num_labels`: no model has more than 1,000,000"),
     "width": ({"model_type": "llama", "hidden_size": 2**62}, "as `hidden_size`: no model has more than"),
 }
 

@@ -103,6 +103,13 @@ def test_hostile_files(tmp_path, kind):
         open_tensors(path)
 
 
+@pytest.mark.parametrize(("name", "as_shown"), [("a\x1b[2J", r"a\\x1b\[2J"), ("a" * 5000, r"a{150}\.\.\.")])
+def test_names_that_no_tensor_has(tmp_path, name, as_shown):
+    written(tmp_path / "x.safetensors", {name: ENTRY}, b"1" * 8)
+    with pytest.raises(ValueError, match=rf"holds `{as_shown}`, which is no name of a tensor"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no file"):
         open_tensors(tmp_path)

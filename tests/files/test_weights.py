@@ -57,7 +57,7 @@ def test_an_index_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"holds `more.weight`, which it does not"):
         open_weights(base)
     (base / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names 'model-00001-of-00002.safetensors', which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"names `model-00001-of-00002.safetensors`, which is not there"):
         open_weights(base)
 
 

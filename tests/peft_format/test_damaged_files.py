@@ -154,7 +154,7 @@ TENSORS = {
     "absolute-name": ({"/etc/passwd": torch.ones(2)}, "holds `/etc/passwd`, which no plain LoRA"),
     "unknown-name": ({"base_model.model.7.weight": torch.ones(2)}, "has `7.weight`, which the model does not have"),
     "long-name": ({"x" * 10_000: torch.ones(2)}, r"holds `x{150}\.\.\.`, which"),
-    "line-break": ({"base_model.model.a\nb": torch.ones(2)}, r"has `a\\nb`, which"),
+    "line-break": ({"base_model.model.a\nb": torch.ones(2)}, r"holds `base_model\.model\.a\\nb`, which is no name"),
     "dora": ({"base_model.model.0.lora_magnitude_vector": torch.ones(4)}, "which no plain LoRA of peft's has"),
     "adapter-bias": ({"base_model.model.0.lora_B.bias": torch.ones(4)}, "which no plain LoRA of peft's has"),
     "frozen": ({"base_model.model.0.base_layer.weight": torch.ones(4, 3)}, "holds `0.weight` of its base, and the"),

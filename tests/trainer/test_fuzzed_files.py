@@ -132,8 +132,14 @@ def value_changed(rng: random.Random, value: object) -> object:
         place = rng.randrange(len(value))
         return [*value[:place], value_changed(rng, value[place]), *value[place + 1 :]]
     if isinstance(value, torch.Tensor) and rng.random() < 0.9:
-        changes = [value * float("nan"), value.to(torch.complex64), value.long(), value[:0], value.double() * 1e300]
-        return rng.choice([*changes, torch.zeros((), dtype=value.dtype).expand(value.shape), value.to_sparse()])
+        changes = [
+            value * float("nan"),
+            value.to(torch.complex64),
+            value.long(),
+            value.flatten()[:0],
+            value.double() * 1e300,
+        ]
+        return rng.choice([*changes, torch.zeros((), dtype=value.dtype).expand(value.shape)])
     return rng.choice(STRANGE)
 
 
