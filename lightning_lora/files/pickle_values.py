@@ -9,6 +9,15 @@ import torch
 
 DEEPEST = 100  # containers in containers
 MOST_ENTRIES = 10_000_000  # of all containers; one that is used twice counts twice
+# What makes a tensor: where its dtype is among the arguments, or -1 for that of its storage.
+TENSORS = {
+    "torch._utils._rebuild_tensor": -1,
+    "torch._utils._rebuild_tensor_v2": -1,
+    "torch._utils._rebuild_tensor_v3": 6,
+}
+PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+TENSOR_CLASSES = ("torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Parameter")
 # The classes of storages, by which a pickle says the dtype.
 STORAGES = {
     "DoubleStorage": "float64",
@@ -41,12 +50,12 @@ class Storage:
     itemsize: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scalar:
     """A value that holds no other: a tensor, a device, a complex number."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Container:
     """A list, a dict, a set or an object, and the values in it."""
 
@@ -93,3 +102,15 @@ def check_nesting(result: Any) -> None:
 
 def _values(value: Any) -> Any:
     return value.values if isinstance(value, Container) else value if isinstance(value, tuple) else ()
+
+
+def check_no_hooks(hooks: Any) -> None:
+    """Raise unless the hooks of a tensor are an empty dict."""
+    if not isinstance(hooks, Container) or hooks.values:
+        raise ValueError("a tensor has hooks, which torch.save does not write")
+
+
+def allowed_by_the_user() -> set[str]:
+    """The names of what ``torch.serialization.add_safe_globals`` was given."""
+    entries = torch.serialization.get_safe_globals()
+    return {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in entries}

@@ -13,23 +13,27 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
-import torch
-
 from lightning_lora.files.json_files import shown
-from lightning_lora.files.pickle_values import DEEPEST, Container, Global, Scalar, Storage, check_nesting, itemsize_of
+from lightning_lora.files.pickle_values import (
+    DEEPEST,
+    PARAMETERS,
+    TENSOR_CLASSES,
+    TENSORS,
+    WITH_ATTRIBUTES,
+    Container,
+    Global,
+    Scalar,
+    Storage,
+    allowed_by_the_user,
+    check_nesting,
+    check_no_hooks,
+    itemsize_of,
+)
 
 MOST_OPERATIONS = 10_000_000
+MOST_CONTAINERS = 1_000_000  # lists, dicts and tensors
 MOST_ODD_KEYS = 10_000  # keys other than strings and small integers: an author can give many of them one hash
 EXPANDED = 1 << 28  # bytes that tensors may have in addition to those in the file, as expanded ones do
-# What makes a tensor: where its dtype is among the arguments, or -1 for that of its storage.
-TENSORS = {
-    "torch._utils._rebuild_tensor": -1,
-    "torch._utils._rebuild_tensor_v2": -1,
-    "torch._utils._rebuild_tensor_v3": 6,
-}
-PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
-WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
-TENSOR_CLASSES = ("torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Parameter")
 
 
 class ObjectRefusedError(ValueError):
@@ -69,9 +73,9 @@ class Rehearsal:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.odd_keys = self.tensor_bytes = 0
+        self.odd_keys = self.tensor_bytes = self.containers = 0
         self.most_bytes = sum(storages.values()) + EXPANDED
-        self.allowed = _allowed_by_the_user()
+        self.allowed = allowed_by_the_user()
         self.operations: dict[str, Callable[[Any], None]] = {
             **dict.fromkeys(("BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "LONG1"), self.push),
             "SHORT_BINSTRING": self.push,
@@ -79,9 +83,9 @@ class Rehearsal:
             "NEWTRUE": lambda _: self.push(True),
             "NEWFALSE": lambda _: self.push(False),
             "EMPTY_TUPLE": lambda _: self.push(()),
-            "EMPTY_LIST": lambda _: self.push(Container("list")),
-            "EMPTY_DICT": lambda _: self.push(Container("dict")),
-            "EMPTY_SET": lambda _: self.push(Container("set")),
+            "EMPTY_LIST": lambda _: self.push_container("list"),
+            "EMPTY_DICT": lambda _: self.push_container("dict"),
+            "EMPTY_SET": lambda _: self.push_container("set"),
             "MARK": lambda _: self.mark(),
             "TUPLE": lambda _: self.push(tuple(self.pop_to_mark())),
             "TUPLE1": lambda _: self.push_tuple(1),
@@ -113,12 +117,24 @@ class Rehearsal:
             if act is None:
                 raise ValueError(f"its pickle has the operation {operation.name}, which torch.save does not write")
             act(argument)
-        (result,) = self.stack
-        return result
+        if len(self.stack) != 1:
+            raise ValueError("its pickle is damaged")
+        return self.stack[0]
 
     def push(self, value: Any) -> None:
         """A value on the stack."""
         self.stack.append(value)
+
+    def push_container(self, kind: str) -> None:
+        """An empty container on the stack."""
+        self.count_container()
+        self.push(Container(kind))
+
+    def count_container(self) -> None:
+        """Raise where there are so many that all of them take gigabytes."""
+        self.containers += 1
+        if self.containers > MOST_CONTAINERS:
+            raise ValueError(f"its pickle has more than {MOST_CONTAINERS:,} lists, dicts and tensors")
 
     def mark(self) -> None:
         """What follows, until it is taken, belongs together."""
@@ -190,6 +206,7 @@ class Rehearsal:
     def reduce(self) -> None:
         """Call what is on the stack."""
         arguments, function = self.stack.pop(), self.stack.pop()
+        self.count_container()
         self.push(self.called(function.name, arguments))
 
     def called(self, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -197,7 +214,7 @@ class Rehearsal:
         if name in TENSORS:
             return self.tensor(arguments, TENSORS[name])
         if name in PARAMETERS:
-            _check_no_hooks(arguments[2])
+            check_no_hooks(arguments[2])
             return Container("object", list(arguments))
         if name == WITH_ATTRIBUTES and arguments[1].name in (*TENSOR_CLASSES, *self.allowed):
             return Container("object", [self.called(arguments[0].name, arguments[2]), *arguments[3:]])
@@ -212,7 +229,7 @@ class Rehearsal:
         storage, offset, size, stride = arguments[:4]
         itemsize = storage.itemsize if dtype_at < 0 else itemsize_of(arguments[dtype_at].name) or 0
         if len(arguments) > 5:
-            _check_no_hooks(arguments[5])
+            check_no_hooks(arguments[5])
         numbers = (offset, *size, *stride)
         if len(size) != len(stride) or len(size) > DEEPEST or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError("a tensor has a shape that no tensor has")
@@ -239,17 +256,6 @@ class Rehearsal:
         thing.values.append(state)
 
 
-def _check_no_hooks(hooks: Any) -> None:
-    if not isinstance(hooks, Container) or hooks.values:
-        raise ValueError("a tensor has hooks, which torch.save does not write")
-
-
-def _allowed_by_the_user() -> set[str]:
-    """The names of what ``torch.serialization.add_safe_globals`` was given."""
-    entries = torch.serialization.get_safe_globals()
-    return {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in entries}
-
-
 def _ordered_dict(rehearsal: Rehearsal) -> Container:
     return Container("dict")
 
@@ -267,10 +273,6 @@ def _scalar(rehearsal: Rehearsal, *arguments: Any) -> Scalar:
     if not all(isinstance(value, (str, float, int)) for value in arguments):
         raise ValueError("its pickle is damaged")
     return Scalar()
-
-
-def _shape(rehearsal: Rehearsal, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return sizes
 
 
 def _encoded(rehearsal: Rehearsal, text: str, encoding: str) -> bytes:
@@ -291,7 +293,7 @@ ALLOWED: dict[str, Callable[..., Any]] = {
     "builtins.set": _set,
     "builtins.complex": _scalar,
     "builtins.bytearray": _bytearray,
-    "torch.Size": _shape,
+    "torch.Size": lambda _, sizes: sizes,
     "torch.device": _scalar,
     "torch.serialization._get_layout": _scalar,
     "_codecs.encode": _encoded,

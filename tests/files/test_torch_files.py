@@ -96,6 +96,14 @@ def test_values_that_cost_more_than_they_take_in_the_file_are_refused(tmp_path, 
         read_torch_file(path, True)
 
 
+def test_a_pickle_of_a_million_empty_lists_is_refused(tmp_path, monkeypatch):
+    torch.save([[] for _ in range(20)], path := tmp_path / "a.pt")
+    assert read_torch_file(path, True) == [[]] * 20
+    monkeypatch.setattr("lightning_lora.files.pickles.MOST_CONTAINERS", 20)
+    with pytest.raises(ValueError, match="its pickle has more than 20 lists, dicts and tensors"):
+        read_torch_file(path, True)
+
+
 def with_pickle(path: Path, change) -> None:
     """Write the archive again with another pickle in it."""
     with zipfile.ZipFile(path) as archive:
