@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.merge import merge_lora, unmerge_lora
+from lightning_lora.model.merged_values import merged_state_dict
 from lightning_lora.model.plan import plan_lora
 from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
@@ -56,6 +57,7 @@ __all__ = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "merged_state_dict",
     "plan_lora",
     "remove_lora",
     "save_adapter",

@@ -35,7 +35,6 @@ ELSEWHERE = {
     "layers/source_code": ("layers/test_weight_reads", "it is read to answer whether a weight is read"),
     "layers/weight_view": ("targets/test_fused_qkv", "its rows are those of query, key and value"),
     "model/freeze": ("model/test_apply", "`apply_lora` freezes"),
-    "model/merged_values": ("trainer/strategies/test_sharded_edges", "it gathers weights that a strategy sharded"),
     "model/record": ("model/test_merge", "the record is what a merge leaves, for an exact unmerge"),
     "model/table": ("model/test_summary", "the table is what the summary prints"),
     "ops/compiled_input": ("ops/test_shared_input", "it must equal the eager op, under a compiler"),

@@ -27,6 +27,7 @@ NAMES = [
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "merged_state_dict",
     "plan_lora",
     "remove_lora",
     "save_adapter",

@@ -36,8 +36,8 @@ class LoRALayer(nn.Module):
         if key in self.__dict__:  # FSDP1 sets the attribute too while a unit is gathered
             self.__dict__[key] = value
 
-    def lora_after_merge(self) -> bool:
-        """Called after a merge: change the merged weight as the plain layer would; returns whether it did."""
+    def lora_after_merge(self, weight: Tensor) -> bool:
+        """Called with a merged weight: change it in place as the plain layer would; returns whether it did."""
         return False
 
 

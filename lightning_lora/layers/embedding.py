@@ -43,9 +43,9 @@ class LoRALookup(LoRALayer):
         """The padding index, which has no delta as it has no gradient."""
         return {"padding_idx": module.padding_idx}
 
-    def lora_after_merge(self) -> bool:
+    def lora_after_merge(self, weight: Tensor) -> bool:
         """Renormalise the rows if there is a ``max_norm``."""
-        return renormalise(self)  # type: ignore[arg-type]
+        return renormalise(weight, self.max_norm, self.norm_type)  # type: ignore[arg-type]
 
 
 class LoRAEmbedding(LoRALookup, nn.Embedding):
@@ -70,18 +70,18 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
 
 
 @torch.no_grad()
-def renormalise(layer: nn.Embedding | nn.EmbeddingBag) -> bool:
-    """Renormalise the weight in place until it no longer changes; returns whether there is a ``max_norm``.
+def renormalise(weight: Tensor, max_norm: float | None, norm_type: float) -> bool:
+    """Renormalise the rows of ``weight`` in place until they no longer change; returns whether there is a ``max_norm``.
 
     The plain layer renormalises again at each lookup, and one application can leave a row above the norm by rounding.
     """
-    if layer.max_norm is None:
+    if max_norm is None:
         return False
-    index = torch.arange(layer.num_embeddings, device=layer.weight.device)
+    index = torch.arange(len(weight), device=weight.device)
     for _ in range(8):
-        before = layer.weight.clone()
-        torch.embedding_renorm_(layer.weight, index, layer.max_norm, layer.norm_type)
-        if torch.equal(before, layer.weight):
+        before = weight.clone()
+        torch.embedding_renorm_(weight, index, max_norm, norm_type)
+        if torch.equal(before, weight):
             break
     return True
 

@@ -54,7 +54,7 @@ def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[Me
     merged = _as_weight([each.merged for each in sums], weight)
     record = MergedWeight(_patches(originals, sums), checksum(merged), before)
     weight.copy_(merged)  # the last step that an error could come before
-    if layer.lora_after_merge():
+    if layer.lora_after_merge(weight):
         for each, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
             each.roundtrip = exact.subtract_delta(matrix, pairs)
         record.patches, record.checksum = _patches(originals, sums), checksum(weight)

@@ -1,43 +1,129 @@
-"""The state dict of the merged model without a merge: sharded weights are gathered one by one and not kept."""
+"""The state dict of the merged model without a merge: sums are computed one by one, and the model is not changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import full_parameters
+from lightning_lora.distributed.sharded import fsdp1_units, full_parameters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.merge import quantized_layers
 from lightning_lora.model.merge_layer import factors_of
-from lightning_lora.names import join, named_modules, named_parameters
+from lightning_lora.model.state import full_detached, has_adapters, lora_parameters, own_state
+from lightning_lora.names import clean, join, named_modules, named_parameters
 from lightning_lora.ops import exact_sum as exact
 
 
-@torch.no_grad()
-def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of the merged model, one tensor at a time; ``model`` is not changed.
+def merged_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+    """What ``model.state_dict()`` of the merged model gives, bit for bit, while ``model`` stays as it is.
 
-    Every rank must iterate to the end.
+    It works with live adapters, as in the middle of a run, and after a merge. The plain model loads it, without this
+    package. As in torch's ``state_dict`` the weights without an adapter are the model's own memory: clone them to keep
+    them while training continues. Every rank must call it where weights are sharded, and gets all values.
+
+    Raises:
+        ValueError: if ``model`` has no adapters, an adapted weight is quantized, or the model's own ``state_dict``
+            leaves one out.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Linear(4, 2)
+        >>> _ = apply_lora(model, LoRAConfig(targets="all"))
+        >>> _ = nn.Linear(4, 2).load_state_dict(merged_state_dict(model))
     """
+    if not has_adapters(model):
+        raise ValueError("The model has no adapters, live or merged: `model.state_dict()` is its plain state dict.")
+    for name in quantized_layers(model):
+        raise ValueError(f"`{name}` is quantized, and its few bits cannot hold the sum of the weight and the adapter.")
+    return with_merged_weights(model, dict(merged_values(model)))
+
+
+def with_merged_weights(model: nn.Module, values: Mapping[str, Tensor]) -> OrderedDict[str, Any]:
+    """The state dict of ``model`` without its adapters, with ``values`` in the place of its own.
+
+    Args:
+        model: a model with live or merged adapters.
+        values: by clean name, as of :func:`merged_values`.
+
+    Raises:
+        ValueError: if the model's own ``state_dict`` has no entry for an adapted weight.
+    """
+    # A state dict of FSDP1's gathers all parameters of a unit at once.
+    state = own_state(model) if fsdp1_units(model) else model.state_dict()
+    layers = [(name, layer) for name, layer in named_modules(model) if isinstance(layer, LoRALayer)]
+    added = {join(name, f"lora.{key}") for name, layer in layers for key in layer.lora.state_dict()}
+    keys = {key: clean(key) for key in state if clean(key) not in added}
+    for name, layer in layers:
+        for key in layer.lora.by_weight():
+            if join(name, key) not in keys.values():
+                raise ValueError(
+                    f"`{type(model).__name__}.state_dict()` has no entry `{join(name, key)}`, an adapted weight, so it "
+                    "has no place for the merged value. Leave this entry in it under this name."
+                )
+    result: OrderedDict[str, Any] = OrderedDict(
+        (key, full_detached(values.get(name, state[key]))) for key, name in keys.items()
+    )
+    inside = tuple(join(name, "lora.") for name, _ in layers)
+    versions = getattr(state, "_metadata", {}).items()
+    result._metadata = OrderedDict(  # type: ignore[attr-defined]
+        (name, version) for name, version in versions if not f"{clean(name)}.".startswith(inside)
+    )
+    return result
+
+
+@torch.no_grad()
+def merged_values(
+    model: nn.Module, adapter: Mapping[str, Any] | None = None, device: torch.device | str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of the merged model by clean name, one at a time; ``model`` is not changed.
+
+    Tied parameters are the same object. Every rank must iterate to the end.
+
+    Args:
+        model: a model with live or merged adapters.
+        adapter: values to take in the place of the model's own, as of ``lora_state_dict``; of all adapters.
+        device: where to put the sums, which are new memory; ``None`` leaves them where the weights are.
+    """
+    adapter = adapter or {}
+    given = {id(parameter): adapter[name] for name, parameter in lora_parameters(model) if name in adapter}
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append((join(name, key), module, key))
     of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
+        value = next((adapter[name] for name, *_ in of_name[first] if name in adapter), value)
         for name, module, key in of_name[first]:
-            if not isinstance(module, Adapter):
-                yield name, _sum(value, module.lora.by_weight().get(key, []) if isinstance(module, LoRALayer) else [])
+            if isinstance(module, LoRALayer) and key in module.lora.by_weight():
+                yield name, _merged_weight(module, key, value, given).to(device)
+            elif not isinstance(module, Adapter):
+                yield name, value
     for name, module in named_modules(model):
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield join(name, key), buffer
+                yield join(name, key), adapter.get(join(name, key), buffer)
 
 
-def _sum(value: Tensor, adapters: list[Adapter]) -> Tensor:
-    if not adapters:
-        return value
+def _merged_weight(layer: LoRALayer, key: str, value: Tensor, given: Mapping[int, Tensor]) -> Tensor:
+    """What a merge would write in the place of the full weight ``value``."""
+    adapters = [_with_values(adapter, given) for adapter in layer.lora.by_weight()[key]]
     pairs = zip(adapters[0].part.matrices(value), factors_of(adapters, value), strict=True)
-    return torch.stack([exact.add_delta(matrix, factors).merged for matrix, factors in pairs]).view(value.shape)
+    merged = torch.stack([exact.merged_matrix(matrix, factors) for matrix, factors in pairs]).view(value.shape)
+    layer.lora_after_merge(merged)
+    return merged
+
+
+def _with_values(adapter: Adapter, given: Mapping[int, Tensor]) -> Adapter:
+    """A copy of ``adapter`` with the ``given`` values, by the id of its own parameters."""
+    if not given:
+        return adapter
+    changed = copy(adapter)
+    values = {key: nn.Parameter(given[id(parameter)], False) for key, parameter in adapter._parameters.items()}
+    changed.__dict__["_parameters"] = values
+    return changed

@@ -135,6 +135,15 @@ def add_delta(matrix: Tensor, factors: Factors) -> MergedMatrix:
 
 
 @torch.no_grad()
+def merged_matrix(matrix: Tensor, factors: Factors) -> Tensor:
+    """The sum that :func:`add_delta` computes, without the numbers that a merge records."""
+    result = torch.empty_like(matrix)
+    for rows, delta in delta_blocks(matrix, factors):
+        result[rows] = matrix[rows].to(delta.dtype) + delta
+    return result
+
+
+@torch.no_grad()
 def subtract_delta(matrix: Tensor, factors: Factors) -> Tensor:
     """``matrix`` minus the sum of ``left @ right`` over ``factors``: the original except for a few elements."""
     result = torch.empty_like(matrix)

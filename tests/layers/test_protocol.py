@@ -8,7 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lightning_lora import disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import (
+    disable_lora,
+    lora_parameters,
+    merge_lora,
+    merged_state_dict,
+    remove_lora,
+    unmerge_lora,
+)
 from tests.helpers import oracles
 from tests.helpers.layer_cases import LAYER_CASES, RANK, Subject, cast, tensors
 from tests.helpers.oracles import same_bits
@@ -172,9 +179,12 @@ def test_a_merge_is_the_rounded_sum_and_unmerge_gives_every_bit_back(name):
     subject = Subject(name).train()
     values, sums = oracles.snapshot(subject.model), subject.sums(subject.pairs())
     output = {mode: run(subject, subject.layer, mode) for mode in ("train", "eval-no-grad")}
+    beforehand = {key: value.clone() for key, value in merged_state_dict(subject.model).items()}
+    oracles.assert_same_values(subject.model, values)
     for _ in range(2):
         merge_lora(subject.model)
         assert type(subject.layer) is type(subject.plain)
+        oracles.assert_same_values(subject.model, beforehand)
         for key, total in sums.items():
             assert_rounded(subject.layer.get_parameter(key), shortened(subject.plain, total))
             assert not same_bits(subject.layer.get_parameter(key), subject.plain.get_parameter(key))
