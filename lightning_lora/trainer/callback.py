@@ -22,6 +22,10 @@ class LoRACallback(MethodCallback):
     Averaging callbacks (WeightAveraging, StochasticWeightAveraging) copy the module in ``setup``: put them after this
     one. BaseFinetuning unfreezes what must stay frozen and is refused, as is a second LoRACallback.
 
+    Files hold adapters alone, but the ``on_save_checkpoint`` and ``on_load_checkpoint`` of the module and of other
+    callbacks see the state dict of the whole module, and may read, remove or fill in entries of the base. Under FSDP
+    and DeepSpeed, where no process holds the base, they see the adapters alone.
+
     After Ctrl-C, or with ``merge=False``, the module keeps its adapters. Save them with ``save_adapter`` or
     ``lora_state_dict``: outside a run ``trainer.save_checkpoint`` writes the base and the adapters together.
 

@@ -16,15 +16,15 @@ from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.distributed.sharded import fsdp1_units
 from lightning_lora.files.safetensors_writing import write_merged
-from lightning_lora.foreign import PLAIN_CHECKPOINT_IO
+from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.state import clean_state
-from lightning_lora.names import clean
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_contents import ENTRIES
 from lightning_lora.trainer.compatibility import best_checkpoints
+from lightning_lora.trainer.hook_state import fill_in, trained_entries, whole_state
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.kept_states import with_base_values
@@ -71,6 +71,9 @@ class CheckpointFiles:
         self.loaded = False
         self.plain_files: set[str] = set()
         self.weights_only: bool | None = None  # as the user gave it for this run
+        self.is_sharded = is_a(self.strategy, *SHARDING_STRATEGIES)
+        self.seen_by_hooks: dict[str, Any] | None = None  # the state dict of the save that is under way
+        self.filled_in: dict[str, Any] = {}  # the base's entries that hooks see at a load
 
     def at_setup(self, stack: ExitStack) -> None:
         """Save and load by this class until ``stack`` closes."""
@@ -92,12 +95,19 @@ class CheckpointFiles:
         return self.base
 
     def module_state(self, original: Any) -> dict[str, Any]:
-        """The adapters, whatever a ``state_dict`` of the user's own would leave out."""
-        return self.method.state(self.module)
+        """What the hooks of a save see. The base is removed after them, in :meth:`save`.
+
+        Where the strategy shards the module these are the adapters alone, as no save gathers the base.
+        """
+        if self.is_sharded:
+            return self.method.state(self.module)
+        self.seen_by_hooks = whole_state(self.module)
+        return self.seen_by_hooks
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load the adapters: all of them, or an error before anything is loaded."""
-        state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
+        state = trained_entries(checkpoint, self.filled_in, self.method, self.module)
+        self.filled_in = {}
         self.method.load(self.module, state)
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":
             self.strategy_adapter.load_optimizers({**checkpoint, "state_dict": state})
@@ -109,8 +119,10 @@ class CheckpointFiles:
         if self.method.is_merged(self.module):  # a merged module is evaluated as it is
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
-        checkpoints.check_complete(checkpoint, self.method, self.module)
-        checkpoint = plain_callbacks(checkpoints.without_base(checkpoint, self.method, self.module))
+        seen, self.seen_by_hooks = self.seen_by_hooks, None
+        checkpoint = checkpoints.without_base(checkpoint, self.method, self.module, seen)
+        checkpoints.check_complete(checkpoint, self.method, self.module, seen)
+        checkpoint = plain_callbacks(checkpoint)
         checkpoint[checkpoints.KEY] = checkpoints.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
@@ -151,7 +163,9 @@ class CheckpointFiles:
             self.restore_random_state()
         if "callbacks" in checkpoint:
             checkpoint["callbacks"] = with_base_values(checkpoint["callbacks"], self.module)
-        return checkpoints.fit_to(checkpoint, self.module)
+        checkpoint = checkpoints.fit_to(checkpoint, self.module)
+        self.filled_in = {} if self.is_sharded else fill_in(checkpoint, self.module)
+        return checkpoint
 
     def restore_random_state(self) -> None:
         """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
@@ -190,8 +204,9 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
     trusted = is_written_here(path) or weights_only is False
     checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted)
+    filled_in = {} if is_a(trainer.strategy, *SHARDING_STRATEGIES) else fill_in(checkpoint, module)
     module.on_load_checkpoint(checkpoint)  # undoes what its `on_save_checkpoint` did
-    method.load(module, checkpoints.adapter_of(checkpoint, method, module))
+    method.load(module, trained_entries(checkpoint, filled_in, method, module))
     return checkpoint
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, RunConfig
@@ -49,16 +49,32 @@ def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[
     return {**about, "base": base, "kinds": kinds}
 
 
-def without_base(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
-    """``checkpoint`` without the base: averaging callbacks put whole models there, as an entry and in their state."""
+def without_base(
+    checkpoint: dict[str, Any], method: Method, model: nn.Module, seen_by_hooks: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``checkpoint`` without the base: averaging callbacks put whole models there, as an entry and in their state.
+
+    Args:
+        checkpoint: stays as it is.
+        method: of the adapter.
+        model: the module.
+        seen_by_hooks: the state dict that hooks got, to know the base's tensors where a hook renamed them.
+    """
     frozen, base = method.frozen_names(model), method.base_names(model)
     places = _without({key: value for key, value in checkpoint.items() if key in WEIGHTS}, frozen, base)
-    for weights in WEIGHTS:  # also where a user's own `state_dict` left some of the base out
+    renamed = tensor_ids(value for key, value in (seen_by_hooks or {}).items() if names.clean(key) in base)
+    for weights in WEIGHTS:  # also where a hook took some of the base out
         if isinstance(state := places.get(weights), dict):
-            places[weights] = {key: value for key, value in state.items() if names.clean(str(key)) not in base}
+            kept = keep_adapter(state, base)
+            places[weights] = {key: value for key, value in kept.items() if id(value) not in renamed}
     if "callbacks" in checkpoint:
         places["callbacks"] = without_base_values(checkpoint["callbacks"], model, frozen, base)
     return {**checkpoint, **places}
+
+
+def tensor_ids(values: Iterable[Any]) -> set[int]:
+    """The ids of the tensors in ``values``."""
+    return {id(value) for value in values if isinstance(value, Tensor)}
 
 
 def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
@@ -267,21 +283,21 @@ def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return checkpoint
 
 
-def check_complete(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> None:
-    """Raise if the file about to be written lacks adapters: nobody could load it.
+def check_complete(
+    checkpoint: dict[str, Any], method: Method, model: nn.Module, seen_by_hooks: Mapping[str, Any] | None = None
+) -> None:
+    """Raise if the file about to be written, as of :func:`without_base`, lacks adapters: nobody could load it.
 
     Raises:
         ValueError: naming the hook that can have removed them.
     """
-    needed = method.needed_names(model)
-    if len(checkpoint.get("state_dict", ())) < len(needed):
-        gone = next(key for key in needed if key not in checkpoint.get("state_dict", ()))
-        raise ValueError(
-            f"The checkpoint to be written lacks `{gone}`: an `on_save_checkpoint` of {type(model).__name__} or of a "
-            "callback removed it. Leave entries of the state dict that belong to adapters in place."
-        )
-
-
-def adapter_of(checkpoint: dict[str, Any], method: Method, model: nn.Module) -> dict[str, Any]:
-    """The adapter in a file that :func:`read` opened, under clean names."""
-    return keep_adapter(checkpoint["state_dict"], method.base_names(model))
+    state = checkpoint.get("state_dict", {})
+    written = tensor_ids(state.values())
+    seen = {names.clean(key): value for key, value in (seen_by_hooks or {}).items()}
+    for key in method.needed_names(model):
+        if key not in state and id(seen.get(key)) not in written:  # a hook may rename what it can name again
+            raise ValueError(
+                f"The checkpoint to be written lacks `{key}`: an `on_save_checkpoint` of {type(model).__name__} or of "
+                "a callback removed it, or copied it under another name. Leave the tensors of adapters in the state "
+                "dict."
+            )

@@ -107,9 +107,13 @@ class MethodCallback(CallbackBase):
     ) -> None:
         """Leave in ``checkpoint`` what an adapter file holds; calling it again changes nothing more.
 
-        Lightning calls it for full saves only. During a run every kind of save is filtered where it is written as well.
-        A merged module is the plain model, and its state dict stays whole.
+        Lightning calls it before the hooks of other callbacks and of the module, which see the whole state dict. So the
+        save of a run is not filtered here but where it is written, as are saves that call no callback. A merged module
+        is the plain model, and its state dict stays whole.
         """
+        seen_by_hooks = None if self._run is None else self._run.files.seen_by_hooks
+        if seen_by_hooks is not None and checkpoint.get("state_dict") is seen_by_hooks:
+            return
         if self.method.is_adapted(pl_module):
             adapter_only = checkpoints.without_base(checkpoint, self.method, pl_module)
             checkpoint.clear()
