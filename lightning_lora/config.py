@@ -29,6 +29,7 @@ BASE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
+SAVES = ("adapter", "merged")
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:
@@ -164,6 +165,7 @@ class RunConfig:
         export: directory in which the end of fit writes the adapters in PEFT's format.
         base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
             ``"fp16"``; ``None`` leaves them as they are.
+        save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -176,6 +178,7 @@ class RunConfig:
     init_from: str | None = None
     export: str | None = None
     base_dtype: str | None = None
+    save: str = "adapter"
 
     def __post_init__(self) -> None:
         """Make every argument plain data and check it."""
@@ -186,6 +189,12 @@ class RunConfig:
         check_path("init_from", self.init_from)
         check_path("export", self.export)
         check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
+        check_choice("save", self.save, SAVES)
+        if self.save == "merged" and self.base_dtype is not None:
+            raise ValueError(
+                f"`save='merged'` writes sums with the full-precision weights, which `base_dtype={self.base_dtype!r}` "
+                "takes off the module during the run. Leave one of the two out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data."""

@@ -148,6 +148,7 @@ def test_defaults_are_those_of_the_design():
         "init_from": None,
         "export": None,
         "base_dtype": None,
+        "save": "adapter",
     }
 
 

@@ -282,3 +282,21 @@ class Method(ABC):
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The state dict of the merged model, one tensor at a time, nothing in ``model`` changed; all ranks call it."""
         raise ValueError(f"`{self.key}` cannot be merged into the weights: save the model with its {self.key}.")
+
+    def merged_state(
+        self, model: nn.Module, state: Mapping[str, Any], adapter: Mapping[str, Any], names: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """The state dict of the merged model for a file, computed without a merge.
+
+        It is marked, so that ``model`` can take the adapters from it again by its own ``load_state_dict``.
+
+        Args:
+            model: an adapted or merged model with all weights on this rank.
+            state: a state dict of it.
+            adapter: values of what :meth:`state` gives, which may be others than those in ``model``.
+            names: for each key of ``state`` its name in ``model``, as a hook may have renamed it.
+
+        Raises:
+            ValueError: if the method cannot be merged, or ``state`` lacks an adapted weight.
+        """
+        raise ValueError(f"`{self.key}` cannot be merged into the weights: save the model with its {self.key}.")

@@ -13,13 +13,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
 from lightning_lora.methods.base import Method, MethodConfig, Watched
+from lightning_lora.model.adapter_loading import mark_merged
 from lightning_lora.model.apply import drop_adapters, remove_lora
 from lightning_lora.model.copies import has_copies, make_plain, targets_of
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
-from lightning_lora.model.merged_values import merged_values
+from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
 from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
@@ -222,3 +223,11 @@ class LoRAMethod(Method):
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return merged_values(model)
+
+    @override
+    def merged_state(
+        self, model: nn.Module, state: Mapping[str, Any], adapter: Mapping[str, Any], names: Mapping[str, str]
+    ) -> dict[str, Any]:
+        merged = with_merged_weights(model, state, dict(merged_weights(model, adapter)), names)
+        mark_merged(merged, adapter)
+        return merged

@@ -1,52 +1,173 @@
 """Adapter state dicts load by a module's own ``load_state_dict``, whether its adapters are live or merged.
 
 Many libraries restore the best checkpoint by ``module.load_state_dict(torch.load(path)["state_dict"])`` after ``fit``.
-The file of a LoRA run holds no frozen parameter, and torch alone would refuse it.
+The file of a LoRA run holds no frozen parameter, and torch alone would refuse it. A merged state dict, or one of the
+module with its live adapters, holds frozen parameters too: then only the adapters are loaded, and the base stays as it
+is, so that no update is added twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.model.merge import unmerged
+from lightning_lora.distributed.sharded import is_sharded, is_split
+from lightning_lora.layers.base import adapted_layers, is_adapted
+from lightning_lora.model.merge import quantized_layers, unmerged
+from lightning_lora.model.merged_values import merged_weights
 from lightning_lora.model.record import is_merged, record_of
 from lightning_lora.model.state import (
     check_state,
     clean_state,
     frozen_names,
+    has_adapters,
     load_lora_state_dict,
     lora_parameters,
+    lora_state_dict,
+    needed_names,
     own_state,
 )
+from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.targets.survey import Survey, survey_of
+
+MARK = "lightning_lora"  # in the metadata that torch keeps with a state dict, among that of the module itself
+
+
+def mark_merged(state: Any, adapter: Mapping[str, Any]) -> None:
+    """Record in ``state``, the state dict of a merged model, the adapters that are merged in it.
+
+    ``torch.save`` keeps the mark. A module without adapters loads the state dict as if there were none.
+    """
+    state._metadata.setdefault("", {})[MARK] = dict(adapter)
 
 
 class AdapterStateDict:
-    """A ``load_state_dict`` pre-hook: it loads an adapter state dict, and gives torch the module's own tensors instead.
+    """A ``load_state_dict`` pre-hook: it loads the adapters of a state dict, and gives torch the module's own tensors.
 
     Any other state dict is left to torch. torch does not tell a hook the argument ``strict``, so an adapter state dict
     must fit exactly under ``strict=False`` too.
     """
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        """If the entries of ``module`` in ``state_dict`` are those of an adapter, load all of them or none."""
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: object
+    ) -> None:
+        """If the entries of ``module`` in ``state_dict`` have adapters, load all of these or none."""
         # Below the module that was adapted, only the one whose `load_state_dict` was called knows the whole file.
-        if names.clean(prefix) and record_of(module).config is None:
+        if (names.clean(prefix) and record_of(module).config is None) or not has_adapters(module):
             return
-        entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        adapter = {names.clean(key[len(prefix) :]): value for key, value in entries.items()}
-        if not is_adapter_state(module, adapter):
-            return
-        check_state(module, adapter)
-        with unmerged(module):
-            load_lora_state_dict(module, adapter)
-        for key in entries:
-            del state_dict[key]
-        state_dict.update({prefix + key: value for key, value in own_state(module).items()})  # torch copies nothing
+        keys = {names.clean(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)}
+        done = load_adapters(module, {name: state_dict[key] for name, key in keys.items()}, metadata.get(MARK))
+        for name in done & keys.keys():
+            del state_dict[keys[name]]
+        if done:
+            own = own_state(module).items()  # which torch copies onto itself
+            state_dict.update({prefix + key: value for key, value in own if names.clean(key) in done})
+
+
+def load_adapters(module: nn.Module, state: Mapping[str, Any], marked: Mapping[str, Any] | None) -> set[str]:
+    """Load the adapters of ``state``, if it has any, into ``module``, which has adapters too.
+
+    Args:
+        module: it stays merged if it is.
+        state: under clean names.
+        marked: the adapters that are merged in ``state``, where that is known.
+
+    Returns:
+        The names of the entries that torch must not load any more.
+
+    Raises:
+        ValueError: if the adapters do not fit, or their base is another one; then nothing was changed.
+    """
+    if marked is not None:
+        _adopt(module, marked, state, are_merged=True)
+    elif is_adapter_state(module, state):
+        if not state.keys() & frozen_names(module):
+            check_state(module, state)
+            with unmerged(module):
+                load_lora_state_dict(module, state)
+            return clean_state(module).keys() | state.keys()
+        frozen = frozen_names(module)
+        marked = {name: value for name, value in state.items() if name not in frozen}
+        _adopt(module, marked, state, are_merged=False)
+    else:
+        return _own_merged_weights(module, state) if is_adapted(module) else set()
+    return state.keys() & clean_state(module).keys() | marked.keys() | set(needed_names(module))
+
+
+def _adopt(module: nn.Module, adapter: Mapping[str, Any], state: Mapping[str, Any], are_merged: bool) -> None:
+    """Load ``adapter``, and see that the rest of ``state`` is the base of ``module``, with it merged or not."""
+    check_state(module, adapter)
+    before = {name: value.clone() for name, value in lora_state_dict(module).items() if isinstance(value, Tensor)}
+    with unmerged(module):
+        load_lora_state_dict(module, adapter)
+        base = {name: value for name, value in clean_state(module).items() if name in frozen_names(module)}
+        sums = merged_weights(module, {}) if are_merged else ()
+        wrong = next(
+            (name for name, value in _with_sums(base, sums) if not _agree(state.get(name, value), value)), None
+        )
+        if wrong is not None:
+            load_lora_state_dict(module, before)
+    if wrong is not None:
+        raise ValueError(
+            f"`{wrong}` has other values in the state dict than in this module, so its adapters were trained on "
+            "another base. To load it as it is call `remove_lora(module)` first."
+        )
+
+
+def _with_sums(base: Mapping[str, Any], sums: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Any]]:
+    """The entries of ``base``, of which ``sums`` replace some; one sum is in memory at a time."""
+    summed = set()
+    for name, value in sums:
+        summed.add(name)
+        yield name, value
+    yield from ((name, value) for name, value in base.items() if name not in summed)
+
+
+def _own_merged_weights(module: nn.Module, state: Mapping[str, Any]) -> set[str]:
+    """The adapted weights of ``module``, if all that ``state`` has of them have the live adapters merged in already.
+
+    A mark is lost where a state dict is copied entry by entry. Other values are those of a new base.
+    """
+    base = clean_state(module)
+    weights = [names.join(name, key) for name, layer in adapted_layers(module) for key in layer.lora.by_weight()]
+    if not all(name in state and _is_whole(base[name]) for name in weights) or quantized_layers(module):
+        return set()
+    if all(_agree(state[name], base[name]) for name in weights):
+        return set()
+    if all(_agree(state[name], value) for name, value in merged_weights(module, {})):
+        return set(weights)
+    others = frozen_names(module) & state.keys() - set(weights)
+    if others and all(_agree(state[name], base[name]) for name in others):
+        warnings.warn(
+            f"The state dict that was loaded differs from the base in adapted weights only (as in `{weights[0]}`). If "
+            "adapters are merged in it, they act twice now: load `checkpoint['state_dict']` as it is, without a copy.",
+            stacklevel=2,
+        )
+    return set()
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether the values of ``value`` are all on this rank."""
+    return not (isinstance(value, Tensor) and (value.is_meta or is_sharded(value) or is_split(value)))
+
+
+def _agree(stored: Any, own: Any) -> bool:
+    """Whether two values are equal but for rounding to the dtype of one of them, as far as they can be compared."""
+    if not isinstance(stored, Tensor) or not isinstance(own, Tensor) or not _is_whole(own):
+        return True
+    if stored.shape != own.shape or same_bits(stored, own):
+        return stored.shape == own.shape
+    if not (stored.is_floating_point() and own.is_floating_point()):
+        return False
+    step = 4 * max(torch.finfo(value.dtype).eps for value in (stored, own))
+    one, other = (value.detach().to("cpu", torch.float64) for value in (stored, own))
+    size = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=step, atol=step * size, equal_nan=True)
 
 
 def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:

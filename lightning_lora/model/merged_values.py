@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import fsdp1_units, full_parameters
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.merge import quantized_layers
 from lightning_lora.model.merge_layer import factors_of
 from lightning_lora.model.state import full_detached, has_adapters, lora_parameters, own_state
@@ -41,73 +41,91 @@ def merged_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         raise ValueError("The model has no adapters, live or merged: `model.state_dict()` is its plain state dict.")
     for name in quantized_layers(model):
         raise ValueError(f"`{name}` is quantized, and its few bits cannot hold the sum of the weight and the adapter.")
-    return with_merged_weights(model, dict(merged_values(model)))
+    # A state dict of FSDP1's gathers all parameters of a unit at once.
+    state = own_state(model) if fsdp1_units(model) else model.state_dict()
+    return with_merged_weights(model, state, dict(merged_values(model)))
 
 
-def with_merged_weights(model: nn.Module, values: Mapping[str, Tensor]) -> OrderedDict[str, Any]:
-    """The state dict of ``model`` without its adapters, with ``values`` in the place of its own.
+def with_merged_weights(
+    model: nn.Module, state: Mapping[str, Any], values: Mapping[str, Tensor], names: Mapping[str, str] | None = None
+) -> OrderedDict[str, Any]:
+    """``state`` without the adapters of ``model``, with ``values`` in the place of its own.
 
     Args:
         model: a model with live or merged adapters.
+        state: a state dict of it.
         values: by clean name, as of :func:`merged_values`.
+        names: the clean name of each key in ``state``, where it is not the key's own.
 
     Raises:
-        ValueError: if the model's own ``state_dict`` has no entry for an adapted weight.
+        ValueError: if ``state`` has no entry for an adapted weight.
     """
-    # A state dict of FSDP1's gathers all parameters of a unit at once.
-    state = own_state(model) if fsdp1_units(model) else model.state_dict()
+    names = names or {key: clean(key) for key in state}
     layers = [(name, layer) for name, layer in named_modules(model) if isinstance(layer, LoRALayer)]
+    check_entries(model, set(names.values()))
     added = {join(name, f"lora.{key}") for name, layer in layers for key in layer.lora.state_dict()}
-    keys = {key: clean(key) for key in state if clean(key) not in added}
-    for name, layer in layers:
-        for key in layer.lora.by_weight():
-            if join(name, key) not in keys.values():
-                raise ValueError(
-                    f"`{type(model).__name__}.state_dict()` has no entry `{join(name, key)}`, an adapted weight, so it "
-                    "has no place for the merged value. Leave this entry in it under this name."
-                )
     result: OrderedDict[str, Any] = OrderedDict(
-        (key, full_detached(values.get(name, state[key]))) for key, name in keys.items()
+        (key, full_detached(values.get(names[key], value))) for key, value in state.items() if names[key] not in added
     )
     inside = tuple(join(name, "lora.") for name, _ in layers)
     versions = getattr(state, "_metadata", {}).items()
     result._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (name, version) for name, version in versions if not f"{clean(name)}.".startswith(inside)
+        (name, dict(version)) for name, version in versions if not f"{clean(name)}.".startswith(inside)
     )
     return result
 
 
+def check_entries(model: nn.Module, present: Container[str]) -> None:
+    """Raise if one of the adapted weights of ``model`` is not among the clean names that are ``present``.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, layer in adapted_layers(model):
+        for key in layer.lora.by_weight():
+            if join(name, key) not in present:
+                raise ValueError(
+                    f"`{type(model).__name__}.state_dict()` has no entry `{join(name, key)}`, an adapted weight, so it "
+                    "has no place for the merged value. Leave this entry in it under this name."
+                )
+
+
 @torch.no_grad()
-def merged_values(
-    model: nn.Module, adapter: Mapping[str, Any] | None = None, device: torch.device | str | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: nn.Module, adapter: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What a merge would write into each adapted weight of ``model``, one at a time, by clean name and on the CPU.
+
+    Args:
+        model: a model whose weights are whole on this rank, with live adapters.
+        adapter: the values of A and B by name, which may be others than those in ``model``, such as an average.
+    """
+    given = {id(parameter): adapter[name] for name, parameter in lora_parameters(model) if name in adapter}
+    for name, layer in named_modules(model):
+        if isinstance(layer, LoRALayer):
+            for key in layer.lora.by_weight():
+                yield join(name, key), _merged_weight(layer, key, parameter_of(layer, key), given).cpu()
+
+
+@torch.no_grad()
+def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of the merged model by clean name, one at a time; ``model`` is not changed.
 
     Tied parameters are the same object. Every rank must iterate to the end.
-
-    Args:
-        model: a model with live or merged adapters.
-        adapter: values to take in the place of the model's own, as of ``lora_state_dict``; of all adapters.
-        device: where to put the sums, which are new memory; ``None`` leaves them where the weights are.
     """
-    adapter = adapter or {}
-    given = {id(parameter): adapter[name] for name, parameter in lora_parameters(model) if name in adapter}
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append((join(name, key), module, key))
     of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
-        value = next((adapter[name] for name, *_ in of_name[first] if name in adapter), value)
         for name, module, key in of_name[first]:
             if isinstance(module, LoRALayer) and key in module.lora.by_weight():
-                yield name, _merged_weight(module, key, value, given).to(device)
+                yield name, _merged_weight(module, key, value, {})
             elif not isinstance(module, Adapter):
                 yield name, value
     for name, module in named_modules(model):
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield join(name, key), adapter.get(join(name, key), buffer)
+                yield join(name, key), buffer
 
 
 def _merged_weight(layer: LoRALayer, key: str, value: Tensor, given: Mapping[int, Tensor]) -> Tensor:

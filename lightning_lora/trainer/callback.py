@@ -22,9 +22,9 @@ class LoRACallback(MethodCallback):
     Averaging callbacks (WeightAveraging, StochasticWeightAveraging) copy the module in ``setup``: put them after this
     one. BaseFinetuning unfreezes what must stay frozen and is refused, as is a second LoRACallback.
 
-    Files hold adapters alone, but the ``on_save_checkpoint`` and ``on_load_checkpoint`` of the module and of other
-    callbacks see the state dict of the whole module, and may read, remove or fill in entries of the base. Under FSDP
-    and DeepSpeed, where no process holds the base, they see the adapters alone.
+    Checkpoints hold adapters alone unless ``save="merged"``. But the ``on_save_checkpoint`` and ``on_load_checkpoint``
+    of the module and of other callbacks see the state dict of the whole module, and may read, remove or fill in entries
+    of the base. Under FSDP and DeepSpeed, where no process holds the base, they see the adapters alone.
 
     After Ctrl-C, or with ``merge=False``, the module keeps its adapters. Save them with ``save_adapter`` or
     ``lora_state_dict``: outside a run ``trainer.save_checkpoint`` writes the base and the adapters together.
@@ -73,6 +73,11 @@ class LoRACallback(MethodCallback):
             backward. The fp32 values wait in CPU memory and return after the run. Other layers stay as they are; a
             cast layer called outside autocast raises. FSDP, DeepSpeed and weight averaging, which cast or copy the
             base themselves, are refused.
+        save: What the checkpoints of the run hold. "adapter": the adapters alone. "merged": the state dict of the
+            merged model, which Lightning and every other library load into the plain module, without this package. The
+            adapters are in the file as well, and this callback resumes, tests and merges from it as from a file of
+            adapters. A file is then larger than one of the base, and each save computes the sums, one layer at a time.
+            FSDP, DeepSpeed, quantized weights and base_dtype are refused.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -107,6 +112,7 @@ class LoRACallback(MethodCallback):
         init_from: str | None = None,
         export: str | None = None,
         base_dtype: Literal["bf16", "fp16"] | None = None,
+        save: Literal["adapter", "merged"] = "adapter",
     ) -> None:
         config = LoRAConfig(
             r=r,
@@ -130,6 +136,7 @@ class LoRACallback(MethodCallback):
             init_from=init_from,
             export=export,
             base_dtype=base_dtype,
+            save=save,
         )
         super().__init__(LoRAMethod(config), run_config)
         self.config = config

@@ -28,6 +28,7 @@ from lightning_lora.trainer.hook_state import fill_in, trained_entries, whole_st
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.kept_states import with_base_values
+from lightning_lora.trainer.merged_saves import with_merged_state
 from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 
@@ -101,7 +102,8 @@ class CheckpointFiles:
         """
         if self.is_sharded:
             return self.method.state(self.module)
-        self.seen_by_hooks = whole_state(self.module)
+        # The state dict of the user's own may rename the base, and could then not be told from what trains.
+        self.seen_by_hooks = original() if self.run_config.save == "merged" else whole_state(self.module)
         return self.seen_by_hooks
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
@@ -119,7 +121,18 @@ class CheckpointFiles:
         if self.method.is_merged(self.module):  # a merged module is evaluated as it is
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
+        checkpoint = self.contents(checkpoint)
+        plain = type(self.strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO and "://" not in str(filepath)
+        if not plain or storage_options is not None:  # the user's own may write anywhere
+            return original(checkpoint, filepath, storage_options=storage_options)
+        if self.trainer.is_global_zero:
+            checkpoints.write_checkpoint(checkpoint, filepath)
+        return None
+
+    def contents(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What is written of ``checkpoint``, which the hooks of the user have seen; every rank must call it."""
         seen, self.seen_by_hooks = self.seen_by_hooks, None
+        whole = checkpoint["state_dict"]
         checkpoint = checkpoints.without_base(checkpoint, self.method, self.module, seen)
         checkpoints.check_complete(checkpoint, self.method, self.module, seen)
         checkpoint = plain_callbacks(checkpoint)
@@ -127,16 +140,14 @@ class CheckpointFiles:
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
         checkpoint[checkpoints.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
-        if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
-            checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
-        plain = type(self.strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO and "://" not in str(filepath)
-        if not plain or storage_options is not None:  # the user's own may write anywhere
-            return original(checkpoint, filepath, storage_options=storage_options)
-        if self.trainer.is_global_zero:
-            checkpoints.write_checkpoint(checkpoint, filepath)
-        return None
+        if self.run_config.save == "merged":
+            writes = self.trainer.is_global_zero
+            return with_merged_state(checkpoint, whole, seen, self.method, self.module) if writes else checkpoint
+        if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
+            checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
+        return checkpoint
 
     def _random_states(self) -> list[random_state.State]:
         own = random_state.random_state(self.strategy.root_device)

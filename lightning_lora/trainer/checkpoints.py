@@ -190,6 +190,9 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, A
             "to start from these weights load them into the module as its base: "
             "model.load_state_dict(torch.load(path)['state_dict'])."
         )
+    recorded = checkpoint[KEY]
+    if isinstance(recorded, dict) and "state_dict" in recorded:  # written with save="merged"
+        checkpoint["state_dict"] = recorded.pop("state_dict")
     return checkpoint
 
 

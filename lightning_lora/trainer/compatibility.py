@@ -148,6 +148,11 @@ def _check_checkpoints(trainer: Any, config: RunConfig) -> None:
             "`merge='best'` needs a checkpoint to take the best adapters from, but the Trainer has no ModelCheckpoint "
             "with a `monitor`. Add ModelCheckpoint(monitor=...), or use merge='last'."
         )
+    if config.save == "merged" and is_a(trainer.strategy, *SHARDING_STRATEGIES):
+        raise MisconfigurationException(
+            f"`save='merged'` needs the whole model in every save, which {type(trainer.strategy).__name__} shards, and "
+            "no save gathers the base. Use save='adapter'; the merged weights are written at the end of fit."
+        )
     if is_spawned(trainer) and not trainer.checkpoint_callbacks:
         raise MisconfigurationException(
             "Processes started by spawn or fork do not give the adapters back to this one, and without a "

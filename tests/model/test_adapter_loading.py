@@ -18,9 +18,11 @@ from lightning_lora import (
     load_from_checkpoint,
     lora_state_dict,
     merge_lora,
+    merged_state_dict,
     remove_lora,
     unmerge_lora,
 )
+from lightning_lora.model.adapter_loading import mark_merged
 from tests.helpers.models import Lit, Net, checkpoints, data, net, trainer
 from tests.helpers.selection import slow_except
 
@@ -165,12 +167,38 @@ def test_a_wrong_file_changes_nothing(merged, wrong, strict):
     assert_same(lora_state_dict(model), own)
 
 
-def test_a_frozen_parameter_among_the_adapters_is_refused_where_they_are_merged():
+@pytest.mark.parametrize("copied", [lambda state: state, dict])
+def test_the_state_dict_of_live_adapters_loads_where_they_are_merged(copied):
+    """As libraries write it that call `module.state_dict()` in the middle of a run."""
     model, _ = trained(1, merged=True)
-    before, (live, _) = bits(model), trained(2)
-    with pytest.raises(ValueError, match=r"has `layers\.0\.q\.weight`, which is frozen"):
-        model.load_state_dict(live.state_dict())
+    live, state = trained(2)
+    model.load_state_dict(copied(live.state_dict()))
+    assert_merged(model, state)
+    unmerge_lora(model)
+    assert_same(model.state_dict(), live.state_dict())
+
+
+@pytest.mark.parametrize("name", ["layers.0.q.weight", "layers.0.mlp.bias"])
+def test_live_adapters_on_another_base_are_refused_where_others_are_merged(name):
+    model, own = trained(1, merged=True)
+    before, state = bits(model), trained(2)[0].state_dict()
+    state[name] = state[name] + 1
+    with pytest.raises(ValueError, match=rf"`{name}` has other values in the state dict than in this module"):
+        model.load_state_dict(state)
     assert_same(bits(model), before)
+    assert_same(lora_state_dict(model), own)
+
+
+def test_a_key_that_the_module_has_not_stays_unexpected():
+    model, _ = trained(1, merged=True)
+    merged = merged_state_dict(trained(2)[0])
+    mark_merged(merged, trained(2)[1])
+    merged["other"] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"other"'):
+        model.load_state_dict(merged)
+    del merged["other"], merged["head.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"head.bias"'):
+        net(batch_norm=True).load_state_dict(merged)
 
 
 def test_an_error_in_the_middle_leaves_the_merged_model_as_it_was(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_state_dict, merge_lora, merged_state_dict, unmerge_lora
-from lightning_lora.model.merged_values import merged_values
+from lightning_lora.model.merged_values import merged_weights
 from tests.helpers.models import net
 from tests.helpers.runs import same
 
@@ -85,11 +85,12 @@ def test_a_tied_weight_stays_one_tensor_and_its_adapted_twin_is_another():
     assert same(merged, dict(model.state_dict()))
 
 
-def test_values_of_another_state_take_the_place_of_the_model_s_own():
+def test_the_weights_of_other_values_of_the_adapters():
     model, other = trained(1), trained(2)
-    state = {key: value.clone() for key, value in lora_state_dict(other).items()}
-    assert same(dict(merged_values(model, state)), dict(merged_values(other)))
-    assert same(bits(model), bits(trained(1)))
+    state, before = {key: value.clone() for key, value in lora_state_dict(other).items()}, bits(model)
+    weights, expected = dict(merged_weights(model, state)), merged_state_dict(other)
+    assert len(weights) == 8 and all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert same(bits(model), before)
 
 
 def test_without_adapters_and_without_an_entry_for_a_weight_it_says_so():
