@@ -166,6 +166,7 @@ class RunConfig:
         base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
             ``"fp16"``; ``None`` leaves them as they are.
         save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
+        merged: safetensors file into which the end of fit writes the merged model.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -179,6 +180,7 @@ class RunConfig:
     export: str | None = None
     base_dtype: str | None = None
     save: str = "adapter"
+    merged: str | None = None
 
     def __post_init__(self) -> None:
         """Make every argument plain data and check it."""
@@ -190,6 +192,7 @@ class RunConfig:
         check_path("export", self.export)
         check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
         check_choice("save", self.save, SAVES)
+        check_path("merged", self.merged)
         if self.save == "merged" and self.base_dtype is not None:
             raise ValueError(
                 f"`save='merged'` writes sums with the full-precision weights, which `base_dtype={self.base_dtype!r}` "

@@ -40,7 +40,8 @@ LIGHTNING_HOOKS = frozenset(  # methods of a LightningModule that compute, besid
 )
 
 # torch: modules that wrap another one, and classes that torch makes optional.
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+COMPILED = "_orig_mod"
+WRAPPERS = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 AVERAGED_CLASS = "AveragedModel"
 ATTENTION_OUTPUT = {"NonDynamicallyQuantizableLinear": "Linear"}  # `out_proj` of nn.MultiheadAttention, for people
 PARTITIONED_OPTIMIZER = "ZeroRedundancyOptimizer"

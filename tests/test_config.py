@@ -149,6 +149,7 @@ def test_defaults_are_those_of_the_design():
         "export": None,
         "base_dtype": None,
         "save": "adapter",
+        "merged": None,
     }
 
 

@@ -20,7 +20,6 @@ ELSEWHERE = {
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),
     "torch_internals": ("ops/test_linear", "the ops ask it"),
-    "trainer/end_of_fit": ("trainer/test_callback", "it is what `on_fit_end` does"),
     "trainer/method_callback": ("trainer/test_callback", "LoRACallback is one"),
     "trainer/strategies/fsdp": ("trainer/strategies/test_base", "the strategies are run by one table"),
     "distributed/deepspeed_optimizer": ("trainer/strategies/test_deepspeed", "its input is a DeepSpeed engine"),

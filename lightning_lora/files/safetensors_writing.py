@@ -38,7 +38,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(_raw_bytes(tensors[name]))
 
 
-def write_merged(path: Path, names: Iterable[str], values: Iterable[tuple[str, Tensor]], needed: Iterable[str]) -> None:
+def write_merged(
+    path: Path,
+    names: Iterable[str],
+    values: Iterable[tuple[str, Tensor]],
+    needed: Iterable[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``values`` into a safetensors file at ``path``, each as it comes; the file appears when it is complete.
 
     For weights that no process can hold at once. Space for the header is kept, and filled in at the end.
@@ -48,11 +54,12 @@ def write_merged(path: Path, names: Iterable[str], values: Iterable[tuple[str, T
         names: names of the tensors, or more.
         values: names and tensors; none is kept in memory.
         needed: names without which the file is of no use.
+        metadata: strings for the header, read when all values are written; names of tensors, and short ones.
 
     Raises:
         RuntimeError: naming the first needed tensor that ``values`` lacks, or one that the format has no place for.
     """
-    room = sum(len(json.dumps(name)) + ENTRY for name in names) // 8 * 8 + 8
+    room = sum(len(json.dumps(name)) + ENTRY for name in names) // 8 * 8 + 8 + (ENTRY if metadata else 0)
     sizes: list[Size] = []
     with atomic_write(path) as part, part.open("wb") as file:
         file.seek(8 + room)
@@ -67,7 +74,7 @@ def write_merged(path: Path, names: Iterable[str], values: Iterable[tuple[str, T
         missing = [name for name in needed if name not in written]
         if missing:
             raise RuntimeError(f"`{missing[0]}` could not be gathered, so the merged weights were not written.")
-        header = _header(sizes, {}, room)
+        header = _header(sizes, metadata or {}, room)
         if len(header) > 8 + room:
             raise RuntimeError(
                 f"The header needs {len(header) - 8} bytes and has {room}: `names` must hold every tensor's."

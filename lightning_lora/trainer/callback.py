@@ -78,6 +78,9 @@ class LoRACallback(MethodCallback):
             adapters are in the file as well, and this callback resumes, tests and merges from it as from a file of
             adapters. A file is then larger than one of the base, and each save computes the sums, one layer at a time.
             FSDP, DeepSpeed, quantized weights and base_dtype are refused.
+        merged: File into which the end of fit writes the merged model: safetensors, with the keys of
+            module.state_dict(), tied tensors once. With merge="best" the best adapters are merged in it, else the last;
+            with merge=False the module keeps its adapters all the same.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -113,6 +116,7 @@ class LoRACallback(MethodCallback):
         export: str | None = None,
         base_dtype: Literal["bf16", "fp16"] | None = None,
         save: Literal["adapter", "merged"] = "adapter",
+        merged: str | None = None,
     ) -> None:
         config = LoRAConfig(
             r=r,
@@ -137,6 +141,7 @@ class LoRACallback(MethodCallback):
             export=export,
             base_dtype=base_dtype,
             save=save,
+            merged=merged,
         )
         super().__init__(LoRAMethod(config), run_config)
         self.config = config

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,9 @@ from torch import distributed
 
 from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
-from lightning_lora.distributed.sharded import fsdp1_units
-from lightning_lora.files.safetensors_writing import write_merged
 from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
-from lightning_lora.model.state import clean_state
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_contents import ENTRIES
@@ -219,26 +215,3 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
     module.on_load_checkpoint(checkpoint)  # undoes what its `on_save_checkpoint` did
     method.load(module, trained_entries(checkpoint, filled_in, method, module))
     return checkpoint
-
-
-def export_merged(trainer: Any, method: Method, needed: Iterable[str]) -> Path:
-    """Write the merged weights into the folder of the checkpoints, gathered a unit at a time; every rank must call it.
-
-    Args:
-        trainer: the Trainer.
-        method: what its module is adapted by.
-        needed: names of parameters that must be in it.
-    """
-    outermost = trainer.strategy.model
-    module = outermost if fsdp1_units(outermost) else trainer.lightning_module
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-    path = Path(trainer.strategy.broadcast(str(folder))) / "merged.safetensors"
-    values = method.merged_values(module)
-    try:
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_merged(path, clean_state(module), values, needed)
-    finally:
-        deque(values, maxlen=0)  # the other ranks wait for this one, even where it failed
-    trainer.strategy.barrier()
-    return path

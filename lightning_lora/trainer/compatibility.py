@@ -163,6 +163,12 @@ def _check_checkpoints(trainer: Any, config: RunConfig) -> None:
             f"`export={config.export!r}` is written at the end of fit, when processes started by spawn or fork are "
             "gone with the adapters. Use strategy='ddp', or save_adapter(load_from_checkpoint(...), ...) afterwards."
         )
+    if is_spawned(trainer) and config.merged is not None:
+        raise MisconfigurationException(
+            f"`merged={config.merged!r}` is written at the end of fit, when processes started by spawn or fork are "
+            "gone with the adapters. Use strategy='ddp', or torch.save(merged_state_dict(load_from_checkpoint(...)), "
+            "...) afterwards."
+        )
 
 
 def best_checkpoints(trainer: Any) -> Any | None:

@@ -27,6 +27,7 @@ from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
 from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
+from lightning_lora.trainer.merged_file import check_merged_file
 from lightning_lora.trainer.merged_saves import check_merged_saves
 from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import patch_method
@@ -157,6 +158,8 @@ class Run:
             check_export(self.trainer, self.module, self.run_config.export)
         if self.run_config.save == "merged" and fits:
             check_merged_saves(self.method, self.module)
+        if self.run_config.merged is not None and fits and not self.trainer.fast_dev_run:
+            check_merged_file(self.trainer, self.method, self.module, self.run_config.merged)
         if path is not None and self.was_bare:
             start_from(self.module, path, self.method, self.files.base_fingerprint())
             record_of(self.module).started_from = path

@@ -120,7 +120,8 @@ def test_rounding_losses_of_a_half_precision_merge_are_told(caplog):
     with caplog.at_level(logging.INFO):
         trainer(LoRACallback(r=4), max_epochs=1, precision="bf16-true").fit(module, BF16(data().dataset.tensors))
     [told] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Merged")]
-    assert "Merged 8 layers. Rounding to the weights' dtype lost up to" in told and "(in `net.layers." in told
+    assert "Merged 8 layers in bf16: the adapters of the last step (8). Rounding to the weights' dtype lost" in told
+    assert "(in `net.layers." in told
     assert module.net.layers[0].q.weight.dtype == torch.bfloat16
 
 

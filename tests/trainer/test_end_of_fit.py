@@ -1,0 +1,69 @@
+"""The end of `fit`: what is merged, which file, and one line that says so."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_lora import LoRACallback, lora_parameters
+from tests.helpers.models import Lit, checkpoints, data, trainer
+
+
+def last_line(caplog) -> str:
+    lines = [record.getMessage() for record in caplog.records]
+    [line] = [line for line in lines if re.match(r"Merged|Nothing is merged|.*keeps its adapters", line)]
+    return line
+
+
+@pytest.mark.parametrize("merge", [True, "best", False])
+def test_one_line_says_what_was_merged_and_where_the_files_are(tmp_path, merge, caplog):
+    files = checkpoints(tmp_path / "files")
+    lora = LoRACallback(r=4, merge=merge, export=str(tmp_path / "peft"), merged=str(tmp_path / "model"))
+    with caplog.at_level(logging.INFO):
+        trainer(lora, files, max_epochs=2).fit(Lit(), data(), data(1))
+    which = {
+        True: "Merged 8 layers in fp32: the adapters of the last step (16).",
+        "best": f"Merged 8 layers in fp32: the adapters of the best checkpoint, {files.best_model_path}.",
+        False: "Nothing is merged (merge=False), the module keeps its adapters.",
+    }
+    where = f"Checkpoints: {files.dirpath}. PEFT directory: {tmp_path}/peft. Merged weights: {tmp_path}/model."
+    assert last_line(caplog) == f"{which[merge]} {where}"
+
+
+def test_a_run_without_files_names_none(caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(LoRACallback(r=4, merged="model"), fast_dev_run=True).fit(Lit(), data())
+    assert last_line(caplog) == "Merged 8 layers in fp32: the adapters of the last step (1)."
+    assert not Path("model").exists()
+
+
+class Takes(Callback):
+    """Moves the best file away, or puts a directory in its place."""
+
+    def __init__(self, puts: bool) -> None:
+        self.puts = puts
+
+    def on_train_end(self, trainer, pl_module):
+        path = Path(trainer.checkpoint_callback.best_model_path)
+        path.unlink()
+        if self.puts:
+            path.mkdir()
+
+
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_best_file_that_is_gone_leaves_the_module_with_its_adapters(tmp_path, puts):
+    files, module = checkpoints(tmp_path, save_last=None, save_top_k=1), Lit()
+    words = "found a directory at" if puts else "found no file at"
+    lora = LoRACallback(r=4, merge="best", export=str(tmp_path / "peft"), merged=str(tmp_path / "model"))
+    with pytest.warns(UserWarning, match=rf"`merge='best'` {words} \S+\.ckpt, the path of .* The module keeps its"):
+        trainer(Takes(puts), lora, files, max_epochs=1).fit(module, data(), data(1))
+    assert len(dict(lora_parameters(module))) == 16
+    assert torch.equal(module.net.layers[0].q.weight, Lit().net.layers[0].q.weight)
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "model").exists()
+    shutil.rmtree(tmp_path)
