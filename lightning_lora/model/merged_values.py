@@ -64,6 +64,7 @@ def with_merged_weights(
     layers = [(name, layer) for name, layer in named_modules(model) if isinstance(layer, LoRALayer)]
     check_entries(model, set(names.values()))
     added = {join(name, f"lora.{key}") for name, layer in layers for key in layer.lora.state_dict()}
+    added |= {name for name, _ in lora_parameters(model)}  # a state dict may hold those of a merged layer too
     result: OrderedDict[str, Any] = OrderedDict(
         (key, full_detached(values.get(names[key], value))) for key, value in state.items() if names[key] not in added
     )

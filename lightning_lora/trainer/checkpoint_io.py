@@ -113,10 +113,15 @@ class CheckpointFiles:
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
         """Write adapters alone: every save ends here, also weights-only saves and those of other callbacks."""
-        _WRITTEN_HERE.add(str(Path(filepath).resolve()))
         if self.method.is_merged(self.module):  # a merged module is evaluated as it is
+            _WRITTEN_HERE.add(str(Path(filepath).resolve()))
             self.plain_files.add(str(filepath))
             return original(checkpoint, filepath, storage_options=storage_options)
+        return self.write(original, checkpoint, filepath, storage_options)
+
+    def write(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
+        """Write the adapters of a module that is adapted, or is merged after the run; every rank must call it."""
+        _WRITTEN_HERE.add(str(Path(filepath).resolve()))
         checkpoint = self.contents(checkpoint)
         plain = type(self.strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO and "://" not in str(filepath)
         if not plain or storage_options is not None:  # the user's own may write anywhere

@@ -128,6 +128,14 @@ class MethodCallback(CallbackBase):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the run; one that has not ended by now was only to tune a batch size or a learning rate."""
-        if self._run is not None and not self._run.ended:
-            self._run.abandoned = True
+        if self._run is None:
+            return
+        self._run.abandoned = self._run.abandoned or not self._run.ended
+        if self._run.late_saves is None:
+            self.forget()
+        else:  # an error in a later hook may make a callback save
+            self._run.late_saves.callback(self.forget)
+
+    def forget(self) -> None:
+        """Drop the reference to the run."""
         self._run = None

@@ -25,6 +25,7 @@ from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
+from lightning_lora.trainer.late_saves import save_adapters_until_the_end
 from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.merged_file import check_merged_file
@@ -70,6 +71,7 @@ class Run:
         self.released: set[str] = set()
         self.liveness: Liveness | None = None
         self.stack = ExitStack()
+        self.late_saves: ExitStack | None = None
 
     def begin(self) -> None:
         """Adapt the module; a merged one runs as it is, unless a file is loaded."""
@@ -229,6 +231,8 @@ class Run:
             if not self.was_frozen:
                 unfreeze(self.module)
             interrupted = self.trainer.state.status == "interrupted"
+            if self.stage == "fit" and not self.abandoned and not interrupted:
+                self.late_saves = save_adapters_until_the_end(self.files)
             if self.stage != "fit" or self.abandoned or (interrupted and self.is_untrained()):
                 self.restore()
 
