@@ -20,6 +20,7 @@ from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_contents import ENTRIES
 from lightning_lora.trainer.compatibility import best_checkpoints
+from lightning_lora.trainer.file_contents import warn_of_modules
 from lightning_lora.trainer.hook_state import fill_in, trained_entries, whole_state
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -70,6 +71,7 @@ class CheckpointFiles:
         self.weights_only: bool | None = None  # as the user gave it for this run
         self.is_sharded = is_a(self.strategy, *SHARDING_STRATEGIES)
         self.seen_by_hooks: dict[str, Any] | None = None  # the state dict of the save that is under way
+        self.warned_of_modules = False
         self.filled_in: dict[str, Any] = {}  # the base's entries that hooks see at a load
 
     def at_setup(self, stack: ExitStack) -> None:
@@ -143,6 +145,8 @@ class CheckpointFiles:
         checkpoint[checkpoints.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
+        if not self.warned_of_modules and self.run_config.save == "adapter" and self.trainer.is_global_zero:
+            self.warned_of_modules = warn_of_modules(checkpoint, self.method, self.module)
         if self.run_config.save == "merged":
             writes = self.trainer.is_global_zero
             return with_merged_state(checkpoint, whole, seen, self.method, self.module) if writes else checkpoint
