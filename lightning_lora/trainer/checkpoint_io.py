@@ -146,7 +146,7 @@ class CheckpointFiles:
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
         if not self.warned_of_modules and self.run_config.save == "adapter" and self.trainer.is_global_zero:
-            self.warned_of_modules = warn_of_modules(checkpoint, self.method, self.module)
+            self.warned_of_modules = warn_of_modules(checkpoint, self.module)
         if self.run_config.save == "merged":
             writes = self.trainer.is_global_zero
             return with_merged_state(checkpoint, whole, seen, self.method, self.module) if writes else checkpoint

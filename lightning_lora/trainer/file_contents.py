@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.methods.base import Method
-from lightning_lora.names import clean
 from lightning_lora.trainer.checkpoints import KEY, WEIGHTS
 from lightning_lora.trainer.imports import rank_zero_warn
 
 EXAMINED_ELSEWHERE = {*WEIGHTS, KEY, "optimizer_states", "lr_schedulers", "loops"}
 
 
-def warn_of_modules(checkpoint: Mapping[str, Any], method: Method, module: nn.Module) -> bool:
+def warn_of_modules(checkpoint: Mapping[str, Any], module: nn.Module) -> bool:
     """Warn of the entries of ``checkpoint`` that hold a module or a frozen weight of ``module``; whether there are any.
 
     Args:
         checkpoint: as it will be written.
-        method: which knows what is frozen.
         module: of the run.
     """
-    frozen = method.frozen_names(module)
-    parameters = [parameter for name, parameter in module.named_parameters() if clean(name) in frozen]
-    base = {_memory(local_shard(parameter)) for parameter in parameters if not parameter.is_meta} - {0}
+    frozen = (each for each in module.parameters() if not each.requires_grad and not each.is_meta)
+    base = {_memory(local_shard(parameter)) for parameter in frozen} - {0}
     found = [place for place, value in _places(checkpoint) if holds_modules(value, base)]
     if found:
         rank_zero_warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_lora.distributed.sharded import fsdp1_units
 from lightning_lora.files.safetensors_writing import write_merged
+from lightning_lora.files.writable import why_unwritable
 from lightning_lora.foreign import COMPILED, WRAPPERS
 from lightning_lora.methods.base import Method
 from lightning_lora.model.state import real_keys
@@ -25,22 +25,14 @@ def check_merged_file(trainer: Any, method: Method, module: Any, path: str) -> N
     Raises:
         ValueError: naming what is in the way.
     """
-    reason = method.never_merges(module) or (_why_unwritable(Path(path)) if trainer.is_global_zero else None)
-    reason = trainer.strategy.broadcast(reason)
+    reason = method.never_merges(module)
     if reason is not None:
-        raise ValueError(f"`merged={path!r}` cannot be written: {reason}")
-
-
-def _why_unwritable(path: Path) -> str | None:
-    """Why no file can be made at ``path``; tried, as a file system may refuse what its permissions allow."""
-    try:
-        if path.is_dir():
-            return "it is a directory. Give the path of a file in it, such as 'merged.safetensors'."
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return None
-    except OSError as error:
-        return f"{error}. Give a path in a folder that you may write to."
+        raise ValueError(f"`merged={path!r}` cannot be written. {reason}")
+    if Path(path).is_dir():
+        raise ValueError(f"`merged={path!r}` must be a file, but is a directory: name a file in it.")
+    reason = trainer.strategy.broadcast(why_unwritable(Path(path).parent) if trainer.is_global_zero else None)
+    if reason is not None:
+        raise ValueError(f"`merged={path!r}` cannot be written: {reason}. Name a file that can be.")
 
 
 def write_merged_file(trainer: Any, method: Method, needed: Iterable[str], path: str) -> bool:

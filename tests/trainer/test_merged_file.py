@@ -62,7 +62,7 @@ def test_tied_tensors_are_written_once_and_named_in_the_metadata(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("", "it is a directory. Give the path of a file in it"), ("file/model", r"Not a directory|File exists")],
+    [("", "` must be a file, but is a directory"), ("file/model", r"` cannot be written: \S+/file is not a directory")],
 )
 def test_a_path_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, name, words):
     (tmp_path / "file").touch()
@@ -71,7 +71,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_first_step(tmp_path
         def training_step(self, batch, index):
             raise AssertionError("a step")
 
-    with pytest.raises(ValueError, match=rf"`merged='.*'` cannot be written: .*({words})"):
+    with pytest.raises(ValueError, match=rf"`merged='.*'{words}"):
         trainer(LoRACallback(r=4, merged=str(tmp_path / name))).fit(Never(), data())
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
