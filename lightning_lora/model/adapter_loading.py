@@ -105,11 +105,10 @@ def _adopt(module: nn.Module, adapter: Mapping[str, Any], state: Mapping[str, An
     before = {name: value.clone() for name, value in lora_state_dict(module).items() if isinstance(value, Tensor)}
     with unmerged(module):
         load_lora_state_dict(module, adapter)
-        base = {name: value for name, value in clean_state(module).items() if name in frozen_names(module)}
-        sums = merged_weights(module, {}) if are_merged else ()
-        wrong = next(
-            (name for name, value in _with_sums(base, sums) if not _agree(state.get(name, value), value)), None
-        )
+        own, frozen = clean_state(module), frozen_names(module)
+        sums = merged_weights(module, {}) if are_merged and all(map(_is_whole, own.values())) else ()
+        expected = _with_sums({name: value for name, value in own.items() if name in frozen}, sums)
+        wrong = next((name for name, value in expected if not _agree(state.get(name, value), value)), None)
         if wrong is not None:
             load_lora_state_dict(module, before)
     if wrong is not None:
@@ -137,12 +136,12 @@ def _own_merged_weights(module: nn.Module, state: Mapping[str, Any]) -> set[str]
     weights = [names.join(name, key) for name, layer in adapted_layers(module) for key in layer.lora.by_weight()]
     if not all(name in state and _is_whole(base[name]) for name in weights) or quantized_layers(module):
         return set()
-    if all(_agree(state[name], base[name]) for name in weights):
+    if all(_is_same(state[name], base[name]) for name in weights):
         return set()
-    if all(_agree(state[name], value) for name, value in merged_weights(module, {})):
+    if all(_is_same(state[name], value) for name, value in merged_weights(module, {})):
         return set(weights)
     others = frozen_names(module) & state.keys() - set(weights)
-    if others and all(_agree(state[name], base[name]) for name in others):
+    if others and all(_is_same(state[name], base[name]) for name in others):
         warnings.warn(
             f"The state dict that was loaded differs from the base in adapted weights only (as in `{weights[0]}`). If "
             "adapters are merged in it, they act twice now: load `checkpoint['state_dict']` as it is, without a copy.",
@@ -154,6 +153,11 @@ def _own_merged_weights(module: nn.Module, state: Mapping[str, Any]) -> set[str]
 def _is_whole(value: Any) -> bool:
     """Whether the values of ``value`` are all on this rank."""
     return not (isinstance(value, Tensor) and (value.is_meta or is_sharded(value) or is_split(value)))
+
+
+def _is_same(stored: Any, own: Any) -> bool:
+    """Whether ``stored`` has the bits of ``own`` in its dtype: in bf16 an update can be as small as a rounding."""
+    return isinstance(stored, Tensor) and isinstance(own, Tensor) and same_bits(stored.to(own.dtype), own)
 
 
 def _agree(stored: Any, own: Any) -> bool:

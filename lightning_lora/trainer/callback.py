@@ -26,6 +26,9 @@ class LoRACallback(MethodCallback):
     of the module and of other callbacks see the state dict of the whole module, and may read, remove or fill in entries
     of the base. Under FSDP and DeepSpeed, where no process holds the base, they see the adapters alone.
 
+    In the middle of a run ``module.state_dict()`` holds the base and the adapters together, and a plain model cannot
+    use the adapters. Code that writes a file by itself should write ``merged_state_dict(module)``.
+
     After Ctrl-C, or with ``merge=False``, the module keeps its adapters. Save them with ``save_adapter`` or
     ``lora_state_dict``: outside a run ``trainer.save_checkpoint`` writes the base and the adapters together.
 

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora.methods.base import Method
 from lightning_lora.model.state import full_detached, own_state
 from lightning_lora.names import clean
-from lightning_lora.trainer.checkpoints import WEIGHTS, tensor_ids
+from lightning_lora.trainer.checkpoints import tensor_ids
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def fill_in(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     Returns:
         The entries that were added.
     """
-    own, state = whole_state(module), checkpoint[WEIGHTS[0]]
-    checkpoint[WEIGHTS[0]] = {**{key: state.get(key, value) for key, value in own.items()}, **state}
+    own, state = whole_state(module), checkpoint["state_dict"]
+    checkpoint["state_dict"] = {**{key: state.get(key, value) for key, value in own.items()}, **state}
     return {key: value for key, value in own.items() if key not in state}
 
 
@@ -43,6 +43,6 @@ def trained_entries(
     frozen, own = method.frozen_names(module), tensor_ids(filled_in.values())
     return {
         clean(key): value
-        for key, value in checkpoint[WEIGHTS[0]].items()
+        for key, value in checkpoint["state_dict"].items()
         if clean(key) not in frozen and id(value) not in own
     }

@@ -324,3 +324,20 @@ def test_a_layer_that_is_the_whole_model():
     torch.testing.assert_close(layer.weight, base + 1)
     unmerge_lora(layer)
     assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_state_dict_that_lost_its_mark_is_not_added_twice_however_small_the_update(dtype):
+    model = net(batch_norm=True).to(dtype)
+    apply_lora(model, CONFIG)
+    with torch.no_grad():
+        for layer in (model.layers[0].q, model.layers[1].o):
+            layer.lora.default.B.fill_(1e-3)
+    before, merged = bits(model), merged_state_dict(model)
+    assert not torch.equal(merged["layers.0.q.weight"], before["layers.0.q.weight"])
+    model.load_state_dict(dict(merged))
+    assert_same(bits(model), before)
+    other = net(batch_norm=True).to(dtype).state_dict()
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in other.items()}
+    model.load_state_dict(other)
+    assert torch.equal(model.layers[0].q.weight, other["layers.0.q.weight"])
