@@ -286,9 +286,7 @@ class Method(ABC):
     def merged_state(
         self, model: nn.Module, state: Mapping[str, Any], adapter: Mapping[str, Any], names: Mapping[str, str]
     ) -> dict[str, Any]:
-        """The state dict of the merged model for a file, computed without a merge.
-
-        It is marked, so that ``model`` can take the adapters from it again by its own ``load_state_dict``.
+        """The state dict of the merged model, made from ``state`` and marked with ``adapter``; ``model`` stays.
 
         Args:
             model: an adapted or merged model with all weights on this rank.
