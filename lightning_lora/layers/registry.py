@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -156,7 +156,37 @@ def _derived(
     original: type[nn.Module], bases: list[type[nn.Module]], methods: dict[str, Any] | None = None
 ) -> type[LoRALayer]:
     attributes = {**(methods or {}), "lora_original_class": original, "__module__": __name__}
-    return type(f"LoRA{original.__name__}", (DynamicClass, *bases), attributes)
+    name = f"LoRA{original.__name__}"
+    all_bases: list[type[nn.Module]] = [DynamicClass, *bases]
+    if nn.Module in _layout_bases(original):
+        return type(name, tuple(all_bases), attributes)
+    return _with_layout_of(original, name, all_bases, attributes)
+
+
+def _layout_bases(cls: type) -> Iterator[type]:
+    """The chain of bases from which ``cls`` has its memory layout: of several, Python takes the first."""
+    base = cls.__base__
+    while base is not None:
+        yield base
+        base = base.__base__
+
+
+def _with_layout_of(
+    original: type[nn.Module], name: str, bases: list[type[nn.Module]], attributes: dict[str, Any]
+) -> type[LoRALayer]:
+    """``type(name, bases, attributes)`` where the first base of ``original`` is no module, as in ``(ABC, nn.Linear)``.
+
+    Python replaces the class of an object only by one that has its layout from the same base. So ``original`` is the
+    first base here, and a metaclass keeps the order in which methods are looked up.
+    """
+    ordered = type(name, tuple(bases), {})
+
+    def mro(cls: type) -> list[type]:
+        return [cls, *ordered.__mro__[1:]] if "lora_original_class" in vars(cls) else type.mro(cls)
+
+    metaclass: Any = type(type(ordered).__name__, (type(ordered),), {"mro": mro})
+    rest = (base for base in bases if base is not original)
+    return metaclass(name, (original, *rest), attributes)  # type: ignore[no-any-return]
 
 
 def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:

@@ -1,13 +1,16 @@
 """Linear layers, embeddings and convolutions: dropout, padding, `max_norm`, hooks, refusals, and peft as an oracle."""
 
+import abc
 import copy
+import pickle
+from typing import Generic, Protocol, TypeVar
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora import LoRAConfig, apply_lora, merge_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora
 from tests.helpers import oracles
 from tests.helpers.models import OwnLinear
 from tests.helpers.oracles import CASES, SCALE, adapt, as_double, assert_close, build, same_bits
@@ -236,3 +239,63 @@ def test_one_that_computes_something_else_is_adapted_by_its_parameter_alone():
     with pytest.raises(ValueError, match=r"'lin', which names `lin`, but that is a NotQuite"):
         apply_lora(copy.deepcopy(model), LoRAConfig(targets=["lin"]))
     assert apply_lora(model, LoRAConfig(targets=["lin.weight"])) == ["lin"]
+
+
+class Runs(Protocol):
+    def forward(self, input): ...
+
+
+class Slotted:
+    __slots__ = ()
+
+
+class AbstractFirst(abc.ABC, nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class AbstractFirstOnTheWeight(abc.ABC, nn.Linear):
+    def forward(self, input):
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+class GenericFirst(Generic[TypeVar("T")], nn.Linear):
+    pass
+
+
+class ProtocolFirst(Runs, nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+class SlottedFirst(Slotted, nn.Linear):
+    pass
+
+
+class BelowAbstractFirst(AbstractFirst):
+    pass
+
+
+FIRST_BASES = [AbstractFirst, AbstractFirstOnTheWeight, GenericFirst, ProtocolFirst, SlottedFirst, BelowAbstractFirst]
+
+
+@pytest.mark.parametrize("cls", FIRST_BASES)
+def test_a_class_whose_first_base_is_no_module(cls):
+    torch.manual_seed(0)
+    layer, x = cls(4, 3), torch.randn(2, 4)
+    base = layer(x)
+    apply_lora(layer, LoRAConfig(r=2, targets="all"))
+    assert isinstance(layer, cls)
+    oracles.train_by_hand(layer)
+    adapter, factor = layer.lora.default, 1 if cls in (GenericFirst, ProtocolFirst, SlottedFirst) else 2
+    delta = adapter.B.detach().double() @ adapter.A.detach().double()
+    expected = base.double() + factor * adapter.scale * x.double() @ delta.T
+    assert_close(layer(x), expected, torch.float32)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(twin, cls)
+        assert same_bits(twin(x), layer(x))
+    merge_lora(layer)
+    assert type(layer) is cls
+    assert_close(layer(x), expected, torch.float32)
+    remove_lora(layer)
+    assert same_bits(layer(x), base)
