@@ -11,7 +11,7 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers
-from lightning_lora.model.record import prune, record_of, records
+from lightning_lora.model.record import Record, prune, record_of, records
 from lightning_lora.names import covers
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
@@ -55,11 +55,17 @@ def unfreeze(model: nn.Module) -> None:
     reshard(model)  # a parameter that an evaluation gathered in inference mode takes no flag
     for _, module, record in records(model):
         for key, flag in record.requires_grad.items():
-            parameter = module._parameters.get(key)
-            if parameter is not None:
+            for parameter in _present(module, key, record):
                 parameter.requires_grad_(flag and (parameter.is_floating_point() or parameter.is_complex()))
         record.requires_grad.clear()
     prune(model)
+
+
+def _present(module: nn.Module, key: str, record: Record) -> list[nn.Parameter]:
+    """The parameter ``key`` of ``module``, and the shared one that a merge put into the record in its place."""
+    merged = record.merged.weights.get(key) if record.merged is not None else None
+    parameters = (module._parameters.get(key), merged.shared if merged is not None else None)
+    return [parameter for parameter in parameters if parameter is not None]
 
 
 def is_frozen(model: nn.Module) -> bool:

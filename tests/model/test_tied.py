@@ -117,6 +117,22 @@ def test_a_shared_weight_that_was_changed_since_is_named_and_nothing_is_unmerged
     oracles.assert_same_values(model, merged)
 
 
+@pytest.mark.filterwarnings("ignore:.*was shared")
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("make", [Tied, TiedByMemory])
+def test_flags_are_as_before_where_both_holders_were_merged(make, flag):
+    model = make()
+    model.embed.weight.requires_grad_(flag)
+    model.head.weight.requires_grad_(flag)
+    apply_lora(model, LoRAConfig(r=2, targets=["embed", "head"]))
+    merge_lora(model)
+    assert model.embed.weight.requires_grad == model.head.weight.requires_grad == flag
+    unmerge_lora(model)
+    assert not model.embed.weight.requires_grad
+    remove_lora(model)
+    assert model.embed.weight.requires_grad == model.head.weight.requires_grad == flag
+
+
 @pytest.mark.filterwarnings("ignore:`head.weight` was shared")
 def test_kept_for_good_the_merged_model_is_not_tied():
     model = Tied()
