@@ -30,6 +30,7 @@ ELSEWHERE = {
     "files/pickles": ("files/test_torch_files", "a pickle comes in a file of torch.save"),
     "layers/base": ("layers/test_protocol", "it is what all adapted layers have in common"),
     "layers/merged_forward": ("layers/test_protocol", "it is how layers run that read their own weight"),
+    "layers/restoring": ("model/test_journal", "it is interrupted with the verbs"),
     "layers/registry": ("layers/test_linear", "its refusals are those of `apply_lora`"),
     "layers/source_code": ("layers/test_weight_reads", "it is read to answer whether a weight is read"),
     "layers/weight_view": ("targets/test_fused_qkv", "its rows are those of query, key and value"),

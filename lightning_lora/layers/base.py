@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.layers.adapter import Adapter, Adapters
+from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.layers.weight_view import WeightPart
 
 
@@ -73,18 +75,17 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield names.clean(name), module
 
 
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which no adapter of ``model`` acts."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    flags = [layer.lora.enabled for layer in layers]
-    for layer in layers:
-        layer.lora.enabled = False
-    try:
-        yield
-    finally:
-        for layer, flag in zip(layers, flags, strict=True):
-            layer.lora.enabled = flag
+    return Restoring(partial(disable_adapters, model))
+
+
+def disable_adapters(model: nn.Module, undo: Undo) -> None:
+    """Disable the adapters of ``model`` that act now, until the functions in ``undo`` are called."""
+    for _, layer in adapted_layers(model):
+        if layer.lora.enabled:
+            undo.append(partial(setattr, layer.lora, "enabled", True))
+            layer.lora.enabled = False
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -6,8 +6,8 @@ and for inference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import fsdp1_units, is_split
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import LoRALayer, parameter_of
+from lightning_lora.layers.base import LoRALayer, disable_adapters, parameter_of
+from lightning_lora.layers.restoring import Restoring, Undo
 
-_ONE_AT_A_TIME = RLock()  # another thread would read the merged weights as the original ones
+_LOCK = RLock()
 PRECISE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -37,27 +38,27 @@ class MergedForward(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on the merged weights."""
-        with with_merged_weights(self):
+        with one_at_a_time(), with_merged_weights(self):
             return super().forward(*args, **kwargs)
 
 
-@contextmanager
-def with_merged_weights(module: nn.Module) -> Iterator[None]:
+def one_at_a_time() -> AbstractContextManager[object]:
+    """The lock to hold in :func:`with_merged_weights`: another thread would read merged weights as the base's."""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
+def with_merged_weights(module: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which adapted layers in ``module`` have merged weights, and their adapters are disabled."""
-    with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
-        layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
-        originals = [(layer, key, parameter_of(layer, key)) for layer in layers for key in layer.lora.by_weight()]
-        try:
-            for layer, key, _ in originals:
-                layer.lora_set_parameter(key, merged_weight(layer, key))
-            for layer in layers:
-                layer.lora.enabled = False
-            yield
-        finally:
-            for layer, key, weight in originals:
-                layer.lora_set_parameter(key, weight)
-            for layer in layers:
-                layer.lora.enabled = True
+    return Restoring(partial(_use_merged_weights, module))
+
+
+def _use_merged_weights(module: nn.Module, undo: Undo) -> None:
+    layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
+    for layer in layers:
+        for key in layer.lora.by_weight():
+            undo.append(partial(layer.lora_set_parameter, key, parameter_of(layer, key)))
+            layer.lora_set_parameter(key, merged_weight(layer, key))
+    disable_adapters(module, undo)
 
 
 def merged_weight(layer: LoRALayer, key: str) -> Tensor:

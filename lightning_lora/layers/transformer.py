@@ -6,15 +6,21 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.merged_forward import can_use_merged_weights, has_active_adapters, with_merged_weights
+from lightning_lora.layers.merged_forward import (
+    can_use_merged_weights,
+    has_active_adapters,
+    one_at_a_time,
+    with_merged_weights,
+)
+from lightning_lora.layers.restoring import Restoring, Undo
 
 
 class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
@@ -26,8 +32,10 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
         """As in the plain layer."""
         if not has_active_adapters(self):
             return super().forward(src, *args, **kwargs)
-        fast = can_use_merged_weights(self, src)
-        with with_merged_weights(self) if fast else fast_path_disabled(self, "activation_relu_or_gelu"):
+        if can_use_merged_weights(self, src):
+            with one_at_a_time(), with_merged_weights(self):
+                return super().forward(src, *args, **kwargs)
+        with fast_path_disabled(self, "activation_relu_or_gelu"):
             return super().forward(src, *args, **kwargs)
 
 
@@ -44,12 +52,11 @@ class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
             return super().forward(src, *args, **kwargs)
 
 
-@contextmanager
-def fast_path_disabled(module: nn.Module, gate: str) -> Iterator[None]:
+def fast_path_disabled(module: nn.Module, gate: str) -> AbstractContextManager[None]:
     """Context manager in which the attribute ``gate``, which torch tests before a fast path, is 0."""
-    original = getattr(module, gate)
+    return Restoring(partial(_set_to_0, module, gate))
+
+
+def _set_to_0(module: nn.Module, gate: str, undo: Undo) -> None:
+    undo.append(partial(setattr, module, gate, getattr(module, gate)))
     setattr(module, gate, 0)
-    try:
-        yield
-    finally:
-        setattr(module, gate, original)

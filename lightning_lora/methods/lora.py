@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, parameter_of
+from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, parameter_of
+from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.base import Method, MethodConfig, Watched
 from lightning_lora.model.adapter_loading import mark_merged
 from lightning_lora.model.apply import drop_adapters, remove_lora
@@ -19,6 +21,7 @@ from lightning_lora.model.copies import has_copies, make_plain, targets_of
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
+from lightning_lora.model.journal import all_or_nothing
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
 from lightning_lora.model.record import config_of, is_merged
@@ -87,10 +90,13 @@ class LoRAMethod(Method):
 
     @override
     def adapt(self, model: nn.Module, agree: Agree = own_answer) -> None:
-        inject(targets_of(model, self.config), self.config, agree)
+        all_or_nothing(model, lambda journal: inject(targets_of(model, self.config), self.config, agree))
 
     @override
     def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
+        return all_or_nothing(model, lambda journal: self._complete(model, agree))
+
+    def _complete(self, model: nn.Module, agree: Agree) -> list[str]:
         targets = targets_of(model, self.config)
         targets.check()
         check_meant(targets)
@@ -145,14 +151,13 @@ class LoRAMethod(Method):
         freeze(model, self.config)
 
     @override
-    @contextmanager
-    def as_found(self, model: nn.Module) -> Iterator[None]:
-        unfreeze(model)
-        try:
-            with adapters_disabled(model):  # a parameter that is adapted where it is read is itself here
-                yield
-        finally:
-            self.freeze(model)
+    def as_found(self, model: nn.Module) -> AbstractContextManager[None]:
+        def change(undo: Undo) -> None:
+            undo.append(partial(self.freeze, model))
+            unfreeze(model)
+            disable_adapters(model, undo)  # a parameter that is adapted where it is read is itself here
+
+        return Restoring(change)
 
     @override
     def is_untrained(self, model: nn.Module) -> bool:

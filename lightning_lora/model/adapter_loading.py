@@ -9,26 +9,26 @@ is, so that no update is added twice.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.distributed.sharded import is_sharded, is_split
-from lightning_lora.layers.base import adapted_layers, is_adapted
-from lightning_lora.model.merge import quantized_layers, unmerged
+from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
+from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted
+from lightning_lora.model.journal import Journal, all_or_nothing
+from lightning_lora.model.merge import merge_all, quantized_layers, unmerge_all
 from lightning_lora.model.merged_values import merged_weights
-from lightning_lora.model.record import is_merged, record_of
+from lightning_lora.model.record import is_merged, merged_layers, record_of
 from lightning_lora.model.state import (
     check_state,
     clean_state,
     frozen_names,
     has_adapters,
-    load_lora_state_dict,
+    load,
     lora_parameters,
-    lora_state_dict,
     needed_names,
     own_state,
 )
@@ -87,9 +87,7 @@ def load_adapters(module: nn.Module, state: Mapping[str, Any], marked: Mapping[s
         _adopt(module, marked, state, are_merged=True)
     elif is_adapter_state(module, state):
         if not state.keys() & frozen_names(module):
-            check_state(module, state)
-            with unmerged(module):
-                load_lora_state_dict(module, state)
+            all_or_nothing(module, lambda journal: _load(module, state, journal))
             return clean_state(module).keys() | state.keys()
         frozen = frozen_names(module)
         marked = {name: value for name, value in state.items() if name not in frozen}
@@ -101,21 +99,32 @@ def load_adapters(module: nn.Module, state: Mapping[str, Any], marked: Mapping[s
 
 def _adopt(module: nn.Module, adapter: Mapping[str, Any], state: Mapping[str, Any], are_merged: bool) -> None:
     """Load ``adapter``, and see that the rest of ``state`` is the base of ``module``, with it merged or not."""
-    check_state(module, adapter)
-    before = {name: value.clone() for name, value in lora_state_dict(module).items() if isinstance(value, Tensor)}
-    with unmerged(module):
-        load_lora_state_dict(module, adapter)
+
+    def check_base() -> None:
         own, frozen = clean_state(module), frozen_names(module)
         sums = merged_weights(module, {}) if are_merged and all(map(_is_whole, own.values())) else ()
         expected = _with_sums({name: value for name, value in own.items() if name in frozen}, sums)
         wrong = next((name for name, value in expected if not _agree(state.get(name, value), value)), None)
         if wrong is not None:
-            load_lora_state_dict(module, before)
-    if wrong is not None:
-        raise ValueError(
-            f"`{wrong}` has other values in the state dict than in this module, so its adapters were trained on "
-            "another base. To load it as it is call `remove_lora(module)` first."
-        )
+            raise ValueError(
+                f"`{wrong}` has other values in the state dict than in this module, so its adapters were trained on "
+                "another base. To load it as it is call `remove_lora(module)` first."
+            )
+
+    all_or_nothing(module, lambda journal: _load(module, adapter, journal, check_base))
+
+
+def _load(
+    module: nn.Module, adapter: Mapping[str, Any], journal: Journal, check: Callable[[], None] = lambda: None
+) -> None:
+    """Load into live or merged adapters; those that were merged are merged again, after ``check``."""
+    check_state(module, adapter)
+    reshard(module)
+    merged = list(merged_layers(module))
+    unmerge_all(merged, journal)
+    load(module, adapter, journal)
+    check()
+    merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal)
 
 
 def _with_sums(base: Mapping[str, Any], sums: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Any]]:

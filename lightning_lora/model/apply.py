@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
-from lightning_lora.layers.base import adapted_layers, adapters_disabled, is_adapted, pop_adapters
+from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, pop_adapters
+from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.hooks import strip
 from lightning_lora.model.initial_values import moved, put_back, remember
 from lightning_lora.model.inject import inject
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
+from lightning_lora.model.merge import unmerge
 from lightning_lora.model.record import forget, is_merged
 from lightning_lora.model.same_config import check_meant, check_same
 from lightning_lora.targets.survey import Survey
@@ -52,10 +54,16 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise TypeError(
             f"`config` must be a LoRAConfig, but got a {type(config).__name__}. A callback has one, its `.config`."
         )
+    return all_or_nothing(model, lambda journal: adapt(model, config, journal))
+
+
+def adapt(model: nn.Module, config: LoRAConfig, journal: Journal) -> list[str]:
+    """:func:`apply_lora` as a part of a larger change."""
     survey = Survey(model)
     check_same(survey, config)
     if is_merged(survey):
-        unmerge_lora(model)
+        reshard(model)
+        unmerge(model, journal)
         survey = Survey(model)
     targets = targets_of(survey, config)
     targets.check()
@@ -82,23 +90,31 @@ def remove_lora(model: nn.Module) -> None:
         >>> type(model).__name__, list(model.state_dict())
         ('Linear', ['weight', 'bias'])
     """
+    all_or_nothing(model, lambda journal: _remove(model, journal))
+
+
+def _remove(model: nn.Module, journal: Journal) -> None:
     if is_merged(model):
-        unmerge_lora(model)
+        reshard(model)
+        unmerge(model, journal)
     _check_not_partitioned(model)
-    put_back(model)
-    drop_adapters(model)
+    put_back(model, journal)
+    _drop(model)
 
 
 def drop_adapters(model: nn.Module) -> None:
     """Remove live adapters with their hooks and records; the values of the base's parameters stay as they are."""
+    all_or_nothing(model, lambda journal: _drop(model))
+
+
+def _drop(model: nn.Module) -> None:
     for _, layer in list(adapted_layers(model)):
         pop_adapters(layer)
     strip(model)
     forget(model)
 
 
-@contextmanager
-def disable_lora(model: nn.Module) -> Iterator[None]:
+def disable_lora(model: nn.Module) -> AbstractContextManager[None]:
     """Inside the ``with`` block ``model`` gives the base's outputs, with the initial biases, heads and buffers.
 
     Raises:
@@ -110,19 +126,37 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         >>> with disable_lora(model):
         ...     reference = model(torch.ones(4))
     """
+    return Restoring(partial(_disable, model))
+
+
+def _disable(model: nn.Module, undo: Undo) -> None:
+    complete_undo(model)
     if is_merged(model):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `disable_lora`.")
     if not is_adapted(model):
         raise ValueError("The model has no adapters to disable: call `apply_lora` first.")
     _check_not_partitioned(model)
-    trained = _swap_originals(model)
-    try:
-        with adapters_disabled(model):
-            yield
-    finally:
-        reshard(model)
-        for tensor, value in trained:
-            _put(tensor, value)
+    disable_adapters(model, undo)
+    undo.append(partial(reshard, model))
+    reshard(model)
+    for module, key, original in list(moved(model)):
+        _swap({**module._parameters, **module._buffers}[key], original, undo)
+
+
+def _swap(tensor: Tensor | None, value: Tensor, undo: Undo) -> None:
+    """Give ``tensor`` the ``value``. The memory of a sharded tensor stays, because FSDP holds it too."""
+    assert tensor is not None
+    if is_sharded(tensor):
+        undo.append(partial(_copy, tensor, local_shard(tensor).clone()))
+        _copy(tensor, value)
+    else:
+        undo.append(partial(setattr, tensor, "data", tensor.data))
+        tensor.data = value.to(tensor.device, tensor.dtype, copy=True)
+
+
+@torch.no_grad()
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    local_shard(tensor).copy_(value)
 
 
 def _check_not_partitioned(model: nn.Module) -> None:
@@ -132,23 +166,3 @@ def _check_not_partitioned(model: nn.Module) -> None:
                 f"`{name}` is partitioned by ZeRO 3, so the base's initial value cannot be written into it. Load the "
                 "adapter's file into a model on one device, and call this on that model."
             )
-
-
-def _swap_originals(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    trained: list[tuple[Tensor, Tensor]] = []
-    reshard(model)
-    for module, key, original in list(moved(model)):
-        tensor = {**module._parameters, **module._buffers}[key]
-        assert tensor is not None
-        trained.append((tensor, local_shard(tensor).clone() if is_sharded(tensor) else tensor.data))
-        _put(tensor, original.to(tensor.device, tensor.dtype, copy=True))
-    return trained
-
-
-@torch.no_grad()
-def _put(tensor: Tensor, value: Tensor) -> None:
-    """Give ``tensor`` the ``value``. The memory of a sharded tensor stays, because FSDP holds it too."""
-    if is_sharded(tensor):
-        local_shard(tensor).copy_(value)
-    else:
-        tensor.data = value

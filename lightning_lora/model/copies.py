@@ -17,6 +17,7 @@ from lightning_lora.layers.base import LoRALayer, pop_adapters
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.initial_values import remember
+from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import is_merged_layer, is_plain_copy, prune, record_of, release
 from lightning_lora.targets.resolve import Targets, find_targets
@@ -66,19 +67,33 @@ def make_plain(
     Returns:
         The names of the outermost copies.
     """
-    changed = []
+
+    def change(journal: Journal) -> list[str]:
+        names_of_copies = list(_each_plain(model, known, meant, keep_update, mark, journal))
+        if names_of_copies:
+            prune(model)
+            remember(model)
+        return names_of_copies
+
+    return all_or_nothing(model, change)
+
+
+def _each_plain(
+    model: nn.Module,
+    known: Iterable[nn.Module],
+    meant: Collection[int],
+    keep_update: bool,
+    mark: bool,
+    journal: Journal,
+) -> Iterator[str]:
     for name, copy in list(_outermost(model, known)):
         layers = [module for module in copy.modules() if _has_adapters(module) and id(module) not in meant]
         if layers:
             keep_flags = any(parameter.requires_grad for parameter in _adapter_parameters(layers))
             for layer in layers:
-                _take_off(layer, keep_update)
+                _take_off(layer, keep_update, journal)
             _release(copy, keep_flags, mark)
-            changed.append(names.clean(name))
-    if changed:
-        prune(model)
-        remember(model)
-    return changed
+            yield names.clean(name)
 
 
 def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -103,16 +118,16 @@ def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
             yield from layer.lora.parameters()
 
 
-def _take_off(layer: nn.Module, keep_update: bool) -> None:
+def _take_off(layer: nn.Module, keep_update: bool, journal: Journal) -> None:
     merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
     if merged is not None and not keep_update:
-        unmerge_layer(layer, merged)
+        unmerge_layer(layer, merged, journal)
     if not isinstance(layer, LoRALayer):
         return
     if not keep_update or not _is_trained(layer):
         pop_adapters(layer)
     elif not is_quantized_class(type(layer)):  # which cannot hold the sum
-        merge_layer(layer)
+        merge_layer(layer, journal)
 
 
 def _is_trained(layer: LoRALayer) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import record_of, records
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.targets.survey import Survey, survey_of
@@ -40,9 +41,10 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 @torch.no_grad()
-def put_back(model: nn.Module) -> None:
+def put_back(model: nn.Module, journal: Journal) -> None:
     """Give the base its initial values back."""
     for module, key, original in list(moved(model)):
+        journal.keep(_saved_tensors(module)[key])
         local_shard(_saved_tensors(module)[key]).copy_(original)
 
 

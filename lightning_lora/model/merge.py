@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 
@@ -13,6 +11,7 @@ from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, pa
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
+from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
@@ -47,13 +46,18 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         >>> merge_lora(model)
         {'': 0.0}
     """
+    complete_undo(model)
     reshard(model)
     layers = list(adapted_layers(model))
     if not layers and not is_merged(model):
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
     _check_mergeable(model, layers)
     _warn_of_shared(layers)
-    lost = _merge_all(layers)
+    return all_or_nothing(model, lambda journal: _merge(model, layers, undo, journal))
+
+
+def _merge(model: nn.Module, layers: list[tuple[str, LoRALayer]], undo: bool, journal: Journal) -> dict[str, float]:
+    lost = merge_all(layers, journal)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # none where `model` is a part of an adapted model: it stays frozen with that
         strip(holder)
@@ -117,33 +121,30 @@ def unmerge_lora(model: nn.Module) -> None:
         >>> torch.equal(model.weight, before)
         True
     """
+    complete_undo(model)
     reshard(model)
-    merged = list(merged_layers(model))
-    if not merged and not is_adapted(model):
+    if not is_merged(model) and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
-    _unmerge_all(merged)
+    all_or_nothing(model, lambda journal: unmerge(model, journal))
+
+
+def unmerge(model: nn.Module, journal: Journal) -> None:
+    """Unmerge every layer of ``model``, and freeze it again, as a part of a larger change.
+
+    Raises:
+        ValueError: as :func:`unmerge_lora`.
+    """
+    unmerge_all(list(merged_layers(model)), journal)
     for holder, config in holders(model):
         equip(holder, config)
 
 
-@contextmanager
-def unmerged(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block all adapters of ``model`` are live; after it those that were merged are merged again.
+def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal) -> None:
+    """Unmerge these layers.
 
     Raises:
-        ValueError: if a merged weight was changed since; then nothing is changed.
+        ValueError: if a merged weight was changed since.
     """
-    reshard(model)
-    merged = list(merged_layers(model))
-    _unmerge_all(merged)
-    try:
-        yield
-    finally:
-        _merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)])
-
-
-def _unmerge_all(merged: list[tuple[str, nn.Module, Merged]]) -> None:
-    """Unmerge every layer, or none."""
     for name, module, record in merged:
         for key, weight in record.weights.items():
             if checksum(local_shard(parameter_of(module, key))) not in (weight.checksum, weight.original):
@@ -152,29 +153,16 @@ def _unmerge_all(merged: list[tuple[str, nn.Module, Merged]]) -> None:
                     "so the base cannot be restored. Nothing was changed. To go on from these weights call "
                     "`merge_lora(model, undo=False)`."
                 )
-    for position, (name, module, record) in enumerate(merged):
-        if not unmerge_layer(module, record):
-            for _, done, _ in merged[:position]:
-                assert isinstance(done, LoRALayer)
-                merge_layer(done)
+    for name, module, record in merged:
+        if not unmerge_layer(module, record, journal):
             raise ValueError(
                 f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
             )
 
 
-def _merge_all(layers: list[tuple[str, LoRALayer]]) -> dict[str, float]:
-    """Merge every layer, or none: after an error or Ctrl-C the layers that were merged are unmerged."""
-    lost = {}
-    try:
-        for name, layer in layers:
-            lost[name] = merge_layer(layer)
-    except BaseException:
-        for _, module in layers:
-            merged = record_of(module).merged
-            if merged is not None:
-                unmerge_layer(module, merged)
-        raise
-    return lost
+def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal) -> dict[str, float]:
+    """Merge these layers; for each the share of delta's norm that rounding lost."""
+    return {name: merge_layer(layer, journal) for name, layer in layers}
 
 
 def _warn_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:

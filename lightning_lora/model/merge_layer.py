@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +14,14 @@ from lightning_lora.distributed.sharded import full_tensor, local_shard
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters, set_adapters
 from lightning_lora.layers.registry import adapted_class_for
+from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import Merged, MergedWeight, record_of
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.ops.exact_sum import checksum
 
 
-def merge_layer(layer: LoRALayer) -> float:
-    """Merge all adapters of ``layer``, or none, and give it its plain class back.
+def merge_layer(layer: LoRALayer, journal: Journal) -> float:
+    """Merge all adapters of ``layer``, and give it its plain class back.
 
     A parameter that other modules have too stays as it is: the layer gets one of its own for the sum.
 
@@ -26,48 +30,85 @@ def merge_layer(layer: LoRALayer) -> float:
     """
     merged: dict[str, MergedWeight] = {}
     sums: list[exact.MergedMatrix] = []
-    key, shared = "", None
-    try:
-        for key, adapters in layer.lora.by_weight().items():
-            parameter = parameter_of(layer, key)
-            shared = parameter if key in record_of(layer).shared else None
-            if shared is not None:
-                setattr(layer, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-            merged[key], weight_sums = _merge_into(layer, key, adapters)
-            merged[key].shared = shared
-            sums += weight_sums
-    except BaseException:
+    for key, adapters in layer.lora.by_weight().items():
+        parameter = parameter_of(layer, key)
+        shared = parameter if key in record_of(layer).shared else None
         if shared is not None:
-            setattr(layer, key, shared)
-        _put_back(layer, Merged(layer.lora, merged))
-        raise
+            setattr(layer, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        merged[key], weight_sums = _merge_into(layer, key, adapters, journal)
+        merged[key].shared = shared
+        sums += weight_sums
     record_of(layer).merged = Merged(pop_adapters(layer), merged)
     size = math.hypot(*(each.size for each in sums))
     return math.hypot(*(each.lost * each.size for each in sums)) / size if size else 0.0
 
 
 @torch.no_grad()
-def _merge_into(layer: LoRALayer, key: str, adapters: list[Adapter]) -> tuple[MergedWeight, list[exact.MergedMatrix]]:
-    weight, matrices_of = local_shard(parameter_of(layer, key)), adapters[0].part.matrices
-    before, originals, factors = checksum(weight), matrices_of(weight), factors_of(adapters, parameter_of(layer, key))
+def _merge_into(
+    layer: LoRALayer, key: str, adapters: list[Adapter], journal: Journal
+) -> tuple[MergedWeight, list[exact.MergedMatrix]]:
+    parameter = parameter_of(layer, key)
+    weight = local_shard(parameter)
+    merged, patches, sums = _sum(parameter, adapters, layer.lora_after_merge)
+    record = MergedWeight(patches, checksum(merged), checksum(weight))
+    journal.steps.append(MergedStep(parameter, adapters, record))
+    weight.copy_(merged)
+    return record, sums
+
+
+@torch.no_grad()
+def _sum(
+    parameter: Tensor, adapters: list[Adapter], after_merge: Callable[[Tensor], bool]
+) -> tuple[Tensor, list[exact.Patch], list[exact.MergedMatrix]]:
+    """The sum for this rank's part of ``parameter``, and what turns it into the original again."""
+    weight, matrices_of = local_shard(parameter), adapters[0].part.matrices
+    originals, factors = matrices_of(weight), factors_of(adapters, parameter)
     sums = [exact.add_delta(*pair) for pair in zip(originals, factors, strict=True)]
     merged = _as_weight([each.merged for each in sums], weight)
-    record = MergedWeight(_patches(originals, sums), checksum(merged), before)
-    weight.copy_(merged)  # the last step that an error could come before
-    if layer.lora_after_merge(weight):
-        for each, matrix, pairs in zip(sums, matrices_of(weight), factors, strict=True):
+    if after_merge(merged):
+        for each, matrix, pairs in zip(sums, matrices_of(merged), factors, strict=True):
             each.roundtrip = exact.subtract_delta(matrix, pairs)
-        record.patches, record.checksum = _patches(originals, sums), checksum(weight)
-    return record, sums
+    patches = [exact.patch_for(matrix, each.roundtrip) for matrix, each in zip(originals, sums, strict=True)]
+    return merged, patches, sums
+
+
+@dataclass
+class MergedStep:
+    """The sum is written into ``parameter``; ``record`` is made before that, and gives the original back."""
+
+    parameter: nn.Parameter
+    adapters: list[Adapter]
+    record: MergedWeight
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Write the original, whether the sum was written or not."""
+        original = _restored(self.parameter, self.adapters, self.record)
+        assert original is not None  # A, B and the weight are those of the merge
+        local_shard(self.parameter).copy_(original)
+
+
+@dataclass
+class UnmergedStep:
+    """The original is written into ``parameter``, which holds the sum until then."""
+
+    parameter: nn.Parameter
+    adapters: list[Adapter]
+    record: MergedWeight
+    after_merge: Callable[[Tensor], bool]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Write the sum again, if the original was written."""
+        if checksum(local_shard(self.parameter)) != self.record.checksum:
+            local_shard(self.parameter).copy_(_sum(self.parameter, self.adapters, self.after_merge)[0])
 
 
 def _as_weight(matrices: list[Tensor], weight: Tensor) -> Tensor:
     """The matrices as one tensor like ``weight``. This rank may hold none of a stack of experts."""
+    if len(matrices) == 1:
+        return matrices[0].view(weight.shape)
     return torch.stack(matrices).view(weight.shape) if matrices else weight.clone()
-
-
-def _patches(originals: list[Tensor], sums: list[exact.MergedMatrix]) -> list[exact.Patch]:
-    return [exact.patch_for(matrix, each.roundtrip) for matrix, each in zip(originals, sums, strict=True)]
 
 
 def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
@@ -86,49 +127,51 @@ def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
     return [list(factors) for factors in zip(*by_adapter, strict=True)]
 
 
-def unmerge_layer(module: nn.Module, record: Merged) -> bool:
+def unmerge_layer(module: nn.Module, record: Merged, journal: Journal) -> bool:
     """Restore the weights of ``module`` and make it an adapted layer again.
 
     Returns:
         Whether that was possible; if not, nothing was changed.
     """
-    if not _put_back(module, record):
-        return False
     adapters = record.adapters
-    for key, pairs in adapters.by_weight().items():
+    by_weight = adapters.by_weight()
+    restored = {
+        key: _restored(parameter_of(module, key), by_weight[key], weight) for key, weight in record.weights.items()
+    }
+    if any(weight is None for weight in restored.values()):
+        return False
+    cls = adapted_class_for(module, [adapter.part for adapter in adapters.all_pairs()])
+    for key, weight in restored.items():
+        shared, parameter = record.weights[key].shared, parameter_of(module, key)
+        if shared is not None:
+            setattr(module, key, shared)
+            continue
+        after_merge = partial(cls.lora_after_merge, module)  # type: ignore[arg-type]
+        journal.steps.append(UnmergedStep(parameter, by_weight[key], record.weights[key], after_merge))
+        _write(parameter, weight)
+    for key, pairs in by_weight.items():
         for adapter in pairs:
             adapter.to(local_shard(parameter_of(module, key)).device)
-    set_adapters(module, adapted_class_for(module, [adapter.part for adapter in adapters.all_pairs()]), adapters)
+    set_adapters(module, cls, adapters)
     record_of(module).merged = None
     return True
 
 
-def _put_back(module: nn.Module, record: Merged) -> bool:
-    """Restore every parameter in ``record`` to its value before the merge, or none; whether that was possible."""
-    restored = {key: _restored(module, key, record) for key in record.weights}
-    if any(weight is None for weight in restored.values()):
-        return False
-    for key, weight in restored.items():
-        shared = record.weights[key].shared
-        if shared is not None:
-            setattr(module, key, shared)
-        elif weight is not None:
-            local_shard(parameter_of(module, key)).copy_(weight)
-    return True
+@torch.no_grad()
+def _write(parameter: nn.Parameter, value: Tensor | None) -> None:
+    assert value is not None
+    local_shard(parameter).copy_(value)
 
 
 @torch.no_grad()
-def _restored(module: nn.Module, key: str, record: Merged) -> Tensor | None:
-    """The parameter ``key`` as it was before the merge, or ``None`` if it cannot be computed."""
-    weight, merged = local_shard(parameter_of(module, key)), record.weights[key]
-    if merged.shared is not None:
-        return merged.shared if checksum(local_shard(merged.shared)) == merged.original else None
-    if checksum(weight) == merged.original:  # the base was loaded into the merged layer
+def _restored(parameter: nn.Parameter, adapters: list[Adapter], record: MergedWeight) -> Tensor | None:
+    """The value of ``parameter`` before the merge, or ``None`` if it cannot be computed."""
+    weight = local_shard(parameter)
+    if record.shared is not None:
+        return record.shared if checksum(local_shard(record.shared)) == record.original else None
+    if checksum(weight) == record.original:  # the base was loaded into the merged layer
         return weight.clone()
-    adapters = record.adapters.by_weight()[key]
-    pairs = zip(
-        adapters[0].part.matrices(weight), factors_of(adapters, parameter_of(module, key)), merged.patches, strict=True
-    )
+    pairs = zip(adapters[0].part.matrices(weight), factors_of(adapters, parameter), record.patches, strict=True)
     matrices = [exact.apply_patch(exact.subtract_delta(matrix, factors), patch) for matrix, factors, patch in pairs]
     original = _as_weight(matrices, weight)
-    return original if checksum(original) == merged.original else None
+    return original if checksum(original) == record.original else None

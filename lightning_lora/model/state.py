@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_lora.distributed.sharded import (
     fsdp1_units,
     full_tensor,
     gathered,
+    is_partitioned,
     local_shard,
     reshard,
     shape_of,
@@ -24,6 +26,7 @@ from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
+from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged, merged_layers, records
 
 
@@ -158,6 +161,11 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
         >>> load_lora_state_dict(fresh, lora_state_dict(trained))
     """
+    all_or_nothing(model, lambda journal: load(model, state, journal))
+
+
+def load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
+    """:func:`load_lora_state_dict` as a part of a larger change."""
     if not is_adapted(model):
         merged = is_merged(model)
         do = "call `unmerge_lora(model)` first" if merged else "call `apply_lora` with its configuration first"
@@ -165,7 +173,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     if isinstance(state.get("state_dict"), Mapping):
         raise ValueError("`state` is a whole checkpoint: pass its entry 'state_dict'.")
     check_state(model, state)
-    _load(model, state)
+    _load(model, state, journal)
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -218,33 +226,54 @@ def buffer_names(model: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
     reshard(model)
-    before: list[tuple[nn.Module, str, dict[str, Any]]] = []
-    try:
-        for name, module in names.named_modules(model):
-            present: dict[str, Any] = {}
-            _save_own(module, present, prefix := f"{name}." if name else "")
-            new = {key: shard_like(value, state[key]) for key, value in present.items() if key in state}
-            before.append((module, prefix, {key: _copied(present[key]) for key in new}))
+    for name, module in names.named_modules(model):
+        present: dict[str, Any] = {}
+        _save_own(module, present, prefix := f"{name}." if name else "")
+        new = {key: shard_like(value, state[key]) for key, value in present.items() if key in state}
+        if new:
+            journal.steps.append(LoadedStep(module, prefix, {key: present[key] for key in new}))
             _load_own(module, prefix, present, new)
-    except BaseException:
-        for module, prefix, old in before:
-            _load_own(module, prefix, {}, old)
-        raise
-    _reset_buffers(model, state)
+    _reset_buffers(model, state, journal)
     for module in set(model.modules()) - set(fsdp1_units(model)):  # a module may compute something from what was loaded
         for hook in module._load_state_dict_post_hooks.values():
             hook(module, nn.modules.module._IncompatibleKeys([], []))
 
 
-def _copied(value: Any) -> Any:
-    return full_detached(value).clone() if isinstance(value, Tensor) else value
+class LoadedStep:
+    """Entries of a state dict are loaded into one module.
+
+    A ``_load_from_state_dict`` of the user's own may be what failed, so it is not used to copy tensors back.
+
+    Args:
+        module: the module.
+        prefix: its name in the state dict, with a dot at the end.
+        present: what is overwritten, by its keys in the state dict.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str, present: dict[str, Any]) -> None:
+        self.module, self.prefix, self.present = module, prefix, present
+        own = {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())}
+        self.tensors = {
+            key: full_tensor(value) if is_partitioned(value) else local_shard(value).clone()
+            for key, value in present.items()
+            if id(value) in own
+        }
+        self.rest = {key: copy.deepcopy(value) for key, value in present.items() if id(value) not in own}
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the module the old values."""
+        tensors = [self.present[key] for key in self.tensors]
+        with gathered(tensors, write=True):
+            for tensor, value in zip(tensors, self.tensors.values(), strict=True):
+                local_shard(tensor).copy_(value)
+        if self.rest:
+            _load_own(self.module, self.prefix, self.present, self.rest)
 
 
 def _load_own(module: nn.Module, prefix: str, present: Mapping[str, Any], new: dict[str, Any]) -> None:
-    if not new:
-        return
     errors: list[str] = []
     with gathered((present[key] for key in new if key in present), write=True):
         module._load_from_state_dict(new, prefix, {"version": module._version}, False, [], [], errors)
@@ -252,9 +281,10 @@ def _load_own(module: nn.Module, prefix: str, present: Mapping[str, Any], new: d
         raise RuntimeError("\n".join(errors))
 
 
-def _reset_buffers(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _reset_buffers(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
     """Give buffers that are not in ``state`` their initial values."""
     name_of = {id(module): name for name, module in names.named_modules(model)}
     for module, key, original in list(moved(model)):
         if key in module._buffers and names.join(name_of[id(module)], key) not in state:
+            journal.keep(module._buffers[key])  # type: ignore[arg-type]
             local_shard(module._buffers[key]).copy_(original)  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from lightning_lora import names
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import is_adapted
 from lightning_lora.model import record
-from lightning_lora.model.apply import apply_lora, remove_lora
-from lightning_lora.model.state import load_lora_state_dict
+from lightning_lora.model.apply import adapt
+from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
+from lightning_lora.model.state import load
 from lightning_lora.peft_format.contents import holders
 from lightning_lora.peft_format.placement import (
     FileValues,
@@ -81,6 +83,7 @@ def load_adapter(
         raise FileNotFoundError(f"`directory` must be a local directory, but there is no `{directory}`.")
     adapter = open_adapter(directory)
     asked, file = config_of(adapter), read_values(adapter)
+    complete_undo(model)
     if record.is_merged(model):
         raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
     prefix = inner_name(model, inner, lambda head: _has_all(model, head, file))
@@ -90,16 +93,10 @@ def load_adapter(
     check_base(adapter.file.metadata, part, set(file.in_full), strict_base)
     if is_adapted(model):
         check_adapted(file, part)
-        _load(model, part, prefix, file, bare=False)
+        all_or_nothing(model, lambda journal: _load(model, part, prefix, file, journal, bare=False))
     else:
         config = config_for(asked, file, part, prefix, model)
-        try:
-            apply_lora(model, config)
-            check_adapted(file, part)
-            _load(model, part, prefix, file, bare=True)
-        except BaseException:
-            remove_lora(model)
-            raise
+        all_or_nothing(model, lambda journal: _adapt_and_load(model, part, prefix, config, file, journal))
     return [name for name, _, _ in holders(model)]
 
 
@@ -108,9 +105,30 @@ def _has_all(model: nn.Module, head: str, file: FileValues) -> bool:
     return all(names.join(head, name) in known for name in file.pairs)
 
 
-def _load(model: nn.Module, part: nn.Module, prefix: str, file: FileValues, *, bare: bool) -> None:
+def _adapt_and_load(
+    model: nn.Module,
+    part: nn.Module,
+    prefix: str,
+    config: LoRAConfig,
+    file: FileValues,
+    journal: Journal,
+) -> None:
+    adapt(model, config, journal)
+    check_adapted(file, part)
+    _load(model, part, prefix, file, journal, bare=True)
+
+
+def _load(
+    model: nn.Module,
+    part: nn.Module,
+    prefix: str,
+    file: FileValues,
+    journal: Journal,
+    *,
+    bare: bool,
+) -> None:
     config = record.config_of(model)
     assert config is not None
     values = values_for(file, part, config.name)
     state: dict[str, Any] = {names.join(prefix, key): value for key, value in values.items()}
-    load_lora_state_dict(model, filled(state, model) if bare else state)
+    load(model, filled(state, model) if bare else state, journal)

@@ -144,3 +144,29 @@ class OwnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+class EveryKind(nn.Module):
+    """Most kinds of layers: a tied head, an embedding with ``max_norm``, a recurrent layer, statistics, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.positions = nn.Embedding(3, 4, max_norm=1.0)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm1d(4)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+        self.extra = nn.Linear(4, 2)
+        self.fc.bias.requires_grad_(False)
+
+    def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(index) + self.positions(torch.arange(index.shape[1]))
+        x = self.norm(self.conv(x.mT)).mT
+        x, _ = self.rnn(x)
+        x, _ = self.attention(x, x, x, need_weights=False)
+        x = self.fc(x)
+        return self.head(x), self.extra(x)

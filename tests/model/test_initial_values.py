@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.model.initial_values import moved, put_back
+from lightning_lora.model.journal import Journal
 from tests.helpers.oracles import adapted, assert_same_values, net, same_bits, snapshot, train
 
 ALL = {"r": 2, "targets": ["body.*"], "bias": "lora_only", "also_train": ["head"]}
@@ -72,7 +73,7 @@ def test_put_back_gives_the_base_its_values_and_leaves_the_adapters():
     model = train(adapted(**ALL))
     objects = dict(model.named_parameters())
     adapters = {name: value for name, value in snapshot(model).items() if ".lora." in name}
-    put_back(model)
+    put_back(model, Journal(model))
     expected = snapshot(net()) | adapters
     now = model.state_dict()
     assert now.keys() == expected.keys()

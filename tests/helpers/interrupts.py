@@ -1,0 +1,256 @@
+"""Interrupt a call at any line of the package, and compare all that a verb may change in a model.
+
+``python -m tests.helpers.interrupts [VERB ...]`` interrupts verbs at every line of the package that they run, where a
+line runs often at its first, its middle and its last time, and prints what it saw.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_lora
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    disable_lora,
+    load_adapter,
+    load_lora_state_dict,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    unmerge_lora,
+)
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.model.record import records
+from tests.helpers import oracles
+from tests.helpers.models import EveryKind, Net, net
+
+PACKAGE = str(Path(lightning_lora.__file__).parent)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+
+class LineCounter:
+    """A trace function that counts lines of the package, and raises ``error`` at the line number ``at``."""
+
+    def __init__(self, at: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.at, self.error, self.places = at, error, list[str]()
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
+        return self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line":
+            self.places.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}")
+            if len(self.places) == self.at:
+                sys.settrace(None)
+                raise self.error
+        return self.trace
+
+
+def lines_in(call: Callable[[], object]) -> list[str]:
+    """The lines of the package that ``call`` runs, as ``file:line``, in their order."""
+    counter = LineCounter()
+    before = sys.gettrace()
+    sys.settrace(counter)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return counter.places
+
+
+def interrupt(call: Callable[[], object], at: int, error: type[BaseException] = KeyboardInterrupt) -> str:
+    """Call it, and raise ``error`` in it at the line number ``at``; returns the file and the line of the package."""
+    counter = LineCounter(at, error)
+    before, unraisable = sys.gettrace(), sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # an interrupt in `__del__`
+    sys.settrace(counter)
+    try:
+        call()
+    except error:
+        pass
+    finally:
+        sys.settrace(before)
+        sys.unraisablehook = unraisable
+    return counter.places[-1]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a verb may change, as plain values; equal for equal models."""
+    state: dict[str, Any] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        state[f"{name}/class"] = type(module)
+        state[f"{name}/keys"] = [sorted(vars(module).keys() - {"enabled"}), list(module._modules), module.training]
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                tied = owners.setdefault(id(tensor), f"{name}.{key}")
+                state[f"{name}.{key}"] = (tied, type(tensor), tensor.requires_grad, *bits(tensor))
+        for hooks in HOOKS:
+            state[f"{name}/{hooks}"] = [type(getattr(hook, "hook", hook)) for hook in getattr(module, hooks).values()]
+        if isinstance(module, nn.RNNBase):
+            flat = zip(module._flat_weights, module._flat_weights_names, strict=True)
+            state[f"{name}/flat"] = [weight is module._parameters[key] for weight, key in flat]
+        if isinstance(module, LoRALayer):
+            state[f"{name}/enabled"] = module.lora.enabled
+    for name, _, record in records(model):
+        plain = {key: value for key, value in vars(record).items() if key not in ("merged", "originals", "load_hook")}
+        originals = {key: bits(value) for key, value in record.originals.items()}
+        state[f"{name}/record"] = (plain, originals, record.load_hook is None)
+        if record.merged is not None:
+            weights = {key: (w.checksum, w.original, w.shared is None) for key, w in record.merged.weights.items()}
+            pairs = {key: bits(value) for key, value in record.merged.adapters.named_parameters()}
+            state[f"{name}/merged"] = (weights, pairs)
+    return state
+
+
+def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """The dtype, the shape and the bytes of ``tensor``."""
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), raw.numpy().tobytes()
+
+
+def difference(present: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The names of what differs between two results of :func:`state_of`."""
+    return [key for key in present.keys() | expected.keys() if present.get(key) != expected.get(key)]
+
+
+TARGETS = ["embedding", "positions", "conv", "rnn", "attention", "fc", "head"]
+CONFIG = LoRAConfig(r=2, targets=TARGETS, also_train=["extra"], bias="lora_only")
+INDEX = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+def trained(seed: int = 0) -> nn.Module:
+    """A model with live adapters, of which everything that may change has changed."""
+    model = subject("bare")
+    apply_lora(model, CONFIG)
+    oracles.train_by_hand(model, 0.3, seed=seed)
+    with torch.no_grad():
+        for tensor in (model.extra.weight, model.norm.running_mean, model.fc.bias):
+            tensor.add_(1 + seed)
+    return model
+
+
+@cache
+def _subject(kind: str) -> nn.Module:
+    if kind == "bare":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return EveryKind().eval()
+    if kind == "plain net":
+        return net()
+    model = trained()
+    if kind == "merged":
+        merge_lora(model)
+    return model
+
+
+def subject(kind: str) -> nn.Module:
+    """A new model that is ``"bare"``, ``"live"`` or ``"merged"``, or a ``"plain net"`` that PEFT's format can hold."""
+    return copy.deepcopy(_subject(kind))
+
+
+@cache
+def other_state() -> dict[str, Tensor]:
+    """The state of another training."""
+    return {key: value.detach().clone() for key, value in lora_state_dict(trained(1)).items()}
+
+
+@cache
+def peft_directory() -> tempfile.TemporaryDirectory[str]:
+    """A directory for ``"plain net"``, in PEFT's format."""
+    model: Net = net()
+    apply_lora(model, LoRAConfig(r=2, targets=["q", "v"], also_train=["head"]))
+    oracles.train_by_hand(model, 0.3)
+    directory = tempfile.TemporaryDirectory()
+    save_adapter(model, directory.name)
+    return directory
+
+
+def within(manager: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+    """Run the model in a ``with`` block of ``manager``."""
+
+    def run(model: nn.Module) -> None:
+        with manager(model):
+            model(INDEX)
+
+    return run
+
+
+# What each verb starts from, and the verb.
+VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "apply": ("bare", lambda model: apply_lora(model, CONFIG)),
+    "apply to merged": ("merged", lambda model: apply_lora(model, CONFIG)),
+    "merge": ("live", merge_lora),
+    "merge for good": ("live", lambda model: merge_lora(model, undo=False)),
+    "forget": ("merged", lambda model: merge_lora(model, undo=False)),
+    "unmerge": ("merged", unmerge_lora),
+    "remove": ("live", remove_lora),
+    "remove merged": ("merged", remove_lora),
+    "drop": ("live", LoRAMethod(CONFIG).drop),
+    "load": ("live", lambda model: load_lora_state_dict(model, other_state())),
+    "load into merged": ("merged", lambda model: model.load_state_dict(dict(other_state()))),
+    "load a directory": ("plain net", lambda model: load_adapter(model, peft_directory().name)),
+    "disable": ("live", within(disable_lora)),
+    "as found": ("live", within(LoRAMethod(CONFIG).as_found)),
+    "forward": ("live", lambda model: model(INDEX)),
+}
+
+
+def lines_of(verb: str) -> list[str]:
+    """The lines of the package that the verb runs."""
+    kind, call = VERBS[verb]
+    call(subject(kind))  # once before: classes and patterns are made at their first use
+    model = subject(kind)
+    return lines_in(lambda: call(model))
+
+
+def first_middle_last(lines: list[str]) -> list[int]:
+    """For each line the numbers, from 1, of its first, its middle and its last time in ``lines``."""
+    times: dict[str, list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        times.setdefault(line, []).append(number)
+    return sorted({number for each in times.values() for number in (each[0], each[len(each) // 2], each[-1])})
+
+
+def check_lines(verb: str, lines: Iterable[int], error: type[BaseException] = KeyboardInterrupt) -> list[str]:
+    """Interrupt the verb at each of ``lines``; returns what was wrong.
+
+    The model must be as before the verb or as after it, and the verb must then work.
+    """
+    kind, call = VERBS[verb]
+    before, wrong = state_of(subject(kind)), []
+    done = subject(kind)
+    call(done)
+    after = state_of(done)
+    for at in lines:
+        model = subject(kind)
+        place = interrupt(lambda model=model: call(model), at, error)  # type: ignore[misc]
+        present = state_of(model)
+        if present not in (before, after):
+            wrong.append(f"{place}: between, {difference(present, before)}")
+        call(model)
+        if state_of(model) != after:
+            wrong.append(f"{place}: not again, {difference(state_of(model), after)}")
+    return wrong
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or VERBS:
+        run = lines_of(name)
+        chosen = first_middle_last(run)
+        wrong = check_lines(name, chosen)
+        print(f"{name}: {len(run)} lines run, {len(set(run))} lines of code, interrupted {len(chosen)} times")
+        print(f"    {len(wrong)} wrong", *wrong, sep="\n    ", flush=True)
