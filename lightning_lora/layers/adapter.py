@@ -143,12 +143,14 @@ class Adapter(nn.Module):
         # `.to(dtype)`, `.half()` and every precision plugin call this. The fp32 values are kept, not cast to another
         # dtype and back: a resumed run needs the same bits.
         before = [(p.data, None if p.grad is None else p.grad.detach()) for p in (self.A, self.B)]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
-            if parameter.dtype != data.dtype:
-                parameter.grad = None
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
+                if parameter.dtype != data.dtype:
+                    parameter.grad = None
+                    parameter.data = data.to(parameter.device)
+                    parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
 

@@ -6,7 +6,7 @@ weight. A weight that is stored in bf16 is read without a cast, and every produc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +23,35 @@ CAST_BY_AUTOCAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.
 ADDS_TO_IT = (LoRALinear.forward, LoRAConv.forward)
 
 
-def lower(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Callable[[], None]:
-    """Cast ``parameters``, and keep their old values on the CPU.
+class LoweredWeights:
+    """Parameters in another dtype, with their old values on the CPU.
 
-    Returns:
-        A function that restores the old values. A parameter that was written to meanwhile, such as by a loaded state
-        dict, keeps what was written, in its old dtype.
+    Args:
+        dtype: that other dtype.
     """
-    originals: list[tuple[nn.Parameter, Tensor]] = []
-    for parameter in parameters:
-        originals.append((parameter, parameter.data.cpu()))
-        parameter.data = parameter.data.to(dtype)
 
-    def restore() -> None:
-        for parameter, original in originals:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    def lower(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Cast ``parameters``; the old value of each is kept before that."""
+        for parameter in parameters:
+            self.originals.append((parameter, parameter.data.cpu()))
+            parameter.data = parameter.data.to(self.dtype)
+
+    def restore(self) -> None:
+        """Restore the old values; after an interrupt it goes on where it was.
+
+        A parameter that was written to meanwhile, such as by a loaded state dict, keeps what was written, in its old
+        dtype.
+        """
+        while self.originals:
+            parameter, original = self.originals[-1]
             value = parameter.data.cpu()
-            unchanged = same_bits(value, original.to(dtype))
+            unchanged = same_bits(value, original.to(self.dtype))
             parameter.data = (original if unchanged else value.to(original.dtype)).to(parameter.device)
-
-    return restore
+            self.originals.pop()
 
 
 def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class CheckpointFiles:
         self.base: Fingerprint = {}
         self.random_states: list[random_state.State] | None = None
         self.loaded = False
+        self.before_load: dict[str, Any] = {}  # what the module held before the first load, and what was loaded last
+        self.loaded_state: dict[str, Any] = {}
         self.plain_files: set[str] = set()
         self.weights_only: bool | None = None  # as the user gave it for this run
         self.is_sharded = is_a(self.strategy, *SHARDING_STRATEGIES)
@@ -108,6 +111,9 @@ class CheckpointFiles:
         """Load the adapters: all of them, or an error before anything is loaded."""
         state = trained_entries(checkpoint, self.filled_in, self.method, self.module)
         self.filled_in = {}
+        if self.trainer.ckpt_path is not None and not self.before_load:  # a tuner loads its own file, too
+            self.before_load = deepcopy(self.method.state(self.module))
+        self.loaded_state = state
         self.method.load(self.module, state)
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":
             self.strategy_adapter.load_optimizers({**checkpoint, "state_dict": state})

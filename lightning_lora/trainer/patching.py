@@ -47,9 +47,14 @@ def patch_method(stack: ExitStack, owner: object, name: str, replacement: Callab
 
 def patch_attribute(stack: ExitStack, owner: object, name: str, value: object) -> None:
     """Set ``owner.name`` to ``value`` until ``stack`` closes, which restores what was on the instance before."""
-    previous = owner.__dict__.get(name, _ABSENT)
+    call_on_close(stack, _restore, owner, name, owner.__dict__.get(name, _ABSENT))
     object.__setattr__(owner, name, value)
-    stack.callback(_restore, owner, name, previous)
+
+
+def call_on_close(stack: ExitStack, restore: Callable[..., None], *args: Any) -> None:
+    """Let ``stack`` call ``restore`` twice when it closes: an interrupt may cut the first call short."""
+    for _ in range(2):
+        stack.callback(restore, *args)
 
 
 def _restore(owner: object, name: str, previous: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.config import BASE_DTYPES, RunConfig
 from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
-from lightning_lora.model.base_dtype import cast_by_autocast, lower
+from lightning_lora.model.base_dtype import LoweredWeights, cast_by_autocast
 from lightning_lora.model.freeze import is_frozen, unfreeze
 from lightning_lora.model.record import Record, all_records, place_again, record_of
 from lightning_lora.ops.exact_sum import same_bits
@@ -31,7 +31,7 @@ from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.merged_file import check_merged_file
 from lightning_lora.trainer.merged_saves import check_merged_saves
 from lightning_lora.trainer.optimizers import restrict
-from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.patching import call_on_close, patch_method
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
@@ -56,13 +56,14 @@ class Run:
     def __init__(
         self, trainer: Any, module: Any, method: Method, run_config: RunConfig, stage: str, callback_key: str
     ) -> None:
+        leave_unfinished_run(module)
         self.trainer, self.module, self.method, self.run_config, self.stage = trainer, module, method, run_config, stage
         self.strategy = trainer.strategy
         self.strategy_adapter = strategy_adapter_for(trainer.strategy, module)
         self.files = CheckpointFiles(
             trainer, module, method, run_config, self.strategy_adapter, callback_key, self.adapt_late
         )
-        self.ended = self.abandoned = False
+        self.ended = self.has_left = self.abandoned = False
         self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
         self.was_frozen = is_frozen(module)
         self.snapshot: dict[str, Any] = {}
@@ -163,6 +164,7 @@ class Run:
         if self.run_config.merged is not None and fits and not self.trainer.fast_dev_run:
             check_merged_file(self.trainer, self.method, self.module, self.run_config.merged)
         if path is not None and self.was_bare:
+            self.files.before_load = deepcopy(self.method.state(self.module))
             start_from(self.module, path, self.method, self.files.base_fingerprint())
             record_of(self.module).started_from = path
             self.files.loaded = True
@@ -180,7 +182,9 @@ class Run:
                 f"`base_dtype={self.run_config.base_dtype!r}` changes nothing: no frozen fp32 weight belongs to a "
                 "linear layer or a convolution of torch's own."
             )
-        self.stack.callback(lower(parameters, BASE_DTYPES[self.run_config.base_dtype]))
+        lowered = LoweredWeights(BASE_DTYPES[self.run_config.base_dtype])
+        call_on_close(self.stack, lowered.restore)
+        lowered.lower(parameters)
 
     def configure_optimizers(self, original: Any) -> Any:
         """Make the user's optimizers as without adapters, then restrict them to what trains."""
@@ -223,36 +227,60 @@ class Run:
     def end(self, original: Any) -> None:
         """After the strategy's teardown, take every patch of this run off."""
         try:
-            original()
+            try:
+                original()
+            finally:
+                self.leave()
         finally:
-            self.stack.close()
-            self.ended = True
-            place_again(self.module, self.records)
-            if not self.was_frozen:
-                unfreeze(self.module)
-            interrupted = self.trainer.state.status == "interrupted"
-            if self.stage == "fit" and not self.abandoned and not interrupted:
-                self.late_saves = save_adapters_until_the_end(self.files)
-            if self.stage != "fit" or self.abandoned or (interrupted and self.is_untrained()):
-                self.restore()
+            self.leave()  # an interrupt may have cut the first call short
+
+    def leave(self) -> None:
+        """Leave the module as a run does; after an interrupt it is called again and goes on."""
+        if self.has_left:
+            return
+        self.stack.close()
+        self.ended = True
+        place_again(self.module, self.records)
+        if not self.was_frozen:
+            unfreeze(self.module)
+        interrupted = self.trainer.state.status == "interrupted"
+        if self.stage == "fit" and not self.abandoned and not interrupted and self.late_saves is None:
+            self.late_saves = save_adapters_until_the_end(self.files)
+        if self.stage != "fit" or self.abandoned or (interrupted and self.is_untrained()):
+            self.restore()
+        self.has_left = True
 
     def is_untrained(self) -> bool:
         """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
-        if not self.snapshot:
-            return self.method.is_untrained(self.module)
+        if not self.snapshot and self.method.is_untrained(self.module):
+            return True
         now = {name: parameter.detach() for name, parameter in self.method.added_parameters(self.module)}
-        return all(same_bits(self.snapshot[name], value) for name, value in now.items() if name in self.snapshot)
+        starts = (start for start in (self.snapshot, self.files.loaded_state) if start)
+        return any(all(same_bits(start[name], now[name]) for name in start.keys() & now.keys()) for start in starts)
 
     def restore(self) -> None:
-        """After a run that trained nothing: merged if it was merged, bare if it was bare and no file was loaded."""
+        """After a run that trained nothing: merged if it was merged, bare if it was bare and no file was loaded.
+
+        A fit that failed before its first step gives back the values that it had before it loaded a file.
+        """
         if self.method.is_merged(self.module):
             self.method.make_plain_unless_meant(self.module, self.known)
+        if self.stage == "fit" and self.files.before_load and self.method.is_adapted(self.module):
+            self.method.load(self.module, self.files.before_load)
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
             self.method.load(self.module, self.snapshot)
             self.method.merge(self.module)
             merge_copies(self.trainer, self.module, self.method)
         elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
             self.method.drop(self.module)
+
+
+def leave_unfinished_run(module: nn.Module) -> None:
+    """Complete the end of an earlier run of ``module`` that an interrupt at its first line left undone."""
+    patched = vars(module).get("configure_optimizers")
+    run = getattr(getattr(patched, "replacement", None), "__self__", None)
+    if isinstance(run, Run) and run.trainer.state.status == "interrupted":
+        run.leave()
 
 
 def strategy_adapter_for(strategy: Any, module: nn.Module) -> StrategyAdapter:

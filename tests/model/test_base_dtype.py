@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters
-from lightning_lora.model.base_dtype import cast_by_autocast, lower
+from lightning_lora.model.base_dtype import LoweredWeights, cast_by_autocast
 from lightning_lora.trainer.compatibility import _check_base_dtype
 
 
@@ -131,9 +131,10 @@ def test_what_is_cast():
     assert {names[id(p)] for p in cast_by_autocast(net)} == {"conv.weight", "conv.bias", "first.weight", "first.bias"}
     before = {name: p.data_ptr() for name, p in net.named_parameters()}
     values = bits(net)
-    restore = lower(list(cast_by_autocast(net)), torch.bfloat16)
+    lowered = LoweredWeights(torch.bfloat16)
+    lowered.lower(list(cast_by_autocast(net)))
     assert net.first._parameters["weight"].dtype == torch.bfloat16
-    restore()
+    lowered.restore()
     assert {name: p.data_ptr() for name, p in net.named_parameters()} == before
     assert all(torch.equal(values[name], tensor) for name, tensor in net.state_dict().items())
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -20,6 +25,10 @@ from lightning_lora import (
     merge_lora,
     remove_lora,
 )
+from lightning_lora.layers.base import adapted_layers
+from lightning_lora.model.record import merged_layers
+from lightning_lora.trainer.run import Run
+from tests.helpers.interrupts import bits, first_middle_last, interrupt, lines_in
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.runs import ADAPTERS, BASE, Break, load, same, types
 
@@ -412,3 +421,81 @@ def test_adapters_follow_the_mode_of_their_layers(cls, training):
     trainer(LoRACallback(r=4, dropout=0.5), modes).fit(cls(), data())
     assert modes.seen == {training}
     assert modes.same != training, "dropout acts in training and not in eval"
+
+
+class BreakBeforeTheFirstStep(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise KeyError("no")
+
+
+def all_of(module):
+    """Values, flags and classes, with names."""
+    values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return values, {name: p.requires_grad for name, p in module.named_parameters()}, types(module)
+
+
+@pytest.mark.parametrize("start", ["bare", "live", "merged"])
+@pytest.mark.parametrize("fails", ["weights only", "on_train_start", "init_from"])
+def test_a_fit_that_fails_after_its_file_is_loaded_gives_back_what_the_module_had(start, fails, tmp_path):
+    arguments = {"r": 2, "targets": ["q", "mlp"], "also_train": ["head"]}
+    kept = ModelCheckpoint(dirpath=tmp_path, filename="a", save_weights_only=fails == "weights only")
+    other = Lit(batch_norm=True)
+    trainer(LoRACallback(**arguments), kept, max_epochs=1).fit(other, data(1))
+    module = Lit(batch_norm=True)
+    if start != "bare":
+        trainer(LoRACallback(**arguments, merge=start == "merged"), max_epochs=1).fit(module, data())
+    values, flags, kinds = all_of(module)
+    path = {"init_from": str(tmp_path / "a.ckpt")} if fails == "init_from" else {}
+    ckpt_path = None if path else tmp_path / "a.ckpt"
+    callbacks = [LoRACallback(**arguments, **path), *([] if fails == "weights only" else [BreakBeforeTheFirstStep()])]
+    warned = pytest.warns(UserWarning, match="was not read") if path and start != "bare" else nullcontext()
+    with warned, pytest.raises(KeyError):
+        trainer(*callbacks).fit(module, data(), ckpt_path=ckpt_path)
+    now = all_of(module)
+    assert same(now[0], values)
+    assert now[1:] == (flags, kinds)
+
+
+CONFIGURED = {"r": 2, "targets": ["q", "mlp"], "also_train": ["head"]}
+
+
+def fit_for_two_steps(module, **kwargs):
+    callback = LoRACallback(**CONFIGURED, base_dtype="bf16")
+    settings = {"precision": "bf16-mixed", "max_epochs": 1, "limit_train_batches": 2}
+    trainer(callback, **settings).fit(module, data(n=16), **kwargs)
+
+
+def interrupted_fit(at):
+    """What is wrong with a module whose fit was interrupted at the line number `at` of the package."""
+    module, base = Lit(), {name: bits(value) for name, value in Lit().state_dict().items()}
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):  # Lightning exits after Ctrl-C
+        interrupt(lambda: fit_for_two_steps(module), at)
+    counts = len(list(adapted_layers(module))), len(list(merged_layers(module)))
+    assert counts in ((4, 0), (0, 4), (0, 0)), at
+    twin = copy.deepcopy(module)
+    remove_lora(twin)
+    assert {name: bits(value) for name, value in twin.state_dict().items()} == base, at
+    assert all(parameter.requires_grad for parameter in twin.parameters()), at
+    fit_for_two_steps(module)
+    assert len(list(merged_layers(module))) == 4, at
+    assert "configure_optimizers" not in vars(module), at
+    remove_lora(module)
+    assert {name: bits(value) for name, value in module.state_dict().items()} == base, at
+
+
+def test_an_interrupt_as_the_run_ends_is_completed_by_the_next_run():
+    module = Lit()
+    fit_for_two_steps(module)
+    module = Lit()
+    lines = lines_in(lambda: fit_for_two_steps(module))
+    begin = inspect.getsourcelines(Run.end)[1]
+    at = [number for number, line in enumerate(lines, 1) if line == f"/trainer/run.py:{begin + 2}"]
+    interrupted_fit(at[0])
+
+
+@pytest.mark.slow
+def test_an_interrupt_anywhere_in_a_fit_leaves_no_half():
+    module = Lit()
+    lines = first_middle_last(lines_in(lambda: fit_for_two_steps(module)))
+    for at in lines[:: len(lines) // 25]:
+        interrupted_fit(at)
