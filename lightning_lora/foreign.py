@@ -7,6 +7,7 @@ called are in :mod:`lightning_lora.torch_internals`; the keys of PEFT's files ar
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 # Lightning, which ships every class twice, in `lightning.pytorch` and in `pytorch_lightning`.
@@ -92,9 +93,10 @@ def is_a(thing: object, *class_names: str) -> bool:
     return any(cls.__name__ in class_names for cls in type(thing).__mro__)
 
 
-def adapter_library(module: object) -> str | None:
-    """The library whose adapter ``module`` is, or ``None`` if it is none of :data:`ADAPTER_LAYERS`."""
-    libraries = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(module).__mro__)
+@cache
+def adapter_library(cls: Any) -> str | None:
+    """The library whose adapters are of the class ``cls``, or ``None`` if it is none of :data:`ADAPTER_LAYERS`."""
+    libraries = ((base.__module__.partition(".")[0], base.__name__) for base in cls.__mro__)
     return next((library for library, name in libraries if name in ADAPTER_LAYERS.get(library, ())), None)
 
 

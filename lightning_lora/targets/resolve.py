@@ -105,7 +105,7 @@ def _adapter_around(site: Site, survey: Survey) -> Site | None:
     """The adapter of another library that ``site`` is or lies in, refused."""
     for outer in [*around(site.name), site.name]:
         module = survey.by_name.get(outer)
-        library = adapter_library(module)
+        library = adapter_library(type(module))
         if library is not None:
             return replace(survey.sites[outer], refusal=adapted_by(library, type(module).__name__))
     return None
