@@ -67,8 +67,8 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     """
     _check_is_file(path)
     check_free(directory / WEIGHTS, overwrite)
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
-    config, base = checkpoints.facts_in(checkpoint, path)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True, "CKPT")
+    config, base = checkpoints.facts_in(checkpoint, path, "CKPT")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
     prefix = _common(base, pairs) if inner is None else inner

@@ -126,8 +126,8 @@ def _stored(pair: StoredPair) -> InspectedLayer:
 
 
 def _checkpoint(path: Path) -> Inspection:
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True)
-    config, base = checkpoints.facts_in(checkpoint, path)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True, "path")
+    config, base = checkpoints.facts_in(checkpoint, path, "path")
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config)
     used = {name for both in pairs.values() for name in both}

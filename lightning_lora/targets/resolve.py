@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -105,7 +106,8 @@ def _adapter_around(site: Site, survey: Survey) -> Site | None:
     """The adapter of another library that ``site`` is or lies in, refused."""
     for outer in [*around(site.name), site.name]:
         module = survey.by_name.get(outer)
-        library = adapter_library(type(module))
+        cls: Any = type(module)
+        library = adapter_library(cls)
         if library is not None:
             return replace(survey.sites[outer], refusal=adapted_by(library, type(module).__name__))
     return None

@@ -16,7 +16,7 @@ from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
 from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
-from lightning_lora.model.fingerprint import Fingerprint, fingerprint
+from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_base
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_contents import ENTRIES
@@ -28,6 +28,7 @@ from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.kept_states import with_base_values
 from lightning_lora.trainer.merged_saves import with_merged_state
 from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.replaced_layers import Layers, layers_of, move_to_replaced, run_hook
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 
 # Absolute paths that this process wrote: opened again as they were written, hyperparameters of any class included.
@@ -70,6 +71,7 @@ class CheckpointFiles:
         self.loaded = False
         self.before_load: dict[str, Any] = {}  # what the module held before the first load, and what was loaded last
         self.loaded_state: dict[str, Any] = {}
+        self.before_hook: Layers | None = None  # the module's `on_load_checkpoint` comes between `load` and its state
         self.plain_files: set[str] = set()
         self.weights_only: bool | None = None  # as the user gave it for this run
         self.is_sharded = is_a(self.strategy, *SHARDING_STRATEGIES)
@@ -109,6 +111,8 @@ class CheckpointFiles:
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load the adapters: all of them, or an error before anything is loaded."""
+        if self.adapt_replaced() and checkpoints.KEY in checkpoint:
+            self._check_replaced(checkpoint[checkpoints.KEY]["base"])
         state = trained_entries(checkpoint, self.filled_in, self.method, self.module)
         self.filled_in = {}
         if self.trainer.ckpt_path is not None and not self.before_load:  # a tuner loads its own file, too
@@ -185,9 +189,23 @@ class CheckpointFiles:
             self.restore_random_state()
         if "callbacks" in checkpoint:
             checkpoint["callbacks"] = with_base_values(checkpoint["callbacks"], self.module)
+        self.before_hook = layers_of(self.module, self.method)
         checkpoint = checkpoints.fit_to(checkpoint, self.module)
         self.filled_in = {} if self.is_sharded else fill_in(checkpoint, self.module)
         return checkpoint
+
+    def adapt_replaced(self) -> bool:
+        """Adapt the layers that the module's ``on_load_checkpoint`` replaced; whether there are any."""
+        before, self.before_hook = self.before_hook, None
+        return before is not None and move_to_replaced(before, self.module, self.method) is not None
+
+    def _check_replaced(self, trained_on: Fingerprint) -> None:
+        wrong = other_base(trained_on, fingerprint(self.module, self.strategy.root_device))
+        if wrong is not None:
+            raise ValueError(
+                f"`on_load_checkpoint` of {type(self.module).__name__} replaced layers, and the adapters were trained "
+                f"on other weights: {wrong}. Copy the old weights into the new layers, or name them in `also_train`."
+            )
 
     def restore_random_state(self) -> None:
         """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
@@ -225,8 +243,8 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
         return None
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
     trusted = is_written_here(path) or weights_only is False
-    checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted)
+    checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted, "best_model_path")
     filled_in = {} if is_a(trainer.strategy, *SHARDING_STRATEGIES) else fill_in(checkpoint, module)
-    module.on_load_checkpoint(checkpoint)  # undoes what its `on_save_checkpoint` did
+    run_hook(module, "on_load_checkpoint", method, checkpoint)  # undoes what its `on_save_checkpoint` did
     method.load(module, trained_entries(checkpoint, filled_in, method, module))
     return checkpoint

@@ -30,6 +30,9 @@ from lightning_lora.trainer.kept_states import own_names, without_base_values
 
 KEY = "lightning_lora"
 FORMATS = (1, 2)
+AS_TRUSTED = "`weights_only=False` where you give the path"
+DIRECTORY = "a directory, made by save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)"
+TRUSTED = {"init_from": f"`init_from` {DIRECTORY}", "CKPT": f"the command {DIRECTORY}"}
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
@@ -115,13 +118,14 @@ def by_torch(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checked
 
 
-def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
+def open_file(load: Callable[..., Any], path: Any, weights_only: bool, argument: str = "ckpt_path") -> Any:
     """What is in the file at ``path``: every checkpoint that the package reads is opened here.
 
     Args:
         load: takes the path and ``weights_only``.
         path: a path or an address.
         weights_only: ``False`` allows objects of any class, whose making can run any code.
+        argument: the name of the argument that the path was given as, for errors.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
@@ -134,23 +138,21 @@ def open_file(load: Callable[..., Any], path: Any, weights_only: bool) -> Any:
     except Exception as error:  # a damaged file can raise anything
         if not weights_only and isinstance(error, (ImportError, AttributeError)):
             raise  # the file is sound, and a class in it cannot be imported
-        raise ValueError(_why_unreadable(path, error)) from error
+        raise ValueError(_why_unreadable(path, error, argument)) from error
 
 
-def _named(path: Any) -> str:
+def _named(path: Any, argument: str) -> str:
     """The argument and the path for a message; a path may come from a file."""
-    return f"`ckpt_path={str(path)!r:.400}`"
+    return f"`{argument}={str(path)!r:.400}`"
 
 
-def _why_unreadable(path: Any, error: Exception) -> str:
+def _why_unreadable(path: Any, error: Exception, argument: str) -> str:
     refused = _refused_object(error)
     if refused is None:
-        return f"{_named(path)} cannot be read; is the file truncated? {_reason(error)}"
+        return f"{_named(path, argument)} cannot be read; is the file truncated? {_reason(error)}"
     return (
-        f"{_named(path)} holds an object of {refused}, perhaps a hyperparameter, and was not opened: "
-        "making such an object can run any code. If you trust the file give `weights_only=False` where you give the "
-        "path. `init_from` and the command line take no such argument: give them a directory, made by "
-        "save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)."
+        f"{_named(path, argument)} holds an object of {refused}, perhaps a hyperparameter, and was not opened: "
+        f"making such an object can run any code. If you trust the file, give {TRUSTED.get(argument, AS_TRUSTED)}."
     )
 
 
@@ -168,7 +170,7 @@ def _reason(error: Exception) -> str:
     return printable(text.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or text)
 
 
-def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, Any]:
+def read(load: Callable[..., Any], path: Any, weights_only: bool, argument: str = "ckpt_path") -> dict[str, Any]:
     """Open a file that a LoRA run wrote.
 
     A full checkpoint is refused: load it into the module as its base. So is a file that was saved outside a run and
@@ -177,16 +179,16 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool) -> dict[str, A
     Raises:
         ValueError: if it cannot be read, or holds no adapter.
     """
-    checkpoint = open_file(load, path, weights_only)
+    checkpoint = open_file(load, path, weights_only, argument)
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
         if any(".lora." in str(key) for key in (state if isinstance(state, dict) else ())):
             raise ValueError(
-                f"{_named(path)} holds the base and live adapters together: it was saved outside a run. "
+                f"{_named(path, argument)} holds the base and live adapters together: it was saved outside a run. "
                 "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
             )
         raise ValueError(
-            f"{_named(path)} is a full checkpoint, without adapters. LoRACallback loads adapters only; "
+            f"{_named(path, argument)} is a full checkpoint, without adapters. LoRACallback loads adapters only; "
             "to start from these weights load them into the module as its base: "
             "model.load_state_dict(torch.load(path)['state_dict'])."
         )
@@ -218,7 +220,7 @@ def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -
         )
 
 
-def check_config(written: LoRAConfig, path: Any, method: Method) -> None:
+def check_config(written: LoRAConfig, path: Any, method: Method, argument: str = "ckpt_path") -> None:
     """Raise unless the file's adapter has the configuration of ``method``.
 
     Raises:
@@ -226,10 +228,12 @@ def check_config(written: LoRAConfig, path: Any, method: Method) -> None:
     """
     difference = method.difference(written)
     if difference is not None:
-        raise ValueError(f"{_named(path)} was written with {difference}: give LoRACallback the same arguments.")
+        raise ValueError(
+            f"{_named(path, argument)} was written with {difference}: give LoRACallback the same arguments."
+        )
 
 
-def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
+def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any, argument: str = "ckpt_path") -> None:
     """Raise unless the file's adapter was trained on ``base``; warn where only the dtype differs.
 
     Raises:
@@ -237,7 +241,9 @@ def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any) -> None:
     """
     wrong = other_base(trained_on, base)
     if wrong is not None:
-        raise ValueError(f"{_named(path)} was trained on another base: {wrong}. Load the base it was trained on first.")
+        raise ValueError(
+            f"{_named(path, argument)} was trained on another base: {wrong}. Load the base it was trained on first."
+        )
     if not exactly_same(trained_on, base):
         _warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
 
@@ -248,7 +254,7 @@ def _warn(message: str) -> None:
     rank_zero_warn(message)
 
 
-def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerprint]:
+def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path") -> tuple[LoRAConfig, Fingerprint]:
     """The configuration of the file's adapter, and the fingerprint of its base.
 
     Raises:
@@ -268,7 +274,7 @@ def facts_in(checkpoint: dict[str, Any], path: Any) -> tuple[LoRAConfig, Fingerp
         check_pairs(written, state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{_named(path)} does not say what adapter it holds ({printable(str(error))}): it is damaged, "
+            f"{_named(path, argument)} does not say what adapter it holds ({printable(str(error))}): it is damaged, "
             "or was written by a later version of lightning_lora."
         ) from error
     return written, base

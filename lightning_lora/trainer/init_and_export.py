@@ -39,10 +39,10 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     if Path(path).is_dir():
         load_adapter(module, path)
         return
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, weights_only=not is_written_here(path))
-    written, trained_on = checkpoints.facts_in(checkpoint, path)
-    checkpoints.check_config(written, path, method)
-    checkpoints.check_base(trained_on, base, path)
+    checkpoint = checkpoints.read(checkpoints.on_cpu, path, not is_written_here(path), "init_from")
+    written, trained_on = checkpoints.facts_in(checkpoint, path, "init_from")
+    checkpoints.check_config(written, path, method, "init_from")
+    checkpoints.check_base(trained_on, base, path, "init_from")
     method.load(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
 
 

@@ -32,6 +32,7 @@ from lightning_lora.trainer.merged_file import check_merged_file
 from lightning_lora.trainer.merged_saves import check_merged_saves
 from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import call_on_close, patch_method
+from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced, warn_of_lost
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
@@ -63,7 +64,7 @@ class Run:
         self.files = CheckpointFiles(
             trainer, module, method, run_config, self.strategy_adapter, callback_key, self.adapt_late
         )
-        self.ended = self.has_left = self.abandoned = False
+        self.ended = self.has_left = self.abandoned = self.completed = False
         self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
         self.was_frozen = is_frozen(module)
         self.snapshot: dict[str, Any] = {}
@@ -82,6 +83,20 @@ class Run:
         self.files.at_setup(self.stack)
         if not self.was_merged or self.stage == "fit":
             self.adapt()
+        else:
+            patch_method(self.stack, self.module, self.builds_in, self.keep_merged)
+
+    @property
+    def builds_in(self) -> str:
+        """The last hook in which the module may build a part of itself, or replace one."""
+        return "configure_model" if overrides(self.module, "configure_model") else "setup"
+
+    def keep_merged(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the hook of a merged module, whose records stay where it replaces layers by equal ones."""
+        before = layers_of(self.module, self.method)
+        result = original(*args, **kwargs)
+        move_to_replaced(before, self.module, self.method)
+        return result
 
     def adapt(self) -> None:
         """Adapt what exists, and patch what is called between here and the end."""
@@ -91,11 +106,10 @@ class Run:
         patch_method(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
         # What exists is adapted now, so that callbacks which copy the module in their `setup` see the adapters.
-        late = "configure_model" if overrides(self.module, "configure_model") else "setup"
-        if late == "setup":
+        if self.builds_in == "setup":
             self.convert()
             self.method.adapt(self.module, self.strategy.broadcast)
-        patch_method(self.stack, self.module, late, self.complete)
+        patch_method(self.stack, self.module, self.builds_in, self.complete)
 
     def convert(self) -> None:
         """Let a plug-in that replaces layers by quantized ones do so first: it would drop adapters."""
@@ -113,11 +127,17 @@ class Run:
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """After the user's hook the model is whole: adapt what the hook made, and report what is adapted."""
-        known = list(self.module.modules())
+        known, before = list(self.module.modules()), layers_of(self.module, self.method)
         unfreeze(self.module)  # the user's code sees, and copies, the flags that it set
         result = original(*args, **kwargs)
         self.method.make_plain_unless_meant(self.module, known)
+        lost = move_to_replaced(before, self.module, self.method, self.inject)
+        if lost and self.stage == "fit" and self.trainer.ckpt_path is None:
+            warn_of_lost(lost, self.module)
         self.inject()
+        if self.completed:  # called again, by the module's own `on_load_checkpoint`
+            return result
+        self.completed = True
         if self.stage == "fit" or self.strategy_adapter.loads_late:
             self.files.base_fingerprint()  # while the base is as the user built it
         self.strategy_adapter.before_wrap(self.stack)
@@ -133,6 +153,7 @@ class Run:
         self.method.make_plain_unless_meant(self.module, self.known, keep_update=False)
         self.adapt()
         self.inject()
+        self.completed = True
 
     def inject(self) -> None:
         """Adapt all that the configuration means, or raise."""
@@ -263,6 +284,7 @@ class Run:
 
         A fit that failed before its first step gives back the values that it had before it loaded a file.
         """
+        self.files.adapt_replaced()  # where the load of a file failed
         if self.method.is_merged(self.module):
             self.method.make_plain_unless_meant(self.module, self.known)
         if self.stage == "fit" and self.files.before_load and self.method.is_adapted(self.module):
