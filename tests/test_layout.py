@@ -58,6 +58,7 @@ ELSEWHERE = {
     "peft_format/vllm": ("peft_format/test_peft_files", "what is written for vLLM is loaded by peft too"),
     "cli/options": ("test_public_names", "the options are part of the public surface"),
     "targets/roles": ("targets/test_select", "a role is seen by what a preset chooses"),
+    "trainer/base_weights": ("trainer/test_from_checkpoint", "a base is given to `load_from_checkpoint`"),
     "trainer/checkpoint_io": ("trainer/test_checkpoints", "its files are those of a run"),
     "trainer/imports": ("trainer/test_compatibility", "both packages of Lightning take the callback"),
     "version": ("test_public_names", "the version is the changelog's"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,17 +65,23 @@ def _is_entry(value: object) -> bool:
 
 def other_base(expected: Fingerprint, present: Fingerprint) -> str | None:
     """The first difference between two bases, a file's and a model's; ``None`` where they are equal but for a cast."""
-    for name in (*expected, *present):
+    return next(differences(expected, present), None)
+
+
+def differences(expected: Fingerprint, present: Fingerprint) -> Iterator[str]:
+    """Every difference between two bases but that of a cast, one for each parameter."""
+    for name in dict.fromkeys((*expected, *present)):
         if name not in present or name not in expected:
-            return f"{shown(name)} is only in {'the file' if name in expected else 'the model'}"
+            yield f"{shown(name)} is only in {'the file' if name in expected else 'the model'}"
+            continue
         (*rounded, _), shape = expected[name][:3], expected[name][3:]
         (*rounded_here, _), shape_here = present[name][:3], present[name][3:]
         if shape != shape_here and not _is_packed(expected[name], shape_here):
-            return f"`{name}` had shape {printable(str(tuple(shape)))} and has {tuple(shape_here)} here"
+            yield f"`{name}` had shape {printable(str(tuple(shape)))} and has {tuple(shape_here)} here"
+            continue
         comparable = None not in (*rounded, *rounded_here)
         if comparable and not any(a == b for a, b in zip(rounded, rounded_here, strict=True)):
-            return f"`{name}` has other values"
-    return None
+            yield f"`{name}` has other values"
 
 
 def _is_packed(entry: list[int | None], shape: list[int | None]) -> bool:

@@ -1,0 +1,138 @@
+"""The weights of a base, a module's or a file's, copied into the module whose adapters were trained on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.files.safetensors import StoredTensor
+from lightning_lora.files.weights import INDEX, open_weights
+from lightning_lora.model.record import is_merged
+from lightning_lora.model.state import clean_state, lora_parameters
+from lightning_lora.names import clean, nearest
+from lightning_lora.trainer import checkpoints
+
+Source = Mapping[str, Tensor | StoredTensor]
+Copied = list[tuple[Tensor, Tensor]]
+
+
+def tensors_of(base: nn.Module | str | Path, weights_only: bool) -> Source:
+    """The tensors of ``base`` by name; those in safetensors files are not read yet.
+
+    Args:
+        base: a module, or the path of a ``.ckpt``, ``.pt`` or ``.bin`` file, a safetensors file or its index, or a
+            directory that ``save_pretrained`` wrote.
+        weights_only: as for ``torch.load``.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: if the file is damaged or holds no weights of a base, or the module is merged.
+    """
+    if isinstance(base, nn.Module):
+        if is_merged(base):
+            raise ValueError("`base` has merged adapters, so its weights are no base: call `unmerge_lora(base)` first.")
+        return {name: value for name, value in clean_state(base).items() if isinstance(value, Tensor)}
+    path = Path(base)
+    if path.name.endswith(INDEX):
+        path = path.parent
+    if path.is_dir() or path.suffix == ".safetensors":
+        return open_weights(path).tensors
+    return _in_checkpoint(path, checkpoints.open_file(checkpoints.on_cpu, path, weights_only, "base"))
+
+
+def _in_checkpoint(path: Path, content: Any) -> Source:
+    if isinstance(content, dict) and checkpoints.KEY in content:
+        raise ValueError(f"`base={str(path)!r}` holds adapters alone. Give the file or the module that they train on.")
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"`base={str(path)!r}` must hold a state dict, alone or as the entry 'state_dict', but holds a "
+            f"{type(content).__name__} without one. Save it by torch.save(model.state_dict(), path)."
+        )
+    return tensors
+
+
+@torch.no_grad()
+def copy_base(
+    source: Source, module: nn.Module, frozen: Collection[str], overwritten: Copied | None = None
+) -> set[str]:
+    """Copy what ``source`` and ``module`` share by name into ``module``, cast to its dtypes.
+
+    The names in ``source`` may lack a prefix, as those of the network that a LightningModule holds do. Parameters that
+    the adapter file holds in full need not fit: a new head replaced the one in the base.
+
+    Args:
+        source: from :func:`tensors_of`.
+        module: what gets the values.
+        frozen: the names of the parameters that must fit.
+        overwritten: gets each tensor with the values that it had, before it is written.
+
+    Returns:
+        The names that were copied.
+
+    Raises:
+        ValueError: if nothing is shared, or a frozen parameter does not fit; nothing is copied then.
+    """
+    present = _own_tensors(module)
+    prefix = _prefix(source, present)
+    named = {name: source.get(name[len(prefix) :]) for name in present if name.startswith(prefix)}
+    shared: dict[str, Tensor | StoredTensor] = {}
+    for name, value in named.items():
+        misfit = None if value is None else _misfit(value, present[name])
+        if misfit is not None and name in frozen:
+            raise ValueError(f"`base` does not fit the module: `{name}` {misfit}.")
+        if value is not None and misfit is None:
+            shared[name] = value
+    for name, value in shared.items():
+        tensor = present[name]
+        if overwritten is not None:
+            overwritten.append((tensor, tensor.detach().clone()))
+        tensor.copy_(value.read() if isinstance(value, StoredTensor) else value)
+    return set(shared)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``module`` without adapters."""
+    adapters = {name for name, _ in lora_parameters(module)}
+    state = clean_state(module)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in adapters}
+
+
+def _prefix(source: Source, present: Mapping[str, Tensor]) -> str:
+    """What to put in front of the names in ``source``, so that most of them are those of a module."""
+    counts: Counter[str] = Counter()
+    for name in present:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            tail = ".".join(parts[start:])
+            if tail in source:
+                counts[name[: len(name) - len(tail)]] += 1
+    best = counts.most_common(2)
+    if not best:
+        name = next(iter(present), "")
+        raise ValueError(
+            f"`base` has no tensor under any name of the module, such as `{name}`; the nearest that it has is "
+            f"`{nearest(name, source, 1)[0] if source else ''}`. Rename its entries, or load it into the module before."
+        )
+    if len(best) == 2 and best[0][1] == best[1][1]:
+        places = " and ".join(f"`{prefix.rstrip('.') or 'the module itself'}`" for prefix, _ in best)
+        raise ValueError(f"`base` fits {places}. Load it into the module yourself, and give that module.")
+    return best[0][0]
+
+
+def _misfit(value: Tensor | StoredTensor, present: Tensor) -> str | None:
+    """Why ``value`` cannot be copied into ``present``; ``None`` if it can."""
+    if tuple(value.shape) != tuple(present.shape):
+        return f"has shape {tuple(value.shape)} in it and {tuple(present.shape)} here"
+    if present.is_meta:
+        return "has no memory here, on the meta device: make the module on another one"
+    dtype = value.torch_dtype() if isinstance(value, StoredTensor) else value.dtype
+    if dtype.is_floating_point and not present.is_floating_point():
+        return f"is of {dtype} in it and of {present.dtype} here: load the base before it is quantized"
+    return None
