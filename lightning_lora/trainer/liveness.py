@@ -6,6 +6,7 @@ adapters afterwards.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils import checkpoint
 
 from lightning_lora.foreign import is_compiled
 from lightning_lora.methods.base import Watched
@@ -20,7 +22,9 @@ from lightning_lora.names import folded
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
 
-RAN, WITHOUT_GRADIENTS = 1, 2
+RAN, WITHOUT_GRADIENTS, CHECKPOINTED = 1, 2, 3
+CHECKPOINTING = checkpoint.__file__
+PATIENCE = 8  # steps in which parts that train in turn may run for the first time
 
 
 class Liveness:
@@ -37,6 +41,8 @@ class Liveness:
         self.evaluated: dict[int, int] | None = None
         self.evaluation_checked = self.stepped = False
         self.checked: set[int] = set()
+        self.waiting: dict[str, Watched] = {}
+        self.patience = PATIENCE
         self.stack = ExitStack()
         self.watches = not any(map(is_compiled, module.modules()))
         self.watch(self.trained)
@@ -70,6 +76,7 @@ class Liveness:
         Raises:
             MisconfigurationException: if no adapter in it got one.
         """
+        self._check_waiting()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if id(optimizer) in self.checked or all(parameter.grad is None for parameter in parameters):
             return
@@ -80,12 +87,41 @@ class Liveness:
         dead = {name: adapter for name, adapter in inside.items() if adapter.parameter.grad is None}
         if dead and len(dead) == len(inside):
             raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
+        idle = {name: adapter for name, adapter in dead.items() if self.watches and self._state(adapter) is None}
+        self.waiting |= idle
+        dead = {name: adapter for name, adapter in dead.items() if name not in idle}
         if dead:
             count = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
             rank_zero_warn(f"{count} {self._causes(dead)}")
         self.stepped = self.checked >= set(map(id, optimizers))
-        if self.stepped:
+        self._close_if_done()
+
+    def _check_waiting(self) -> None:
+        """Some modules train their parts in turn, so that a part does not run in the first step but in a later one."""
+        if self.waiting:
+            self.patience -= 1
+            self.waiting = self._not_run_yet()
+            if self.patience <= 0:
+                self.report_waiting()
+            self._close_if_done()
+
+    def _not_run_yet(self) -> dict[str, Watched]:
+        return {name: adapter for name, adapter in self.waiting.items() if self._state(adapter) != RAN}
+
+    def report_waiting(self) -> None:
+        """Name the adapters that did not run in any of the first steps."""
+        waiting, self.waiting = self._not_run_yet(), {}
+        if waiting:
+            count = f"{len(waiting)} of {len(self.adapters)} adapters got no gradient in the first steps."
+            rank_zero_warn(f"{count} {self._causes(waiting)}")
+
+    def _close_if_done(self) -> None:
+        if self.stepped and not self.waiting:
             self.close()
+
+    def _state(self, adapter: Watched) -> int | None:
+        """How the adapter ran in training, or ``None`` if it did not."""
+        return self.trained.get(id(adapter.module))
 
     def _check_dropout(self) -> None:
         modules = {name: adapter.module for name, adapter in self.adapters.items()}
@@ -100,23 +136,28 @@ class Liveness:
     def begin_evaluation(self) -> None:
         """Watch the first evaluation."""
         if self.evaluated is None:
+            self.report_waiting()
             self.evaluated = {}
             self.watch(self.evaluated)
 
     def check_evaluation(self) -> None:
-        """After the first evaluation: name the adapters that ran in training and not in it."""
+        """After the first evaluation: name the adapters that ran in training and not in it.
+
+        Where none ran the evaluation does not use the model, and there is nothing to say.
+        """
         if self.evaluated is None or self.evaluation_checked:
             return
-        idle = [name for name, adapter in self.adapters.items() if id(adapter.module) not in self.evaluated]
+        used = {name: adapter for name, adapter in self.adapters.items() if self._state(adapter) is not None}
+        idle = [name for name, adapter in used.items() if id(adapter.module) not in self.evaluated]
         self.evaluation_checked = True
         self.close()
         if not self.stepped:
             self.watch(self.trained)
-        if idle and self.watches:
+        if idle and self.evaluated and self.watches:
             rank_zero_warn(
-                f"{listed(idle)} did not run in the first evaluation. If evaluation takes another branch, as a GAN's "
-                "does, this is as it should be; if code reads the weight and not the layer, the base is measured: "
-                f"name the weight itself, {self._advice(idle)}."
+                f"{listed(idle)} ran in training and did not run in the first evaluation. If evaluation takes another "
+                "branch, as a GAN's does, this is as it should be; if code reads the weight and not the layer, the "
+                f"base is measured: name the weight itself, {self._advice(idle)}."
             )
 
     def close(self) -> None:
@@ -128,12 +169,24 @@ class Liveness:
         listed_weights = ", ".join(map(repr, weights[:4])) + (", ..." if len(weights) > 4 else "")
         return f"in addition to the other targets, targets=[..., {listed_weights}]"
 
+    def _excluding(self, names: list[str]) -> list[str]:
+        """The shortest names of modules that hold adapters of ``names`` alone."""
+        others = [name for name in self.adapters if name not in names]
+        patterns = []
+        for name in names:
+            parts = name.split(".")
+            around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+            free = (module for module in around if not any(f"{other}.".startswith(f"{module}.") for other in others))
+            patterns.append(next(free, name))
+        return list(dict.fromkeys(patterns))
+
     def _causes(self, dead: dict[str, Watched]) -> str:
         if not self.watches:
             return f"{listed(list(dead))} did not run, or the loss does not depend on it: compiled code hides which."
-        idle = [name for name, adapter in dead.items() if id(adapter.module) not in self.trained]
-        hidden = [name for name, adapter in dead.items() if self.trained.get(id(adapter.module)) == WITHOUT_GRADIENTS]
-        cut = [name for name in dead if name not in idle and name not in hidden]
+        idle, hidden, checkpointed, cut = (
+            [name for name, adapter in dead.items() if self._state(adapter) == state]
+            for state in (None, WITHOUT_GRADIENTS, CHECKPOINTED, RAN)
+        )
         causes = []
         if idle:
             causes.append(
@@ -143,8 +196,13 @@ class Liveness:
             )
         if hidden:
             causes.append(
-                f"{listed(hidden)} ran where gradients are off: under `torch.no_grad`, or in reentrant activation "
-                "checkpointing whose inputs ask for no gradient. Use checkpoint(..., use_reentrant=False)."
+                f"{listed(hidden)} ran where gradients are off, under `torch.no_grad`, as a teacher does. Leave it "
+                f"out, exclude={self._excluding(hidden)!r}, or call it outside of `torch.no_grad`."
+            )
+        if checkpointed:
+            causes.append(
+                f"{listed(checkpointed)} ran in reentrant activation checkpointing whose inputs ask for no gradient. "
+                "Use checkpoint(..., use_reentrant=False)."
             )
         if cut:
             causes.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
@@ -153,10 +211,21 @@ class Liveness:
 
 def _noting(adapter: nn.Module, ran: dict[int, int]) -> Callable[..., Any]:
     def note(original: Any, *args: Any, **kwargs: Any) -> Any:
-        ran[id(adapter)] = RAN if torch.is_grad_enabled() else ran.get(id(adapter), WITHOUT_GRADIENTS)
+        if torch.is_grad_enabled():
+            ran[id(adapter)] = RAN
+        elif ran.get(id(adapter)) != RAN:
+            ran[id(adapter)] = CHECKPOINTED if _in_checkpoint() else WITHOUT_GRADIENTS
         return original(*args, **kwargs)
 
     return note
+
+
+def _in_checkpoint() -> bool:
+    """Whether torch's reentrant activation checkpointing called this code: it switches gradients off, too."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename != CHECKPOINTING:
+        frame = frame.f_back
+    return frame.f_code.co_filename == CHECKPOINTING
 
 
 def listed(names: list[str]) -> str:

@@ -102,6 +102,12 @@ class MethodCallback(CallbackBase):
             self._run.liveness.check_evaluation()
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the adapters that ran in no step of a short run."""
+        if self._run is not None and self._run.liveness is not None:
+            self._run.liveness.report_waiting()
+
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

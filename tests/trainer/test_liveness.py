@@ -62,10 +62,10 @@ def module(how, **arguments):
     return model
 
 
-def fit(model, *callbacks, **arguments):
+def fit(model, *callbacks, limit=2, **arguments):
     """What was said of liveness in a short run."""
     callback = LoRACallback(r=2, **({"targets": ["first", "second"]} | arguments))
-    trainer = models.trainer(callback, *callbacks, max_epochs=1, limit_train_batches=2)
+    trainer = models.trainer(callback, *callbacks, max_epochs=1, limit_train_batches=limit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, models.data(), models.data())
@@ -88,16 +88,19 @@ def test_living_adapters_are_not_mentioned_and_nothing_is_left_on_them():
     [
         (
             "raw",
-            r"1 of 2 adapters got no gradient at the first step. `net.second` did not run: .*, 'net.second.weight'",
+            r"1 of 2 adapters got no gradient in the first steps. `net.second` did not run: .*, 'net.second.weight'",
         ),
         ("unused", r"`net.second` did not run: it lies in a branch that this batch did not take"),
         ("detached", r"`net.second` ran, but the loss does not depend on it: its output is unused or detached"),
-        ("without", r"`net.second` ran where gradients are off: under `torch.no_grad`, or in reentrant activation"),
+        (
+            "without",
+            r"`net.second` ran where gradients are off, under .* Leave it out, exclude=\['net.second'\], or call",
+        ),
     ],
 )
 def test_an_adapter_without_gradient_is_named_with_its_cause(how, words):
-    (told, *_) = fit(module(how))
-    assert told.startswith("1 of 2 adapters got no gradient at the first step.")
+    (told,) = fit(module(how))
+    assert told.startswith("1 of 2 adapters got no gradient ")
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(told))
 
 
@@ -121,7 +124,7 @@ def test_it_can_be_switched_off():
 
 def test_an_adapter_that_evaluation_passes_by_is_named():
     (told,) = fit(module("raw_in_evaluation"))
-    assert told.startswith("`net.second` did not run in the first evaluation. If evaluation takes another branch")
+    assert told.startswith("`net.second` ran in training and did not run in the first evaluation. If evaluation takes")
 
 
 class Thief(Callback):
@@ -163,7 +166,7 @@ class Alternating(Lit):
 def test_each_optimizer_is_checked_at_its_own_first_step():
     model = Alternating()
     (told,) = fit(model, targets=["q", "k", "v", "other"], merge=False)
-    assert told.startswith("`other` did not run in the first evaluation"), "as is so"
+    assert told.startswith("`other` ran in training and did not run in the first evaluation"), "as is so"
     assert all(matrix.any() for name, matrix in lora_parameters(model))
 
 
@@ -204,7 +207,8 @@ def test_reentrant_checkpointing_that_was_not_seen_is_named():
     model.net = Rematerialized()
     (told, *_) = fit(model)
     assert (
-        "`net.second` ran where gradients are off: under `torch.no_grad`, or in reentrant activation checkpoint" in told
+        "`net.second` ran in reentrant activation checkpointing whose inputs ask for no gradient. Use checkpoint("
+        in told
     )
 
 
@@ -215,3 +219,59 @@ def test_the_advice_names_the_one_weight_of_query_key_and_value_once():
     liveness = Liveness(model, method.watched(model))
     assert liveness._advice(list(liveness.adapters)).endswith("targets=[..., 'attn.in_proj_weight']")
     liveness.close()
+
+
+class EvaluatesNothing(Lit):
+    def validation_step(self, batch, index):
+        pass
+
+
+def test_an_evaluation_without_the_model_is_not_mentioned():
+    assert fit(EvaluatesNothing(), targets="attn") == []
+
+
+class InTurn(Lit):
+    """One optimizer, and another part in every step."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.net.heads = nn.ModuleList(nn.Linear(16, 3) for _ in range(3))
+        self.every = every
+
+    def forward(self, x):
+        return self.net.heads[self.steps // self.every % 3](self.net.layers(x))
+
+    steps = 0
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.steps += 1
+        return loss
+
+    def validation_step(self, batch, index):
+        pass
+
+
+@pytest.mark.parametrize(("every", "words"), [(1, []), (10, ["2 of 4 adapters got no gradient in the first steps."])])
+def test_parts_that_train_in_turn_are_mentioned_only_if_none_of_the_first_steps_ran_them(every, words):
+    messages = fit(InTurn(every), targets=["heads.*", "layers.0.q"], limit=9)
+    assert [message[:51] for message in messages] == words
+
+
+class Taught(Lit):
+    """Its teacher is adapted by a preset, and gives no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = models.net()
+
+    def loss(self, batch):
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return F.mse_loss(self(batch[0]), target)
+
+
+def test_an_adapted_teacher_gets_advice_that_works():
+    (told,) = fit(Taught(), targets=["q", "k"])
+    assert "`teacher.layers.*.k` (4 in all) ran where gradients are off" in told and "exclude=['teacher']" in told
+    assert fit(Taught(), targets=["q", "k"], exclude=["teacher"]) == []
