@@ -15,7 +15,8 @@ from lightning_lora.model.hooks import start_graphs
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.compatibility import check_compatibility
 from lightning_lora.trainer.end_of_fit import finish
-from lightning_lora.trainer.imports import CallbackBase, pl
+from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info
+from lightning_lora.trainer.learning_rates import learning_rates
 from lightning_lora.trainer.run import Run
 
 
@@ -69,9 +70,13 @@ class MethodCallback(CallbackBase):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the adapters in the first steps."""
+        """Show the learning rates, and watch the adapters in the first steps."""
         if self._run is not None:
             self._run.release_copies()
+        added = {id(parameter) for _, parameter in self.method.added_parameters(pl_module)}
+        rates = learning_rates(trainer.optimizers, added, self.run_config.lr_scale)
+        if rates:
+            rank_zero_info(rates)
         if self._run is not None and self.run_config.liveness:
             self._run.watch(trainer.optimizers)
 
