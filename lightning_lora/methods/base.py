@@ -173,6 +173,10 @@ class Method(ABC):
     def describe(self, model: nn.Module) -> str:
         """What is adapted, what trains and what stays frozen, as lines of text for the start of a run."""
 
+    def warnings(self, model: nn.Module) -> list[str]:
+        """What is likely to be meant otherwise, for the start of a run that loaded nothing; ``model`` is adapted."""
+        return []
+
     # What trains.
 
     @abstractmethod

@@ -24,6 +24,7 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import all_or_nothing
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
+from lightning_lora.model.random_heads import random_heads, warning_of
 from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
@@ -128,6 +129,11 @@ class LoRAMethod(Method):
     @override
     def describe(self, model: nn.Module) -> str:
         return describe(model)
+
+    @override
+    def warnings(self, model: nn.Module) -> list[str]:
+        heads = random_heads(model)
+        return [warning_of(heads)] if heads else []
 
     @override
     def added_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

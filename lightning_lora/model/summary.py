@@ -1,8 +1,6 @@
-"""The table at the start of a run: what is adapted, what trains, and which output heads stay frozen."""
+"""The table at the start of a run: what is adapted and what trains. And which layers are output heads."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -24,7 +22,7 @@ def describe(model: nn.Module) -> str:
     """What LoRA adapts and trains in ``model``, as text; layers that differ only by a number share a row."""
     rows = rows_of(model)
     lines = ["LoRA adapts", *table(rows), *_also_trained(model), _totals(model), *useless_ranks(rows)]
-    return "\n".join([*lines, *_left_alone(model), *_frozen_heads(model)])
+    return "\n".join([*lines, *_left_alone(model)])
 
 
 def rows_of(model: nn.Module) -> list[Row]:
@@ -61,16 +59,6 @@ def _totals(model: nn.Module) -> str:
     )
 
 
-def _frozen_heads(model: nn.Module) -> list[str]:
-    trained = {id(parameter) for _, parameter in trained_parameters(model)}
-    modules = dict(names.named_modules(model))
-    frozen = [name for name in output_heads(model) if not _trains(modules[name], trained)]
-    if not frozen:
-        return []
-    which = ", ".join(f"`{name}`" for name in frozen)
-    return [f"The output head {which} stays frozen; to train it in full, as a new head needs: also_train={frozen!r}"]
-
-
 def output_heads(model: nn.Module) -> list[str]:
     """The linear layers that compute the output, known by name; else the last layer of all, if it is in no block."""
     survey = Survey(model)
@@ -81,7 +69,3 @@ def output_heads(model: nn.Module) -> list[str]:
     places = {name: place for place, name in enumerate(survey.by_name)}
     comes_last = all(places[name] < places[last] for name in roles.convolutions)
     return [last] if comes_last and last not in blocks and not numbered(last) else []
-
-
-def _trains(module: nn.Module, trained: Iterable[int]) -> bool:
-    return isinstance(module, LoRALayer) or any(id(parameter) in trained for parameter in module.parameters())

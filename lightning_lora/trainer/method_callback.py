@@ -77,6 +77,8 @@ class MethodCallback(CallbackBase):
         rates = learning_rates(trainer.optimizers, added, self.run_config.lr_scale)
         if rates:
             rank_zero_info(rates)
+        if self._run is not None:
+            self._run.warn_at_start()
         if self._run is not None and self.run_config.liveness:
             self._run.watch(trainer.optimizers)
 

@@ -67,6 +67,7 @@ class Run:
         self.ended = self.has_left = self.abandoned = self.completed = False
         self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
         self.was_frozen = is_frozen(module)
+        self.lost: set[str] = set()
         self.snapshot: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
         self.known = list(module.modules())
@@ -132,8 +133,7 @@ class Run:
         result = original(*args, **kwargs)
         self.method.make_plain_unless_meant(self.module, known)
         lost = move_to_replaced(before, self.module, self.method, self.inject)
-        if lost and self.stage == "fit" and self.trainer.ckpt_path is None:
-            warn_of_lost(lost, self.module)
+        self.lost |= lost or set()
         self.inject()
         if self.completed:  # called again, by the module's own `on_load_checkpoint`
             return result
@@ -227,6 +227,14 @@ class Run:
             added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
             scale_rates(optimizers, schedulers, self.run_config.lr_scale, added)
         return result
+
+    def warn_at_start(self) -> None:
+        """Before the first step, warn of what a file would have set right."""
+        if self.files.loaded:
+            return
+        warn_of_lost(self.lost, self.module)
+        for message in self.method.warnings(self.module) if self.was_bare else ():
+            rank_zero_warn(message)
 
     def watch(self, optimizers: list[Any]) -> None:
         """Check from here on that the adapters are alive."""
