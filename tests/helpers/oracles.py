@@ -8,12 +8,22 @@ import io
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SCALE = 2.0  # a power of two: exact in every dtype
+
+
+def conv1d(out_features, in_features):
+    """Of transformers, which the lowest version of safetensors does not work with."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(out_features, in_features)
+
+
+def is_conv1d(layer):
+    return any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
 
 
 class Scaled(nn.Linear):
@@ -147,8 +157,8 @@ CASES = {
     "conv3d": conv3d_case(),
     "conv3d-all": conv3d_case(stride=2, padding=1, dilation=(1, 2, 1), groups=2, padding_mode="replicate"),
     "conv3d-same": conv3d_case(padding="same", bias=False),
-    "hf-conv1d": (lambda: Conv1D(7, 5), rows(2, 3, 5)),
-    "hf-conv1d-bf16": (lambda: Conv1D(7, 5).bfloat16(), rows(2, 3, 5)),
+    "hf-conv1d": (lambda: conv1d(7, 5), rows(2, 3, 5)),
+    "hf-conv1d-bf16": (lambda: conv1d(7, 5).bfloat16(), rows(2, 3, 5)),
     "scaled-linear": (lambda: Scaled(5, 7), rows(3, 5)),
     "scaled-twice": (lambda: ScaledTwice(5, 7), rows(3, 5)),
     "standardized-linear": (lambda: Standardized(5, 7), rows(3, 5)),
@@ -204,7 +214,7 @@ def product(layer, dtype=torch.float64):
 
 def shaped(matrix, layer):
     """``matrix``, of shape (out, in), in the shape of the layer's weight."""
-    return matrix.t() if isinstance(layer, (nn.Embedding, Conv1D)) else matrix.reshape(layer.weight.shape)
+    return matrix.t() if isinstance(layer, nn.Embedding) or is_conv1d(layer) else matrix.reshape(layer.weight.shape)
 
 
 def plain_with(layer, weight):
