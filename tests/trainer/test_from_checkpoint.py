@@ -401,3 +401,20 @@ def test_arguments_of_the_class_and_of_this_function(tmp_path):
         load_from_checkpoint(nn.Linear, path)
     with pytest.raises(TypeError, match="`path` must be the path of one checkpoint, but got None"):
         load_from_checkpoint(TakesBase)
+
+
+class RebuildsHead(Lit):
+    """Builds its head anew when a file is loaded, with the old weights, as models of pyannote.audio do."""
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        old = self.state_dict()
+        self.net.head = nn.Linear(16, 3)
+        self.load_state_dict(old, strict=False)
+
+
+@pytest.mark.parametrize("arguments", [{"targets": ["q", "head"]}, {"targets": ["q"], "also_train": ["head"]}])
+def test_a_head_that_is_built_anew_on_load(tmp_path, arguments):
+    trained, path = fit(tmp_path, RebuildsHead, lora=arguments)
+    loaded = load_from_checkpoint(RebuildsHead, path, merge=True)
+    torch.testing.assert_close(loaded.eval()(X), trained(X), rtol=1e-5, atol=1e-5)
+    assert torch.equal(load_from_checkpoint(RebuildsHead(), path).eval()(X), trained(X))
