@@ -6,6 +6,7 @@ The number of groups stays: schedulers hold one value for each group, and break 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,18 +20,22 @@ from lightning_lora.trainer.imports import MisconfigurationException
 Group = dict[str, Any]
 
 
-def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> None:
+def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> Callable[[], None]:
     """Make the union of all groups exactly what the method trains.
 
     An added parameter goes into every group that holds the weight it adapts, so that it gets the learning rate, the
     weight decay and the optimizer of that weight. Where no group holds the weight, it stays where the user's code put
     it, or goes into the first group.
 
+    Returns:
+        A function that restores the groups as they were: an optimizer that was made before the run outlives it.
+
     Raises:
         MisconfigurationException: for an optimizer that cannot be edited.
     """
     for optimizer in optimizers:
         refuse(optimizer)
+    snapshots = [OptimizerSnapshot(optimizer) for optimizer in optimizers]
     wanted = _wanted(optimizers, model, method)
     label = {id(parameter): name for name, parameter in names.named_parameters(model)}
     for optimizer in optimizers:
@@ -39,6 +44,43 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> N
             _edit(optimizer, group, wanted[id(group)], label)
         if keeps_state:
             _seed_state(optimizer)
+
+    def restore() -> None:
+        for snapshot in snapshots:
+            snapshot.restore()
+
+    return restore
+
+
+class OptimizerSnapshot:
+    """The parameters of an optimizer before a run, and their states if it has stepped.
+
+    States that an optimizer makes in ``__init__``, as Adagrad does, are not kept, as they are as large as the base:
+    they are made again.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.had_state = optimizer, bool(optimizer.state)
+        self.groups = [(list(group["params"]), list(group.get("param_names", ()))) for group in optimizer.param_groups]
+        self.states = dict(optimizer.state) if any(map(_has_stepped, optimizer.state.values())) else {}
+
+    def restore(self) -> None:
+        """Put the parameters and their states back, and drop the states of adapters."""
+        for group, (parameters, labels) in zip(self.optimizer.param_groups, self.groups, strict=False):
+            group["params"][:] = parameters
+            if "param_names" in group:
+                group["param_names"][:] = labels
+        held = {id(parameter) for parameters, _ in self.groups for parameter in parameters}
+        for parameter in list(self.optimizer.state):
+            if id(parameter) not in held:
+                del self.optimizer.state[parameter]
+        self.optimizer.state.update(self.states)
+        if self.had_state:
+            _seed_state(self.optimizer)
+
+
+def _has_stepped(state: Any) -> bool:
+    return not isinstance(state, dict) or bool(state.get("step", 1))
 
 
 def refuse(optimizer: Optimizer) -> None:

@@ -73,7 +73,7 @@ class Run:
         self.known = list(module.modules())
         self.released: set[str] = set()
         self.liveness: Liveness | None = None
-        self.stack = ExitStack()
+        self.stack, self.optimizer_edits = ExitStack(), ExitStack()
         self.late_saves: ExitStack | None = None
 
     def begin(self) -> None:
@@ -212,6 +212,7 @@ class Run:
         from lightning.pytorch.core.optimizer import _configure_optimizers
 
         self.files.restore_random_state()
+        self.optimizer_edits.close()  # a tuner calls it again, and the user may return the same optimizer
         place_again(self.module, self.records)  # SyncBatchNorm's conversion replaces modules
         with self.method.as_found(self.module):
             result = original()
@@ -221,11 +222,11 @@ class Run:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
         warn_of_untrained(untrained, trained, getattr(self.method.config, "exclude", None))
-        restrict(optimizers, self.module, self.method)
+        self.optimizer_edits.callback(restrict(optimizers, self.module, self.method))
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
             added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
-            scale_rates(optimizers, schedulers, self.run_config.lr_scale, added)
+            self.optimizer_edits.callback(scale_rates(optimizers, schedulers, self.run_config.lr_scale, added))
         return result
 
     def warn_at_start(self) -> None:
@@ -275,6 +276,9 @@ class Run:
         interrupted = self.trainer.state.status == "interrupted"
         if self.stage == "fit" and not self.abandoned and not interrupted and self.late_saves is None:
             self.late_saves = save_adapters_until_the_end(self.files)
+            self.late_saves.callback(self.optimizer_edits.close)  # a late save holds the states of the adapters
+        elif self.late_saves is None:
+            self.optimizer_edits.close()
         if self.stage != "fit" or self.abandoned or (interrupted and self.is_untrained()):
             self.restore()
         self.has_left = True

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_lora
@@ -108,6 +108,16 @@ def test_the_optimizer_of_the_command_line_is_restricted(tmp_path):
             parser.add_optimizer_args(torch.optim.AdamW)
             parser.add_lr_scheduler_args(torch.optim.lr_scheduler.ExponentialLR)
 
+        def instantiate_trainer(self, **kwargs):
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(look)
+            return trainer
+
+    class Look(Callback):
+        def on_train_end(self, trainer, pl_module):
+            [self.group] = [dict(group, params=list(group["params"])) for group in trainer.optimizers[0].param_groups]
+
+    look = Look()
     flags = [
         "--optimizer.lr=0.01",
         "--lr_scheduler.gamma=0.9",
@@ -116,9 +126,8 @@ def test_the_optimizer_of_the_command_line_is_restricted(tmp_path):
         "--lora.lr_scale=10",
     ]
     made = cli(tmp_path, "fit", *flags, cls=OptimizerCLI, auto_configure_optimizers=True)
-    [group] = made.trainer.optimizers[0].param_groups
-    assert {id(p) for p in group["params"]} == {id(p) for _, p in lightning_lora.lora_parameters(made.model)}
-    assert group["initial_lr"] == pytest.approx(0.1)
+    assert {id(p) for p in look.group["params"]} == {id(p) for _, p in lightning_lora.lora_parameters(made.model)}
+    assert look.group["initial_lr"] == pytest.approx(0.1)
     assert "configure_optimizers" in vars(made.model), "the command line's own method is back on the instance"
     assert not hasattr(made.model.configure_optimizers, "replacement")
 

@@ -50,6 +50,10 @@ CASES = {
 }
 
 
+def copied(group: dict) -> dict:
+    return {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
+
+
 class Look(Callback):
     def on_train_start(self, trainer, pl_module):
         self.first = [[len(group["params"]) for group in o.param_groups] for o in trainer.optimizers]
@@ -57,7 +61,8 @@ class Look(Callback):
             optimizer.state_dict()
 
     def on_train_end(self, trainer, pl_module):
-        self.groups = [group for o in trainer.optimizers for group in o.param_groups]
+        self.groups = [copied(group) for o in trainer.optimizers for group in o.param_groups]
+        self.states = [dict(o.state) for o in trainer.optimizers]
         self.inside = [p for group in self.groups for p in group["params"]]
         self.trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         self.base = {n: p.detach().clone() for n, p in pl_module.named_parameters() if ".lora." not in n}
@@ -139,10 +144,7 @@ def test_weight_decay_leaves_frozen_parameters_as_they_are():
 
 
 def test_states_of_optimizers_are_fp32_and_no_larger_than_the_adapters():
-    module = Lit()
-    runner = trainer(LoRACallback(r=4, merge=False), max_epochs=1)
-    runner.fit(module, data())
-    state = runner.optimizers[0].state
+    [state] = run(CASES["all"]).states
     assert len(state) == 16
     assert {value["exp_avg"].dtype for value in state.values()} == {torch.float32}
 
@@ -166,3 +168,59 @@ def test_no_optimizer_is_warned_of():
         module = Lit()
         module.configure_optimizers = lambda: None
         trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
+
+
+class Early(Lit):
+    """Has an optimizer, and perhaps a scheduler, before the run."""
+
+    def make(self, make, schedule=None):
+        self.made = make(self)
+        self.schedule = schedule and schedule(self.made)
+        return self
+
+    def configure_optimizers(self):
+        return [self.made], [self.schedule] if self.schedule else []
+
+
+EARLY = {
+    "one group": lambda m: optim.AdamW(m.parameters(), 1e-2),
+    "named": lambda m: optim.AdamW(m.named_parameters(), 1e-2),
+    "layer-wise": lambda m: optim.SGD(groups(m), 1e-2),
+    "adagrad": lambda m: optim.Adagrad(m.parameters(), 1e-2),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_an_optimizer_made_before_the_run_is_restored_after_it(case):
+    module = Early().make(EARLY[case])
+    before = [copied(group) for group in module.made.param_groups]
+    trainer(LoRACallback(r=4, lr_scale=10.0), max_epochs=1).fit(module, data())
+    for group, old in zip(module.made.param_groups, before, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in old["params"]]
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in old.items() if k != "params"}
+    assert module.made.state.keys() <= set(module.parameters())
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer(max_epochs=1).fit(module, data())  # without the callback
+    assert all(not torch.equal(p, weights[name]) for name, p in module.named_parameters() if "weight" in name)
+
+
+def test_lr_scale_of_an_optimizer_made_before_the_run_does_not_compound():
+    module, seen = Early().make(EARLY["one group"], lambda o: optim.lr_scheduler.LambdaLR(o, lambda step: 0.5)), []
+
+    class Rates(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append((module.made.param_groups[0]["lr"], module.schedule.base_lrs))
+
+    for _ in range(3):
+        trainer(LoRACallback(r=4, lr_scale=10.0), Rates(), max_epochs=1).fit(module, data())
+    assert seen == [(0.05, [0.1])] * 3
+    assert (module.made.param_groups[0]["initial_lr"], module.schedule.base_lrs) == (1e-2, [1e-2])
+
+
+def test_momentum_of_the_base_survives_the_run():
+    module = Early().make(EARLY["one group"])
+    trainer(max_epochs=1).fit(module, data())
+    before = {p: state["exp_avg"].clone() for p, state in module.made.state.items()}
+    trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
+    assert len(before) == len(module.made.state) > 0
+    assert all(torch.equal(module.made.state[p]["exp_avg"], value) for p, value in before.items())
