@@ -21,6 +21,7 @@ from lightning_lora.methods.base import Watched
 from lightning_lora.names import folded
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.zero_gradients import all_zero, zero_gradients
 
 RAN, WITHOUT_GRADIENTS, CHECKPOINTED = 1, 2, 3
 CHECKPOINTING = checkpoint.__file__
@@ -36,7 +37,7 @@ class Liveness:
     """
 
     def __init__(self, module: nn.Module, watched: Mapping[str, Watched]) -> None:
-        self.adapters = dict(watched)
+        self.module, self.adapters = module, dict(watched)
         self.trained: dict[int, int] = {}
         self.evaluated: dict[int, int] | None = None
         self.evaluation_checked = self.stepped = False
@@ -82,6 +83,8 @@ class Liveness:
             return
         self.checked.add(id(optimizer))
         self._check_dropout()
+        if all_zero(parameters):
+            rank_zero_warn(zero_gradients(self.module))
         held = set(map(id, parameters))
         inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
         dead = {name: adapter for name, adapter in inside.items() if adapter.parameter.grad is None}
@@ -163,6 +166,10 @@ class Liveness:
     def close(self) -> None:
         """Take every patch off the adapters."""
         self.stack.close()
+
+    def causes(self) -> str:
+        """Why no adapter would get a gradient from the last forward pass."""
+        return self._causes(self.adapters)
 
     def _advice(self, names: list[str]) -> str:
         weights = list(dict.fromkeys(self.adapters[name].weight for name in names))  # one for query, key and value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_lora.arguments import check_argument_names
@@ -89,6 +89,12 @@ class MethodCallback(CallbackBase):
         """Before the first batch the module's own ``on_train_start`` and ``on_train_epoch_start`` have run too."""
         if self._run is not None and batch_idx == 0:
             self._run.release_copies()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Raise for a loss that depends on nothing that trains."""
+        if self._run is not None:
+            self._run.check_loss(loss)
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:

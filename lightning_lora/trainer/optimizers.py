@@ -6,7 +6,6 @@ The number of groups stays: schedulers hold one value for each group, and break 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,7 +19,7 @@ from lightning_lora.trainer.imports import MisconfigurationException
 Group = dict[str, Any]
 
 
-def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> Callable[[], None]:
+def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> list[OptimizerSnapshot]:
     """Make the union of all groups exactly what the method trains.
 
     An added parameter goes into every group that holds the weight it adapts, so that it gets the learning rate, the
@@ -28,7 +27,7 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> C
     it, or goes into the first group.
 
     Returns:
-        A function that restores the groups as they were: an optimizer that was made before the run outlives it.
+        What the optimizers held, to restore it: an optimizer that was made before the run outlives it.
 
     Raises:
         MisconfigurationException: for an optimizer that cannot be edited.
@@ -44,12 +43,7 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> C
             _edit(optimizer, group, wanted[id(group)], label)
         if keeps_state:
             _seed_state(optimizer)
-
-    def restore() -> None:
-        for snapshot in snapshots:
-            snapshot.restore()
-
-    return restore
+    return snapshots
 
 
 class OptimizerSnapshot:
@@ -64,13 +58,17 @@ class OptimizerSnapshot:
         self.groups = [(list(group["params"]), list(group.get("param_names", ()))) for group in optimizer.param_groups]
         self.states = dict(optimizer.state) if any(map(_has_stepped, optimizer.state.values())) else {}
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all groups."""
+        return [parameter for parameters, _ in self.groups for parameter in parameters]
+
     def restore(self) -> None:
         """Put the parameters and their states back, and drop the states of adapters."""
         for group, (parameters, labels) in zip(self.optimizer.param_groups, self.groups, strict=False):
             group["params"][:] = parameters
             if "param_names" in group:
                 group["param_names"][:] = labels
-        held = {id(parameter) for parameters, _ in self.groups for parameter in parameters}
+        held = set(map(id, self.parameters()))
         for parameter in list(self.optimizer.state):
             if id(parameter) not in held:
                 del self.optimizer.state[parameter]

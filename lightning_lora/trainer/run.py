@@ -27,10 +27,11 @@ from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
 from lightning_lora.trainer.late_saves import save_adapters_until_the_end
 from lightning_lora.trainer.liveness import Liveness, listed
+from lightning_lora.trainer.loss_without_gradient import check_loss
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.merged_file import check_merged_file
 from lightning_lora.trainer.merged_saves import check_merged_saves
-from lightning_lora.trainer.optimizers import restrict
+from lightning_lora.trainer.optimizers import OptimizerSnapshot, restrict
 from lightning_lora.trainer.patching import call_on_close, patch_method
 from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced, warn_of_lost
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
@@ -73,6 +74,7 @@ class Run:
         self.known = list(module.modules())
         self.released: set[str] = set()
         self.liveness: Liveness | None = None
+        self.snapshots: list[OptimizerSnapshot] = []
         self.stack, self.optimizer_edits = ExitStack(), ExitStack()
         self.late_saves: ExitStack | None = None
 
@@ -222,7 +224,9 @@ class Run:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
         warn_of_untrained(untrained, trained, getattr(self.method.config, "exclude", None))
-        self.optimizer_edits.callback(restrict(optimizers, self.module, self.method))
+        self.snapshots = restrict(optimizers, self.module, self.method)
+        for snapshot in self.snapshots:
+            self.optimizer_edits.callback(snapshot.restore)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
             added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
@@ -246,6 +250,10 @@ class Run:
         self.liveness = Liveness(self.module, self.method.watched(self.module))
         self.stack.callback(self.liveness.close)
         self.liveness.check_held(optimizers)
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise before the backward pass of a loss that depends on nothing that trains."""
+        check_loss(loss, self.module, self.method, self.snapshots, self.liveness)
 
     def keep_averages_exact(self) -> None:
         """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
