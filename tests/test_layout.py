@@ -60,6 +60,8 @@ ELSEWHERE = {
     "targets/roles": ("targets/test_select", "a role is seen by what a preset chooses"),
     "trainer/base_weights": ("trainer/test_from_checkpoint", "a base is given to `load_from_checkpoint`"),
     "trainer/checkpoint_io": ("trainer/test_checkpoints", "its files are those of a run"),
+    "trainer/frozen_facts": ("trainer/test_frozen_watch", "its names are those that the watch gives to files"),
+    "trainer/start_of_training": ("trainer/test_frozen_watch", "what is frozen is watched from the first batch on"),
     "trainer/imports": ("trainer/test_compatibility", "both packages of Lightning take the callback"),
     "version": ("test_public_names", "the version is the changelog's"),
 }

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Adapter(nn.Module):
 
     A: nn.Parameter
     B: nn.Parameter
+    loads: int = 0  # how often a state dict gave B its values: what is loaded is meant, what an init wrote is not
 
     def __init__(
         self,
@@ -102,6 +104,10 @@ class Adapter(nn.Module):
         if self.padding_idx is not None:
             self.A[:, self.padding_idx] = 0
         self.B.zero_()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.loads += f"{prefix}B" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def apply_dropout(self, x: Tensor) -> Tensor:
         """Dropout on ``x``, the input of A."""

@@ -244,7 +244,7 @@ class Method(ABC):
 
     @abstractmethod
     def frozen_names(self, model: nn.Module) -> set[str]:
-        """The names, under every alias, of the parameters that do not train."""
+        """The names, under every alias, of the parameters that no file holds: they neither train nor change."""
 
     @abstractmethod
     def base_names(self, model: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lightning_lora.distributed.sharded import full_parameters, shape_of
 from lightning_lora.files.json_files import printable, shown
 from lightning_lora.model.copies import copied_names
 from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.written import renormalized, written_parameters
 from lightning_lora.ops.exact_sum import checksum
 
 Fingerprint = dict[str, list[int | None]]
@@ -22,31 +23,49 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
     """For each frozen parameter: its checksums after rounding to bf16 and to fp16, its exact one, and its shape.
 
     The same base loaded in fp32 and in bf16 agrees in the first, loaded in fp32 and in fp16 in the second. Of a
-    quantized parameter only the shape of its matrix counts, as its library may pack the values anew. Copies that a hook
-    made after injection are left out. Every rank must call it: sharded parameters are gathered one by one.
+    quantized parameter only the shape of its matrix counts, as its library may pack the values anew; the shape alone
+    counts as well for what changes during training: other code writes it, or it is an embedding with ``max_norm``.
+    Copies that a hook made after injection are left out. Every rank must call it: sharded parameters are gathered one
+    by one.
 
     Args:
         model: any module, with live or merged adapters or without.
         device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     left_out = {name for name, _ in trained_parameters(model)} | copied_names(model)
-    quantized = {name: _shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state")}
+    quantized = {name: shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state")}
+    changing = {id(parameter) for _, parameter in written_parameters(model)} | renormalized(model)
+    uncompared = {name for name, parameter in names.named_parameters(model) if id(parameter) in changing}
     values = ((name, value) for name, value in full_parameters(model) if name not in left_out)
-    return {name: quantized[name] if name in quantized else sums_of(value, device) for name, value in values}
+    return {
+        name: quantized.get(name) or (shape_alone(value) if name in uncompared else sums_of(value, device))
+        for name, value in values
+    }
+
+
+def shape_alone(tensor: Tensor) -> list[int | None]:
+    """The entry of a parameter whose values are not compared."""
+    return [None, None, None, *shape_of(tensor)]
 
 
 def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:
     """The entry of :func:`fingerprint` for one parameter."""
     if tensor.is_meta or not tensor.is_floating_point():
-        return _shape_alone(tensor)
+        return shape_alone(tensor)
     tensor = tensor if device is None else tensor.to(device)
     sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
     exact = sums[tensor.dtype] if tensor.dtype in sums else checksum(tensor)
     return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]
 
 
-def _shape_alone(tensor: Tensor) -> list[int | None]:
-    return [None, None, None, *shape_of(tensor)]
+@torch.no_grad()
+def has_values(tensor: Tensor, sums: Sequence[int | None]) -> bool:
+    """Whether ``tensor`` has the values that an entry of a fingerprint was taken of, or a cast of them."""
+    if tensor.is_meta or sums[2] is None:
+        return True
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return checksum(tensor) == sums[tensor.dtype == torch.float16]
+    return checksum(tensor) == sums[2] or (tensor.dtype == torch.float64 and checksum(tensor.float()) == sums[2])
 
 
 def is_fingerprint(value: object) -> bool:

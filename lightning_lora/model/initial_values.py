@@ -27,6 +27,14 @@ def remember(model: nn.Module | Survey) -> None:
                 record.originals[key] = local_shard(tensor).to("cpu", copy=True)
 
 
+def renew(model: nn.Module) -> None:
+    """Take the present values of what changed as the initial ones: the model was completed after :func:`remember`."""
+    for _, module, record in records(model):
+        tensors = _saved_tensors(module)
+        for key in record.originals.keys() & tensors.keys():
+            record.originals[key] = local_shard(tensors[key]).to("cpu", copy=True)
+
+
 def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Every tensor of the base that changed since :func:`remember`, with its initial value; a cast is no change."""
     seen: set[int] = set()

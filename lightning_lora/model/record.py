@@ -62,6 +62,7 @@ class Record:
         requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
         trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
+        written: frozen parameters that other code writes during a run, so that files hold them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
         load_hook: of the hook that loads adapter state dicts into the module.
@@ -74,6 +75,7 @@ class Record:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
     load_hook: RemovableHandle | None = None

@@ -28,6 +28,7 @@ from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged, merged_layers, records
+from lightning_lora.model.written import written_parameters
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -132,10 +133,10 @@ def keep_adapter(state: Mapping[str, Any], base: set[str]) -> dict[str, Any]:
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """The names, under every alias, of the parameters that do not train."""
-    trained = {id(parameter) for _, parameter in trained_parameters(model)}
+    """The names, under every alias, of the parameters that no file holds: they neither train nor change."""
+    saved = {id(parameter) for _, parameter in (*trained_parameters(model), *written_parameters(model))}
     aliases = model.named_parameters(remove_duplicate=False)
-    return {names.clean(name) for name, parameter in aliases if id(parameter) not in trained}
+    return {names.clean(name) for name, parameter in aliases if id(parameter) not in saved}
 
 
 def base_names(model: nn.Module) -> set[str]:

@@ -16,6 +16,9 @@ class LoRACallback(MethodCallback):
     everything else is frozen; the user's optimizers are restricted to the adapters; checkpoints hold adapters alone; at
     the end of ``fit`` the adapters are merged into the weights, and the module is the plain one again.
 
+    The base is as of the first batch: weights that a hook sets before, as in ``on_fit_start``, belong to it. Frozen
+    parameters that other code moves, such as a momentum teacher's, are named in a warning, and checkpoints hold them.
+
     After a merge ``trainer.test(model)`` runs the merged module. ``trainer.test(model, ckpt_path=...)`` takes the merge
     out, loads the file, runs, and merges again. A second ``fit`` continues the adapters on the original base.
 
@@ -65,7 +68,8 @@ class LoRACallback(MethodCallback):
             are not merged. FSDP1 and ZeRO 3 keep weights in pieces: the merged weights are written to
             merged.safetensors in the folder of the checkpoints, and the module keeps its adapters.
         name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
-        liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient.
+        liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient, and
+            that what is frozen stays as it is.
         init_from: Directory in PEFT's format, or checkpoint of another run, that fresh adapters start from; only their
             values, of the same arguments and on the same base. A ckpt_path takes precedence over it.
         export: Directory in which to write the adapters in PEFT's format at the end of fit: those that merge names, or

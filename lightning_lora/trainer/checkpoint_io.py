@@ -17,11 +17,14 @@ from lightning_lora.distributed import random_state
 from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_base
+from lightning_lora.model.written import set_written, written_parameters
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.checkpoint_contents import ENTRIES
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.file_contents import warn_of_modules
+from lightning_lora.trainer.frozen_facts import LATE, WRITTEN, names_in
+from lightning_lora.trainer.frozen_watch import FrozenWatch, in_full
 from lightning_lora.trainer.hook_state import fill_in, trained_entries, whole_state
 from lightning_lora.trainer.hyperparameters import plain_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -29,6 +32,7 @@ from lightning_lora.trainer.kept_states import with_base_values
 from lightning_lora.trainer.merged_saves import with_merged_state
 from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.replaced_layers import Layers, layers_of, move_to_replaced, run_hook
+from lightning_lora.trainer.start_of_training import StartOfTraining
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 
 # Absolute paths that this process wrote: opened again as they were written, hyperparameters of any class included.
@@ -67,6 +71,10 @@ class CheckpointFiles:
         self.method, self.run_config = method, run_config
         self.strategy_adapter, self.callback_key, self.adapt_late = strategy_adapter, callback_key, adapt_late
         self.base: Fingerprint = {}
+        self.frozen: FrozenWatch | None = None
+        self.start: StartOfTraining | None = None  # until the first batch
+        self.late: list[str] = []  # parameters that were set after `setup`
+        self.expected: Callable[[Fingerprint], None] | None = None
         self.random_states: list[random_state.State] | None = None
         self.loaded = False
         self.before_load: dict[str, Any] = {}  # what the module held before the first load, and what was loaded last
@@ -98,11 +106,33 @@ class CheckpointFiles:
         self.base = self.base or self.strategy.broadcast(fingerprint(self.module, self.strategy.root_device))
         return self.base
 
+    def start_training(self) -> None:
+        """At the first batch: the base is complete, also what a resumed file says was set after ``setup``.
+
+        Raises:
+            ValueError: if the file was trained on another base.
+        """
+        self.check_frozen()
+        self.start = None
+        if self.expected is not None:
+            self.expected(self.base)
+
+    def check_frozen(self) -> None:
+        """Before a save: take the base as it is if no batch has begun, else name what moves though it is frozen."""
+        if self.frozen is None or not self.method.is_adapted(self.module):
+            return
+        if self.start is not None:
+            self.late = list(dict.fromkeys([*self.late, *self.start.settle()]))
+        else:
+            self.frozen.check_values(thorough=False)
+            self.frozen.check_gradients()
+
     def module_state(self, original: Any) -> dict[str, Any]:
         """What the hooks of a save see. The base is removed after them, in :meth:`save`.
 
         Where the strategy shards the module these are the adapters alone, as no save gathers the base.
         """
+        self.check_frozen()
         if self.is_sharded:
             return self.method.state(self.module)
         # The state dict of the user's own may rename the base, and could then not be told from what trains.
@@ -152,6 +182,7 @@ class CheckpointFiles:
         checkpoint[checkpoints.KEY] = checkpoints.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
+        checkpoint[checkpoints.KEY] |= self._not_of_the_base()
         checkpoint[checkpoints.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
@@ -163,6 +194,11 @@ class CheckpointFiles:
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         return checkpoint
+
+    def _not_of_the_base(self) -> dict[str, list[str]]:
+        written = [name for name, _ in written_parameters(self.module)]
+        facts = {WRITTEN: written, LATE: self.late}
+        return {key: value for key, value in facts.items() if value}
 
     def _random_states(self) -> list[random_state.State]:
         own = random_state.random_state(self.strategy.root_device)
@@ -182,7 +218,7 @@ class CheckpointFiles:
         checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
         if not self.method.is_adapted(self.module):
             self.adapt_late()
-        checkpoints.check(checkpoint, checkpoint_path, self.method, self.base_fingerprint())
+        self._check(checkpoint, checkpoint_path)
         checkpoints.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
         self.random_states = checkpoint[checkpoints.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
@@ -206,6 +242,18 @@ class CheckpointFiles:
                 f"`on_load_checkpoint` of {type(self.module).__name__} replaced layers, and the adapters were trained "
                 f"on other weights: {wrong}. Copy the old weights into the new layers, or name them in `also_train`."
             )
+
+    def _check(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """Check the file; in ``fit``, what its run set after ``setup`` is checked when this run has set it, too."""
+        if set_written(self.module, names_in(checkpoint[checkpoints.KEY], WRITTEN)):
+            self.base = {}
+        base = self.base_fingerprint()
+        if self.frozen is not None:
+            self.frozen.rebase(base)
+        late = names_in(checkpoint[checkpoints.KEY], LATE) if self.trainer.state.fn == "fit" else []
+        checkpoints.check(checkpoint, path, self.method, base, except_for=late)
+        self.expected = partial(checkpoints.check_late, checkpoint, path) if late else None
+        self.late = [*late]
 
     def restore_random_state(self) -> None:
         """Continue the random stream of the run that is resumed: after the load, before the first batch is drawn.
@@ -244,6 +292,13 @@ def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | No
     load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
     trusted = is_written_here(path) or weights_only is False
     checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted, "best_model_path")
+    gone = {name for name, _ in written_parameters(module)} - {*names_in(checkpoint[checkpoints.KEY], WRITTEN)}
+    if gone:
+        rank_zero_warn(
+            f"The best checkpoint {path} was written before {in_full(sorted(gone))} moved, and does not hold it. What "
+            "it was then is not known any more."
+        )
+        return None
     filled_in = {} if is_a(trainer.strategy, *SHARDING_STRATEGIES) else fill_in(checkpoint, module)
     run_hook(module, "on_load_checkpoint", method, checkpoint)  # undoes what its `on_save_checkpoint` did
     method.load(module, trained_entries(checkpoint, filled_in, method, module))

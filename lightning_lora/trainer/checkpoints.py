@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_ba
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.state import keep_adapter, real_keys
 from lightning_lora.trainer.checkpoint_contents import check_facts, check_pairs, check_weights
+from lightning_lora.trainer.frozen_facts import LATE, how_it_was_set, names_in
 from lightning_lora.trainer.kept_states import own_names, without_base_values
 
 KEY = "lightning_lora"
@@ -198,15 +199,38 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool, argument: str 
     return checkpoint
 
 
-def check(checkpoint: dict[str, Any], path: Any, method: Method, base: Fingerprint) -> None:
+def check(
+    checkpoint: dict[str, Any], path: Any, method: Method, base: Fingerprint, except_for: Collection[str] = ()
+) -> None:
     """Raise unless the file's adapter is of this method and configuration, on this base.
+
+    Args:
+        checkpoint: from :func:`read`.
+        path: of the file.
+        method: what the module is adapted by.
+        base: the fingerprint of the module's base.
+        except_for: parameters of the base to leave out.
 
     Raises:
         ValueError: naming the first difference.
     """
     written, trained_on = facts_in(checkpoint, path)
     check_config(written, path, method)
-    check_base(trained_on, base, path)
+    expected, present = (
+        {name: sums for name, sums in sums_of.items() if name not in except_for} for sums_of in (trained_on, base)
+    )
+    check_base(expected, present, path, late=names_in(checkpoint[KEY], LATE))
+
+
+def check_late(checkpoint: dict[str, Any], path: Any, base: Fingerprint) -> None:
+    """Raise unless what hooks set after ``setup`` is in ``base`` what it was when the file was written.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    late, (_, trained_on) = names_in(checkpoint[KEY], LATE), facts_in(checkpoint, path)
+    expected, present = ({name: sums_of[name] for name in late if name in sums_of} for sums_of in (trained_on, base))
+    check_base(expected, present, path, late=late)
 
 
 def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -> None:
@@ -233,7 +257,9 @@ def check_config(written: LoRAConfig, path: Any, method: Method, argument: str =
         )
 
 
-def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any, argument: str = "ckpt_path") -> None:
+def check_base(
+    trained_on: Fingerprint, base: Fingerprint, path: Any, argument: str = "ckpt_path", late: Collection[str] = ()
+) -> None:
     """Raise unless the file's adapter was trained on ``base``; warn where only the dtype differs.
 
     Raises:
@@ -243,6 +269,7 @@ def check_base(trained_on: Fingerprint, base: Fingerprint, path: Any, argument: 
     if wrong is not None:
         raise ValueError(
             f"{_named(path, argument)} was trained on another base: {wrong}. Load the base it was trained on first."
+            + how_it_was_set(wrong, late)
         )
     if not exactly_same(trained_on, base):
         _warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")

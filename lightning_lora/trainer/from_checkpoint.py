@@ -24,12 +24,14 @@ from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.record import is_merged
 from lightning_lora.model.same_config import check_same
 from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
+from lightning_lora.model.written import set_written
 from lightning_lora.names import clean
 from lightning_lora.trainer import checkpoints
 from lightning_lora.trainer.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpoint_contents import check_room
 from lightning_lora.trainer.compatibility import overrides
+from lightning_lora.trainer.frozen_facts import LATE, WRITTEN, names_in
 from lightning_lora.trainer.hyperparameters import with_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.replaced_layers import run_hook
@@ -229,6 +231,7 @@ def _load(
         unmerge_lora(module)
     copied = set() if source is None else copy_base(source, module, file.base, overwritten)
     _adapt(module, file.config, file.content["state_dict"])
+    set_written(module, names_in(file.content[checkpoints.KEY], WRITTEN))
     if is_a(module, LIGHTNING_MODULE) and overrides(module, "on_load_checkpoint"):
         run_hook(module, "on_load_checkpoint", LoRAMethod(file.config), file.content)
     _check_base(file, fingerprint(module), strict_base, set() if source is None else file.base.keys() - copied)
@@ -239,7 +242,7 @@ def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_
     """Raise for another base, or warn of all that differs and of what could not be compared."""
     missing = f" `base` has no `{min(not_in_base)}` ({len(not_in_base)} missing)." if not_in_base else ""
     try:
-        checkpoints.check_base(file.base, present, file.path, "path")
+        checkpoints.check_base(file.base, present, file.path, "path", names_in(file.content[checkpoints.KEY], LATE))
     except ValueError as error:
         if strict_base:
             raise ValueError(f"{error}{missing}") from error

@@ -86,9 +86,13 @@ class MethodCallback(CallbackBase):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the first batch the module's own ``on_train_start`` and ``on_train_epoch_start`` have run too."""
-        if self._run is not None and batch_idx == 0:
+        """At the first batch the base is complete; in the next ones, name what moves though it is frozen."""
+        if (
+            self._run is not None and batch_idx == 0
+        ):  # the module's `on_train_start` and `on_train_epoch_start` have run
             self._run.release_copies()
+        if self._run is not None:
+            self._run.begin_batch(batch_idx)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

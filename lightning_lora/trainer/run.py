@@ -18,23 +18,26 @@ from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, QUANTIZING_PR
 from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import LoweredWeights, cast_by_autocast
 from lightning_lora.model.freeze import is_frozen, unfreeze
+from lightning_lora.model.initial_values import renew
 from lightning_lora.model.record import Record, all_records, place_again, record_of
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.trainer.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.compatibility import overrides
-from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
+from lightning_lora.trainer.frozen_watch import FrozenWatch
+from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
 from lightning_lora.trainer.late_saves import save_adapters_until_the_end
 from lightning_lora.trainer.liveness import Liveness, listed
-from lightning_lora.trainer.loss_without_gradient import check_loss
 from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.merged_file import check_merged_file
 from lightning_lora.trainer.merged_saves import check_merged_saves
+from lightning_lora.trainer.nothing_trains import refuse_loss
 from lightning_lora.trainer.optimizers import OptimizerSnapshot, restrict
 from lightning_lora.trainer.patching import call_on_close, patch_method
 from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced, warn_of_lost
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
+from lightning_lora.trainer.start_of_training import StartOfTraining, has_start_hooks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
 from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
@@ -231,6 +234,7 @@ class Run:
         if self.run_config.lr_scale != 1:
             added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
             self.optimizer_edits.callback(scale_rates(optimizers, schedulers, self.run_config.lr_scale, added))
+        self.watch_frozen()
         return result
 
     def warn_at_start(self) -> None:
@@ -240,6 +244,30 @@ class Run:
         warn_of_lost(self.lost, self.module)
         for message in self.method.warnings(self.module) if self.was_bare else ():
             rank_zero_warn(message)
+
+    def watch_frozen(self) -> None:
+        """From the end of the strategy's set-up on, watch what is frozen."""
+        if self.strategy_adapter.watches_gradients:
+            self.files.frozen = FrozenWatch(self.module, self.method, self.files.base_fingerprint())
+            has_hooks = has_start_hooks(self.module, self.trainer.callbacks)
+            self.files.start = StartOfTraining(self.files.frozen, has_hooks)
+
+    def begin_batch(self, index: int) -> None:
+        """Take the base as of the first batch; in the first steps, compare what is frozen with it."""
+        if self.files.start is not None:
+            self.complete_base(self.files.start.has_hooks)
+        elif self.files.frozen is not None and self.run_config.liveness:
+            self.files.frozen.begin_batch(index)
+
+    def complete_base(self, has_hooks: bool) -> None:
+        """At the first batch, take what hooks have set since ``setup`` as a part of the base."""
+        try:
+            self.files.start_training()
+        except (ValueError, MisconfigurationException):
+            self.abandoned = True  # so that the module does not keep what was loaded
+            raise
+        if has_hooks and self.was_bare and not self.files.loaded:
+            renew(self.module)
 
     def watch(self, optimizers: list[Any]) -> None:
         """Check from here on that the adapters are alive."""
@@ -253,7 +281,9 @@ class Run:
 
     def check_loss(self, loss: Tensor) -> None:
         """Raise before the backward pass of a loss that depends on nothing that trains."""
-        check_loss(loss, self.module, self.method, self.snapshots, self.liveness)
+        if not loss.requires_grad:
+            causes = [] if self.liveness is None else [self.liveness.causes()]
+            refuse_loss(self.module, self.method, self.snapshots, causes)
 
     def keep_averages_exact(self) -> None:
         """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""

@@ -209,7 +209,8 @@ def test_what_is_loaded_into_the_module_meanwhile_stays(tmp_path):
 
     net = ManyKinds()
     callback = LoRACallback(r=2, targets=["first"], base_dtype="bf16", merge=False)
-    trainer(tmp_path, callback, Loading()).fit(net, data())
+    with pytest.warns(UserWarning, match="Set after `setup`.*`conv.weight`"):
+        trainer(tmp_path, callback, Loading()).fit(net, data())
     assert (
         torch.equal(net.conv.weight, torch.full_like(net.conv.weight, 0.5)) and net.conv.weight.dtype == torch.float32
     )
