@@ -228,7 +228,7 @@ def check_late(checkpoint: dict[str, Any], path: Any, base: Fingerprint) -> None
     Raises:
         ValueError: naming the first difference.
     """
-    late, (_, trained_on) = names_in(checkpoint[KEY], LATE), facts_in(checkpoint, path)
+    late, trained_on = names_in(checkpoint[KEY], LATE), checkpoint[KEY]["base"]
     expected, present = ({name: sums_of[name] for name in late if name in sums_of} for sums_of in (trained_on, base))
     check_base(expected, present, path, late=late)
 

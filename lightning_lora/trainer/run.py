@@ -308,6 +308,7 @@ class Run:
             return
         self.stack.close()
         self.ended = True
+        self.files.frozen = None  # from here on the user's flags are back
         place_again(self.module, self.records)
         if not self.was_frozen:
             unfreeze(self.module)
