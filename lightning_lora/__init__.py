@@ -8,6 +8,7 @@ docstring of each room states its rule. From the ground up:
 
     foreign            names of other libraries that are matched as text, in one file
     torch_internals    what only private names of torch answer, in one file
+    patterns           regular expressions over names, matched in bounded time
     names, arguments   names of modules and patterns over them; arguments as plain data
     config             LoRAConfig and RunConfig, what the user asks for
     ops                W0 x + scale * B A x on tensors, and the exact sum of a merge
@@ -36,7 +37,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.merged_values import merged_state_dict
-from lightning_lora.model.plan import plan_lora
+from lightning_lora.model.report.plan import plan_lora
 from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
@@ -44,7 +45,7 @@ from lightning_lora.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lightning_lora.trainer.callback import LoRACallback
-    from lightning_lora.trainer.from_checkpoint import load_from_checkpoint
+    from lightning_lora.trainer.checkpointing.from_checkpoint import load_from_checkpoint
 
 __all__ = [
     "LoRACallback",
@@ -66,7 +67,7 @@ __all__ = [
 
 _NEEDS_LIGHTNING = {
     "LoRACallback": "lightning_lora.trainer.callback",
-    "load_from_checkpoint": "lightning_lora.trainer.from_checkpoint",
+    "load_from_checkpoint": "lightning_lora.trainer.checkpointing.from_checkpoint",
 }
 
 

@@ -29,7 +29,7 @@ from lightning_lora.peft_format.provenance import OWN, base_in, header
 from lightning_lora.peft_format.save import file_writers
 from lightning_lora.peft_format.stored import PREFIX, WEIGHTS, StoredAdapter, open_adapter
 from lightning_lora.peft_format.targets import exact_targets
-from lightning_lora.trainer import checkpoint_contents, checkpoints
+from lightning_lora.trainer.checkpointing import checks, contents, reading
 
 THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
 KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
@@ -67,14 +67,14 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     """
     _check_is_file(path)
     check_free(directory / WEIGHTS, overwrite)
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True, "CKPT")
-    config, base = checkpoints.facts_in(checkpoint, path, "CKPT")
+    checkpoint = reading.read(reading.on_cpu, path, True, "CKPT")
+    config, base = reading.facts_in(checkpoint, path, "CKPT")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
     prefix = _common(base, pairs) if inner is None else inner
     relative = {name: _relative(name, prefix) for name in pairs}
     below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
-    kinds = {name: _kind(name, checkpoint[checkpoints.KEY], path) for name in pairs}
+    kinds = {name: _kind(name, checkpoint[contents.KEY], path) for name in pairs}
     tensors: dict[str, Tensor] = {}
     for name, both in pairs.items():
         named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
@@ -140,12 +140,12 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "epoch": _number(metadata.get("epoch")),
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": version("lightning"),
-        checkpoints.KEY: {
-            **checkpoints.facts(LoRAMethod(config), RunConfig(), base, {}),
-            checkpoint_contents.ENTRIES: sorted(state),
+        contents.KEY: {
+            **contents.facts(LoRAMethod(config), RunConfig(), base, {}),
+            checks.ENTRIES: sorted(state),
         },
     }
-    checkpoints.write_checkpoint(written, path)
+    contents.write_checkpoint(written, path)
     layers = sorted({key.partition(".lora.")[0] for key in state})
     return Exported(str(path), prefix, layers, path.stat().st_size)
 

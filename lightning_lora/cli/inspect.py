@@ -16,7 +16,7 @@ from lightning_lora.names import join
 from lightning_lora.ops.low_rank import DeltaFactors, norm
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
-from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpointing import reading
 
 RECORDED = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
@@ -126,8 +126,8 @@ def _stored(pair: StoredPair) -> InspectedLayer:
 
 
 def _checkpoint(path: Path) -> Inspection:
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, True, "path")
-    config, base = checkpoints.facts_in(checkpoint, path, "path")
+    checkpoint = reading.read(reading.on_cpu, path, True, "path")
+    config, base = reading.facts_in(checkpoint, path, "path")
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config)
     used = {name for both in pairs.values() for name in both}

@@ -13,7 +13,7 @@ from lightning_lora.cli.costs import Costs
 from lightning_lora.cli.meta_model import skeleton
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files.weights import all_transposed, open_weights
-from lightning_lora.model.plan import Plan, plan_lora
+from lightning_lora.model.report.plan import Plan, plan_lora
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
-from lightning_lora.model.table import bytes_text
+from lightning_lora.model.report.table import bytes_text
 from lightning_lora.names import folded
 
 if TYPE_CHECKING:  # a command imports what it needs and no other command

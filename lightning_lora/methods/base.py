@@ -152,13 +152,7 @@ class Method(ABC):
     ) -> list[str]:
         """Make plain those copies that the configuration does not mean, in a model that is adapted or merged.
 
-        Args:
-            model: an adapted or merged model.
-            known: the modules that it had before.
-            keep_update: whether what they compute stays; else they become copies of the base.
-
-        Returns:
-            The names of the outermost copies.
+        As :meth:`make_plain`. ``keep_update``: whether what they compute stays; else they become copies of the base.
         """
 
     @abstractmethod

@@ -24,8 +24,9 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import all_or_nothing
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
-from lightning_lora.model.random_heads import random_heads, warning_of
 from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.report.random_heads import random_heads, warning_of
+from lightning_lora.model.report.summary import describe
 from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
     base_names,
@@ -36,7 +37,6 @@ from lightning_lora.model.state import (
     lora_state_dict,
     needed_names,
 )
-from lightning_lora.model.summary import describe
 from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
 

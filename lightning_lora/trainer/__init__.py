@@ -1,5 +1,5 @@
 """One run of a Lightning Trainer over an adapted module: the callback, its checkpoints, optimizers and strategies.
 
-``checkpoints`` is what a file holds and the checks before it is loaded; ``checkpoint_io`` is how a run writes and reads
-it. Only this room imports Lightning.
+``checkpointing`` is what files hold and how a run writes and reads them, ``watching`` is what it checks in its first
+steps, ``strategies`` is what each strategy needs. Only this room imports Lightning.
 """

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lightning_lora.trainer.checkpoint_io import load_best
+from lightning_lora.trainer.checkpointing.best import load_best
+from lightning_lora.trainer.checkpointing.init_and_export import export
+from lightning_lora.trainer.checkpointing.merged_file import export_merged, write_merged_file
 from lightning_lora.trainer.compatibility import best_checkpoints, is_spawned
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
-from lightning_lora.trainer.init_and_export import export
 from lightning_lora.trainer.kept_copies import merge_copies
-from lightning_lora.trainer.merged_file import export_merged, write_merged_file
 from lightning_lora.trainer.run import Run
 
 LOST = 0.01  # share of the update that rounding may take before it is reported

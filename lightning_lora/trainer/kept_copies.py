@@ -6,12 +6,15 @@ and after a merge.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, is_a
 from lightning_lora.methods.base import Method
+from lightning_lora.trainer.patching import patch_method
 
 
 def kept_copies(trainer: Any, module: nn.Module, method: Method) -> list[nn.Module]:
@@ -39,3 +42,16 @@ def unmerge_copies(trainer: Any, module: nn.Module, method: Method) -> None:
         if method.is_merged(copy):
             with suppress(ValueError):
                 method.unmerge(copy)
+
+
+def keep_averages_exact(trainer: Any, module: nn.Module, stack: ExitStack) -> None:
+    """Until ``stack`` closes, keep averages from moving the base: ``0.9 * w + 0.1 * w`` need not be ``w``."""
+    inside = [each for each in module.modules() if is_a(each, AVERAGED_CLASS)]
+    for averaged in [*(getattr(callback, AVERAGED_MODEL, None) for callback in trainer.callbacks), *inside]:
+        if getattr(averaged, "avg_fn", None) is not None:
+            patch_method(stack, averaged, "avg_fn", equal_stays)
+
+
+def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+    """The average of two equal numbers is that number."""
+    return torch.where(averaged == current, averaged, average(averaged, current, count))

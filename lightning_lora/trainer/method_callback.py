@@ -12,10 +12,11 @@ from lightning_lora.arguments import check_argument_names
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.base import Method
 from lightning_lora.model.hooks import start_graphs
-from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpointing import contents
 from lightning_lora.trainer.compatibility import check_compatibility
 from lightning_lora.trainer.end_of_fit import finish
 from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info
+from lightning_lora.trainer.kept_copies import keep_averages_exact
 from lightning_lora.trainer.learning_rates import learning_rates
 from lightning_lora.trainer.run import Run
 
@@ -63,7 +64,7 @@ class MethodCallback(CallbackBase):
         """Continue a resumed run's random stream, and log the configuration."""
         assert self._run is not None
         start_graphs(pl_module)  # checkpointing may have been switched on since
-        self._run.keep_averages_exact()
+        keep_averages_exact(trainer, pl_module, self._run.stack)
         self._run.files.restore_random_state()
         for logger in trainer.loggers:
             logger.log_hyperparams({self.method.key: {**self.method.config.to_dict(), **self.run_config.to_dict()}})
@@ -78,19 +79,14 @@ class MethodCallback(CallbackBase):
         if rates:
             rank_zero_info(rates)
         if self._run is not None:
-            self._run.warn_at_start()
-        if self._run is not None and self.run_config.liveness:
-            self._run.watch(trainer.optimizers)
+            self._run.first_steps.warn_at_start()
+            self._run.first_steps.watch(trainer.optimizers)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """At the first batch the base is complete; in the next ones, name what moves though it is frozen."""
-        if (
-            self._run is not None and batch_idx == 0
-        ):  # the module's `on_train_start` and `on_train_epoch_start` have run
-            self._run.release_copies()
         if self._run is not None:
             self._run.begin_batch(batch_idx)
 
@@ -98,31 +94,31 @@ class MethodCallback(CallbackBase):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Raise for a loss that depends on nothing that trains."""
         if self._run is not None:
-            self._run.check_loss(loss)
+            self._run.first_steps.check_loss(loss)
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """At each optimizer's first step, name the adapters without a gradient."""
-        if self._run is not None and self._run.liveness is not None:
-            self._run.liveness.check_step(optimizer, trainer.optimizers)
+        if self._run is not None and self._run.first_steps.liveness is not None:
+            self._run.first_steps.liveness.check_step(optimizer, trainer.optimizers)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the adapters in the first evaluation."""
-        if self._run is not None and self._run.liveness is not None:
-            self._run.liveness.begin_evaluation()
+        if self._run is not None and self._run.first_steps.liveness is not None:
+            self._run.first_steps.liveness.begin_evaluation()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that did not run in it."""
-        if self._run is not None and self._run.liveness is not None:
-            self._run.liveness.check_evaluation()
+        if self._run is not None and self._run.first_steps.liveness is not None:
+            self._run.first_steps.liveness.check_evaluation()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that ran in no step of a short run."""
-        if self._run is not None and self._run.liveness is not None:
-            self._run.liveness.report_waiting()
+        if self._run is not None and self._run.first_steps.liveness is not None:
+            self._run.first_steps.liveness.report_waiting()
 
     @override
     def on_save_checkpoint(
@@ -138,7 +134,7 @@ class MethodCallback(CallbackBase):
         if seen_by_hooks is not None and checkpoint.get("state_dict") is seen_by_hooks:
             return
         if self.method.is_adapted(pl_module):
-            adapter_only = checkpoints.without_base(checkpoint, self.method, pl_module)
+            adapter_only = contents.without_base(checkpoint, self.method, pl_module)
             checkpoint.clear()
             checkpoint.update(adapter_only)
 

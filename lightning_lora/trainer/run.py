@@ -10,40 +10,31 @@ from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.config import BASE_DTYPES, RunConfig
-from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, QUANTIZING_PRECISION, SHARDING_STRATEGIES, is_a
+from lightning_lora.foreign import QUANTIZING_PRECISION, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import LoweredWeights, cast_by_autocast
 from lightning_lora.model.freeze import is_frozen, unfreeze
-from lightning_lora.model.initial_values import renew
 from lightning_lora.model.record import Record, all_records, place_again, record_of
 from lightning_lora.ops.exact_sum import same_bits
-from lightning_lora.trainer.checkpoint_io import CheckpointFiles
+from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
+from lightning_lora.trainer.checkpointing.files_at_end import check_files
+from lightning_lora.trainer.checkpointing.init_and_export import start_from
+from lightning_lora.trainer.checkpointing.late_saves import save_adapters_until_the_end
 from lightning_lora.trainer.compatibility import overrides
-from lightning_lora.trainer.frozen_watch import FrozenWatch
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_info, rank_zero_warn
-from lightning_lora.trainer.init_and_export import check_export, start_from
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
-from lightning_lora.trainer.late_saves import save_adapters_until_the_end
-from lightning_lora.trainer.liveness import Liveness, listed
 from lightning_lora.trainer.lr_scale import scale_rates
-from lightning_lora.trainer.merged_file import check_merged_file
-from lightning_lora.trainer.merged_saves import check_merged_saves
-from lightning_lora.trainer.nothing_trains import refuse_loss
-from lightning_lora.trainer.optimizers import OptimizerSnapshot, restrict
+from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import call_on_close, patch_method
-from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced, warn_of_lost
+from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
-from lightning_lora.trainer.start_of_training import StartOfTraining, has_start_hooks
-from lightning_lora.trainer.strategies.base import StrategyAdapter
-from lightning_lora.trainer.strategies.deepspeed import DeepSpeed
-from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
-from lightning_lora.trainer.untrained_targets import untrained_targets, warn_of_untrained
-
-SHARDING_ADAPTERS: tuple[type[StrategyAdapter], ...] = (FSDP1, FSDP2, DeepSpeed)
+from lightning_lora.trainer.strategies.selection import strategy_adapter_for
+from lightning_lora.trainer.watching.first_steps import FirstSteps
+from lightning_lora.trainer.watching.liveness import listed
+from lightning_lora.trainer.watching.untrained_targets import untrained_targets, warn_of_untrained
 
 
 class Run:
@@ -71,13 +62,11 @@ class Run:
         self.ended = self.has_left = self.abandoned = self.completed = False
         self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
         self.was_frozen = is_frozen(module)
-        self.lost: set[str] = set()
         self.snapshot: dict[str, Any] = {}
         self.records: dict[str, Record] = {}
         self.known = list(module.modules())
         self.released: set[str] = set()
-        self.liveness: Liveness | None = None
-        self.snapshots: list[OptimizerSnapshot] = []
+        self.first_steps = FirstSteps(trainer, self.files, self.strategy_adapter.watches_gradients, self.was_bare)
         self.stack, self.optimizer_edits = ExitStack(), ExitStack()
         self.late_saves: ExitStack | None = None
 
@@ -138,7 +127,7 @@ class Run:
         result = original(*args, **kwargs)
         self.method.make_plain_unless_meant(self.module, known)
         lost = move_to_replaced(before, self.module, self.method, self.inject)
-        self.lost |= lost or set()
+        self.first_steps.lost |= lost or set()
         self.inject()
         if self.completed:  # called again, by the module's own `on_load_checkpoint`
             return result
@@ -183,12 +172,8 @@ class Run:
     def check_export_and_start(self) -> None:
         """See that the adapters can be exported at the end, and give fresh ones the values of ``init_from``."""
         path, fits = self.run_config.init_from, self.stage == "fit"
-        if self.run_config.export is not None and fits:
-            check_export(self.trainer, self.module, self.run_config.export)
-        if self.run_config.save == "merged" and fits:
-            check_merged_saves(self.method, self.module)
-        if self.run_config.merged is not None and fits and not self.trainer.fast_dev_run:
-            check_merged_file(self.trainer, self.method, self.module, self.run_config.merged)
+        if fits:
+            check_files(self.trainer, self.module, self.method, self.run_config)
         if path is not None and self.was_bare:
             self.files.before_load = deepcopy(self.method.state(self.module))
             start_from(self.module, path, self.method, self.files.base_fingerprint())
@@ -227,70 +212,25 @@ class Run:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
         warn_of_untrained(untrained, trained, getattr(self.method.config, "exclude", None))
-        self.snapshots = restrict(optimizers, self.module, self.method)
-        for snapshot in self.snapshots:
+        self.first_steps.snapshots = restrict(optimizers, self.module, self.method)
+        for snapshot in self.first_steps.snapshots:
             self.optimizer_edits.callback(snapshot.restore)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
             added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
             self.optimizer_edits.callback(scale_rates(optimizers, schedulers, self.run_config.lr_scale, added))
-        self.watch_frozen()
+        self.first_steps.watch_frozen()
         return result
 
-    def warn_at_start(self) -> None:
-        """Before the first step, warn of what a file would have set right."""
-        if self.files.loaded:
-            return
-        warn_of_lost(self.lost, self.module)
-        for message in self.method.warnings(self.module) if self.was_bare else ():
-            rank_zero_warn(message)
-
-    def watch_frozen(self) -> None:
-        """From the end of the strategy's set-up on, watch what is frozen."""
-        if self.strategy_adapter.watches_gradients:
-            self.files.frozen = FrozenWatch(self.module, self.method, self.files.base_fingerprint())
-            has_hooks = has_start_hooks(self.module, self.trainer.callbacks)
-            self.files.start = StartOfTraining(self.files.frozen, has_hooks)
-
     def begin_batch(self, index: int) -> None:
-        """Take the base as of the first batch; in the first steps, compare what is frozen with it."""
-        if self.files.start is not None:
-            self.complete_base(self.files.start.has_hooks)
-        elif self.files.frozen is not None and self.run_config.liveness:
-            self.files.frozen.begin_batch(index)
-
-    def complete_base(self, has_hooks: bool) -> None:
-        """At the first batch, take what hooks have set since ``setup`` as a part of the base."""
+        """Before the first batch the base is complete; an error about it comes before anything was trained."""
         try:
-            self.files.start_training()
+            if index == 0:  # the module's `on_train_start` and `on_train_epoch_start` have run
+                self.release_copies()
+            self.first_steps.begin_batch(index)
         except (ValueError, MisconfigurationException):
             self.abandoned = True  # so that the module does not keep what was loaded
             raise
-        if has_hooks and self.was_bare and not self.files.loaded:
-            renew(self.module)
-
-    def watch(self, optimizers: list[Any]) -> None:
-        """Check from here on that the adapters are alive."""
-        if not self.strategy_adapter.watches_gradients:
-            return
-        if self.liveness is not None:  # a tuner has run before
-            self.liveness.close()
-        self.liveness = Liveness(self.module, self.method.watched(self.module))
-        self.stack.callback(self.liveness.close)
-        self.liveness.check_held(optimizers)
-
-    def check_loss(self, loss: Tensor) -> None:
-        """Raise before the backward pass of a loss that depends on nothing that trains."""
-        if not loss.requires_grad:
-            causes = [] if self.liveness is None else [self.liveness.causes()]
-            refuse_loss(self.module, self.method, self.snapshots, causes)
-
-    def keep_averages_exact(self) -> None:
-        """Keep averaging callbacks from moving the base: ``0.9 * w + 0.1 * w`` is not ``w`` in floating point."""
-        inside = [module for module in self.module.modules() if is_a(module, AVERAGED_CLASS)]
-        for averaged in [*(getattr(callback, AVERAGED_MODEL, None) for callback in self.trainer.callbacks), *inside]:
-            if getattr(averaged, "avg_fn", None) is not None:
-                patch_method(self.stack, averaged, "avg_fn", equal_stays)
 
     def end(self, original: Any) -> None:
         """After the strategy's teardown, take every patch of this run off."""
@@ -307,6 +247,7 @@ class Run:
         if self.has_left:
             return
         self.stack.close()
+        self.first_steps.close()
         self.ended = True
         self.files.frozen = None  # from here on the user's flags are back
         place_again(self.module, self.records)
@@ -354,15 +295,3 @@ def leave_unfinished_run(module: nn.Module) -> None:
     run = getattr(getattr(patched, "replacement", None), "__self__", None)
     if isinstance(run, Run) and run.trainer.state.status == "interrupted":
         run.leave()
-
-
-def strategy_adapter_for(strategy: Any, module: nn.Module) -> StrategyAdapter:
-    """The adapter for ``strategy``, known by the name of its class."""
-    pairs = zip(SHARDING_STRATEGIES, SHARDING_ADAPTERS, strict=True)
-    adapters = (adapter for name, adapter in pairs if is_a(strategy, name))
-    return next(adapters, StrategyAdapter)(strategy, module)
-
-
-def equal_stays(average: Any, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
-    """The average of two equal numbers is that number."""
-    return torch.where(averaged == current, averaged, average(averaged, current, count))

@@ -16,7 +16,7 @@ import torch
 
 from lightning_lora.files import atomic
 from lightning_lora.files.atomic import PART, atomic_write, write_together
-from lightning_lora.trainer.checkpoints import write_checkpoint
+from lightning_lora.trainer.checkpointing.contents import write_checkpoint
 
 DEAD = PART.format("0" * 16)
 # The file alone, as the package imports torch.

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.model.fingerprint import exactly_same, fingerprint, other_base
-from lightning_lora.trainer import checkpoint_io as files
+from lightning_lora.trainer.checkpointing import checkpoint_io as files
 from tests.helpers.models import Lit, data, trainer
 from tests.helpers.oracles import adapted, net, train
 

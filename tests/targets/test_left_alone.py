@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, plan_lora
-from lightning_lora.model.summary import describe
+from lightning_lora.model.report.summary import describe
 
 
 def backbone():

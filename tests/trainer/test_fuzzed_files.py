@@ -27,7 +27,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, save_adapter
 from lightning_lora.cli.inspect import inspect_files
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.trainer.init_and_export import start_from
+from lightning_lora.trainer.checkpointing.init_and_export import start_from
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.oracles import same_bits, snapshot, train_by_hand
 

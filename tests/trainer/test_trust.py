@@ -74,7 +74,9 @@ def test_an_object_in_a_file_is_named_and_the_remedy_works(tmp_path, monkeypatch
     files = checkpoints(tmp_path)
     trainer(LoRACallback(r=4, merge=False), files, max_epochs=1).fit(Chooses(), data(), data(1))
     path = files.last_model_path
-    monkeypatch.setattr("lightning_lora.trainer.checkpoint_io._WRITTEN_HERE", set())  # as in another process
+    monkeypatch.setattr(
+        "lightning_lora.trainer.checkpointing.checkpoint_io._WRITTEN_HERE", set()
+    )  # as in another process
     words = r"holds an object of tests.trainer.test_trust.Choice, .* give `weights_only=False` where you give the path"
     for use in (
         lambda **said: trainer(LoRACallback(r=4)).test(Chooses(), data(2), ckpt_path=path, verbose=False, **said),
@@ -91,7 +93,9 @@ def test_init_from_takes_what_this_process_wrote_and_else_a_directory_made_as_th
     trainer(LoRACallback(r=4, merge=False), files, max_epochs=1).fit(Chooses(), data(), data(1))
     path = files.last_model_path
     trainer(LoRACallback(r=4, init_from=path), max_epochs=1).fit(Chooses(), data())
-    monkeypatch.setattr("lightning_lora.trainer.checkpoint_io._WRITTEN_HERE", set())  # as in another process
+    monkeypatch.setattr(
+        "lightning_lora.trainer.checkpointing.checkpoint_io._WRITTEN_HERE", set()
+    )  # as in another process
     with pytest.raises(
         ValueError,
         match=r"`init_from=.*trust the file, give `init_from` a directory, made by save_adapter\(load_from",

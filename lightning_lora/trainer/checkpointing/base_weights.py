@@ -15,7 +15,7 @@ from lightning_lora.files.weights import INDEX, open_weights
 from lightning_lora.model.record import is_merged
 from lightning_lora.model.state import clean_state, lora_parameters
 from lightning_lora.names import clean, nearest
-from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpointing import contents, reading
 
 Source = Mapping[str, Tensor | StoredTensor]
 Copied = list[tuple[Tensor, Tensor]]
@@ -42,11 +42,11 @@ def tensors_of(base: nn.Module | str | Path, weights_only: bool) -> Source:
         path = path.parent
     if path.is_dir() or path.suffix == ".safetensors":
         return open_weights(path).tensors
-    return _in_checkpoint(path, checkpoints.open_file(checkpoints.on_cpu, path, weights_only, "base"))
+    return _in_checkpoint(path, reading.open_file(reading.on_cpu, path, weights_only, "base"))
 
 
 def _in_checkpoint(path: Path, content: Any) -> Source:
-    if isinstance(content, dict) and checkpoints.KEY in content:
+    if isinstance(content, dict) and contents.KEY in content:
         raise ValueError(f"`base={str(path)!r}` holds adapters alone. Give the file or the module that they train on.")
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_lora import LoRACallback
-from lightning_lora.trainer.file_contents import holds_modules
+from lightning_lora.trainer.checkpointing.file_contents import holds_modules
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_parameters, save_adapter
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.trainer.init_and_export import start_from
+from lightning_lora.trainer.checkpointing.init_and_export import start_from
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
 from tests.helpers.oracles import Scaled
 
@@ -205,7 +205,7 @@ class Backbone(Lit):
 
 def test_a_head_outside_the_backbone_is_exported_with_it(tmp_path, monkeypatch):
     messages: list[str] = []
-    monkeypatch.setattr("lightning_lora.trainer.init_and_export.rank_zero_info", messages.append)
+    monkeypatch.setattr("lightning_lora.trainer.checkpointing.init_and_export.rank_zero_info", messages.append)
     with pytest.warns(UserWarning, match="lies outside of `net`"):
         module = fit(tmp_path, Backbone, also_train=["scores"], export=str(tmp_path / "out"))
     assert len(messages) == 1 and "are relative to the Backbone, and peft has to wrap that" in messages[0]

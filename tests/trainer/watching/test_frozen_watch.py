@@ -19,7 +19,7 @@ from lightning_lora import (
 )
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.trainer import frozen_watch
+from lightning_lora.trainer.watching import frozen_watch
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.runs import load, same
 

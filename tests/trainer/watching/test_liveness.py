@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as rematerialized
 
 from lightning_lora import LoRACallback, LoRAConfig, lora_parameters
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.trainer.liveness import Liveness
+from lightning_lora.trainer.watching.liveness import Liveness
 from tests.helpers import models
 from tests.helpers.models import Lit
 

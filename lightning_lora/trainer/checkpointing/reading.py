@@ -1,106 +1,26 @@
-"""What a checkpoint of a run holds, and the checks before anything of one is loaded.
-
-A file holds adapters alone. Nothing is ever loaded in part: a truncated file, a missing key and an extra key are
-errors.
-"""
+"""Reading a checkpoint of a run: every part of it is checked before a module is touched."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lightning_lora import names
-from lightning_lora.config import LoRAConfig, RunConfig
-from lightning_lora.files.atomic import atomic_write
+from lightning_lora.config import LoRAConfig
 from lightning_lora.files.json_files import printable
 from lightning_lora.files.pickles import ObjectRefusedError
 from lightning_lora.files.torch_files import checked, read_torch_file
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
-from lightning_lora.model.initial_values import moved
-from lightning_lora.model.state import keep_adapter, real_keys
-from lightning_lora.trainer.checkpoint_contents import check_facts, check_pairs, check_weights
-from lightning_lora.trainer.frozen_facts import LATE, how_it_was_set, names_in
-from lightning_lora.trainer.kept_states import own_names, without_base_values
+from lightning_lora.trainer.checkpointing.checks import check_facts, check_pairs, check_weights
+from lightning_lora.trainer.checkpointing.contents import FORMATS, KEY, WEIGHTS
+from lightning_lora.trainer.watching.frozen_facts import LATE, how_it_was_set, names_in
 
-KEY = "lightning_lora"
-FORMATS = (1, 2)
 AS_TRUSTED = "`weights_only=False` where you give the path"
 DIRECTORY = "a directory, made by save_adapter(load_from_checkpoint(cls, path, weights_only=False), directory)"
 TRUSTED = {"init_from": f"`init_from` {DIRECTORY}", "CKPT": f"the command {DIRECTORY}"}
-WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
-
-
-def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint records of its adapter, as plain data.
-
-    Format 1, written until version 0.1.0, holds the arguments of the run in ``config`` as well.
-
-    Args:
-        method: of the adapter.
-        run_config: of the run.
-        base: the fingerprint of the frozen weights.
-        kinds: of the adapted layers, in PEFT's format.
-    """
-    config = method.config.to_dict()
-    about = {"format": FORMATS[-1], "method": method.key, "config": config, "run": run_config.to_dict()}
-    return {**about, "base": base, "kinds": kinds}
-
-
-def without_base(
-    checkpoint: dict[str, Any], method: Method, model: nn.Module, seen_by_hooks: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """``checkpoint`` without the base: averaging callbacks put whole models there, as an entry and in their state.
-
-    Args:
-        checkpoint: stays as it is.
-        method: of the adapter.
-        model: the module.
-        seen_by_hooks: the state dict that hooks got, to know the base's tensors where a hook renamed them.
-    """
-    frozen, base = method.frozen_names(model), method.base_names(model)
-    places = _without({key: value for key, value in checkpoint.items() if key in WEIGHTS}, frozen, base)
-    renamed = tensor_ids(value for key, value in (seen_by_hooks or {}).items() if names.clean(key) in base)
-    for weights in WEIGHTS:  # also where a hook took some of the base out
-        if isinstance(state := places.get(weights), dict):
-            kept = keep_adapter(state, base)
-            places[weights] = {key: value for key, value in kept.items() if id(value) not in renamed}
-    if "callbacks" in checkpoint:
-        places["callbacks"] = without_base_values(checkpoint["callbacks"], model, frozen, base)
-    return {**checkpoint, **places}
-
-
-def tensor_ids(values: Iterable[Any]) -> set[int]:
-    """The ids of the tensors in ``values``."""
-    return {id(value) for value in values if isinstance(value, Tensor)}
-
-
-def _without(mapping: dict[Any, Any], frozen: set[str], base: set[str]) -> dict[Any, Any]:
-    """``mapping`` without base entries; ``mapping`` itself if it holds no state of a whole model."""
-    own_name = own_names(mapping, frozen)
-    inner = {key: _without(value, frozen, base) for key, value in mapping.items() if isinstance(value, dict)}
-    dropped = {key for key, name in own_name.items() if name in base}
-    if not dropped and all(value is mapping[key] for key, value in inner.items()):
-        return mapping
-    return {key: inner.get(key, value) for key, value in mapping.items() if key not in dropped}
-
-
-def write_checkpoint(checkpoint: dict[str, Any], path: Any) -> None:
-    """Write a new file and rename it to ``path``: a kill during the write leaves the old one.
-
-    Lightning's own write goes through memory and the system's temporary folder, from where another disk is a copy.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # torch.save writes the name of the file into it, so it gets an open one: equal runs give equal bytes.
-    with atomic_write(path) as part, part.open("wb") as file:
-        torch.save(checkpoint, file)
 
 
 def on_cpu(path: Any, weights_only: bool) -> Any:
@@ -305,35 +225,3 @@ def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path")
             "or was written by a later version of lightning_lora."
         ) from error
     return written, base
-
-
-def fit_to(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Rename the weights in the file to the keys of ``model``, and add first values of buffers that had not moved."""
-    real = real_keys(model)
-    owners = {id(module): name for name, module in names.named_modules(model)}
-    still = {names.join(owners[id(m)], key): value for m, key, value in moved(model) if key in m._buffers}
-    for weights in WEIGHTS:
-        if weights in checkpoint:
-            state = {**still, **checkpoint[weights]}
-            checkpoint[weights] = {real.get(key, key): value for key, value in state.items()}
-    return checkpoint
-
-
-def check_complete(
-    checkpoint: dict[str, Any], method: Method, model: nn.Module, seen_by_hooks: Mapping[str, Any] | None = None
-) -> None:
-    """Raise if the file about to be written, as of :func:`without_base`, lacks adapters: nobody could load it.
-
-    Raises:
-        ValueError: naming the hook that can have removed them.
-    """
-    state = checkpoint.get("state_dict", {})
-    written = tensor_ids(state.values())
-    seen = {names.clean(key): value for key, value in (seen_by_hooks or {}).items()}
-    for key in method.needed_names(model):
-        if key not in state and id(seen.get(key)) not in written:  # a hook may rename what it can name again
-            raise ValueError(
-                f"The checkpoint to be written lacks `{key}`: an `on_save_checkpoint` of {type(model).__name__} or of "
-                "a callback removed it, or copied it under another name. Leave the tensors of adapters in the state "
-                "dict."
-            )

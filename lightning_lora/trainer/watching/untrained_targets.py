@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_lora.methods.base import Method
 from lightning_lora.names import covers
 from lightning_lora.trainer.imports import rank_zero_warn
-from lightning_lora.trainer.liveness import listed
+from lightning_lora.trainer.watching.liveness import listed
 
 
 def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Method) -> tuple[list[str], list[str]]:

@@ -14,7 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.random_state import is_random_state
 from lightning_lora.files.json_files import is_name, shown
 from lightning_lora.model.fingerprint import is_fingerprint
-from lightning_lora.model.plan import plan_lora
+from lightning_lora.model.report.plan import plan_lora
 
 ENTRIES = "entries"  # the names in the state dict, as they were written
 Facts = Mapping[str, Any]

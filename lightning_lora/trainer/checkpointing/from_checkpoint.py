@@ -26,15 +26,15 @@ from lightning_lora.model.same_config import check_same
 from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean
-from lightning_lora.trainer import checkpoints
-from lightning_lora.trainer.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.callback import LoRACallback
-from lightning_lora.trainer.checkpoint_contents import check_room
+from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
+from lightning_lora.trainer.checkpointing.checks import check_room
+from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.compatibility import overrides
-from lightning_lora.trainer.frozen_facts import LATE, WRITTEN, names_in
-from lightning_lora.trainer.hyperparameters import with_callbacks
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.replaced_layers import run_hook
+from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
 Module = TypeVar("Module", bound=nn.Module)
 OF_LIGHTNING = ("checkpoint_path", "map_location", "hparams_file", "strict", "weights_only")
@@ -87,9 +87,9 @@ def load_from_checkpoint(
         >>> module = load_from_checkpoint(LitModel, "last.ckpt", base="model.safetensors")  # doctest: +SKIP
     """
     path = _one_path(path, checkpoint_path)
-    content = checkpoints.read(checkpoints.on_cpu, path, weights_only is not False, "path")
+    content = reading.read(reading.on_cpu, path, weights_only is not False, "path")
     content = with_callbacks(content, {"LoRACallback": LoRACallback})
-    file = AdapterFile(path, content, *checkpoints.facts_in(content, path, "path"))
+    file = AdapterFile(path, content, *reading.facts_in(content, path, "path"))
     source = None if base is None else tensors_of(base, weights_only is not False)
     arguments = {**kwargs, **(cls_kwargs or {})}
     if isinstance(cls_or_module, nn.Module):
@@ -231,7 +231,7 @@ def _load(
         unmerge_lora(module)
     copied = set() if source is None else copy_base(source, module, file.base, overwritten)
     _adapt(module, file.config, file.content["state_dict"])
-    set_written(module, names_in(file.content[checkpoints.KEY], WRITTEN))
+    set_written(module, names_in(file.content[contents.KEY], WRITTEN))
     if is_a(module, LIGHTNING_MODULE) and overrides(module, "on_load_checkpoint"):
         run_hook(module, "on_load_checkpoint", LoRAMethod(file.config), file.content)
     _check_base(file, fingerprint(module), strict_base, set() if source is None else file.base.keys() - copied)
@@ -242,7 +242,7 @@ def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_
     """Raise for another base, or warn of all that differs and of what could not be compared."""
     missing = f" `base` has no `{min(not_in_base)}` ({len(not_in_base)} missing)." if not_in_base else ""
     try:
-        checkpoints.check_base(file.base, present, file.path, "path", names_in(file.content[checkpoints.KEY], LATE))
+        reading.check_base(file.base, present, file.path, "path", names_in(file.content[contents.KEY], LATE))
     except ValueError as error:
         if strict_base:
             raise ValueError(f"{error}{missing}") from error

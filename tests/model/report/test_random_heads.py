@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, load_from_checkpoint
-from lightning_lora.model.random_heads import is_random
+from lightning_lora.model.report.random_heads import is_random
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 WORDS = r"The output head `net.head` is frozen, and its weights look as if .*also_train=\['net.head'\]"

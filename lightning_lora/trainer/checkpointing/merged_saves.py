@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.methods.base import Method
 from lightning_lora.names import clean
-from lightning_lora.trainer import checkpoints
+from lightning_lora.trainer.checkpointing import contents
 from lightning_lora.trainer.imports import MisconfigurationException
 
 
@@ -51,5 +51,5 @@ def with_merged_state(
     names = {key: seen.get(id(value), clean(key)) for key, value in whole.items()}
     own = {seen.get(id(value), key): value for key, value in adapter.items()}
     merged = method.merged_state(module, whole, own, names)
-    about = {**checkpoint[checkpoints.KEY], "state_dict": adapter}
-    return {**checkpoint, "state_dict": merged, checkpoints.KEY: about}
+    about = {**checkpoint[contents.KEY], "state_dict": adapter}
+    return {**checkpoint, "state_dict": merged, contents.KEY: about}

@@ -17,11 +17,11 @@ from lightning_lora.model.written import set_written, written_parameters
 from lightning_lora.names import clean
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import check_saveable, save_adapter
-from lightning_lora.trainer import checkpoints
-from lightning_lora.trainer.checkpoint_io import is_written_here
+from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.checkpoint_io import is_written_here
 from lightning_lora.trainer.compatibility import best_checkpoints
-from lightning_lora.trainer.frozen_facts import LATE, WRITTEN, names_in
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
+from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
 
 def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) -> None:
@@ -41,12 +41,12 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     if Path(path).is_dir():
         load_adapter(module, path)
         return
-    checkpoint = checkpoints.read(checkpoints.on_cpu, path, not is_written_here(path), "init_from")
-    written, trained_on = checkpoints.facts_in(checkpoint, path, "init_from")
-    checkpoints.check_config(written, path, method, "init_from")
-    set_written(module, names_in(checkpoint[checkpoints.KEY], WRITTEN))
+    checkpoint = reading.read(reading.on_cpu, path, not is_written_here(path), "init_from")
+    written, trained_on = reading.facts_in(checkpoint, path, "init_from")
+    reading.check_config(written, path, method, "init_from")
+    set_written(module, names_in(checkpoint[contents.KEY], WRITTEN))
     base.update((name, shape_alone(parameter)) for name, parameter in written_parameters(module))
-    checkpoints.check_base(trained_on, base, path, "init_from", names_in(checkpoint[checkpoints.KEY], LATE))
+    reading.check_base(trained_on, base, path, "init_from", names_in(checkpoint[contents.KEY], LATE))
     method.load(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
 
 

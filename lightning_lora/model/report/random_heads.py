@@ -15,7 +15,7 @@ from lightning_lora import names
 from lightning_lora.distributed.sharded import is_sharded
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.freeze import trained_parameters
-from lightning_lora.model.summary import output_heads
+from lightning_lora.model.report.summary import output_heads
 
 SAMPLE = 1 << 16  # elements that are looked at; a language model's head has hundreds of millions
 DRAWN = (0.02, 0.01)  # standard deviations that transformers, timm and torchvision draw heads with

@@ -10,8 +10,8 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.record import config_of
+from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.model.state import lora_parameters
-from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in

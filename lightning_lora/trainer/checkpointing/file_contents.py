@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.trainer.checkpoints import KEY, WEIGHTS
+from lightning_lora.trainer.checkpointing.contents import KEY, WEIGHTS
 from lightning_lora.trainer.imports import rank_zero_warn
 
 EXAMINED_ELSEWHERE = {*WEIGHTS, KEY, "optimizer_states", "lr_schedulers", "loops"}

@@ -18,8 +18,8 @@ from lightning_lora.foreign import FRAMEWORKS
 from lightning_lora.model.fingerprint import shape_alone, sums_of
 from lightning_lora.model.frozen_values import is_in_pieces
 from lightning_lora.ops.exact_sum import same_bits
-from lightning_lora.trainer.frozen_watch import FrozenWatch, in_full
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
+from lightning_lora.trainer.watching.frozen_watch import FrozenWatch, in_full
 
 START_HOOKS = ("on_fit_start", "on_sanity_check_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_lora.trainer.checkpoint_io import CheckpointFiles
+from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.patching import patch_method
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 
 from lightning_lora.config import RunConfig
@@ -19,21 +18,20 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_base
 from lightning_lora.model.written import set_written, written_parameters
 from lightning_lora.peft_format.contents import kinds
-from lightning_lora.trainer import checkpoints
-from lightning_lora.trainer.checkpoint_contents import ENTRIES
-from lightning_lora.trainer.compatibility import best_checkpoints
-from lightning_lora.trainer.file_contents import warn_of_modules
-from lightning_lora.trainer.frozen_facts import LATE, WRITTEN, names_in
-from lightning_lora.trainer.frozen_watch import FrozenWatch, in_full
-from lightning_lora.trainer.hook_state import fill_in, trained_entries, whole_state
-from lightning_lora.trainer.hyperparameters import plain_callbacks
+from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.checks import ENTRIES
+from lightning_lora.trainer.checkpointing.file_contents import warn_of_modules
+from lightning_lora.trainer.checkpointing.hook_state import fill_in, trained_entries, whole_state
+from lightning_lora.trainer.checkpointing.hyperparameters import plain_callbacks
+from lightning_lora.trainer.checkpointing.kept_states import with_base_values
+from lightning_lora.trainer.checkpointing.merged_saves import with_merged_state
 from lightning_lora.trainer.imports import rank_zero_warn
-from lightning_lora.trainer.kept_states import with_base_values
-from lightning_lora.trainer.merged_saves import with_merged_state
 from lightning_lora.trainer.patching import patch_method
-from lightning_lora.trainer.replaced_layers import Layers, layers_of, move_to_replaced, run_hook
-from lightning_lora.trainer.start_of_training import StartOfTraining
+from lightning_lora.trainer.replaced_layers import Layers, layers_of, move_to_replaced
 from lightning_lora.trainer.strategies.base import StrategyAdapter
+from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
+from lightning_lora.trainer.watching.frozen_watch import FrozenWatch
+from lightning_lora.trainer.watching.start_of_training import StartOfTraining
 
 # Absolute paths that this process wrote: opened again as they were written, hyperparameters of any class included.
 _WRITTEN_HERE: set[str] = set()
@@ -141,8 +139,8 @@ class CheckpointFiles:
 
     def load_module_state(self, original: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load the adapters: all of them, or an error before anything is loaded."""
-        if self.adapt_replaced() and checkpoints.KEY in checkpoint:
-            self._check_replaced(checkpoint[checkpoints.KEY]["base"])
+        if self.adapt_replaced() and contents.KEY in checkpoint:
+            self._check_replaced(checkpoint[contents.KEY]["base"])
         state = trained_entries(checkpoint, self.filled_in, self.method, self.module)
         self.filled_in = {}
         if self.trainer.ckpt_path is not None and not self.before_load:  # a tuner loads its own file, too
@@ -169,23 +167,23 @@ class CheckpointFiles:
         if not plain or storage_options is not None:  # the user's own may write anywhere
             return original(checkpoint, filepath, storage_options=storage_options)
         if self.trainer.is_global_zero:
-            checkpoints.write_checkpoint(checkpoint, filepath)
+            contents.write_checkpoint(checkpoint, filepath)
         return None
 
     def contents(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What is written of ``checkpoint``, which the hooks of the user have seen; every rank must call it."""
         seen, self.seen_by_hooks = self.seen_by_hooks, None
         whole = checkpoint["state_dict"]
-        checkpoint = checkpoints.without_base(checkpoint, self.method, self.module, seen)
-        checkpoints.check_complete(checkpoint, self.method, self.module, seen)
+        checkpoint = contents.without_base(checkpoint, self.method, self.module, seen)
+        contents.check_complete(checkpoint, self.method, self.module, seen)
         checkpoint = plain_callbacks(checkpoint)
-        checkpoint[checkpoints.KEY] = checkpoints.facts(
+        checkpoint[contents.KEY] = contents.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
-        checkpoint[checkpoints.KEY] |= self._not_of_the_base()
-        checkpoint[checkpoints.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
+        checkpoint[contents.KEY] |= self._not_of_the_base()
+        checkpoint[contents.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
-            checkpoint[checkpoints.KEY]["random_states"] = self._random_states()
+            checkpoint[contents.KEY]["random_states"] = self._random_states()
         if not self.warned_of_modules and self.run_config.save == "adapter" and self.trainer.is_global_zero:
             self.warned_of_modules = warn_of_modules(checkpoint, self.module)
         if self.run_config.save == "merged":
@@ -212,21 +210,21 @@ class CheckpointFiles:
         if weights_only is None:
             weights_only = not is_written_here(checkpoint_path)
         if str(checkpoint_path) in self.plain_files:
-            return dict(checkpoints.open_file(_checked(self.strategy, original), checkpoint_path, weights_only))
+            return dict(reading.open_file(checked(self.strategy, original), checkpoint_path, weights_only))
         load = self.strategy.checkpoint_io.load_checkpoint if self.strategy_adapter.loads_late else original
-        read = _checked(self.strategy, load)
-        checkpoint = checkpoints.read(read, checkpoint_path, weights_only)
+        read = checked(self.strategy, load)
+        checkpoint = reading.read(read, checkpoint_path, weights_only)
         if not self.method.is_adapted(self.module):
             self.adapt_late()
         self._check(checkpoint, checkpoint_path)
-        checkpoints.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
-        self.random_states = checkpoint[checkpoints.KEY].get("random_states")
+        reading.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
+        self.random_states = checkpoint[contents.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()
         if "callbacks" in checkpoint:
             checkpoint["callbacks"] = with_base_values(checkpoint["callbacks"], self.module)
         self.before_hook = layers_of(self.module, self.method)
-        checkpoint = checkpoints.fit_to(checkpoint, self.module)
+        checkpoint = contents.fit_to(checkpoint, self.module)
         self.filled_in = {} if self.is_sharded else fill_in(checkpoint, self.module)
         return checkpoint
 
@@ -245,14 +243,14 @@ class CheckpointFiles:
 
     def _check(self, checkpoint: dict[str, Any], path: Any) -> None:
         """Check the file; in ``fit``, what its run set after ``setup`` is checked when this run has set it, too."""
-        if set_written(self.module, names_in(checkpoint[checkpoints.KEY], WRITTEN)):
+        if set_written(self.module, names_in(checkpoint[contents.KEY], WRITTEN)):
             self.base = {}
         base = self.base_fingerprint()
         if self.frozen is not None:
             self.frozen.rebase(base)
-        late = names_in(checkpoint[checkpoints.KEY], LATE) if self.trainer.state.fn == "fit" else []
-        checkpoints.check(checkpoint, path, self.method, base, except_for=late)
-        self.expected = partial(checkpoints.check_late, checkpoint, path) if late else None
+        late = names_in(checkpoint[contents.KEY], LATE) if self.trainer.state.fn == "fit" else []
+        reading.check(checkpoint, path, self.method, base, except_for=late)
+        self.expected = partial(reading.check_late, checkpoint, path) if late else None
         self.late = [*late]
 
     def restore_random_state(self) -> None:
@@ -274,32 +272,7 @@ class CheckpointFiles:
             )
 
 
-def _checked(strategy: Any, load: Callable[..., Any]) -> Callable[..., Any]:
+def checked(strategy: Any, load: Callable[..., Any]) -> Callable[..., Any]:
     """``load`` after a check of the file, unless an IO plug-in of the user's reads a format of its own."""
     is_plain = type(strategy.checkpoint_io).__name__ == PLAIN_CHECKPOINT_IO
-    return checkpoints.by_torch(load) if is_plain else load
-
-
-def load_best(trainer: Any, module: Any, method: Method, weights_only: bool | None) -> dict[str, Any] | None:
-    """Load the adapters of the best checkpoint, with all that its file holds; the checkpoint, or ``None``.
-
-    Lightning takes the path from the file that a run resumed from, which may come from a stranger. So only a file that
-    this process wrote is opened with all that it holds; any other as the user said for this run, else as plain data.
-    """
-    path = getattr(best_checkpoints(trainer), "best_model_path", "")
-    if not path:
-        return None
-    load = partial(trainer.strategy.checkpoint_io.load_checkpoint, map_location=torch.device("cpu"))
-    trusted = is_written_here(path) or weights_only is False
-    checkpoint = checkpoints.read(_checked(trainer.strategy, load), path, not trusted, "best_model_path")
-    gone = {name for name, _ in written_parameters(module)} - {*names_in(checkpoint[checkpoints.KEY], WRITTEN)}
-    if gone:
-        rank_zero_warn(
-            f"The best checkpoint {path} was written before {in_full(sorted(gone))} moved, and does not hold it. What "
-            "it was then is not known any more."
-        )
-        return None
-    filled_in = {} if is_a(trainer.strategy, *SHARDING_STRATEGIES) else fill_in(checkpoint, module)
-    run_hook(module, "on_load_checkpoint", method, checkpoint)  # undoes what its `on_save_checkpoint` did
-    method.load(module, trained_entries(checkpoint, filled_in, method, module))
-    return checkpoint
+    return reading.by_torch(load) if is_plain else load

@@ -80,7 +80,7 @@ def test_a_write_that_fails_at_the_end_is_a_warning_and_the_merge_is_done(tmp_pa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_lora.trainer.merged_file.write_merged", full)
+    monkeypatch.setattr("lightning_lora.trainer.checkpointing.merged_file.write_merged", full)
     module = Lit()
     with pytest.warns(
         UserWarning, match=r"model'` was not written: \[Errno 28\].*device\. Use .*merged_state_dict\(module\)"

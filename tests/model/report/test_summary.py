@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, plan_lora
-from lightning_lora.model.summary import bytes_text, describe, output_heads
+from lightning_lora.model.report.summary import bytes_text, describe, output_heads
 from tests.helpers.models import Lit, data, net, trainer
 
 TABLE = """LoRA adapts

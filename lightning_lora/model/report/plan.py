@@ -14,7 +14,7 @@ from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import trains
-from lightning_lora.model.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
+from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.names import matches
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.resolve import Targets, find_targets

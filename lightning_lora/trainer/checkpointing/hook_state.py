@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora.methods.base import Method
 from lightning_lora.model.state import full_detached, own_state
 from lightning_lora.names import clean
-from lightning_lora.trainer.checkpoints import tensor_ids
+from lightning_lora.trainer.checkpointing.contents import tensor_ids
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

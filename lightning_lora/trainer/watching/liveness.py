@@ -20,8 +20,8 @@ from lightning_lora.foreign import is_compiled
 from lightning_lora.methods.base import Watched
 from lightning_lora.names import folded
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
-from lightning_lora.trainer.nothing_trains import all_zero, zero_gradients
 from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.watching.nothing_trains import all_zero, zero_gradients
 
 RAN, WITHOUT_GRADIENTS, CHECKPOINTED = 1, 2, 3
 CHECKPOINTING = checkpoint.__file__

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from lightning_lora import LoRACallback, unmerge_lora
-from lightning_lora.trainer import checkpoint_io, checkpoints
+from lightning_lora.trainer.checkpointing import checkpoint_io, contents
 from tests.helpers.models import Lit, data, net, trainer
 from tests.helpers.models import checkpoints as files_in
 from tests.helpers.runs import ADAPTERS, BASE, load, same
@@ -121,8 +121,8 @@ def test_a_hook_that_removes_an_adapter_is_named(tmp_path):
 
 
 def test_a_save_filters_once(tmp_path, monkeypatch):
-    calls, original = [], checkpoints.without_base
-    monkeypatch.setattr(checkpoint_io.checkpoints, "without_base", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], contents.without_base
+    monkeypatch.setattr(checkpoint_io.contents, "without_base", lambda *args: calls.append(1) or original(*args))
 
     class Saves(Callback):
         def on_train_end(self, trainer, pl_module):
