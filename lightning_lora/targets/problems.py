@@ -64,7 +64,8 @@ def empty_preset(survey: Survey, which: str) -> str:
     what = {"all": "linear layer besides output heads", "mlp": "MLP"}.get(which, "attention block")
     shown = ", ".join(f"`{name}`" for name in linear[:6]) + (", ..." if len(linear) > 6 else "")
     model = type(survey.model).__name__
-    found = f"`targets={which!r}` found no {what} in {model}. Its linear layers are {shown or 'none'}."
+    found = f"`targets={which!r}` found no {what} in {model}. "
+    found += f"Its linear layers are {shown}." if shown else "It has no linear layer."
     if which == "qv" and roles.attention:
         found = f"`targets='qv'` found attention in {model}, but no name of its projections says query or value."
         return f"{found} Take targets='attn', or name projections in a list, as in targets={[roles.attention[0]]!r}."

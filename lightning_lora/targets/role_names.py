@@ -33,7 +33,7 @@ EXPERTS = re.compile(r"\w*experts?", re.IGNORECASE)
 ROUTER = re.compile(r"(?:\w+_)?(?:gate|router)", re.IGNORECASE)
 CLASSIFIER = re.compile(r"(?!pre_)(?:\w+_)?classifiers?", re.IGNORECASE)
 HEAD = re.compile(
-    r"(?!query_pos)(?:\w+_)?heads?|head_dist|cls|(?!pre_)(?:\w+_)?classifiers?|score|logits|qa_outputs|embed_out|predictions?|vocab_projector"
+    r"(?!query_pos)(?:\w+_)?heads?|head_dist|cls|(?!pre_)(?:\w+_)?classifiers?|score|(?:to_)?logits|qa_outputs|embed_out|predictions?|vocab_projector"
     r"|output_projection|class_embed|bbox_embed",
     re.IGNORECASE,
 )

@@ -34,7 +34,7 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> l
     """
     for optimizer in optimizers:
         refuse(optimizer)
-    snapshots = [OptimizerSnapshot(optimizer) for optimizer in optimizers]
+    snapshots = [OptimizerSnapshot(optimizer, model, method) for optimizer in optimizers]
     wanted = _wanted(optimizers, model, method)
     label = {id(parameter): name for name, parameter in names.named_parameters(model)}
     for optimizer in optimizers:
@@ -53,8 +53,9 @@ class OptimizerSnapshot:
     they are made again.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer, self.had_state = optimizer, bool(optimizer.state)
+    def __init__(self, optimizer: Optimizer, model: nn.Module, method: Method) -> None:
+        self.optimizer, self.had_state, self.model = optimizer, bool(optimizer.state), model
+        self.added = {id(parameter) for _, parameter in method.added_parameters(model)}
         self.groups = [(list(group["params"]), list(group.get("param_names", ()))) for group in optimizer.param_groups]
         self.states = dict(optimizer.state) if any(map(_has_stepped, optimizer.state.values())) else {}
 
@@ -63,12 +64,18 @@ class OptimizerSnapshot:
         return [parameter for parameters, _ in self.groups for parameter in parameters]
 
     def restore(self) -> None:
-        """Put the parameters and their states back, and drop the states of adapters."""
+        """Put the parameters and their states back, and drop the states of adapters.
+
+        Adapters that are merged meanwhile are left out, so that a checkpoint of the merged module holds the optimizer
+        that a run without adapters makes.
+        """
+        gone = self.added - set(map(id, self.model.parameters()))
         for group, (parameters, labels) in zip(self.optimizer.param_groups, self.groups, strict=False):
-            group["params"][:] = parameters
+            kept = [place for place, parameter in enumerate(parameters) if id(parameter) not in gone]
+            group["params"][:] = [parameters[place] for place in kept]
             if "param_names" in group:
-                group["param_names"][:] = labels
-        held = set(map(id, self.parameters()))
+                group["param_names"][:] = [labels[place] for place in kept]
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter in list(self.optimizer.state):
             if id(parameter) not in held:
                 del self.optimizer.state[parameter]

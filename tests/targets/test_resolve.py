@@ -166,7 +166,7 @@ def test_a_preset_that_finds_nothing_says_what_there_is(which, words):
 def test_a_preset_on_a_model_without_linear_layers_says_so():
     told = problem(nn.Sequential(nn.LayerNorm(3)), targets="all")
     assert "`targets='all'` found no linear layer besides output heads in Sequential" in told
-    assert "Its linear layers are none" in told
+    assert "It has no linear layer." in told
 
 
 def tied():
@@ -424,7 +424,7 @@ def test_what_an_empty_preset_advises_works_and_is_no_head(make, which):
 
 
 def test_an_empty_preset_on_a_model_without_layers_advises_nothing():
-    assert problem(nn.Sequential(nn.LayerNorm(3)), targets="attn").endswith("Its linear layers are none.")
+    assert problem(nn.Sequential(nn.LayerNorm(3)), targets="attn").endswith("It has no linear layer.")
 
 
 def test_the_adapters_of_peft_are_refused_with_advice_that_works():

@@ -224,3 +224,16 @@ def test_momentum_of_the_base_survives_the_run():
     trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
     assert len(before) == len(module.made.state) > 0
     assert all(torch.equal(module.made.state[p]["exp_avg"], value) for p, value in before.items())
+
+
+@pytest.mark.parametrize("case", ["all", "named"])
+def test_a_plain_run_continues_what_is_saved_after_the_merge(case, tmp_path):
+    runner, module = trainer(LoRACallback(r=4, targets=["q"])), Lit()
+    module.configure_optimizers = lambda: CASES[case](module)
+    runner.fit(module, data())
+    runner.save_checkpoint(tmp_path / "merged.ckpt")
+    plain = Lit()
+    plain.configure_optimizers = lambda: CASES[case](plain)
+    resumed = trainer(max_epochs=runner.current_epoch + 1)
+    resumed.fit(plain, data(), ckpt_path=tmp_path / "merged.ckpt")
+    assert not torch.equal(plain.net.head.weight, module.net.head.weight)
