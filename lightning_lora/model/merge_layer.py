@@ -157,6 +157,11 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal) -> bool:
     return True
 
 
+def value_before_merge(module: nn.Module, record: Merged, key: str) -> Tensor | None:
+    """This rank's part of the parameter ``key`` of ``module`` before the merge; ``None`` if it cannot be computed."""
+    return _restored(parameter_of(module, key), record.adapters.by_weight()[key], record.weights[key])
+
+
 @torch.no_grad()
 def _write(parameter: nn.Parameter, value: Tensor | None) -> None:
     assert value is not None

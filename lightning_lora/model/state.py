@@ -28,7 +28,7 @@ from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged, merged_layers, records
-from lightning_lora.model.written import written_parameters
+from lightning_lora.model.written import written_before_merge, written_parameters
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -68,7 +68,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
     live = keep_adapter(own_state(model), base_names(model))
-    return {key: full_detached(value) for key, value in live.items()} | _merged_state(model)
+    detached = {key: full_detached(value) for key, value in live.items()}
+    return detached | _merged_state(model) | written_before_merge(model)
 
 
 def full_detached(value: Any) -> Any:

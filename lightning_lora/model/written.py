@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.model.record import record_of, records
+from lightning_lora.model.merge_layer import value_before_merge
+from lightning_lora.model.record import merged_layers, record_of, records
 
 
 def written_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -38,6 +39,20 @@ def set_written(model: nn.Module, parameters: Collection[str]) -> bool:
         if keys:
             record_of(module).written |= keys
     return True
+
+
+def written_before_merge(model: nn.Module) -> dict[str, Tensor]:
+    """The values before the merge of weights that other code writes and that are adapted, under first clean names.
+
+    A file holds them in addition to the adapters, so the sum would be one update too many.
+    """
+    written, values = {id(p) for _, p in written_parameters(model)}, {}
+    for name, module, merged in merged_layers(model) if written else ():
+        for key in merged.weights:
+            value = value_before_merge(module, merged, key) if id(module._parameters.get(key)) in written else None
+            if value is not None:
+                values[names.join(name, key)] = value
+    return values
 
 
 def renormalized(model: nn.Module) -> set[int]:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, load_lora_state_dict, lora_state_dict, merge_lora, unmerge_lora
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    unmerge_lora,
+)
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.written import renormalized, set_written, written_parameters
 
@@ -54,3 +62,17 @@ def test_embeddings_that_scale_themselves_down_are_compared_by_shape():
     assert renormalized(made) == {id(made[0].weight), id(made[2].weight)}
     sums = fingerprint(made)
     assert sums["0.weight"] == sums["2.weight"] == [None, None, None, 3, 2] and None not in sums["1.weight"]
+
+
+def test_the_state_of_a_merged_model_has_the_base_of_what_is_adapted_and_written():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(r=2, targets="all"))
+    for _, parameter in lora_parameters(model):
+        nn.init.normal_(parameter)
+    set_written(model, ["1.weight", "1.bias"])
+    live = {key: value.clone() for key, value in lora_state_dict(model).items()}
+    merge_lora(model)
+    state = lora_state_dict(model)
+    assert state.keys() == live.keys() and all(torch.equal(state[key], live[key]) for key in live)
+    assert torch.equal(state["1.weight"], base[1].weight) and not torch.equal(model[1].weight, base[1].weight)

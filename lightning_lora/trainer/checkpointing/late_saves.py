@@ -46,9 +46,7 @@ class LateSaves:
         if self.is_plain():
             return original()  # type: ignore[no-any-return]
         state = self.files.module_state(original)
-        state.update(
-            {key: value for key, value in self.files.method.state(self.files.module).items() if key not in state}
-        )
+        state.update(self.files.method.state(self.files.module))
         return state
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:

@@ -330,6 +330,7 @@ def test_what_is_sharded_is_named_once_and_not_promised_to_be_in_a_file(monkeypa
 def test_merge_best_with_a_momentum_teacher(tmp_path):
     files, module = checkpoints(tmp_path), Momentum()
     runner = fit(module, files, epochs=2, targets="all", merge="best")
-    [merged] = runner.test(module, data(2), verbose=False)
+    [merged], before = runner.test(module, data(2), verbose=False), copy.deepcopy(module.state_dict())
     [best] = runner.test(module, data(2), ckpt_path=files.best_model_path, verbose=False)
+    assert same(before, dict(module.state_dict()))
     assert merged["test_loss"] == pytest.approx(best["test_loss"], rel=1e-5)
