@@ -282,7 +282,9 @@ class Run:
         if self.stage == "fit" and self.files.before_load and self.method.is_adapted(self.module):
             self.method.load(self.module, self.files.before_load)
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
-            self.method.load(self.module, self.snapshot)
+            state = self.method.state(self.module)  # a head that `setup` built anew is in this alone, and stays
+            needed = {key: state[key] for key in self.method.needed_names(self.module)}
+            self.method.load(self.module, {**needed, **self.snapshot})
             self.method.merge(self.module)
             merge_copies(self.trainer, self.module, self.method)
         elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):

@@ -103,6 +103,24 @@ def test_a_head_with_other_weights_starts_anew_with_a_warning():
         fit(module, merge=False, seed=3, **ADAPTED)
 
 
+def test_a_merged_module_that_draws_its_head_in_every_stage_takes_the_trained_head_from_a_file(tmp_path):
+    module, files = Redraws(), checkpoints(tmp_path)
+    runner = fit(module, files, **IN_FULL)
+    weight, path = module.net.layers[0].q.weight.clone(), files.last_model_path
+    result = evaluated(runner, module, path)
+    assert result == evaluated(trainer(LoRACallback(r=4, **IN_FULL)), Redraws(), path)
+    assert torch.equal(module.net.layers[0].q.weight, weight) and not is_adapted(module)
+    assert torch.equal(module.net.head.weight, torch.load(path)["state_dict"]["net.head.weight"])
+
+
+def test_a_file_for_a_head_that_was_drawn_again_is_refused_and_the_module_stays_merged(tmp_path):
+    module, files = Redraws(), checkpoints(tmp_path)
+    runner = fit(module, files, **ADAPTED)
+    with pytest.raises(ValueError, match=r"trained on another base: `net.head.weight` has other values"):
+        evaluated(runner, module, files.last_model_path)
+    assert not is_adapted(module)
+
+
 class RedrawsLate(Rebuilds):
     def setup(self, stage: str | None = None) -> None:
         pass
