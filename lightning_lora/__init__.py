@@ -7,23 +7,23 @@ The package is a house of rooms, one folder each. A room imports from the rooms 
 docstring of each room states its rule. From the ground up:
 
     foreign            names of other libraries that are matched as text, in one file
-    torch_internals    what only private names of torch answer, in one file
     patterns           regular expressions over names, matched in bounded time
     names, arguments   names of modules and patterns over them; arguments as plain data
+    torch_internals    queries that only private names of torch answer, in one file
     config             LoRAConfig and RunConfig, what the user asks for
     ops                W0 x + scale * B A x on tensors, and the exact sum of a merge
     distributed        what each rank holds and exchanges
-    files              bytes on disk: safetensors, JSON, atomic writes
+    files              bytes on disk: safetensors, JSON, checked files of torch.save, atomic writes
     layers             how A and B act in one kind of layer
     targets            from the user's words to matrices
-    model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module
+    model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module; the plan and tables (report)
     peft_format        PEFT's directories, read and written
     methods            what a run asks of a method of fine-tuning; LoRA is the first
-    trainer            one run of a Lightning Trainer: callback, checkpoints, strategies
+    trainer            one run of a Lightning Trainer: callback, checkpointing, watching, strategies
     cli                the command lightning-lora
 
-``LoRACallback`` and ``load_from_checkpoint`` import Lightning when they are first asked for (PEP 562), so the verbs and
-the command line start without it. Where Lightning is imported already they come at once, as LightningCLI knows the
+``LoRACallback`` and ``load_from_checkpoint`` import Lightning at their first use (PEP 562), so the verbs and the
+command line start without it. Where Lightning is imported already they are imported at once, as LightningCLI knows the
 short name of a class only after its import.
 """
 

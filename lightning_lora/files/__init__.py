@@ -1,5 +1,5 @@
-"""Bytes on disk: safetensors, JSON and atomic writes.
+"""Bytes on disk: safetensors, JSON, files of ``torch.save``, and atomic writes.
 
-Files are read as from a stranger and written whole or not at all. Functions take paths and tensors, never a module, and
-know nothing of PEFT or of Lightning checkpoints.
+Files are checked as files of unknown origin, and are written completely or not at all. Functions take paths and
+tensors, never a module, and know nothing of PEFT or of Lightning checkpoints.
 """
