@@ -6,8 +6,8 @@ Train a base on MNIST, then adapt it to the flipped digits with the callback in 
     python examples/cli.py fit --config examples/config.yaml --model.base runs/base
     python examples/cli.py test --config examples/config.yaml --model.base runs/base --ckpt_path runs/lora/last.ckpt
 
-Flags do the same: `--trainer.callbacks+=LoRACallback --trainer.callbacks.targets all`. What the callback takes is told
-by `python examples/cli.py fit --trainer.callbacks.help LoRACallback`.
+Flags do the same: `--trainer.callbacks+=LoRACallback --trainer.callbacks.targets all`. `python examples/cli.py
+fit --trainer.callbacks.help LoRACallback` shows the arguments of the callback.
 """
 
 from __future__ import annotations

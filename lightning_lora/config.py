@@ -49,22 +49,24 @@ class LoRAConfig:
     Patterns (in ``targets``, ``exclude``, ``also_train`` and the keys of ``rank_pattern`` and ``alpha_pattern``) are
     suffixes of dotted module names (``"q_proj"``, ``"attn.q_proj"``), globs (``"layers.*.q_proj"``, matched against
     the name and its dotted tails) or ``"re:"`` followed by a regular expression that matches the whole name.
+    Expressions with back-references, conditions or unbounded repeats inside each other are refused.
 
     Args:
         r: rank of the update; A has shape ``(r, in_features)``, B ``(out_features, r)``.
         alpha: numerator of the scale ``alpha / r``; ``None`` means ``alpha = r``, a scale of 1.
         targets: a preset (``"attn"``, ``"qv"``, ``"mlp"``, ``"all"``, which may be written ``"all-linear"``) or a list
-            of patterns and presets. In a list a layer of that name comes before the preset.
-        exclude: patterns of modules to leave alone, with all that is inside them.
+            of patterns and presets. In a list a layer of that name takes precedence over the preset.
+        exclude: patterns of modules that get no adapters, with all that is inside them; ``None`` excludes nothing.
         dropout: probability with which the input of the adapter, not of the layer, is dropped in training. An
             embedding's adapter has none: its input is one index.
         init: ``"kaiming"`` (A as the weight of ``nn.Linear``) or ``"gaussian"`` (A normal with standard deviation
             ``1 / r``); B is zero, so the model starts as the base.
-        rslora: scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv 2312.03732).
+        rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (Kalajdzievski 2023, arXiv 2312.03732).
         bias: which biases train too: ``"none"``, ``"lora_only"`` (those of adapted layers) or ``"all"``.
-        also_train: patterns of modules or parameters that are trained in full and saved with the adapters.
-        rank_pattern: ranks that differ from ``r``, by pattern; the first key that matches counts.
-        alpha_pattern: alphas that differ from ``alpha``, by pattern.
+        also_train: patterns of modules or parameters that are trained in full and saved with the adapters; ``None``
+            trains only adapters.
+        rank_pattern: ranks that differ from ``r``, by pattern; the first key that matches counts. ``None``: no others.
+        alpha_pattern: alphas that differ from ``alpha``, by pattern, in the same way.
         seed: seed of A; ``None`` takes the one that ``seed_everything`` set, else 0.
         name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
 

@@ -29,9 +29,7 @@ def make_parser() -> ArgumentParser:
 
 
 def _add_inspect(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "path", metavar="PATH", help="PEFT directory, .safetensors file of one, or .ckpt of LoRACallback."
-    )
+    parser.add_argument("path", metavar="PATH", help="PEFT directory, its .safetensors file, or .ckpt of LoRACallback.")
 
 
 def _add_merge(parser: ArgumentParser) -> None:
@@ -58,7 +56,7 @@ def _add_extract(parser: ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="PATTERN",
-        help="Module names, globs or re:EXPRESSION; without, every linear layer.",
+        help="Module names, globs or re:EXPRESSION; null means every linear layer.",
     )
     _add_overwrite(parser)
 
@@ -69,7 +67,11 @@ def _add_plan(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--r", type=PositiveInt, default=8, help="Rank.")
     parser.add_argument(
-        "--targets", nargs="+", default=["attn"], metavar="TARGET", help=f"One of {', '.join(PRESETS)}, or patterns."
+        "--targets",
+        nargs="+",
+        default=["attn"],
+        metavar="TARGET",
+        help=f"Presets ({', '.join(PRESETS)}) or names of modules.",
     )
 
 
@@ -78,7 +80,7 @@ def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="PEFT directory to write.")
     _add_inner(
         parser,
-        "Module that peft will wrap, by its name in the LightningModule; without, the one that holds everything.",
+        "Module that peft will wrap, by its name in the LightningModule; null takes the one that holds everything.",
     )
     _add_overwrite(parser)
 
@@ -86,7 +88,7 @@ def _add_export(parser: ArgumentParser) -> None:
 def _add_import(parser: ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="PEFT directory that this package wrote.")
     parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt to write.")
-    _add_inner(parser, "Module that DIR's names are relative to; without, the one that DIR records.")
+    _add_inner(parser, "Module that DIR's names are relative to; null takes the one that DIR records.")
     _add_overwrite(parser)
 
 
@@ -102,13 +104,13 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "inspect": (
         _add_inspect,
         "Show what an adapter's files hold",
-        "Ranks, scales, sizes and the norm of each layer's update, the base it belongs to, and what its files record.",
+        "It prints ranks, scales, sizes, the norm of each layer's update, the base it belongs to and the metadata.",
     ),
     "merge": (
         _add_merge,
         "Add an adapter to a model's weights",
-        "OUT gets the same files as BASE, with W + scale * B A for W, summed in fp32 and rounded once. It appears when "
-        "it is complete; the share of the update that rounding lost is reported.",
+        "OUT gets the same files as BASE, with W + scale * B A in place of W, summed in fp32 and rounded once. It "
+        "appears only when it is complete. The share of the update that rounding lost is reported.",
     ),
     "diff": (
         _add_diff,
@@ -118,25 +120,25 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "extract": (
         _add_extract,
         "Make an adapter of a full fine-tune",
-        "The pair of rank r nearest to the change of each linear layer, by truncated SVD, and the share of the change "
-        "that it keeps. Biases, norms and embeddings stay the base's, and are listed.",
+        "A truncated SVD gives the update of rank r that is nearest to the change of each linear layer; the share of "
+        "the change that it keeps is reported. Changes of biases, norms and embeddings are listed and not kept.",
     ),
     "plan": (
         _add_plan,
         "Show what LoRA costs on a model",
-        "Trainable parameters, sizes of checkpoints and memory in training. Of a config.json transformers builds the "
-        "model without its values; of a safetensors file names and shapes are read.",
+        "It prints the trainable parameters, the sizes of checkpoints and the memory in training. From a config.json "
+        "transformers builds the model without its values; of a safetensors file only names and shapes are read.",
     ),
     "export": (
         _add_export,
         "Make a PEFT directory of a run's checkpoint",
-        "The adapters of linear layers and embeddings in a .ckpt that LoRACallback wrote, with the fingerprint of "
-        "their base. What holds more is exported from the module, by save_adapter(load_from_checkpoint(...), ...).",
+        "It holds the adapters of linear layers and embeddings in a .ckpt that LoRACallback wrote, and the fingerprint "
+        "of their base. For other layers use save_adapter(load_from_checkpoint(...), ...) in Python.",
     ),
     "import": (
         _add_import,
-        "Make a checkpoint of such a directory",
-        "For ckpt_path in trainer.test, and for load_from_checkpoint. Training starts from the directory itself, by "
-        "LoRACallback(init_from=...), which also reads those that peft wrote.",
+        "Make a checkpoint of a PEFT directory",
+        "It is for ckpt_path in trainer.test and for load_from_checkpoint. Training starts from the directory itself, "
+        "by LoRACallback(init_from=...), which also reads directories that peft wrote.",
     ),
 }

@@ -25,14 +25,14 @@ from lightning_lora.targets.survey import Survey
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Adapt the modules of ``model`` that ``config`` means, in place, and freeze the rest.
+    """Adapt the layers of ``model`` that ``config`` selects, in place, and freeze the rest: all of it, or nothing.
 
     Applying the same configuration again adds nothing; a merged model is unmerged first. The global random stream is
     not used. Until B is trained the outputs are the base's.
 
     Args:
         model: any module.
-        config: what to adapt and how.
+        config: what to adapt and how; of a LoRACallback, its ``config``.
 
     Returns:
         The names of the adapted modules.

@@ -27,7 +27,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
 
     Args:
         model: a model with adapters; one that is merged already stays as it is.
-        undo: keep that record. ``False`` deletes it: the merged weights are the base from then on.
+        undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
 
     Returns:
         For each merged layer the share of delta's norm that rounding to the weight's dtype lost: about 1e-4 or less in

@@ -27,6 +27,12 @@ def merged_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     package. As in torch's ``state_dict`` the weights without an adapter are the model's own memory: clone them to keep
     them while training continues. Every rank must call it where weights are sharded, and gets all values.
 
+    Args:
+        model: a model with adapters, live or merged.
+
+    Returns:
+        The keys of the plain model, with merged weights.
+
     Raises:
         ValueError: if ``model`` has no adapters, an adapted weight is quantized, or the model's own ``state_dict``
             leaves one out.

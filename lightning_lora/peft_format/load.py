@@ -49,13 +49,13 @@ def load_adapter(
         model: any module, bare or adapted.
         directory: where the two files are.
         inner: name of the module in ``model`` that peft would wrap, ``""`` for ``model`` itself; ``None`` finds it.
-        strict_base: whether another base than the header's is an error, or a warning.
+        strict_base: another base than the one that the header records is an error; ``False`` makes it a warning.
 
     Returns:
         The names of the adapted modules.
 
     Raises:
-        ValueError: if a file is damaged, holds what plain LoRA is not, or does not fit ``model``; nothing is changed.
+        ValueError: if a file is damaged, holds more than plain LoRA, or does not fit ``model``; nothing is changed.
         FileNotFoundError: if there is no such directory, or a file is missing.
 
     Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -63,13 +63,13 @@ def load_adapter(
     Example:
         >>> import tempfile
         >>> from lightning_lora import LoRAConfig, apply_lora, save_adapter
-        >>> one = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> _ = other.load_state_dict(one.state_dict())
-        >>> _ = apply_lora(one, LoRAConfig(r=2, targets="all"))
+        >>> trained = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = model.load_state_dict(trained.state_dict())
+        >>> _ = apply_lora(trained, LoRAConfig(r=2, targets="all"))
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     save_adapter(one, directory)
-        ...     load_adapter(other, directory)
+        ...     save_adapter(trained, directory)
+        ...     load_adapter(model, directory)
         ['0', '2']
     """
     directory = Path(directory)

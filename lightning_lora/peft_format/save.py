@@ -46,15 +46,15 @@ def save_adapter(
 
     Args:
         model: a model with adapters, live or merged.
-        directory: where; it is made if it is not there.
+        directory: where to write; it is created if it does not exist.
         inner: name of the module in ``model`` that peft will wrap, ``""`` for ``model`` itself. ``None`` finds it: the
             transformers model that holds all that is saved, else the one child of a LightningModule that does, else
-            ``model``; a warning says where a smaller part holds all adapters.
+            ``model``; a warning says so if a smaller part holds all adapters.
         flavor: ``"peft"``, or ``"vllm"`` for one rank and one scale in all layers.
         metadata: strings to keep in the header of the weights' file, such as the step and metrics.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or the format has no place for what they are.
+        ValueError: if ``model`` has no adapters, or has some that the format cannot hold.
         TypeError: if ``metadata`` holds anything but strings.
 
     Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint

@@ -68,11 +68,12 @@ def load_from_checkpoint(
         path: file that a Trainer with LoRACallback wrote.
         base: where the weights of the base come from, if the class does not make them: a module (the LightningModule,
             or the network in it), a ``.ckpt``, ``.pt`` or ``.bin`` file with a state dict, a safetensors file or the
-            index of several, or a directory that ``save_pretrained`` wrote. They are copied in by name.
+            index of several, or a directory that ``save_pretrained`` wrote. They are copied in by name. ``None`` leaves
+            the base as the class makes it.
         cls_kwargs: arguments of the class in place of the saved hyperparameters, where their names are also arguments
             of this function, such as ``base``.
-        merge: whether to merge the adapters into the weights, so that the module is the plain one.
-        strict_base: whether another base is an error; ``False`` makes it a warning that says what differs.
+        merge: merge the adapters into the weights, so that the module is the plain one. ``False`` keeps them live.
+        strict_base: another base is an error; ``False`` makes it a warning that says what differs.
         map_location: where to put the module, as for ``torch.load``; ``None`` leaves it where it is made.
         hparams_file: as for Lightning's ``load_from_checkpoint``.
         weights_only: as for ``torch.load``; ``False`` for hyperparameters that are objects, of files that you trust.
@@ -80,7 +81,7 @@ def load_from_checkpoint(
         kwargs: arguments of the class, as ``cls_kwargs``.
 
     Raises:
-        ValueError: if the file is no adapter's or is damaged, or does not fit the module or its base.
+        ValueError: if the file has no adapters or is damaged, or does not fit the module or its base.
         TypeError: if the arguments do not go together.
 
     Example:
