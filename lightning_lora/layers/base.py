@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.layers.adapter import Adapter, Adapters
-from lightning_lora.layers.restoring import Restoring, Undo
+from lightning_lora.layers.restoring import Undo
 from lightning_lora.layers.weight_view import WeightPart
 
 
@@ -73,11 +72,6 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield names.clean(name), module
-
-
-def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager in which no adapter of ``model`` acts."""
-    return Restoring(partial(disable_adapters, model))
 
 
 def disable_adapters(model: nn.Module, undo: Undo) -> None:

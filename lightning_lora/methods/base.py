@@ -56,28 +56,14 @@ class Method(ABC):
 
     Attributes:
         key: the word for the method in parameter names, ``<site>.<key>.<name>``, and in logged hyperparameters.
-        merges: whether the update can become part of the base's weights.
-        peft: whether :mod:`lightning_lora.peft_format` can write what is trained as a PEFT directory.
     """
 
     key: ClassVar[str]
-    merges: ClassVar[bool] = False
-    peft: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
 
     # The configuration.
-
-    @classmethod
-    @abstractmethod
-    def from_dict(cls, arguments: Mapping[str, Any]) -> Method:
-        """The method with the ``arguments`` that a file holds, of any version that ever wrote one.
-
-        Raises:
-            TypeError: for an unknown argument.
-            ValueError: for a value out of its range.
-        """
 
     @abstractmethod
     def difference(self, other: MethodConfig) -> str | None:
@@ -217,19 +203,11 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def check_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Raise unless ``state`` is exactly what :meth:`state` of ``model`` could have given.
-
-        Raises:
-            ValueError: naming the first key that is missing, unknown or of another shape.
-        """
-
-    @abstractmethod
     def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state` gave: everything, or nothing at all.
 
         Raises:
-            ValueError: as :meth:`check_state`.
+            ValueError: naming the first key that is missing, unknown or of another shape.
         """
 
     @abstractmethod

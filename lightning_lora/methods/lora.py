@@ -30,7 +30,6 @@ from lightning_lora.model.report.summary import describe
 from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
     base_names,
-    check_state,
     frozen_names,
     load_lora_state_dict,
     lora_parameters,
@@ -59,17 +58,10 @@ class LoRAMethod(Method):
     """
 
     key: ClassVar[str] = "lora"
-    merges: ClassVar[bool] = True
-    peft: ClassVar[bool] = True
     config: LoRAConfig
 
     def __init__(self, config: LoRAConfig) -> None:
         super().__init__(config)
-
-    @classmethod
-    @override
-    def from_dict(cls, arguments: Mapping[str, Any]) -> LoRAMethod:
-        return cls(LoRAConfig(**arguments))
 
     @override
     def difference(self, other: MethodConfig) -> str | None:
@@ -185,10 +177,6 @@ class LoRAMethod(Method):
     @override
     def state(self, model: nn.Module) -> dict[str, Any]:
         return lora_state_dict(model)
-
-    @override
-    def check_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        check_state(model, state)
 
     @override
     def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
