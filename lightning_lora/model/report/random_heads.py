@@ -16,6 +16,7 @@ from lightning_lora.distributed.sharded import is_sharded
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.report.summary import output_heads
+from lightning_lora.ops.exact_sum import same_bits
 
 SAMPLE = 1 << 16  # elements that are looked at; a language model's head has hundreds of millions
 DRAWN = (0.02, 0.01)  # standard deviations that transformers, timm and torchvision draw heads with
@@ -25,10 +26,30 @@ SPREAD = 4.0  # standard deviations in which the mean square of drawn weights li
 
 
 def random_heads(model: nn.Module) -> list[str]:
-    """The output heads of ``model`` that no one trains and whose weights look as their layer draws them."""
+    """The output heads of ``model`` that no one trains and whose weights look as their layer draws them.
+
+    A copy of a layer that trains is the head of a teacher or a reference, and frozen on purpose.
+    """
     trained = {id(parameter) for _, parameter in trained_parameters(model)}
     modules = dict(names.named_modules(model))
-    return [name for name in output_heads(model) if _is_frozen(modules[name], trained) and is_random(modules[name])]
+    random = [name for name in output_heads(model) if _is_frozen(modules[name], trained) and is_random(modules[name])]
+    copies = {name: _equal_layers(name, modules) for name in random}
+    frozen = [name for name in random if all(_is_frozen(modules[copy], trained) for copy in copies[name])]
+    return [name for place, name in enumerate(frozen) if copies[name].isdisjoint(frozen[:place])]
+
+
+def _equal_layers(name: str, modules: dict[str, nn.Module]) -> set[str]:
+    """The names of the other layers with the bits of the weight of ``modules[name]``."""
+    weight = modules[name]._parameters["weight"]
+    assert weight is not None
+    equal = set()
+    for other, module in modules.items():
+        value = module._parameters.get("weight")
+        if value is None or value is weight or _has_no_values(value) or value.shape != weight.shape:
+            continue
+        if value.dtype == weight.dtype and value.device == weight.device and same_bits(value, weight):
+            equal.add(other)
+    return equal
 
 
 def _is_frozen(module: nn.Module, trained: set[int]) -> bool:

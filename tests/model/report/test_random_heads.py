@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, load_from_checkpoint
-from lightning_lora.model.report.random_heads import is_random
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_from_checkpoint
+from lightning_lora.model.report.random_heads import is_random, random_heads
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 WORDS = r"The output head `net.head` is frozen, and its weights look as if .*also_train=\['net.head'\]"
@@ -105,3 +106,16 @@ def test_the_other_way_out_loads_the_checkpoint(tmp_path):
     loaded = load_from_checkpoint(Draws, files.last_model_path, base=tmp_path / "base.pt")
     x = data(5).dataset.tensors[0]
     assert torch.equal(loaded.eval()(x), module.eval()(x))
+
+
+@pytest.mark.parametrize("first", ["net", "ref"])
+@pytest.mark.parametrize(
+    ("arguments", "reported"), [({}, 0), ({"also_train": ["net.2"]}, 0), ({"targets": ["net.0"]}, 1)]
+)
+def test_the_head_of_a_reference_is_reported_only_where_the_head_itself_is_frozen(first, arguments, reported):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    parts = {"net": net, "ref": copy.deepcopy(net)}
+    model = nn.ModuleDict({name: parts[name] for name in (first, *({"net", "ref"} - {first}))})
+    apply_lora(model, LoRAConfig(r=1, **{"targets": ["net.0", "net.2"], **arguments}))
+    assert len(random_heads(model)) == reported
