@@ -6,6 +6,7 @@ The number of groups stays: schedulers hold one value for each group, and break 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -33,9 +34,11 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> l
         MisconfigurationException: for an optimizer that cannot be edited.
     """
     for optimizer in optimizers:
-        refuse(optimizer)
+        _refuse_partitioned(optimizer)
     snapshots = [OptimizerSnapshot(optimizer, model, method) for optimizer in optimizers]
     wanted = _wanted(optimizers, model, method)
+    for optimizer in optimizers:
+        _refuse_sparse(optimizer, wanted, method.adapted_weights(model).keys())
     label = {id(parameter): name for name, parameter in names.named_parameters(model)}
     for optimizer in optimizers:
         keeps_state = bool(optimizer.state)
@@ -88,21 +91,23 @@ def _has_stepped(state: Any) -> bool:
     return not isinstance(state, dict) or bool(state.get("step", 1))
 
 
-def refuse(optimizer: Optimizer) -> None:
-    """Raise for an optimizer in which adapters would not train.
+def _refuse_partitioned(optimizer: Optimizer) -> None:
+    """Raise for ``ZeroRedundancyOptimizer``, which divides its parameters among the ranks when it is made.
 
-    ``ZeroRedundancyOptimizer`` divides its parameters among the ranks when it is made, so adapters that are added later
-    would never move. ``SparseAdam`` takes sparse gradients only, and those of adapters are dense.
-
-    Raises:
-        MisconfigurationException: naming the optimizer to use instead.
+    Adapters that are added later would never move.
     """
     if is_a(optimizer, PARTITIONED_OPTIMIZER):
         raise MisconfigurationException(
             "`ZeroRedundancyOptimizer` divides its parameters among ranks when it is made, so adapters put into it "
             "would never move. Use the plain optimizer in `configure_optimizers`: the state of adapters is small."
         )
-    if is_a(optimizer, SPARSE_OPTIMIZER):
+
+
+def _refuse_sparse(optimizer: Optimizer, wanted: dict[int, list[nn.Parameter]], adapters: Collection[int]) -> None:
+    """Raise where ``SparseAdam`` would get an adapter, whose gradients are dense; what trains in full it may have."""
+    if not is_a(optimizer, SPARSE_OPTIMIZER):
+        return
+    if any(id(parameter) in adapters for group in optimizer.param_groups for parameter in wanted[id(group)]):
         raise MisconfigurationException(
             "`SparseAdam` takes sparse gradients only, and those of adapters are dense. Use Adam in "
             "`configure_optimizers`, or leave the embedding out with `exclude`."
