@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.foreign import adapter_library
 from lightning_lora.layers.registry import is_known, refusal, refused_parameter
 from lightning_lora.names import folded, join, matches, nearest
 from lightning_lora.targets.roles import roles_in
@@ -17,14 +19,22 @@ EXPRESSION = re.compile(r"\.\*|[|()^$\\+]")
 def unmatched(argument: str, pattern: str, hits: Sequence[str], survey: Survey) -> str:
     """A pattern that chooses nothing, though it may match the modules ``hits``, which cannot be adapted."""
     if hits:
-        inside = f" Name the layers in it, or all of them with {pattern + '.*'!r}."
-        advice = inside if _holds_layers(hits[0], survey) else ""
-        why = refusal(survey.sites[hits[0]].module)
-        return f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that {why}.{advice}"
+        return f"`{argument}` has {pattern!r}, which names `{hits[0]}`, but that {_why_not(hits[0], pattern, survey)}"
     layers = [name for name, site in survey.sites.items() if name and is_known(site.module)]
     names = layers or [name for name in survey.sites if name]
     close, hint = _listed(nearest(pattern, names)), _expression_hint(pattern, names)
     return f"`{argument}` has {pattern!r}, which matches no module. The nearest names are {close}.{hint}"
+
+
+def _why_not(name: str, pattern: str, survey: Survey) -> str:
+    """Why the module that ``pattern`` names cannot be adapted, and what to name instead."""
+    module = survey.sites[name].module
+    cls: Any = type(module)
+    library = adapter_library(cls)
+    if library is not None:
+        return f"{adapted_by(library, cls.__name__)}."
+    inside = f" Name the layers in it, or all of them with {pattern + '.*'!r}."
+    return f"{refusal(module)}.{inside if _holds_layers(name, survey) else ''}"
 
 
 def _expression_hint(pattern: str, names: Iterable[str]) -> str:

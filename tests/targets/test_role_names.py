@@ -106,3 +106,4 @@ def test_which_of_these_are_query_and_value_is_not_known():
     ):
         apply_lora(annotated(), LoRAConfig(targets="qv"))
     assert apply_lora(annotated(), LoRAConfig(targets=["0.linears.0"])) == ["0.linears.0"]
+    assert "0.linears.0" in apply_lora(annotated(), LoRAConfig(targets="attn"))
