@@ -66,9 +66,9 @@ class Liveness:
         missing = [name for name, adapter in self.adapters.items() if id(adapter.parameter) not in held]
         if missing and held:
             raise MisconfigurationException(
-                f"No optimizer holds the adapter of {listed(missing)}, so it would never train. Something took it out "
-                "of the groups after `configure_optimizers`: let LoRACallback come after that callback, or name the "
-                "layer in `exclude`."
+                f"No optimizer holds the adapter of {listed(missing)}, so it would never train. A callback or a hook "
+                "took it out of the groups after `configure_optimizers`. Leave the parameters of adapters in them, or "
+                "leave the layer out with `exclude`."
             )
 
     def check_step(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
