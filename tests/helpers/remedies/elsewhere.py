@@ -1,0 +1,113 @@
+"""Messages that need no case in the table: those whose remedy another test tries, and those that give no remedy."""
+
+from __future__ import annotations
+
+# By file and the first words: the test that does what the message says.
+TRIED = {
+    ("methods/lora.py", "Quantized weights cannot hold the sum"): (
+        "layers/test_quantized.py",
+        "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
+    ),
+    ("ops/stacked.py", "A parameter of three dimensions"): (
+        "layers/test_parameter.py",
+        "test_a_stack_that_goes_through_an_autograd_function_gets_its_gradient",
+    ),
+    ("targets/fused_qkv.py", "fuses query, key and value"): (
+        "targets/test_role_names.py",
+        "test_the_rows_of_a_fused_convolution_are_not_known",
+    ),
+    ("targets/left_alone.py", "'all' means linear layers"): (
+        "targets/test_left_alone.py",
+        "test_what_all_leaves_alone_is_said_with_a_remedy_that_works",
+    ),
+    ("targets/problems.py", "{} Take targets='attn'"): (
+        "targets/test_role_names.py",
+        "test_which_of_these_are_query_and_value_is_not_known",
+    ),
+    ("trainer/checkpointing/file_contents.py", "Files of this run are not small"): (
+        "trainer/checkpointing/test_file_contents.py",
+        "test_a_module_in_the_hyperparameters_is_named_and_the_remedy_works",
+    ),
+    ("trainer/checkpointing/from_checkpoint.py", "{} has a `load_from_checkpoint` of its own"): (
+        "trainer/checkpointing/test_from_checkpoint.py",
+        "test_a_class_with_a_loader_of_its_own",
+    ),
+    ("trainer/checkpointing/reading.py", "{} holds an object of {}"): (
+        "trainer/test_trust.py",
+        "test_an_object_in_a_file_is_named_and_the_remedy_works",
+    ),
+    ("trainer/end_of_fit.py", "Processes started by spawn or fork"): (
+        "trainer/strategies/test_ddp.py",
+        "test_forked_workers_do_not_merge_and_say_where_the_adapters_are",
+    ),
+    ("trainer/learning_rates.py", "; give what trains in full a group"): (
+        "trainer/test_learning_rates.py",
+        "test_following_the_advice_leaves_the_rate_of_a_head_alone",
+    ),
+    ("trainer/watching/nothing_trains.py", "`{}` is frozen, and an optimizer held it before"): (
+        "trainer/watching/test_nothing_trains.py",
+        "test_lora_on_one_of_two_networks",
+    ),
+    ("trainer/watching/nothing_trains.py", "Every gradient is exactly zero"): (
+        "trainer/watching/test_nothing_trains.py",
+        "test_a_frozen_head_of_zeros_is_named_and_the_remedy_trains",
+    ),
+    ("trainer/watching/start_of_training.py", "`{}` or what it is tied to is adapted"): (
+        "trainer/watching/test_frozen_watch.py",
+        "test_an_adapted_weight_that_a_hook_ties_is_refused",
+    ),
+    ("trainer/watching/start_of_training.py", "`{}` is adapted, and was removed or parametrized"): (
+        "trainer/watching/test_frozen_watch.py",
+        "test_an_adapted_weight_that_a_hook_parametrizes_is_refused",
+    ),
+    ("trainer/watching/untrained_targets.py", "{} would not train without adapters"): (
+        "trainer/watching/test_untrained_targets.py",
+        "test_a_teacher_is_named_and_the_advice_leaves_it",
+    ),
+}
+
+# By file and the first words: why nothing is tried.
+NOT_TRIED = {
+    (
+        "layers/weight_view.py",
+        "A weight of shape {} is sharded",
+    ): "needs a sharded model; sharded rows are what others run",
+    ("cli/options.py", "Add an adapter to a model's weights"): "the help of a command",
+    ("cli/options.py", "Compare two adapters, or two models"): "the help of a command",
+    ("cli/options.py", "Make an adapter of a full fine-tune"): "the help of a command",
+    ("cli/options.py", "Make a PEFT directory of a run's checkpoint"): "the help of a command",
+    ("cli/options.py", "Make a checkpoint of such a directory"): "the help of a command",
+    ("model/report/plan.py", "and train in full"): "a part of a table",
+    ("methods/base.py", "`{}` cannot be merged into the weights: leave"): "for methods to come; LoRA merges",
+    ("methods/base.py", "`{}` cannot be merged into the weights: save"): "for methods to come; LoRA merges",
+    ("model/apply.py", "`{}` is partitioned by ZeRO 3"): "needs a DeepSpeed engine; the remedy is another model",
+    ("model/merge.py", "`{}` is quantized, and its few bits"): "needs bitsandbytes; the command tries the same remedy",
+    ("peft_format/attention.py", "peft {} wrote an adapter"): "the remedy is to look at outputs",
+    ("peft_format/config.py", "it adapts parameters by name"): "merged by peft as in the cases of DoRA and of rows",
+    ("peft_format/config.py", "it repeats layers of the base"): "needs a decoder of transformers; the run is a new one",
+    (
+        "peft_format/config.py",
+        "it ties the adapters of two layers",
+    ): "merged by peft as in the cases of DoRA and of rows",
+    ("peft_format/placement.py", "`{}` {}. Load this adapter with peft."): "the remedy is peft's own loader",
+    (
+        "targets/resolve.py",
+        "is called as a layer, and code around it",
+    ): "tried for each layer in layers/test_weight_reads",
+    (
+        "trainer/checkpointing/base_weights.py",
+        "is of {} in it and of {} here",
+    ): "needs a layer of bitsandbytes",
+    (
+        "trainer/same_on_ranks.py",
+        "`{}`{}{}. All processes must adapt alike",
+    ): "needs processes; equal is what others run",
+    (
+        "trainer/strategies/fsdp.py",
+        "{} was set up for FSDPStrategy",
+    ): "needs processes; fresh is what others run",
+    (
+        "trainer/strategies/fsdp.py",
+        "{} is wrapped in FullyShardedDataParallel already",
+    ): "needs two processes, as above",
+}

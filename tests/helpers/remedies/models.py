@@ -1,0 +1,342 @@
+"""Remedies of messages about targets, and of the verbs on any module: merge, unmerge, disable, remove, load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    disable_lora,
+    load_adapter,
+    load_lora_state_dict,
+    lora_state_dict,
+    merge_lora,
+    merged_state_dict,
+    remove_lora,
+    save_adapter,
+    unmerge_lora,
+)
+from tests.helpers.models import Attention, EveryKind, Lit, Net, net
+from tests.helpers.remedies.case import Expected, base_outputs, fit_to_file, outputs, remedy
+
+CONFIG = LoRAConfig(r=2, targets=["q", "v"])
+
+
+def adapted(config: LoRAConfig = CONFIG, model: nn.Module | None = None) -> nn.Module:
+    """A model with adapters that act."""
+    model = net() if model is None else model
+    apply_lora(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return model
+
+
+def refused_before(
+    message: Expected, verb: Callable[[nn.Module], object], ready: Callable[[nn.Module], object]
+) -> None:
+    """`verb` gives the message for a plain model, and works after `ready`."""
+    model = net()
+    with message:
+        verb(model)
+    ready(model)
+    verb(model)
+
+
+@remedy("model/merge.py", "The model has no adapters to merge", "call `apply_lora`, or load an adapter, first")
+def merge_after_apply(message: Expected, folder: Path) -> None:
+    refused_before(message, merge_lora, lambda model: apply_lora(model, CONFIG))
+    save_adapter(adapted(), folder)
+    load_adapter(model := net(), folder)
+    merge_lora(model)
+    torch.testing.assert_close(outputs(model), outputs(adapted()))
+
+
+@remedy("model/merge.py", "`{}` is on the meta device", "`layers.0.q.weight`", "load the base first")
+def merge_after_the_base_was_loaded(message: Expected, folder: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    apply_lora(model, CONFIG)
+    with message:
+        merge_lora(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(adapted().state_dict())
+    merge_lora(model)
+    torch.testing.assert_close(outputs(model), outputs(adapted()))
+
+
+@remedy(
+    "model/merge.py", "`{}` is not what the merge left there", "`layers.0.q.weight`", "`merge_lora(model, undo=False)`"
+)
+def a_merged_weight_that_was_changed(message: Expected, folder: Path) -> None:
+    merge_lora(model := adapted())
+    with torch.no_grad():
+        model.layers[0].q.weight.add_(1)
+    with message:
+        unmerge_lora(model)
+    before = outputs(model)
+    merge_lora(model, undo=False)
+    assert torch.equal(outputs(model), before)
+    apply_lora(model, CONFIG)
+    assert torch.equal(outputs(model), before)
+
+
+@remedy("model/merge.py", "`{}` was shared with another module", "`embedding.weight`", "must not tie the two")
+def merged_weights_go_into_an_untied_model(message: Expected, folder: Path) -> None:
+    model, untied = EveryKind(), EveryKind()
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    apply_lora(model, LoRAConfig(r=2, targets=["embedding"]))
+    nn.init.normal_(model.embedding.lora.default.B)
+    with message:
+        merge_lora(model)
+    untied.load_state_dict(model.state_dict())
+    index = torch.tensor([[0, 1, 2]])
+    for ours, theirs in zip(model.eval()(index), untied.eval()(index), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@remedy("model/apply.py", "The adapters are merged into the model", "call `unmerge_lora(model)` before `disable_lora`")
+def disable_after_unmerge(message: Expected, folder: Path) -> None:
+    merge_lora(model := adapted())
+    with message:
+        disable_lora(model).__enter__()
+    unmerge_lora(model)
+    with disable_lora(model):
+        assert torch.equal(outputs(model), base_outputs())
+
+
+@remedy("model/apply.py", "The model has no adapters to disable", "call `apply_lora` first")
+def disable_after_apply(message: Expected, folder: Path) -> None:
+    refused_before(message, lambda model: disable_lora(model).__enter__(), lambda model: apply_lora(model, CONFIG))
+
+
+@remedy("model/merged_values.py", "The model has no adapters, live or merged", "`model.state_dict()`")
+def the_plain_state_dict(message: Expected, folder: Path) -> None:
+    with message:
+        merged_state_dict(model := net())
+    Net().load_state_dict(model.state_dict())
+
+
+@remedy(
+    "model/merged_values.py", "`{}.state_dict()` has no entry `{}`", "`layers.0.q.weight`", "Leave this entry in it"
+)
+def a_state_dict_with_all_entries(message: Expected, folder: Path) -> None:
+    model = adapted()
+
+    def drop(module: nn.Module, state: dict, *_: object) -> None:
+        state.pop("layers.0.q.weight")
+
+    hook = model.register_state_dict_post_hook(drop)
+    with message:
+        merged_state_dict(model)
+    hook.remove()
+    Net().load_state_dict(merged_state_dict(model))
+
+
+@remedy("model/state.py", "The model has no adapters, so there is no adapter to save", "call `apply_lora` first")
+def a_state_after_apply(message: Expected, folder: Path) -> None:
+    refused_before(message, lora_state_dict, lambda model: apply_lora(model, CONFIG))
+
+
+@remedy(
+    "model/state.py", "call `apply_lora` with its configuration first", "The model has no adapters to load into: call"
+)
+def load_after_apply(message: Expected, folder: Path) -> None:
+    state = lora_state_dict(adapted())
+    with message:
+        load_lora_state_dict(model := net(), state)
+    apply_lora(model, CONFIG)
+    load_lora_state_dict(model, state)
+    assert torch.equal(outputs(model), outputs(adapted()))
+
+
+@remedy("model/state.py", "The model has no {}adapters to load into", "call `unmerge_lora(model)` first")
+def load_after_unmerge(message: Expected, folder: Path) -> None:
+    state = lora_state_dict(adapted())
+    merge_lora(model := adapted())
+    with message:
+        load_lora_state_dict(model, state)
+    unmerge_lora(model)
+    load_lora_state_dict(model, state)
+
+
+@remedy("model/state.py", "`state` is a whole checkpoint", "pass its entry 'state_dict'")
+def the_state_dict_of_a_checkpoint(message: Expected, folder: Path) -> None:
+    trained = Lit()
+    checkpoint = torch.load(fit_to_file(folder, LoRACallback(merge=False), module=trained))
+    apply_lora(module := Lit(), LoRAConfig())
+    with message:
+        load_lora_state_dict(module, checkpoint)
+    load_lora_state_dict(module, checkpoint["state_dict"])
+    assert torch.equal(outputs(module), outputs(trained))
+
+
+@remedy(
+    "model/same_config.py", "The model already has adapters", "`remove_lora(model)`", "`merge_lora(model, undo=False)`"
+)
+def another_configuration(message: Expected, folder: Path) -> None:
+    other = LoRAConfig(r=3, targets=["q", "v"])
+    with message:
+        apply_lora(adapted(), other)
+    remove_lora(model := adapted())
+    apply_lora(model, other)
+    assert torch.equal(outputs(model), base_outputs())
+    merge_lora(model := adapted(), undo=False)
+    apply_lora(model, other)
+    torch.testing.assert_close(outputs(model), outputs(adapted()))
+    apply_lora(model := adapted(), CONFIG)
+    assert torch.equal(outputs(model), outputs(adapted()))
+
+
+@remedy(
+    "model/same_config.py", "`{}` has adapters ({} such layers)", "`remove_lora`", "`merge_lora(layer, undo=False)`"
+)
+def a_layer_of_another_model(message: Expected, folder: Path) -> None:
+    def moved() -> tuple[nn.Module, nn.Module]:
+        layer = adapted().layers[0].q
+        model = net()
+        model.head = nn.Sequential(layer, model.head)
+        return model, layer
+
+    model, _ = moved()
+    with message:
+        apply_lora(model, CONFIG)
+    for undo in (remove_lora, lambda layer: merge_lora(layer, undo=False)):
+        model, layer = moved()
+        before = outputs(model)
+        undo(layer)
+        apply_lora(model, CONFIG)
+        assert undo is remove_lora or torch.allclose(outputs(model), before, atol=1e-6)
+
+
+@remedy("model/adapter_loading.py", "The state dict that was loaded differs", "as it is, without a copy")
+def a_state_dict_without_a_copy(message: Expected, folder: Path) -> None:
+    trained = Lit()
+    content = torch.load(fit_to_file(folder, LoRACallback(save="merged", merge=False), module=trained))
+    module = adapted(LoRAConfig(), Lit())
+    with message:
+        module.load_state_dict(dict(content["state_dict"]), strict=False)
+    fresh = adapted(LoRAConfig(), Lit())
+    fresh.load_state_dict(content["state_dict"])
+    torch.testing.assert_close(outputs(fresh), outputs(trained))
+
+
+@remedy("model/adapter_loading.py", "`{}` has other values in the state dict", "`remove_lora(module)` first")
+def a_state_dict_of_another_base(message: Expected, folder: Path) -> None:
+    class Other(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.net.layers[0].ln.bias)
+            nn.init.constant_(self.net.layers[0].ln.weight, 2.0)
+
+    content = torch.load(fit_to_file(folder, LoRACallback(save="merged"), module=Other()))
+    module = adapted(LoRAConfig(), Lit())
+    with message:
+        module.load_state_dict(content["state_dict"])
+    remove_lora(module)
+    module.load_state_dict(content["state_dict"])
+    assert torch.equal(module.net.layers[0].ln.weight, torch.full((16,), 2.0))
+
+
+@remedy(
+    "model/twins.py", "{} have the same layers, whose values are not here yet", "copy the adapters too", "`exclude`"
+)
+def twins_without_values(message: Expected, folder: Path) -> None:
+    def pair() -> nn.ModuleDict:
+        with torch.device("meta"):
+            return nn.ModuleDict({"student": Net(), "teacher": Net()})
+
+    with message:
+        apply_lora(pair(), CONFIG)
+    apply_lora(pair(), LoRAConfig(r=2, targets=["q", "v"], exclude=["teacher"]))
+
+
+@remedy("layers/registry.py", "computes its weight", "`layers.0.q`", "remove that first", "exclude=['layers.0.q']")
+def a_parametrized_layer(message: Expected, folder: Path) -> None:
+    model = net()
+    nn.utils.parametrizations.weight_norm(model.layers[0].q)
+    with message:
+        apply_lora(model, CONFIG)
+    apply_lora(copy.deepcopy(model), LoRAConfig(r=2, targets=["q", "v"], exclude=["layers.0.q"]))
+    nn.utils.parametrize.remove_parametrizations(model.layers[0].q, "weight")
+    apply_lora(model, CONFIG)
+    assert model.layers[0].q.lora
+
+
+@remedy("patterns/cost.py", "{} are not allowed", "write the alternatives out")
+def alternatives_that_are_written_out(message: Expected, folder: Path) -> None:
+    with message:
+        apply_lora(net(), LoRAConfig(targets=[r"re:layers\.(0)\.(q|v)(?(1)|k)"]))
+    apply_lora(model := net(), LoRAConfig(targets=[r"re:layers\.(0\.q|0\.v)"]))
+    assert model.layers[0].q.lora
+
+
+@remedy("patterns/cost.py", "a repeat without a bound inside another", "`targets`", "write `.*` for both")
+def one_repeat_for_two(message: Expected, folder: Path) -> None:
+    with message:
+        apply_lora(net(), LoRAConfig(targets=[r"re:layers(.*)*q"]))
+    apply_lora(model := net(), LoRAConfig(targets=[r"re:layers.*q"]))
+    assert model.layers[0].q.lora
+
+
+@remedy("targets/problems.py", "{} Take targets='all'", "`targets='attn'`", "targets='all'", "targets=['0']")
+def a_preset_without_attention(message: Expected, folder: Path) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    with message:
+        apply_lora(model(), LoRAConfig())
+    for targets in ("all", ["0"]):
+        apply_lora(model(), LoRAConfig(targets=targets))
+
+
+@remedy("targets/problems.py", "is a {} of {}, an adapter already", "`model = model.merge_and_unload()`")
+def an_adapter_of_peft(message: Expected, folder: Path) -> None:
+    import peft
+
+    model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"]))
+    for targets in (["q", "v"], "all", ["layers.0.q.base_layer"]):
+        with message:
+            apply_lora(model, LoRAConfig(r=2, targets=targets))
+    model = model.merge_and_unload()
+    apply_lora(model, CONFIG)
+    torch.testing.assert_close(outputs(model), base_outputs())
+
+
+@remedy("targets/resolve.py", "is named by its parameter `{}` and by matrices in it", "keep one of the two")
+def a_parameter_or_its_matrices(message: Expected, folder: Path) -> None:
+    with message:
+        apply_lora(EveryKind(), LoRAConfig(r=2, targets=["attention.in_proj_weight", "attention.q"]))
+    for target in ("attention.in_proj_weight", "attention.q"):
+        apply_lora(EveryKind(), LoRAConfig(r=2, targets=[target]))
+
+
+@remedy("targets/resolve.py", "has code that reads its weight", "`dropout=0.1`", "set dropout=0")
+def no_dropout_where_the_weight_is_read(message: Expected, folder: Path) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.q.weight
+
+    with message:
+        apply_lora(Reads(), LoRAConfig(r=2, targets=["q"], dropout=0.1))
+    apply_lora(Reads(), LoRAConfig(r=2, targets=["q"], dropout=0))
+
+
+@remedy("config.py", "`targets` must be one of the presets {} or a list", "'q_proj'", "write targets=['q_proj']")
+def one_name_in_a_list(message: Expected, folder: Path) -> None:
+    with message:
+        LoRAConfig(targets="q_proj")
+    assert apply_lora(Attention(), LoRAConfig(r=2, targets=["q_proj"])) == ["q_proj"]

@@ -1,0 +1,451 @@
+"""Remedies of messages about PEFT directories: what they cannot hold, and what they hold that cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    load_adapter,
+    load_from_checkpoint,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    unmerge_lora,
+)
+from lightning_lora.cli.convert import export_checkpoint
+from tests.helpers.models import EveryKind, Lit, Net, net
+from tests.helpers.remedies.case import Expected, fit, fit_to_file, outputs, remedy, warnings_ignored
+from tests.helpers.remedies.models import CONFIG, adapted
+
+CONFIG_FILE, CONTENTS, LOAD, PLACEMENT, PROVENANCE, SAVE, STORED = (
+    f"peft_format/{name}.py" for name in ("config", "contents", "load", "placement", "provenance", "save", "stored")
+)
+
+
+def saved(folder: Path, model: nn.Module | None = None, **arguments: object) -> Path:
+    save_adapter(adapted() if model is None else model, folder, **arguments)
+    return folder
+
+
+def loaded(directory: Path, model: nn.Module | None = None, **arguments: object) -> nn.Module:
+    load_adapter(model := net() if model is None else model, directory, **arguments)
+    return model
+
+
+def by_peft(directory: Path, **changes: object) -> nn.Module:
+    """A model with an adapter of peft's own, which is saved in `directory`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = peft.get_peft_model(
+            net(), peft.LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["q"], **changes})
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+    with warnings_ignored():  # of a bias that peft takes for a part of a sharded tensor
+        model.save_pretrained(str(directory))
+    return model
+
+
+def reconfigure(directory: Path, **changes: object) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def merged_by_peft(message: Expected, folder: Path, **changes: object) -> None:
+    """What is refused is merged with peft, and is the base of a run then."""
+    model = by_peft(folder, **changes)
+    with message:
+        loaded(folder)
+    expected = outputs(model)
+    merged = peft.PeftModel.from_pretrained(net(), str(folder)).merge_and_unload()
+    torch.testing.assert_close(outputs(merged), expected)
+    apply_lora(merged, CONFIG)
+    torch.testing.assert_close(outputs(merged), expected)
+
+
+@remedy(
+    CONFIG_FILE, "DoRA scales the merged weight", "`use_dora`", "merge it with peft and load that model as the base"
+)
+def dora_that_peft_merged(message: Expected, folder: Path) -> None:
+    merged_by_peft(message, folder, use_dora=True)
+
+
+@remedy(CONFIG_FILE, "B has a bias there", "`lora_bias`", "merge it with peft and load that model as the base")
+def a_bias_that_peft_merged(message: Expected, folder: Path) -> None:
+    merged_by_peft(message, folder, lora_bias=True)
+
+
+@remedy(CONFIG_FILE, "it holds single rows of an embedding", "`trainable_token_indices`", "merge it with peft first")
+def rows_that_peft_merged(message: Expected, folder: Path) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.q = nn.Embedding(5, 16), nn.Linear(16, 16)
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.q(self.embedding(index))
+
+    base = Words()
+    config = peft.LoraConfig(r=2, target_modules=["q"], trainable_token_indices={"embedding": [1, 2]})
+    with warnings_ignored():  # it is no model of transformers
+        peft.get_peft_model(model_with(Words(), base.state_dict()), config).save_pretrained(str(folder))
+    with message:
+        loaded(folder, model_with(Words(), base.state_dict()))
+    merged = peft.PeftModel.from_pretrained(model_with(Words(), base.state_dict()), str(folder)).merge_and_unload()
+    apply_lora(merged, LoRAConfig(r=2, targets=["q"]))
+    torch.testing.assert_close(merged(torch.arange(5)), base(torch.arange(5)))
+
+
+@remedy(CONFIG_FILE, "`adapter_config.json` has {}: {}, which may", "`new_key`: `x`", "take it out of the file")
+def an_unknown_key_that_is_taken_out(message: Expected, folder: Path) -> None:
+    model = by_peft(folder)
+    reconfigure(folder, new_key="x")
+    with message:
+        loaded(folder)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    del content["new_key"]
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    torch.testing.assert_close(outputs(loaded(folder)), outputs(model))
+
+
+@remedy(
+    CONFIG_FILE, "`adapter_config.json` has `init_lora_weights`", "`pissa`", "path_initial_model_for_weight_conversion"
+)
+def a_changed_base_that_peft_converts(message: Expected, folder: Path) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q"], init_lora_weights="pissa")
+    model = peft.get_peft_model(net(), config)
+    model.peft_config["default"].init_lora_weights = True  # as peft's own guide has it
+    model.save_pretrained(str(folder / "initial"))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1.5)
+    model.save_pretrained(str(folder / "trained"))
+    with message:
+        loaded(folder / "trained")
+    with warnings_ignored():  # of more than one adapter, which peft has for the time of the conversion
+        initial = str(folder / "initial")
+        model.save_pretrained(str(folder / "converted"), path_initial_model_for_weight_conversion=initial)
+    torch.testing.assert_close(outputs(loaded(folder / "converted")), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+@remedy(
+    STORED, "`{}` holds `{}`, a pickle", "adapter_model.bin`", "PeftModel.from_pretrained(base, directory).save_pretra"
+)
+def a_pickle_that_peft_saved_again(message: Expected, folder: Path) -> None:
+    model = by_peft(folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with message:
+        loaded(folder)
+    peft.PeftModel.from_pretrained(net(), str(folder)).save_pretrained(str(folder))
+    torch.testing.assert_close(outputs(loaded(folder)), outputs(model))
+
+
+@remedy(STORED, "`{}` does not exist: give a PEFT directory", "nothing`")
+def a_directory_that_is_there(message: Expected, folder: Path) -> None:
+    from lightning_lora.peft_format.stored import open_adapter
+
+    with message:
+        open_adapter(folder / "nothing")
+    open_adapter(saved(folder / "adapter"))
+
+
+@remedy(STORED, "`{}` has no {} in its folder", "adapter_config.json", "give the PEFT directory")
+def a_file_alone_without_its_scale(message: Expected, folder: Path) -> None:
+    from lightning_lora.cli.merge import merge_files
+
+    save_file(net().state_dict(), folder / "base.safetensors")
+    directory = saved(folder / "adapter")
+    alone = folder / "alone.safetensors"
+    alone.write_bytes((directory / "adapter_model.safetensors").read_bytes())
+    with message:
+        merge_files(folder / "base.safetensors", alone, folder / "out.safetensors")
+    merge_files(folder / "base.safetensors", directory, folder / "out.safetensors")
+
+
+@remedy(LOAD, "`directory` must be a directory in PEFT's format", "load_from_checkpoint(cls, path)", "export CKPT DIR")
+def a_checkpoint_by_what_reads_it(message: Expected, folder: Path) -> None:
+    trained = Lit()
+    path = fit_to_file(folder, LoRACallback(merge=False), module=trained)
+    with message:
+        loaded(Path(path))
+    assert torch.equal(outputs(load_from_checkpoint(Lit, path)), outputs(trained))
+    fit(LoRACallback(init_from=path))
+    export_checkpoint(path, folder / "directory")
+    assert torch.equal(outputs(loaded(folder / "directory")), outputs(trained))
+
+
+@remedy(LOAD, "The model has merged adapters", "`unmerge_lora(model)`, or `remove_lora(model)`, first")
+def load_into_a_model_that_is_not_merged(message: Expected, folder: Path) -> None:
+    directory = saved(folder)
+    for undo in (unmerge_lora, remove_lora):
+        merge_lora(model := adapted())
+        with message:
+            loaded(directory, model)
+        undo(model)
+        assert torch.equal(outputs(loaded(directory, model)), outputs(adapted()))
+
+
+@remedy(PLACEMENT, "{} is adapted by {}: the two do not belong", "`layers.0.q`", "load_adapter(..., inner=...)")
+def a_model_inside_of_another(message: Expected, folder: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = net(), net()
+
+    with message:
+        loaded(saved(folder), Two())
+    model = loaded(folder, Two(), inner="second")
+    assert torch.equal(outputs(model.second), outputs(adapted()))
+
+
+@remedy(PLACEMENT, "`{}` has an adapter for its padding index", "`embedding`", "set that column to zero")
+def a_padding_index_of_zeros(message: Expected, folder: Path) -> None:
+    def model(padding: int | None) -> nn.Module:
+        table = nn.Embedding.from_pretrained(torch.arange(20.0).view(5, 4), padding_idx=padding)
+        return nn.ModuleDict({"embedding": table})
+
+    source = adapted(LoRAConfig(r=2, targets=["embedding"]), model(None))
+    save_adapter(source, folder)
+    with message:
+        loaded(folder, model(0))
+    with torch.no_grad():
+        source["embedding"].lora.default.A[:, 0] = 0
+    save_adapter(source, folder)
+    loaded(folder, model(0))
+
+
+@remedy(
+    PLACEMENT, "The adapter's file holds `{}` of its base", "`embedding.weight`", "Load the base that it was trained"
+)
+def the_base_of_a_saved_embedding(message: Expected, folder: Path) -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"embedding": nn.Embedding(5, 4)})
+
+    base = model()
+    wrapped = peft.get_peft_model(
+        model_with(model(), base.state_dict()), peft.LoraConfig(r=2, target_modules=["embedding"])
+    )
+    with warnings_ignored():  # it is no model of transformers
+        wrapped.save_pretrained(str(folder), save_embedding_layers=True)
+    path = folder / "adapter_model.safetensors"
+    key = "base_model.model.embedding.base_layer.weight"
+    save_file({**load_file(path), key: base["embedding"].weight.detach()}, path)
+    with message:
+        loaded(folder, model())
+    loaded(folder, model_with(model(), base.state_dict()))
+
+
+def model_with(model: nn.Module, state: dict) -> nn.Module:
+    model.load_state_dict(state)
+    return model
+
+
+@remedy(PLACEMENT, "`{}` and `{}` are one parameter in the model", "`embedding.weight`", "untie them first")
+def a_head_that_is_untied(message: Expected, folder: Path) -> None:
+    tensors = EveryKind().state_dict()
+    source = untied(tensors)
+    apply_lora(source, LoRAConfig(r=2, targets=["fc"], also_train=["embedding", "head"]))
+    nn.init.zeros_(source.embedding.weight)
+    save_adapter(source, folder)
+    with message:
+        loaded(folder, model_with(EveryKind(), tensors))
+    model = loaded(folder, untied(tensors))
+    assert not model.embedding.weight.any() and model.head.weight.any()
+
+
+def untied(tensors: dict | None = None) -> nn.Module:
+    model = EveryKind()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    return model if tensors is None else model_with(model, tensors)
+
+
+@remedy(
+    PLACEMENT, "`{}` {}: apply the configuration", "`layers.0.q`", "apply the configuration that the adapter was made"
+)
+def the_configuration_of_the_adapter(message: Expected, folder: Path) -> None:
+    directory = saved(folder)
+    with message:
+        loaded(directory, adapted(LoRAConfig(r=3, targets=["q", "v"])))
+    assert torch.equal(outputs(loaded(directory, adapted())), outputs(adapted()))
+
+
+@remedy(PROVENANCE, "`metadata` must be a dict of strings, but got {}: {}", "`metadata`", "'step': 3", "Write str(...)")
+def metadata_of_strings(message: Expected, folder: Path) -> None:
+    with message:
+        saved(folder, metadata={"step": 3})
+    saved(folder, metadata={"step": str(3)})
+
+
+@remedy(PROVENANCE, "`metadata` has {}, which the file itself uses", "'format'", "take another key")
+def metadata_under_another_key(message: Expected, folder: Path) -> None:
+    with message:
+        saved(folder, metadata={"format": "mine"})
+    saved(folder, metadata={"my_format": "mine"})
+
+
+@remedy(
+    PROVENANCE, "`{}`: `adapter_config.json` does not belong", "`r` is `3` and was `2`", "Copy or save both files again"
+)
+def two_files_of_one_write(message: Expected, folder: Path) -> None:
+    directory = saved(folder)
+    reconfigure(directory, r=3)
+    with message:
+        loaded(directory)
+    assert torch.equal(outputs(loaded(saved(folder))), outputs(adapted()))
+
+
+@remedy(PROVENANCE, "The adapter's file is damaged", "Copy it again")
+def a_file_without_a_flipped_bit(message: Expected, folder: Path) -> None:
+    path = saved(folder) / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with message:
+        loaded(folder)
+    path.write_bytes(content)
+    assert torch.equal(outputs(loaded(folder)), outputs(adapted()))
+
+
+@remedy(PROVENANCE, "The adapter was trained on another base: {}. Load", "`layers.0.q.weight`", "strict_base=False")
+def the_base_of_the_directory(message: Expected, folder: Path) -> None:
+    directory, other = saved(folder), net()
+    nn.init.ones_(other.layers[0].q.weight)
+    with message:
+        loaded(directory, other)
+    assert torch.equal(outputs(loaded(directory)), outputs(adapted()))
+    import pytest
+
+    with pytest.warns(UserWarning, match="trained on another base"):
+        assert loaded(directory, other, strict_base=False).layers[0].q.lora
+
+
+@remedy(SAVE, "The model has no adapters, so there is nothing to save", "call `apply_lora` first")
+def save_after_apply(message: Expected, folder: Path) -> None:
+    with message:
+        save_adapter(model := net(), folder)
+    apply_lora(model, CONFIG)
+    save_adapter(model, folder)
+
+
+@remedy(SAVE, "`model` was not adapted as one", "a module around it was", "Save what `apply_lora` was called with")
+def what_was_adapted_is_saved(message: Expected, folder: Path) -> None:
+    model = adapted()
+    with message:
+        save_adapter(model.layers, folder)
+    save_adapter(model, folder)
+    assert torch.equal(outputs(loaded(folder)), outputs(model))
+
+
+@remedy(CONTENTS, "The model is the adapted layer itself", "pass one that holds it")
+def a_model_around_the_layer(message: Expected, folder: Path) -> None:
+    layer = nn.Linear(4, 4)
+    apply_lora(layer, LoRAConfig(r=2, targets="all"))
+    with message:
+        save_adapter(layer, folder)
+    apply_lora(model := nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, targets="all"))
+    save_adapter(model, folder)
+
+
+def without_it(message: Expected, folder: Path, model: nn.Module, **arguments: object) -> None:
+    """The message; then the same model without what PEFT's format cannot hold, or merged and saved as a whole."""
+    apply_lora(model, LoRAConfig(r=2, **arguments))
+    with message:
+        save_adapter(model, folder / "refused")
+    assert not (folder / "refused").exists()
+    merge_lora(model)
+    torch.save(model.state_dict(), folder / "whole.pt")
+    remove_lora(model)
+    apply_lora(model, LoRAConfig(r=2, targets=["fc"]))
+    save_adapter(model, folder / "smaller")
+
+
+@remedy(
+    CONTENTS, "Leave it out with `exclude` and `also_train`", "`rnn`", "or merge the adapter and save the whole model"
+)
+def a_layer_that_is_left_out(message: Expected, folder: Path) -> None:
+    without_it(message, folder, EveryKind(), targets=["rnn", "fc"])
+
+
+@remedy(CONTENTS, "A parameter of the model itself trains", "take it out of `also_train`")
+def a_parameter_of_the_model_itself(message: Expected, folder: Path) -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with message:
+        save_adapter(adapted(LoRAConfig(r=2, targets=["q"], also_train=["scale"]), Scaled()), folder)
+    save_adapter(adapted(LoRAConfig(r=2, targets=["q"]), Scaled()), folder)
+
+
+@remedy(
+    CONTENTS,
+    "`{}` trains in full inside an nn.MultiheadAttention",
+    "`attention.out_proj`",
+    "all of `attention` in full",
+)
+def an_attention_in_full_or_adapted(message: Expected, folder: Path) -> None:
+    half = LoRAConfig(r=2, targets=["attention.q", "attention.k", "attention.v"], also_train=["attention.out_proj"])
+    with message:
+        save_adapter(adapted(half, EveryKind()), folder)
+    save_adapter(adapted(LoRAConfig(r=2, targets=["fc"], also_train=["attention"]), EveryKind()), folder / "in full")
+    with warnings_ignored():  # peft adds the update of `out_proj` twice
+        save_adapter(adapted(LoRAConfig(r=2, targets=["attention"]), EveryKind()), folder / "adapted")
+
+
+@remedy(
+    CONTENTS, "`{}` trains in full, and peft would match", "`head`", "`inner.head`", "a smaller module in `also_train`"
+)
+def a_name_that_peft_matches_once(message: Expected, folder: Path) -> None:
+    def model(head: str = "head") -> nn.Module:
+        inner = nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4))})
+        return nn.ModuleDict({"inner": inner, head: nn.Sequential(nn.Linear(4, 4))})
+
+    # An expression means the outer head alone, whose name is an end of the other one's.
+    with message:
+        save_adapter(adapted(LoRAConfig(r=2, targets=["q"], also_train=["re:head"]), model()), folder)
+    save_adapter(adapted(LoRAConfig(r=2, targets=["q"], also_train=["last"]), model("last")), folder)
+
+
+@remedy("peft_format/layers.py", "is on the meta device, without values", "`layers.0.q`", "load the base first")
+def a_base_with_values(message: Expected, folder: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    with message:
+        loaded(saved(folder), model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(net().state_dict())
+    assert torch.equal(outputs(loaded(folder, model)), outputs(adapted()))
+
+
+@remedy(
+    "peft_format/inner.py", "`{}` belongs to the adapter and does not lie", "`layers.1.q`", "`inner`; inner='' is the"
+)
+def a_module_that_holds_both(message: Expected, folder: Path) -> None:
+    model = adapted()
+    with message:
+        save_adapter(model, folder, inner="layers.0")
+    for inner in ("layers", ""):
+        saved(folder / f"inner {inner}", model, inner=inner)
+    assert torch.equal(outputs(loaded(folder / "inner ")), outputs(model))
+
+
+@remedy("peft_format/vllm.py", "`{}` is no linear layer", "`embedding`", "leave it out with `exclude`")
+def linear_layers_for_vllm(message: Expected, folder: Path) -> None:
+    def model(**arguments: object) -> nn.Module:
+        return adapted(LoRAConfig(r=8, targets=["embedding", "fc"], **arguments), untied())
+
+    with message:
+        save_adapter(model(), folder, flavor="vllm")
+    save_adapter(model(exclude=["embedding"]), folder, flavor="vllm")
