@@ -133,13 +133,15 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def make_plain_unless_meant(
-        self, model: nn.Module, known: Iterable[nn.Module], *, keep_update: bool = True
-    ) -> list[str]:
+    def make_plain_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
         """Make plain those copies that the configuration does not mean, in a model that is adapted or merged.
 
-        As :meth:`make_plain`. ``keep_update``: whether what they compute stays; else they become copies of the base.
+        For the arguments see :meth:`make_plain`.
         """
+
+    @abstractmethod
+    def make_base_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
+        """As :meth:`make_plain_unless_meant`, but without a trained update: the copies are copies of the base then."""
 
     @abstractmethod
     def drop(self, model: nn.Module) -> None:

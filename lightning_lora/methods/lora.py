@@ -17,7 +17,7 @@ from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.base import Method, MethodConfig, Watched
 from lightning_lora.model.adapter_loading import mark_merged
 from lightning_lora.model.apply import drop_adapters, remove_lora
-from lightning_lora.model.copies import has_copies, make_plain, targets_of
+from lightning_lora.model.copies import has_copies, make_base, make_plain, targets_of
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
@@ -102,13 +102,17 @@ class LoRAMethod(Method):
         return make_plain(model, known, mark=True) if has_copies(model, known) else []
 
     @override
-    def make_plain_unless_meant(
-        self, model: nn.Module, known: Iterable[nn.Module], *, keep_update: bool = True
-    ) -> list[str]:
-        if not has_copies(model, known):
-            return []
-        meant = {id(site.module) for site in targets_of(model, self.config).sites}
-        return make_plain(model, known, meant, keep_update=keep_update)
+    def make_plain_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
+        if has_copies(model, known):
+            make_plain(model, known, self._meant(model))
+
+    @override
+    def make_base_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
+        if has_copies(model, known):
+            make_base(model, known, self._meant(model))
+
+    def _meant(self, model: nn.Module) -> set[int]:
+        return {id(site.module) for site in targets_of(model, self.config).sites}
 
     @override
     def drop(self, model: nn.Module) -> None:

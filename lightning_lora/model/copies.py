@@ -6,7 +6,7 @@ its copy is adapted too, though no configuration means it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -47,53 +47,53 @@ def has_copies(model: nn.Module, known: Iterable[nn.Module]) -> bool:
 
 
 def make_plain(
-    model: nn.Module,
-    known: Iterable[nn.Module],
-    meant: Collection[int] = (),
-    *,
-    keep_update: bool = True,
-    mark: bool = False,
+    model: nn.Module, known: Iterable[nn.Module], meant: Collection[int] = (), *, mark: bool = False
 ) -> list[str]:
-    """Take the adapters off the modules that came into ``model`` as copies.
+    """Take the adapters off the modules that came into ``model`` as copies. What the copies compute stays.
 
     Args:
         model: any module.
         known: the modules that it had before.
         meant: the ``id`` of modules that keep their adapters.
-        keep_update: whether an update that was trained before the copy was made stays in its weights, for good; else
-            the copy becomes the base.
         mark: whether the copies stay plain wherever ``model`` is adapted again, and are no part of its base.
 
     Returns:
         The names of the outermost copies.
     """
-
-    def change(journal: Journal) -> list[str]:
-        names_of_copies = list(_each_plain(model, known, meant, keep_update, mark, journal))
-        if names_of_copies:
-            prune(model)
-            remember(model)
-        return names_of_copies
-
-    return all_or_nothing(model, change)
+    return _take_off_each(model, known, meant, _leave_update, mark)
 
 
-def _each_plain(
+def make_base(model: nn.Module, known: Iterable[nn.Module], meant: Collection[int] = ()) -> list[str]:
+    """Make the modules that came into ``model`` as copies what they copied, without its adapters and their update.
+
+    For the arguments see :func:`make_plain`.
+    """
+    return _take_off_each(model, known, meant, _take_update_out, mark=False)
+
+
+def _take_off_each(
     model: nn.Module,
     known: Iterable[nn.Module],
     meant: Collection[int],
-    keep_update: bool,
+    take_off: Callable[[nn.Module, Journal], None],
     mark: bool,
-    journal: Journal,
-) -> Iterator[str]:
-    for name, copy in list(_outermost(model, known)):
-        layers = [module for module in copy.modules() if _has_adapters(module) and id(module) not in meant]
-        if layers:
-            keep_flags = any(parameter.requires_grad for parameter in _adapter_parameters(layers))
-            for layer in layers:
-                _take_off(layer, keep_update, journal)
-            _release(copy, keep_flags, mark)
-            yield names.clean(name)
+) -> list[str]:
+    def change(journal: Journal) -> list[str]:
+        copies = []
+        for name, copy in list(_outermost(model, known)):
+            layers = [module for module in copy.modules() if _has_adapters(module) and id(module) not in meant]
+            if layers:
+                keep_flags = any(parameter.requires_grad for parameter in _adapter_parameters(layers))
+                for layer in layers:
+                    take_off(layer, journal)
+                _release(copy, keep_flags, mark)
+                copies.append(names.clean(name))
+        if copies:
+            prune(model)
+            remember(model)
+        return copies
+
+    return all_or_nothing(model, change)
 
 
 def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -118,16 +118,22 @@ def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
             yield from layer.lora.parameters()
 
 
-def _take_off(layer: nn.Module, keep_update: bool, journal: Journal) -> None:
-    merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
-    if merged is not None and not keep_update:
-        unmerge_layer(layer, merged, journal)
+def _leave_update(layer: nn.Module, journal: Journal) -> None:
+    """Take the adapters off; an update that was trained before the copy was made is in its weights then, for good."""
     if not isinstance(layer, LoRALayer):
-        return
-    if not keep_update or not _is_trained(layer):
+        return  # it is merged
+    if not _is_trained(layer):
         pop_adapters(layer)
     elif not is_quantized_class(type(layer)):  # which cannot hold the sum
         merge_layer(layer, journal)
+
+
+def _take_update_out(layer: nn.Module, journal: Journal) -> None:
+    merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
+    if merged is not None:
+        unmerge_layer(layer, merged, journal)
+    if isinstance(layer, LoRALayer):
+        pop_adapters(layer)
 
 
 def _is_trained(layer: LoRALayer) -> bool:

@@ -144,7 +144,7 @@ class Run:
     def adapt_late(self) -> None:
         """Adapt a module that ran merged until a file is to be loaded, or was built anew in ``setup``."""
         # The base of the file has copies of the base, as `setup` made them before there was an update.
-        self.method.make_plain_unless_meant(self.module, self.known, keep_update=False)
+        self.method.make_base_unless_meant(self.module, self.known)
         self.adapt()
         self.inject()
         self.completed = True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, lora_state_dict, merge_lora
 from lightning_lora.layers.base import is_adapted
-from lightning_lora.model.copies import make_plain
+from lightning_lora.model.copies import make_base, make_plain
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 
 TARGETS = ["q", "k", "v", "o"]
@@ -109,6 +109,21 @@ def test_a_trained_update_stays_in_the_copy_as_merging_leaves_it():
     assert model["ref"].state_dict().keys() == net().state_dict().keys()
     assert same_values(model["ref"], merged)
     assert make_plain(model, known) == [] and is_adapted(model["net"])
+
+
+@pytest.mark.parametrize("is_merged", [False, True], ids=["live", "merged"])
+def test_a_copy_becomes_the_base_where_no_update_is_to_stay(is_merged):
+    model, base = nn.ModuleDict({"net": net()}), net()
+    apply_lora(model, LoRAConfig(r=2, targets=TARGETS))
+    for _, parameter in lora_parameters(model):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    known = list(model.modules())
+    if is_merged:
+        merge_lora(model)
+    model["ref"] = copy.deepcopy(model["net"])
+    assert make_base(model, known) == ["ref"]
+    assert same_values(model["ref"], base) and not is_adapted(model["ref"])
+    assert is_adapted(model["net"]) is not is_merged
 
 
 def test_an_attention_module_that_reads_inner_weights_is_plain_in_the_copy():
