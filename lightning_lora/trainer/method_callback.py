@@ -19,6 +19,7 @@ from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info
 from lightning_lora.trainer.kept_copies import keep_averages_exact
 from lightning_lora.trainer.learning_rates import learning_rates
 from lightning_lora.trainer.run import Run
+from lightning_lora.trainer.watching.liveness import Liveness
 
 
 class MethodCallback(CallbackBase):
@@ -51,6 +52,11 @@ class MethodCallback(CallbackBase):
     def state_key(self) -> str:
         """The key of the callback in checkpoints; r is not in it, as a changed r must fail and not be skipped."""
         return f"{type(self).__name__}[{self.method.config.name}]"
+
+    @property
+    def _liveness(self) -> Liveness | None:
+        """The watch over the adapters in the first steps of a run."""
+        return None if self._run is None else self._run.first_steps.liveness
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,26 +105,26 @@ class MethodCallback(CallbackBase):
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """At each optimizer's first step, name the adapters without a gradient."""
-        if self._run is not None and self._run.first_steps.liveness is not None:
-            self._run.first_steps.liveness.check_step(optimizer, trainer.optimizers)
+        if self._liveness is not None:
+            self._liveness.check_step(optimizer, trainer.optimizers)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the adapters in the first evaluation."""
-        if self._run is not None and self._run.first_steps.liveness is not None:
-            self._run.first_steps.liveness.begin_evaluation()
+        if self._liveness is not None:
+            self._liveness.begin_evaluation()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that did not run in it."""
-        if self._run is not None and self._run.first_steps.liveness is not None:
-            self._run.first_steps.liveness.check_evaluation()
+        if self._liveness is not None:
+            self._liveness.check_evaluation()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that ran in no step of a short run."""
-        if self._run is not None and self._run.first_steps.liveness is not None:
-            self._run.first_steps.liveness.report_waiting()
+        if self._liveness is not None:
+            self._liveness.report_waiting()
 
     @override
     def on_save_checkpoint(
