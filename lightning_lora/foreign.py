@@ -112,7 +112,7 @@ def is_compiled(module: Any) -> bool:
 
 
 def checkpoints_reentrantly(module: Any) -> bool | None:
-    """Whether ``module`` was told to checkpoint what is in it with ``use_reentrant=True``.
+    """Whether ``module`` is set to checkpoint what is in it with ``use_reentrant=True``.
 
     Returns:
         ``None`` if it carries neither the flag of transformers nor that of torch's ``CheckpointWrapper``.

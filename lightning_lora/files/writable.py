@@ -1,4 +1,4 @@
-"""Whether a directory can be written, found out before there is anything to write into it."""
+"""Whether a directory can be written, asked before there is anything to write into it."""
 
 from __future__ import annotations
 

@@ -178,9 +178,9 @@ def _agree(stored: Any, own: Any) -> bool:
     if not (stored.is_floating_point() and own.is_floating_point()):
         return False
     step = 4 * max(torch.finfo(value.dtype).eps for value in (stored, own))
-    one, other = (value.detach().to("cpu", torch.float64) for value in (stored, own))
-    size = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=step, atol=step * size, equal_nan=True)
+    actual, expected = (value.detach().to("cpu", torch.float64) for value in (stored, own))
+    size = float(expected.nan_to_num(0, 0, 0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(actual, expected, rtol=step, atol=step * size, equal_nan=True)
 
 
 def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:

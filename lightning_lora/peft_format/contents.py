@@ -53,7 +53,7 @@ class Contents:
     plain: dict[str, Tensor]
 
     def adapted(self) -> dict[str, PeftPair]:
-        """The pairs of the modules that peft is told to adapt: without those inside an attention."""
+        """The pairs of the modules that the configuration names for peft: without those inside an attention."""
         return {name: pair for name, pair in self.pairs.items() if attention_around(name) is None}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Output heads that stay frozen with random weights: a checkpoint holds no frozen weight, so it cannot be loaded again.
 
-Fresh weights are told from loaded ones by what training does not leave: weights spread evenly up to the very bound from
+Fresh weights differ from loaded ones in what training does not leave: weights spread evenly up to the very bound from
 which ``nn.Linear`` draws them, or a bias of zeros and weights of just the spread that libraries draw.
 """
 

@@ -133,7 +133,7 @@ class CheckpointFiles:
         self.check_frozen()
         if self.is_sharded:
             return self.method.state(self.module)
-        # The state dict of the user's own may rename the base, and could then not be told from what trains.
+        # A `state_dict` method of the user's may rename the base, which then looks like something that trains.
         self.seen_by_hooks = original() if self.run_config.save == "merged" else whole_state(self.module)
         return self.seen_by_hooks
 

@@ -26,14 +26,14 @@ def warn_of_modules(checkpoint: Mapping[str, Any], module: nn.Module) -> bool:
     """
     frozen = (each for each in module.parameters() if not each.requires_grad and not each.is_meta)
     base = {_memory(local_shard(parameter)) for parameter in frozen} - {0}
-    found = [place for place, value in _places(checkpoint) if holds_modules(value, base)]
-    if found:
+    places = [place for place, value in _places(checkpoint) if holds_modules(value, base)]
+    if places:
         rank_zero_warn(
-            f"Files of this run are not small: {', '.join(f'`{place}`' for place in found)} of the checkpoint "
-            f"{'holds' if len(found) == 1 else 'hold'} modules or frozen weights. Leave these out: "
+            f"Files of this run are not small: {', '.join(f'`{place}`' for place in places)} of the checkpoint "
+            f"{'holds' if len(places) == 1 else 'hold'} modules or frozen weights. Leave these out: "
             "`save_hyperparameters(ignore=[...])`, and in the state of a callback keep no module."
         )
-    return bool(found)
+    return bool(places)
 
 
 def _places(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
