@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.merged_forward import (
+    call_on_merged_weights,
     can_use_merged_weights,
     has_active_adapters,
-    one_at_a_time,
-    with_merged_weights,
 )
 from lightning_lora.layers.weight_view import Rows, WeightPart
 from lightning_lora.ops.linear import base_linear
@@ -55,8 +54,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if not has_active_adapters(self):
             return super().forward(query, key, value, *arguments)
         if can_use_merged_weights(self, query) or query.is_nested:
-            with one_at_a_time(), with_merged_weights(self):
-                return super().forward(query, key, value, *arguments)
+            return call_on_merged_weights(self, super().forward, query, key, value, *arguments)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "`attn_mask` must be given with `is_causal=True`, which is a hint about it, but got None."

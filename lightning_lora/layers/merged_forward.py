@@ -6,10 +6,10 @@ and for inference.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_lora.layers.base import LoRALayer, disable_adapters, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
 
 _LOCK = RLock()
+Result = TypeVar("Result")
 PRECISE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -38,16 +39,23 @@ class MergedForward(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, on the merged weights."""
-        with one_at_a_time(), with_merged_weights(self):
-            return super().forward(*args, **kwargs)
+        return call_on_merged_weights(self, super().forward, *args, **kwargs)
 
 
-def one_at_a_time() -> AbstractContextManager[object]:
-    """The lock to hold in :func:`with_merged_weights`: another thread would read merged weights as the base's."""
-    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+def call_on_merged_weights(module: nn.Module, forward: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """``forward(*args, **kwargs)`` while adapted layers in ``module`` have merged weights and no active adapters.
+
+    One thread at a time: another one would read merged weights as the base's.
+    """
+    # Dynamo knows no locks. With a second context manager here, torch 2.13 on Python 3.11 fails at an assertion.
+    if torch.compiler.is_compiling():
+        with with_merged_weights(module):
+            return forward(*args, **kwargs)
+    with _LOCK, with_merged_weights(module):
+        return forward(*args, **kwargs)
 
 
-def with_merged_weights(module: nn.Module) -> AbstractContextManager[None]:
+def with_merged_weights(module: nn.Module) -> Restoring:
     """Context manager in which adapted layers in ``module`` have merged weights, and their adapters are disabled."""
     return Restoring(partial(_use_merged_weights, module))
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import (
+    call_on_merged_weights,
     can_use_merged_weights,
     has_active_adapters,
-    one_at_a_time,
-    with_merged_weights,
 )
 from lightning_lora.layers.restoring import Restoring, Undo
 
@@ -33,8 +32,7 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
         if not has_active_adapters(self):
             return super().forward(src, *args, **kwargs)
         if can_use_merged_weights(self, src):
-            with one_at_a_time(), with_merged_weights(self):
-                return super().forward(src, *args, **kwargs)
+            return call_on_merged_weights(self, super().forward, src, *args, **kwargs)
         with fast_path_disabled(self, "activation_relu_or_gelu"):
             return super().forward(src, *args, **kwargs)
 

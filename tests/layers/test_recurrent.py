@@ -213,3 +213,11 @@ def test_a_training_step_moves_adapters_alone():
     assert {key for key, value in model.state_dict().items() if not same_bits(value, before[key])} == {
         key for key in before if ".lora." in key
     }
+
+
+@pytest.mark.slow
+def test_a_cell_compiles_as_a_whole():
+    _, model, inputs = trained("lstm-cell")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.layer, backend="aot_eager", fullgraph=True)
+    assert_close(tensors(compiled(*inputs)), run(model, inputs))

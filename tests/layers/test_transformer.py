@@ -512,3 +512,15 @@ def test_what_is_set_on_an_adapted_encoder_is_heeded_and_stays(monkeypatch):
     remove_lora(model)
     assert model.net.use_nested_tensor is False
     assert [layer.activation_relu_or_gelu for layer in model.net.layers] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["encoder-layer", "encoder-unmasked"])
+def test_an_encoder_compiles_as_a_whole_in_evaluation(name, grad):
+    model = trained(name, "all").eval()
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        expected = model.outside_padding()
+        model.compile(backend="aot_eager", fullgraph=True)
+        assert_close(model.outside_padding(), expected)
