@@ -71,9 +71,9 @@ def test_a_real_signal_leaves_the_model_before_or_after(verb, back):
     back(model)
     interrupted = 0
     for _ in range(60):
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 1) * length)
         previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 1) * length)
             verb(model)
             time.sleep(length)  # so that the signal does not come later
         except KeyboardInterrupt:
