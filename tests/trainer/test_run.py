@@ -504,3 +504,28 @@ def test_an_interrupt_anywhere_in_a_fit_leaves_no_half():
     lines = first_middle_last(lines_in(lambda: fit_for_two_steps(module)))
     for at in lines[:: len(lines) // 25]:
         interrupted_fit(at)
+
+
+def evaluate_file(module, path):
+    runner = trainer(LoRACallback(**CONFIGURED))
+    return runner.test(module, data(2, n=16), ckpt_path=path, verbose=False)
+
+
+@pytest.mark.slow
+def test_an_interrupt_anywhere_in_a_test_of_a_file_leaves_the_module_merged_with_its_bits(tmp_path):
+    _, path = fitted(Lit, tmp_path, **CONFIGURED)
+    module = Lit()
+    trainer(LoRACallback(**CONFIGURED), max_epochs=1).fit(module, data(5))
+    values, flags, kinds = all_of(module)
+    expected = evaluate_file(copy.deepcopy(module), path)
+    lines = first_middle_last(lines_in(lambda: evaluate_file(copy.deepcopy(module), path)))
+    for at in lines[:: len(lines) // 25]:
+        interrupted = copy.deepcopy(module)
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # Lightning exits after Ctrl-C
+            interrupt(lambda module=interrupted: evaluate_file(module, path), at)
+        for _ in range(2):
+            now = all_of(interrupted)
+            assert same(now[0], values) and now[1:] == (flags, kinds), at
+            assert evaluate_file(interrupted, path) == expected, at
+        remove_lora(interrupted)
+        assert same(dict(interrupted.state_dict()), dict(Lit().state_dict())), at
