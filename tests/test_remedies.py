@@ -8,19 +8,45 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.remedies import (
+    arguments,
+    bases,
     checkpoints,
     command_line,
+    exchange,
+    late_changes,
+    model_files,
     models,
+    output_places,
+    peft_config,
     peft_files,
+    provenance,
     start_of_run,
     strategies,
+    targets,
     watching,
 )
 from tests.helpers.remedies.case import cases_in
 from tests.helpers.remedies.elsewhere import NOT_TRIED, TRIED
 from tests.helpers.remedies.messages import messages
 
-TABLES = (start_of_run, watching, checkpoints, models, peft_files, command_line, strategies)
+TABLES = (
+    arguments,
+    bases,
+    checkpoints,
+    command_line,
+    exchange,
+    late_changes,
+    model_files,
+    models,
+    output_places,
+    peft_config,
+    peft_files,
+    provenance,
+    start_of_run,
+    strategies,
+    targets,
+    watching,
+)
 CASES = [case for table in TABLES for case in cases_in(table)]
 KEYS = [*((case.file, case.begin) for case in CASES), *TRIED, *NOT_TRIED]
 

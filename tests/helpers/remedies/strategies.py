@@ -17,7 +17,9 @@ from lightning_lora.trainer.strategies.fsdp import FSDP1, FSDP2
 from tests.helpers.models import net
 from tests.helpers.remedies.case import Expected, remedy
 
-BASE, DEEPSPEED, FSDP = (f"trainer/strategies/{name}.py" for name in ("base", "deepspeed", "fsdp"))
+BASE = "trainer/strategies/base.py"
+DEEPSPEED = "trainer/strategies/deepspeed.py"
+FSDP = "trainer/strategies/fsdp.py"
 
 
 def adapted(**arguments: object) -> nn.Module:
