@@ -279,10 +279,8 @@ class Run:
         self.files.adapt_replaced()  # where the load of a file failed
         if self.method.is_merged(self.module):
             self.method.make_plain_unless_meant(self.module, self.known)
-        before = self.files.before_load
-        has_values = not any(getattr(value, "is_meta", False) for value in before.values())
-        if self.stage == "fit" and before and has_values and self.method.is_adapted(self.module):
-            self.method.load(self.module, before)
+        if self.stage == "fit" and self.files.can_go_back() and self.method.is_adapted(self.module):
+            self.method.load(self.module, self.files.before_load)
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
             state = self.method.state(self.module)  # a head that `setup` built anew is in this alone, and stays
             needed = {key: state[key] for key in self.method.needed_names(self.module)}

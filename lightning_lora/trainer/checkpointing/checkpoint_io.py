@@ -104,6 +104,12 @@ class CheckpointFiles:
         self.base = self.base or self.strategy.broadcast(fingerprint(self.module, self.strategy.root_device))
         return self.base
 
+    def can_go_back(self) -> bool:
+        """Whether there are values from before the first load; on the meta device there were none."""
+        return bool(self.before_load) and not any(
+            getattr(value, "is_meta", False) for value in self.before_load.values()
+        )
+
     def start_training(self) -> None:
         """At the first batch: the base is complete, also what a resumed file says was set after ``setup``.
 
