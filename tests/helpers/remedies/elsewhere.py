@@ -77,7 +77,7 @@ NOT_TRIED = {
     ("cli/options.py", "Compare two adapters, or two models"): "the help of a command",
     ("cli/options.py", "Make an adapter of a full fine-tune"): "the help of a command",
     ("cli/options.py", "Make a PEFT directory of a run's checkpoint"): "the help of a command",
-    ("cli/options.py", "Make a checkpoint of such a directory"): "the help of a command",
+    ("cli/options.py", "Make a checkpoint of a PEFT directory"): "the help of a command",
     ("model/report/plan.py", "and train in full"): "a part of a table",
     ("methods/base.py", "`{}` cannot be merged into the weights: leave"): "for methods to come; LoRA merges",
     ("methods/base.py", "`{}` cannot be merged into the weights: save"): "for methods to come; LoRA merges",
