@@ -47,7 +47,10 @@ def tensors_of(base: nn.Module | str | Path, weights_only: bool) -> Source:
 
 def _in_checkpoint(path: Path, content: Any) -> Source:
     if isinstance(content, dict) and contents.KEY in content:
-        raise ValueError(f"`base={str(path)!r}` holds adapters alone. Give the file or the module that they train on.")
+        recorded = content[contents.KEY]
+        merged = isinstance(recorded, dict) and "state_dict" in recorded  # written with save="merged"
+        what = "the merged model, in which adapters are already" if merged else "adapters alone"
+        raise ValueError(f"`base={str(path)!r}` holds {what}. Give the file or the module that they train on.")
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:

@@ -302,6 +302,10 @@ def test_a_file_that_is_no_base(run_on_random, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"`base='.*damaged.pt'` cannot be read"):
         load_from_checkpoint(Random, path, base=tmp_path / "damaged.pt")
+    files, lora = checkpoints(tmp_path), LoRACallback(r=4, save="merged")
+    trainer(lora, files, max_epochs=1).fit(Random(), data(), data(1))
+    with pytest.raises(ValueError, match=r"`base=.*` holds the merged model, in which adapters are already. Give the"):
+        load_from_checkpoint(Random, path, base=files.last_model_path)
 
 
 class Fails(Lit):
