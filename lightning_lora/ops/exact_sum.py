@@ -40,11 +40,13 @@ def checksum(tensor: Tensor) -> int:
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
     words = raw.view(torch.int64)
-    factors = _odd_numbers(BLOCK, words.device) * _ODD
+    factors = _odd_numbers(min(BLOCK, words.numel()), words.device) * _ODD
     rows = 1 if words.device.type == "cpu" else 128
     sums = [_weighted(words[start : start + rows * BLOCK], factors) for start in range(0, words.numel(), rows * BLOCK)]
     total = torch.cat(sums) if sums else words.new_zeros(0)
-    return int(_mixed(total, _odd_numbers(total.numel(), words.device) * _ODD).sum())
+    count = total.numel()
+    of_sums = factors[:count] if count <= len(factors) else _odd_numbers(count, words.device) * _ODD
+    return int(_mixed(total, of_sums).sum())
 
 
 def _odd_numbers(count: int, device: torch.device) -> Tensor:
