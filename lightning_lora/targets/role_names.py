@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 
 def _words(words: str) -> re.Pattern[str]:
@@ -75,7 +76,13 @@ def inside(name: str, containers: set[str]) -> bool:
 
 def leaf_is(name: str, *patterns: re.Pattern[str]) -> bool:
     """Whether the word that says what the layer ``name`` is for fits one of ``patterns``."""
-    return any(pattern.fullmatch(stem(name).rpartition(".")[2]) for pattern in patterns)
+    word = stem(name).rpartition(".")[2]
+    return any(_fits(word, pattern) for pattern in patterns)
+
+
+@lru_cache(maxsize=4096)  # a model has many layers, and few words for what they are
+def _fits(word: str, pattern: re.Pattern[str]) -> bool:
+    return pattern.fullmatch(word) is not None
 
 
 def stem(name: str) -> str:
@@ -84,7 +91,7 @@ def stem(name: str) -> str:
     Such a module holds the layer and its norm (LeViT, ``q.ln.linear``), or one layer for each head (``q_layers.0``).
     """
     head, _, last = name.rpartition(".")
-    if not head or _is_role(last) or RESULT.fullmatch(last):
+    if not head or _is_role(last) or _fits(last, RESULT):
         return name
     stands_for = next((outer for outer in (head, parent(head)) if _is_role(outer.rpartition(".")[2])), "")
     if stands_for:
@@ -93,6 +100,7 @@ def stem(name: str) -> str:
     return stem(head) if wrapped else name
 
 
+@lru_cache(maxsize=1024)
 def _is_role(leaf: str) -> bool:
     """Whether ``leaf`` names a projection of attention, and not a module that holds attention."""
     return not ATTENTION.search(leaf) and any(pattern.fullmatch(leaf) for pattern in (QUERY, KEY, VALUE, FUSED))
@@ -105,7 +113,7 @@ def tokens(name: str, container: str) -> list[str]:
 
 def any_token(words: Iterable[str], pattern: re.Pattern[str]) -> bool:
     """Whether one of ``words`` fits ``pattern``."""
-    return any(pattern.fullmatch(word) for word in words)
+    return any(_fits(word, pattern) for word in words)
 
 
 def numbered(name: str) -> str:

@@ -161,7 +161,7 @@ def _anything(path: list[str]) -> bool:
 
 
 def _projection(path: list[str]) -> bool:
-    return any(pattern.fullmatch(path[0]) for pattern in (QUERY, KEY, VALUE, FUSED, OUTPUT))
+    return any(any_token(path[:1], pattern) for pattern in (QUERY, KEY, VALUE, FUSED, OUTPUT))
 
 
 def _output(path: list[str]) -> bool:
