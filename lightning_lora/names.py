@@ -26,7 +26,8 @@ def clean(name: str) -> str:
         >>> clean("net._orig_mod.fc.weight")
         'net.fc.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    parts = name.split(".")
+    return name if WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPERS)
 
 
 def join(module: str, key: str) -> str:
@@ -41,15 +42,55 @@ def is_wrapper(module: nn.Module) -> bool:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under its clean name. One that is used under two names comes twice; wrappers are left out."""
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in every_module(model):
         if not is_wrapper(module):
             yield clean(name), module
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under its first clean name."""
-    for name, parameter in model.named_parameters():
-        yield clean(name), parameter
+def every_module(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The list of ``model.named_modules(remove_duplicate=False)``.
+
+    A run lists the modules of its model dozens of times. The generators of torch take several times as long, as each
+    module passes through one generator for every level that it lies at.
+    """
+    modules: list[tuple[str, nn.Module]] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        modules.append((name, module))
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    return modules
+
+
+def each_module_once(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The list of ``model.named_modules()``: each module under its first name."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in every_module(model):
+        first.setdefault(id(module), (name, module))
+    return list(first.values())
+
+
+def named_parameters(
+    model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under its first clean name.
+
+    Args:
+        model: any module.
+        modules: :func:`each_module_once` of it, if the caller has that already.
+    """
+    if type(model).named_parameters is not nn.Module.named_parameters:  # the user's own choice of parameters
+        yield from ((clean(name), parameter) for name, parameter in model.named_parameters())
+        return
+    seen: set[int] = set()
+    for name, module in each_module_once(model) if modules is None else modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield clean(join(name, key)), parameter
 
 
 Value = TypeVar("Value")

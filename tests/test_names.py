@@ -6,8 +6,9 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, names
 from lightning_lora.names import covers, first_match, matches, nearest
 
 few = settings(deadline=None, max_examples=60)
@@ -170,3 +171,29 @@ def test_nearest_gives_patterns_of_names_that_exist_and_no_more_than_asked_for(p
     assert all(fnmatch.filter(names, one) for one in found)
     assert len(found) <= count
     assert bool(found) == bool(names)
+
+
+def tied_model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    model.add_module("again", model[1])
+    model.register_module("missing", None)
+    model._orig_mod = nn.Linear(2, 3)
+    return model
+
+
+def test_modules_and_parameters_come_as_torch_lists_them():
+    model = tied_model()
+    assert names.every_module(model) == list(model.named_modules(remove_duplicate=False))
+    assert names.each_module_once(model) == list(model.named_modules())
+    expected = [(name.replace("_orig_mod.", ""), id(p)) for name, p in model.named_parameters()]
+    assert [(name, id(p)) for name, p in names.named_parameters(model)] == expected
+    assert [(name, id(p)) for name, p in names.named_parameters(model, names.each_module_once(model))] == expected
+
+
+def test_a_model_may_choose_its_parameters_itself():
+    class Chosen(nn.Linear):
+        def named_parameters(self, *args, **kwargs):
+            return iter([("weight", self.weight)])
+
+    assert [name for name, _ in names.named_parameters(Chosen(2, 2))] == ["weight"]

@@ -69,7 +69,7 @@ def _original_class(cls: type[LoRALayer]) -> type[nn.Module]:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """Iterate over the adapted layers of ``model`` by their first clean names; all code that needs them uses this."""
-    for name, module in model.named_modules():
+    for name, module in names.each_module_once(model):
         if isinstance(module, LoRALayer):
             yield names.clean(name), module
 

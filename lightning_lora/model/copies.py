@@ -100,7 +100,7 @@ def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[s
     """The new modules in which there is nothing that was known: what a strategy wraps around the model is no copy."""
     before = set(map(id, known))
     covered = set(before)
-    for name, module in model.named_modules():
+    for name, module in names.each_module_once(model):
         if id(module) not in covered:
             inside = set(map(id, module.modules()))
             if before.isdisjoint(inside):

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import reshard
-from lightning_lora.layers.base import LoRALayer, adapted_layers
+from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.record import Record, prune, record_of, records
 from lightning_lora.names import covers
 from lightning_lora.targets.survey import Site, Survey, survey_of
@@ -44,7 +44,7 @@ def has_pairs(module: nn.Module) -> bool:
 
 def _set_flags(survey: Survey) -> None:
     base = {id(parameter): parameter for _, parameter in survey.parameters()}
-    adapters = {id(parameter): parameter for layer in survey.layers() for parameter in layer.lora.parameters()}
+    adapters = adapter_parameters(survey)
     trained = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
     for parameter in (base | adapters).values():
         parameter.requires_grad_(id(parameter) in trained or id(parameter) in adapters)
@@ -82,16 +82,17 @@ def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
     return config.bias == "all" or (config.bias == "lora_only" and adapted)
 
 
-def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+def adapter_parameters(model: nn.Module | Survey) -> dict[int, nn.Parameter]:
     """The parameters of all adapters by ``id``: no name tells whether a parameter is an adapter's."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    return {id(parameter): parameter for layer in layers for parameter in layer.lora.parameters()}
+    layers = survey_of(model).layers()
+    return {id(parameter): parameter for layer in layers for _, parameter in names.named_parameters(layer.lora)}
 
 
-def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
     """Everything that LoRA trains in ``model``, under first clean names, in the model's order."""
-    in_full = {id(module._parameters[key]) for _, module, record in records(model) for key in record.trained}
-    trained = in_full | adapter_parameters(model).keys()
-    for name, parameter in names.named_parameters(model):
+    survey = survey_of(model)
+    in_full = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
+    trained = in_full | adapter_parameters(survey).keys()
+    for name, parameter in names.named_parameters(survey.model, survey.modules):
         if id(parameter) in trained:
             yield name, parameter

@@ -21,7 +21,7 @@ from lightning_lora.distributed.sharded import (
     shard_like,
 )
 from lightning_lora.files.json_files import shown
-from lightning_lora.layers.base import adapted_layers, is_adapted
+from lightning_lora.layers.base import LoRALayer, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.freeze import trained_parameters
@@ -29,9 +29,10 @@ from lightning_lora.model.initial_values import moved
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged, merged_layers, records
 from lightning_lora.model.written import written_before_merge, written_parameters
+from lightning_lora.targets.survey import Survey, survey_of
 
 
-def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def lora_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapters' parameters with their names; those of a merged model come from its merge record.
 
     Example:
@@ -41,10 +42,11 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         >>> {name: tuple(parameter.shape) for name, parameter in lora_parameters(model)}
         {'lora.default.A': (1, 4), 'lora.default.B': (2, 1)}
     """
-    holders = [(name, layer.lora) for name, layer in adapted_layers(model)]
-    holders += [(name, merged.adapters) for name, _, merged in merged_layers(model)]
-    for name, adapters in holders:
-        for key, parameter in adapters.named_parameters():
+    survey = survey_of(model)
+    live = ((name, module.lora) for name, module in survey.modules if isinstance(module, LoRALayer))
+    merged = ((name, merged.adapters) for name, _, merged in merged_layers(survey))
+    for name, adapters in [*((names.clean(name), adapters) for name, adapters in live), *merged]:
+        for key, parameter in names.named_parameters(adapters):
             yield names.join(name, f"lora.{key}"), parameter
 
 

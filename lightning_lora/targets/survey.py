@@ -14,7 +14,7 @@ from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_reads import WeightReads
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.names import clean, is_wrapper, join
+from lightning_lora.names import clean, every_module, is_wrapper, join
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Survey:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.walk: list[tuple[str, nn.Module]] = list(model.named_modules(remove_duplicate=False))
+        self.walk: list[tuple[str, nn.Module]] = every_module(model)
 
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import lightning_lora
-from lightning_lora import LoRAConfig, apply_lora, plan_lora
+from lightning_lora import LoRAConfig, apply_lora, names, plan_lora
 from lightning_lora.targets import survey
 from tests.helpers.floors import FLOOR
 
@@ -63,6 +63,9 @@ def walks(function, model: nn.Module, config: LoRAConfig, monkeypatch) -> list[s
     with monkeypatch.context() as patch:
         for name in WALKS:
             patch.setattr(nn.Module, name, counted(name, getattr(nn.Module, name)))
+        every_module = counted("every_module", names.every_module)
+        for module in (names, survey):
+            patch.setattr(module, "every_module", every_module)
         function(model, config)
     return calls
 
@@ -70,13 +73,13 @@ def walks(function, model: nn.Module, config: LoRAConfig, monkeypatch) -> list[s
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("function", [apply_lora, plan_lora])
 def test_one_walk_of_the_model(function, config, monkeypatch):
-    assert walks(function, Transformer(), config, monkeypatch) == ["named_modules"]
+    assert walks(function, Transformer(), config, monkeypatch) == ["every_module"]
 
 
 def test_one_walk_where_the_model_is_adapted_already(monkeypatch):
     model = Transformer()
     apply_lora(model, CONFIGS[0])
-    assert walks(apply_lora, model, CONFIGS[0], monkeypatch) == ["named_modules"]
+    assert walks(apply_lora, model, CONFIGS[0], monkeypatch) == ["every_module"]
 
 
 def room_of(code) -> str | None:
@@ -97,7 +100,7 @@ def calls_with_the_model(model: nn.Module, config: LoRAConfig) -> list[tuple[str
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         values = [frame.f_locals.get(name) for name in names]
-        reads = code.co_filename == survey.__file__
+        reads = code.co_filename == survey.__file__ or code.co_name in ("every_module", "visit")  # which lists for it
         if not reads and any(value is model or isinstance(value, survey.Survey) for value in values):
             seen[id(frame)] = frame  # kept, so that its id is not used again
             calls.append((room_of(frame.f_back.f_code), room_of(code)))
