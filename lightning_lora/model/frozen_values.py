@@ -29,18 +29,15 @@ class FrozenValues:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.places = {name: _place(parameter) for name, parameter in self.parameters.items()}
-        self.samples, self.sizes = samples(self.parameters.values())
+        self.samples = Samples(self.parameters.values())
 
     def changed(self, base: Fingerprint) -> list[str]:
         """The parameters whose values are others than at that moment; ``base`` decides where a mark is not enough."""
-        now, sizes = samples(self.parameters.values())
-        if sizes != self.sizes:  # a parameter was replaced by one of another size
+        differing = self.samples.differing(Samples(self.parameters.values()))
+        if differing is None:  # a parameter was replaced by one of another size or dtype
             return [name for name in self.parameters if not self._has_values(name, base)]
-        differs = [bool(part.any()) for part in torch.split(now != self.samples, sizes)]
         return [
-            name
-            for name, other in zip(self.parameters, differs, strict=True)
-            if other or self._moved_unseen(name, base)
+            name for index, name in enumerate(self.parameters) if index in differing or self._moved_unseen(name, base)
         ]
 
     def _moved_unseen(self, name: str, base: Fingerprint) -> bool:
@@ -68,23 +65,45 @@ def is_in_pieces(parameter: Tensor) -> bool:
     return is_sharded(parameter) or is_split(parameter) or is_partitioned(parameter)
 
 
-def samples(parameters: Iterable[Tensor]) -> tuple[Tensor, list[int]]:
-    """A few values of each parameter as integers, all in one tensor on the CPU, and how many there are of each."""
-    pieces = [_sample(parameter) for parameter in parameters]
-    if not pieces:
-        return torch.empty(0, dtype=torch.int64), []
-    device = pieces[0].device
-    return torch.cat([piece.to(device) for piece in pieces]).cpu(), [piece.numel() for piece in pieces]
+class Samples:
+    """A few values of each parameter, in one tensor on the CPU for each device and dtype.
+
+    A model has thousands of parameters, and a GPU waits at each copy to the CPU. So as few operations as possible are
+    done for each of them, and one copy for all.
+
+    Args:
+        parameters: those that FSDP1 moves between buffers have no values here.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+        for index, parameter in enumerate(parameters):
+            if not is_split(parameter):
+                sample = _sample(local_shard(parameter))
+                groups.setdefault((sample.device, sample.dtype), []).append((index, sample))
+        self.values = [as_integers(torch.cat([sample for _, sample in group])).cpu() for group in groups.values()]
+        self.layout = [
+            (dtype, [(index, sample.numel()) for index, sample in group]) for (_, dtype), group in groups.items()
+        ]
+
+    def differing(self, other: Samples) -> set[int] | None:
+        """The places of the parameters with other values; ``None`` where their sizes or dtypes are others."""
+        if self.layout != other.layout:
+            return None
+        places: set[int] = set()
+        for (_, sizes), mine, others in zip(self.layout, self.values, other.values, strict=True):
+            if not torch.equal(mine, others):
+                parts = torch.split(mine != others, [size for _, size in sizes])
+                places |= {index for (index, _), part in zip(sizes, parts, strict=True) if bool(part.any())}
+        return places
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Values that are spread evenly over the memory of ``parameter``; none of what FSDP1 moves between buffers."""
-    if is_split(parameter):
-        return torch.empty(0, dtype=torch.int64)
-    tensor = local_shard(parameter)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((max(0, min(span, tensor.numel())),), (1,))  # a view, also of a transposed matrix
-    return as_integers(flat[:: max(1, flat.numel() // SAMPLE)]).to(torch.int64)
+def _sample(tensor: Tensor) -> Tensor:
+    """A view of values that are spread evenly over the memory of ``tensor``."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    count = max(0, min(count, tensor.numel()))
+    step = max(1, count // SAMPLE)
+    return tensor.as_strided((-(-count // step),), (step,))  # also of a transposed matrix
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:

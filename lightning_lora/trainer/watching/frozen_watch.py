@@ -38,17 +38,17 @@ class FrozenWatch:
             key: set() for key in ("moving", "requiring a gradient", "holding a gradient")
         }
         self.first_steps = FIRST_STEPS
-        self.survey()
+        self.frozen = self.survey()
+        self.mark()
         for parameter in self.frozen.values():
             parameter.grad = None  # left by an earlier fit, and no optimizer of this run would clear it
 
-    def survey(self) -> None:
-        """Watch the parameters that are frozen now, with their present values."""
+    def survey(self) -> dict[str, nn.Parameter]:
+        """The parameters that are frozen now."""
         trained = {id(parameter) for _, parameter in self.method.trained_parameters(self.module)}
         named = names.named_parameters(self.module)
         copied = copied_names(self.module)  # copies that a hook made are no part of the base
-        self.frozen = {n: p for n, p in named if id(p) not in trained and n not in copied and not p.is_meta}
-        self.mark()
+        return {n: p for n, p in named if id(p) not in trained and n not in copied and not p.is_meta}
 
     def mark(self) -> None:
         """Take the present values as those that must not change."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import local_shard
@@ -75,7 +75,11 @@ class StartOfTraining:
         before = self.watch.frozen
         if any(map(is_in_pieces, before.values())):  # FSDP exchanges them
             return []
-        self.watch.survey()
+        now = self.watch.survey()
+        if now.keys() == before.keys() and all(now[name] is parameter for name, parameter in before.items()):
+            return []
+        self.watch.frozen = now
+        self.watch.mark()
         gone = before.keys() - self.watch.frozen.keys()
         self._check_adapted({name: before[name] for name in gone})
         for name in gone:
@@ -102,11 +106,10 @@ class StartOfTraining:
     @torch.no_grad()
     def _restore_adapters(self) -> None:
         loaded = {id(p) for p, count in self._loads() if count != self.loads.get(id(p))}
-        changed = [
-            (name, parameter, value)
-            for name, parameter, value in self.adapters
-            if id(parameter) not in loaded and not same_bits(local_shard(parameter), value)
-        ]
+        kept = [adapter for adapter in self.adapters if id(adapter[1]) not in loaded]
+        if _all_the_same([local_shard(parameter) for _, parameter, _ in kept], [value for _, _, value in kept]):
+            return
+        changed = [adapter for adapter in kept if not same_bits(local_shard(adapter[1]), adapter[2])]
         for _, parameter, value in changed:
             local_shard(parameter).copy_(value)
         if changed:
@@ -116,6 +119,17 @@ class StartOfTraining:
                 "with (a fresh B is zero). To start from given adapters use `init_from`, or load them by "
                 "`load_lora_state_dict`."
             )
+
+
+def _all_the_same(tensors: list[Tensor], values: list[Tensor]) -> bool:
+    """Whether all ``tensors`` have the bits of ``values``; a GPU waits once for each dtype and device."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for tensor, value in zip(tensors, values, strict=True):
+        if tensor.shape != value.shape or (tensor.device, tensor.dtype) != (value.device, value.dtype):
+            return False
+        groups.setdefault((tensor.device, tensor.dtype), []).append((tensor, value))
+    joined = ([torch.cat([t.reshape(-1) for t in part]) for part in zip(*g, strict=True)] for g in groups.values())
+    return all(same_bits(first, second) for first, second in joined)
 
 
 def has_start_hooks(module: nn.Module, callbacks: Iterable[Any]) -> bool:
