@@ -32,7 +32,7 @@ from lightning_lora.model.written import written_before_merge, written_parameter
 from lightning_lora.targets.survey import Survey, survey_of
 
 
-def lora_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapters' parameters with their names; those of a merged model come from its merge record.
 
     Example:
@@ -42,7 +42,11 @@ def lora_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Paramet
         >>> {name: tuple(parameter.shape) for name, parameter in lora_parameters(model)}
         {'lora.default.A': (1, 4), 'lora.default.B': (2, 1)}
     """
-    survey = survey_of(model)
+    yield from adapter_parameters_in(survey_of(model))
+
+
+def adapter_parameters_in(survey: Survey) -> Iterator[tuple[str, nn.Parameter]]:
+    """As :func:`lora_parameters`, of a model that was surveyed."""
     live = ((name, module.lora) for name, module in survey.modules if isinstance(module, LoRALayer))
     merged = ((name, merged.adapters) for name, _, merged in merged_layers(survey))
     for name, adapters in [*((names.clean(name), adapters) for name, adapters in live), *merged]:

@@ -11,11 +11,11 @@ from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.record import config_of
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
-from lightning_lora.model.state import lora_parameters
+from lightning_lora.model.state import adapter_parameters_in
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in
-from lightning_lora.targets.survey import Survey
+from lightning_lora.targets.survey import Survey, survey_of
 
 
 def describe(model: nn.Module) -> str:
@@ -43,14 +43,14 @@ def _left_alone(model: nn.Module) -> list[str]:
 
 
 def _also_trained(model: nn.Module) -> list[str]:
-    adapters = {id(parameter) for _, parameter in lora_parameters(model)}
+    adapters = {id(parameter) for _, parameter in adapter_parameters_in(survey_of(model))}
     in_full = {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in adapters}
     return trained_in_full(in_full, "and trains in full")
 
 
 def _totals(model: nn.Module) -> str:
     trained = dict(trained_parameters(model))
-    adapters = {id(parameter) for _, parameter in lora_parameters(model)}
+    adapters = {id(parameter) for _, parameter in adapter_parameters_in(survey_of(model))}
     base = sum(shape_of(p).numel() for _, p in names.named_parameters(model) if id(p) not in adapters)
     size = sum(shape_of(parameter).numel() for parameter in trained.values())
     nbytes = sum(shape_of(p).numel() * p.element_size() for p in trained.values())
