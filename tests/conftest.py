@@ -1,10 +1,28 @@
-"""Workers side by side take one thread each: torch would give every one of them all cores."""
+"""What holds for every test: workers side by side take one thread each, and the environment is given back."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # torch would give every worker all cores
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Undo what a test does to the environment variables.
+
+    Lightning leaves LOCAL_RANK there after a fit with DDP, and a later Trainer with two devices waits for a second rank
+    that it then does not start.
+    """
+    before = dict(os.environ)
+    yield
+    for name in (os.environ.keys() | before.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]

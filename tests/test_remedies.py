@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
-from tests.helpers.remedies import (
-    arguments,
-    bases,
-    checkpoints,
-    command_line,
-    exchange,
-    late_changes,
-    model_files,
-    models,
-    output_places,
-    peft_config,
-    peft_files,
-    provenance,
-    start_of_run,
-    strategies,
-    targets,
-    watching,
-)
+from tests.helpers import remedies
 from tests.helpers.remedies.case import cases_in
 from tests.helpers.remedies.elsewhere import NOT_TRIED, TRIED
 from tests.helpers.remedies.messages import messages
 
-TABLES = (
-    arguments,
-    bases,
-    checkpoints,
-    command_line,
-    exchange,
-    late_changes,
-    model_files,
-    models,
-    output_places,
-    peft_config,
-    peft_files,
-    provenance,
-    start_of_run,
-    strategies,
-    targets,
-    watching,
-)
+TABLES = [import_module(f"{remedies.__name__}.{table.name}") for table in iter_modules(remedies.__path__)]
 CASES = [case for table in TABLES for case in cases_in(table)]
 KEYS = [*((case.file, case.begin) for case in CASES), *TRIED, *NOT_TRIED]
 

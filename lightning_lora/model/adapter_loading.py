@@ -165,7 +165,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_same(stored: Any, own: Any) -> bool:
-    """Whether ``stored`` has the bits of ``own`` in its dtype: in bf16 an update can be as small as a rounding."""
+    """Whether ``stored``, cast to the dtype of ``own``, is bit-equal to it: a bf16 update can be as small as a rounding."""
     return isinstance(stored, Tensor) and isinstance(own, Tensor) and same_bits(stored.to(own.dtype), own)
 
 

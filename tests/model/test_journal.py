@@ -6,17 +6,12 @@ All lines: ``python -m tests.helpers.interrupts``.
 from __future__ import annotations
 
 import copy
-import random
-import signal
-import time
 
 import pytest
-import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from lightning_lora.model import journal, merge_layer
-from tests.helpers import oracles
 from tests.helpers.interrupts import (
     VERBS,
     check_lines,
@@ -29,6 +24,8 @@ from tests.helpers.interrupts import (
     subject,
 )
 from tests.helpers.models import EveryKind
+from tests.helpers.real_signals import many_layers
+from tests.helpers.scripts import run_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was shared with another module")
 
@@ -48,43 +45,11 @@ def test_an_interrupt_at_many_lines_leaves_the_model_before_or_after(verb, error
     assert check_lines(verb, lines[offset :: max(2, len(lines) // 60)], error) == []
 
 
-def many_layers() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
-    apply_lora(model, LoRAConfig(r=4, targets="all"))
-    oracles.train_by_hand(model, 0.3)
-    return model
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("verb", "back"), [(merge_lora, unmerge_lora), (unmerge_lora, merge_lora)])
-def test_a_real_signal_leaves_the_model_before_or_after(verb, back):
-    model, draw = many_layers(), random.Random(0)
-    merge_lora(model)
-    unmerge_lora(model)
-    if verb is unmerge_lora:
-        merge_lora(model)
-    before = state_of(model)
-    start = time.perf_counter()
-    verb(model)
-    length, after = time.perf_counter() - start, state_of(model)
-    back(model)
-    interrupted = 0
-    for _ in range(60):
-        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 1) * length)
-            verb(model)
-            time.sleep(length)  # so that the signal does not come later
-        except KeyboardInterrupt:
-            interrupted += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-        assert state_of(model) in (before, after)
-        if state_of(model) == after:
-            back(model)
-    assert interrupted > 10
+@pytest.mark.parametrize("verb", ["merge", "unmerge"])
+def test_a_real_signal_leaves_the_model_before_or_after(verb):
+    done = run_script("real_signals.py", verb)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def interrupted_twice(monkeypatch, owner, name, calls):

@@ -39,7 +39,7 @@ def random_heads(model: nn.Module) -> list[str]:
 
 
 def _equal_layers(name: str, modules: dict[str, nn.Module]) -> set[str]:
-    """The names of the other layers with the bits of the weight of ``modules[name]``."""
+    """The names of the other layers whose weight is bit-equal to that of ``modules[name]``."""
     weight = modules[name]._parameters["weight"]
     assert weight is not None
     equal = set()

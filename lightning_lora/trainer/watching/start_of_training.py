@@ -122,7 +122,7 @@ class StartOfTraining:
 
 
 def _all_the_same(tensors: list[Tensor], values: list[Tensor]) -> bool:
-    """Whether all ``tensors`` have the bits of ``values``; a GPU waits once for each dtype and device."""
+    """Whether all ``tensors`` are bit-equal to ``values``; one synchronization for each dtype and device."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for tensor, value in zip(tensors, values, strict=True):
         if tensor.shape != value.shape or (tensor.device, tensor.dtype) != (value.device, value.dtype):

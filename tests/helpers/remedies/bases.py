@@ -32,7 +32,13 @@ def a_base_that_is_unmerged(message: Expected, folder: Path) -> None:
 
 
 @remedy(
-    BASE, "`base={}` holds adapters alone", ".ckpt'` holds adapters", "Give the file or the module that they train on"
+    BASE,
+    BASE,
+    "`base={}` holds {}. Give the file",
+    ".ckpt'` holds adapters alone",
+    "Give the file or the module that they train on",
+    ".ckpt'` holds adapters alone",
+    "Give the file or the module that they train on",
 )
 def a_base_that_is_no_adapter(message: Expected, folder: Path) -> None:
     base = Drawn()
