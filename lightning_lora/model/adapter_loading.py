@@ -165,7 +165,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_same(stored: Any, own: Any) -> bool:
-    """Whether ``stored``, cast to the dtype of ``own``, is bit-equal to it: a bf16 update can be as small as a rounding."""
+    """Whether ``stored``, cast to the dtype of ``own``, has its bits: a bf16 update can be a mere rounding."""
     return isinstance(stored, Tensor) and isinstance(own, Tensor) and same_bits(stored.to(own.dtype), own)
 
 

@@ -33,10 +33,7 @@ def a_base_that_is_unmerged(message: Expected, folder: Path) -> None:
 
 @remedy(
     BASE,
-    BASE,
     "`base={}` holds {}. Give the file",
-    ".ckpt'` holds adapters alone",
-    "Give the file or the module that they train on",
     ".ckpt'` holds adapters alone",
     "Give the file or the module that they train on",
 )
