@@ -30,6 +30,7 @@ INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
 SAVES = ("adapter", "merged")
+SIDES = ("auto", "activations", "weights")
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:
@@ -155,6 +156,21 @@ class LoRAConfig:
         return {field.name: plain_data(getattr(self, field.name)) for field in fields(self)}
 
 
+def check_compute(compute: str, config: LoRAConfig) -> None:
+    """Raise if layers adapted by ``config`` cannot compute on the side that ``compute`` names.
+
+    Raises:
+        ValueError: if they cannot, or there is no such side.
+        TypeError: if ``compute`` is no string.
+    """
+    check_choice("compute", compute, SIDES)
+    if compute == "weights" and config.dropout:
+        raise ValueError(
+            "`compute='weights'` sums W0 and B A, so A has no input of its own to drop, but got "
+            f"dropout={config.dropout}. Set dropout=0, or leave `compute` out."
+        )
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What a run does with its adapters, whatever they are: the arguments of a callback that no module needs.
@@ -169,6 +185,7 @@ class RunConfig:
             ``"fp16"``; ``None`` leaves them as they are.
         save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
         merged: safetensors file into which the end of fit writes the merged model.
+        compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``; see :func:`apply_lora`.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -183,6 +200,7 @@ class RunConfig:
     base_dtype: str | None = None
     save: str = "adapter"
     merged: str | None = None
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
         """Make every argument plain data and check it."""
@@ -195,6 +213,7 @@ class RunConfig:
         check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
         check_choice("save", self.save, SAVES)
         check_path("merged", self.merged)
+        check_choice("compute", self.compute, SIDES)
         if self.save == "merged" and self.base_dtype is not None:
             raise ValueError(
                 f"`save='merged'` writes sums with the full-precision weights, which `base_dtype={self.base_dtype!r}` "

@@ -115,8 +115,10 @@ def checkpoints_reentrantly(module: Any) -> bool | None:
     """Whether ``module`` is set to checkpoint what is in it with ``use_reentrant=True``.
 
     Returns:
-        ``None`` if it carries neither the flag of transformers nor that of torch's ``CheckpointWrapper``.
+        ``None`` if it carries neither a flag, as of transformers or timm, nor that of torch's ``CheckpointWrapper``.
     """
+    if getattr(module, "grad_checkpointing", None) is False or getattr(module, "gradient_checkpointing", None) is False:
+        return False
     if getattr(module, "gradient_checkpointing", False) is True:
         keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         return keywords.get("use_reentrant", True) is not False

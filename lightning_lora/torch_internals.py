@@ -74,6 +74,16 @@ def in_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_transformed() -> bool:
+    """Whether something other than autograd and autocast sees the operations that run now."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def cuda_stream_id(device: torch.device) -> int:
     """The CUDA stream that ``device`` works on now, without making an object for it."""
     return torch._C._cuda_getCurrentRawStream(device.index)

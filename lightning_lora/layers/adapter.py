@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -109,6 +110,9 @@ class Adapter(nn.Module):
         self.loads += f"{prefix}B" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def note_read(self) -> None:
+        """Called when a layer reads a sum with this pair in it: what watches the pair is told that it acts."""
+
     def apply_dropout(self, x: Tensor) -> Tensor:
         """Dropout on ``x``, the input of A."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -185,6 +189,7 @@ class Adapters(nn.ModuleDict):
     """The adapters of one layer by name; if ``enabled`` is false the layer returns the base output."""
 
     enabled: bool = True
+    sums: Mapping[str, Any] = MappingProxyType({})  # a SummedWeight by the name of its parameter
 
     def all_pairs(self) -> list[Adapter]:
         """The pairs of every adapter."""

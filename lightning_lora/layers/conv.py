@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
+from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
 
 
@@ -41,7 +42,10 @@ class LoRAConv(LoRALayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        """The base output plus the low-rank term of each adapter."""
+        """The base output plus the low-rank term of each adapter, or the convolution with the summed weight."""
+        weight = summed_weight(self, input)
+        if weight is not None:
+            return self._conv_forward(input, weight, self._parameters["bias"])
         y: Tensor = super().forward(input)
         for adapter in self.lora.active_pairs():
             y = adapter(y, input, self)

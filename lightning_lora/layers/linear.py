@@ -15,8 +15,9 @@ from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.source_code import is_library, is_linear_forward
+from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.ops.linear import add_pair, linear
+from lightning_lora.ops.linear import add_pair, base_linear, linear
 from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.torch_internals import has_module_hooks
 
@@ -55,6 +56,9 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
+        weight = summed_weight(self, input)
+        if weight is not None:
+            return base_linear(input, weight, self._parameters["bias"])
         return linear(input, self.weight, self.bias, self.lora.active_pairs())  # type: ignore[arg-type]
 
 

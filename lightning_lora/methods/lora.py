@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, check_compute
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
@@ -45,6 +45,7 @@ class LoRAMethod(Method):
 
     Args:
         config: what to adapt and how.
+        compute: the side of the equation, as of :func:`lightning_lora.apply_lora`.
 
     Example:
         >>> method, model = LoRAMethod(LoRAConfig(r=2, targets="all")), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -60,8 +61,10 @@ class LoRAMethod(Method):
     key: ClassVar[str] = "lora"
     config: LoRAConfig
 
-    def __init__(self, config: LoRAConfig) -> None:
+    def __init__(self, config: LoRAConfig, compute: str = "auto") -> None:
         super().__init__(config)
+        check_compute(compute, config)
+        self.compute = compute
 
     @override
     def difference(self, other: MethodConfig) -> str | None:
@@ -83,7 +86,7 @@ class LoRAMethod(Method):
 
     @override
     def adapt(self, model: nn.Module, agree: Agree = own_answer) -> None:
-        all_or_nothing(model, lambda journal: inject(targets_of(model, self.config), self.config, agree))
+        all_or_nothing(model, lambda journal: inject(targets_of(model, self.config), self.config, agree, self.compute))
 
     @override
     def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
@@ -93,7 +96,7 @@ class LoRAMethod(Method):
         targets = targets_of(model, self.config)
         targets.check()
         check_meant(targets)
-        inject(targets, self.config, agree)
+        inject(targets, self.config, agree, self.compute)
         remember(targets.survey)
         return targets.names()
 
@@ -169,7 +172,7 @@ class LoRAMethod(Method):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, Watched]:
-        calls = ("forward", "add_to_weight", "operands")
+        calls = ("forward", "add_to_weight", "operands", "note_read")
         return {
             join(name, adapter.part.name) if adapter.part.name else name: Watched(
                 adapter, adapter.B, calls, join(name, adapter.part.key)

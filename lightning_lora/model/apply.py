@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, check_compute
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
 from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, pop_adapters
 from lightning_lora.layers.restoring import Restoring, Undo
@@ -24,7 +24,7 @@ from lightning_lora.model.same_config import check_meant, check_same
 from lightning_lora.targets.survey import Survey
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -> list[str]:
     """Adapt the layers of ``model`` that ``config`` selects, in place, and freeze the rest: all of it, or nothing.
 
     Applying the same configuration again adds nothing; a merged model is unmerged first. The global random stream is
@@ -33,12 +33,18 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     Args:
         model: any module.
         config: what to adapt and how; of a LoRACallback, its ``config``.
+        compute: the side of the equation. ``"activations"``: ``W0 x + scale * B (A x)``, a few small products for each
+            layer. ``"weights"``: ``(W0 + scale * B A) x``, where layers of one shape are summed together; it takes a
+            gradient of each adapted weight and a copy of it. ``"auto"``: the weight's side on a GPU for layers and
+            inputs so small that launching kernels takes longer than computing them. Both sides give the same to
+            rounding; sharded weights and dropout always take the activations' side.
 
     Returns:
         The names of the adapted modules.
 
     Raises:
-        ValueError: if a target cannot be found or adapted, or ``model`` was adapted with another configuration.
+        ValueError: if a target cannot be found or adapted, ``model`` was adapted with another configuration, or
+            ``compute="weights"`` is asked for with dropout.
         TypeError: if ``config`` is not a LoRAConfig.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
@@ -54,10 +60,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise TypeError(
             f"`config` must be a LoRAConfig, but got a {type(config).__name__}. A callback has one, its `.config`."
         )
-    return all_or_nothing(model, lambda journal: adapt(model, config, journal))
+    check_compute(compute, config)
+    return all_or_nothing(model, lambda journal: adapt(model, config, journal, compute))
 
 
-def adapt(model: nn.Module, config: LoRAConfig, journal: Journal) -> list[str]:
+def adapt(model: nn.Module, config: LoRAConfig, journal: Journal, compute: str = "auto") -> list[str]:
     """:func:`apply_lora` as a part of a larger change."""
     survey = Survey(model)
     check_same(survey, config)
@@ -68,7 +75,7 @@ def adapt(model: nn.Module, config: LoRAConfig, journal: Journal) -> list[str]:
     targets = targets_of(survey, config)
     targets.check()
     check_meant(targets)
-    inject(targets, config)
+    inject(targets, config, compute=compute)
     remember(survey)
     return targets.names()
 

@@ -13,6 +13,7 @@ from lightning_lora.model.adapter_loading import accept_adapters
 from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.record import record_of
+from lightning_lora.model.sum_groups import group_sums
 from lightning_lora.model.twins import Agree, own_answer, seed_names
 from lightning_lora.names import join
 from lightning_lora.ops.shared_input import SharedInputGroup
@@ -21,13 +22,14 @@ from lightning_lora.targets.role_names import family_of
 from lightning_lora.targets.survey import Site, Survey
 
 
-def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer) -> None:
+def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer, compute: str = "auto") -> None:
     """Adapt those of ``targets`` that are not adapted yet, in place, and freeze the rest of their model.
 
     Args:
         targets: from :func:`lightning_lora.targets.resolve.find_targets`, called on the model as it is now.
         config: the same configuration.
         agree: gives the answer of rank 0 on every rank, where several of them inject.
+        compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``.
 
     Raises:
         ValueError: if the adapter's name cannot be one; nothing is changed then.
@@ -45,6 +47,7 @@ def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer) -> N
         set_adapters(site.module, cls, adapters)
     _attach_hosts(survey)
     _share_inputs(survey)
+    group_sums(survey, compute)
     record_of(survey.model).config = config
     equip(survey, config)
     accept_adapters(survey)

@@ -16,6 +16,7 @@ from lightning_lora.torch_internals import in_functorch_transform, version_of
 # The kernels were measured on Hopper GPUs with ranks of at most 32.
 MIN_SHARED_MEMORY = 200 * 1024  # bytes per program
 MAX_R = 32
+DEVICES = ("cuda",)  # on which launching the kernels of a small layer takes longer than they run
 
 Backward = Callable[..., Any]
 

@@ -66,3 +66,10 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if to_fp32 and not torch.is_grad_enabled() and not in_functorch_transform():
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
+
+
+def batched_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`matmul` of a batch: ``(n, rows, k)`` and ``(n, k, columns)`` to ``(n, rows, columns)``."""
+    if dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left, right).to(dtype)

@@ -86,6 +86,11 @@ class LoRACallback(MethodCallback):
         merged: File into which the end of fit writes the merged model: safetensors, with the keys of
             module.state_dict(), tied tensors once. It holds the best adapters with merge="best", else the last. None
             writes nothing.
+        compute: Which side of the equation layers compute. "activations" is W0 x + scale B (A x), a few small products
+            for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
+            gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
+            for small layers and short inputs, where launching kernels takes longer than computing them. Both give the
+            same to rounding. Dropout and sharded weights need the activations' side.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -122,6 +127,7 @@ class LoRACallback(MethodCallback):
         base_dtype: Literal["bf16", "fp16"] | None = None,
         save: Literal["adapter", "merged"] = "adapter",
         merged: str | None = None,
+        compute: Literal["auto", "activations", "weights"] = "auto",
     ) -> None:
         config = LoRAConfig(
             r=r,
@@ -147,6 +153,7 @@ class LoRACallback(MethodCallback):
             base_dtype=base_dtype,
             save=save,
             merged=merged,
+            compute=compute,
         )
-        super().__init__(LoRAMethod(config), run_config)
+        super().__init__(LoRAMethod(config, compute), run_config)
         self.config = config

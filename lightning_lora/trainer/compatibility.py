@@ -22,6 +22,7 @@ from lightning_lora.foreign import (
     is_a,
 )
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
+from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 
 MIXED = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -38,6 +39,8 @@ def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
     _check_callbacks(trainer, callback, run_config)
     if run_config.base_dtype is not None:
         _check_base_dtype(trainer, run_config.base_dtype)
+    if run_config.compute == "weights":
+        _check_compute(trainer)
     if stage == "fit":
         _check_checkpoints(trainer, run_config)
 
@@ -139,6 +142,15 @@ def _check_base_dtype(trainer: Any, dtype: str) -> None:
                 f"`base_dtype={dtype!r}` does not work with {type(other).__name__}, which averages the base in its own "
                 "dtype. Leave one of the two out."
             )
+
+
+def _check_compute(trainer: Any) -> None:
+    """Refuse ``compute="weights"`` where the weights of several layers are never whole at the same time."""
+    if not strategy_adapter_for(trainer.strategy, trainer.lightning_module).keeps_weights_whole:
+        raise MisconfigurationException(
+            f"`compute='weights'` sums whole weights, and {type(trainer.strategy).__name__} keeps them in pieces. "
+            "Leave `compute` out: the layers then compute on the side of the activations."
+        )
 
 
 def _check_checkpoints(trainer: Any, config: RunConfig) -> None:

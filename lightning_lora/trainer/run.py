@@ -155,6 +155,7 @@ class Run:
         self.convert()
         with self.strategy_adapter.during_injection():
             self.method.complete(self.module, self.strategy.broadcast)
+        self.strategy_adapter.after_injection()
         self.records, self.known = all_records(self.module), list(self.module.modules())
 
     def release_copies(self) -> None:

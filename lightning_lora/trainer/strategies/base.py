@@ -22,6 +22,7 @@ class StrategyAdapter:
     """
 
     loads_late = False  # whether it loads checkpoints after it has set up the model and the optimizers
+    keeps_weights_whole = True  # whether the weights of several layers are there at the same time
     watches_gradients = True  # whether parameters hold their gradients at the optimizer's step
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
@@ -40,6 +41,9 @@ class StrategyAdapter:
     def during_injection(self) -> AbstractContextManager[None]:
         """The context in which adapters are made."""
         return nullcontext()
+
+    def after_injection(self) -> None:
+        """After adapters were made, at each time."""
 
     def before_wrap(self, stack: ExitStack) -> None:
         """After injection, before the strategy wraps the module."""

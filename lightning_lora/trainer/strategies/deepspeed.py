@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.distributed import deepspeed_optimizer as zero
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.names import clean
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.patching import patch_method
@@ -22,6 +23,7 @@ class DeepSpeed(StrategyAdapter):
     """``DeepSpeedStrategy``, ZeRO 1 to 3."""
 
     loads_late = True
+    keeps_weights_whole = False
     watches_gradients = False  # gradients go into the engine's buckets
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
@@ -53,6 +55,10 @@ class DeepSpeed(StrategyAdapter):
     def during_injection(self) -> AbstractContextManager[None]:
         """Leave ``deepspeed.zero.Init``, in which Lightning calls ``configure_model`` for ZeRO 3."""
         return zero.outside_of_init()
+
+    def after_injection(self) -> None:
+        """Compute on the side of the activations: the weights of several layers are never whole at the same time."""
+        compute_on_activations(self.module)
 
     def before_wrap(self, stack: ExitStack) -> None:
         """Keep the engine from casting fp32 adapters to the bf16 of the base.

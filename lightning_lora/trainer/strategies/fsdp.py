@@ -26,6 +26,7 @@ from lightning_lora.distributed.sharded import (
 )
 from lightning_lora.layers.base import adapted_layers, parameter_of
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.patching import patch_attribute, patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter, states_in
@@ -39,6 +40,7 @@ class Sharded(StrategyAdapter):
     """
 
     loads_late = True
+    keeps_weights_whole = False
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
         super().__init__(strategy, module)
@@ -53,6 +55,10 @@ class Sharded(StrategyAdapter):
         patch_method(stack, self.strategy, "optimizer_state", self.optimizer_state)
         patch_method(stack, plugin, "clip_grad_by_norm", _clip(plugin, clip_by_norm))
         patch_method(stack, plugin, "clip_grad_by_value", _clip(plugin, clip_by_value))
+
+    def after_injection(self) -> None:
+        """Compute on the side of the activations: the weights of several layers are never whole at the same time."""
+        compute_on_activations(self.module)
 
     def after_optimizers(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """From here on, average the gradients of what is whole on every rank."""
