@@ -7,6 +7,8 @@ equation 1), in torch's order of operations, and each low-rank term is added to 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,11 @@ from lightning_lora.layers.merged_forward import (
     can_use_merged_weights,
     has_active_adapters,
 )
+from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import Rows, WeightPart
 from lightning_lora.ops.linear import base_linear
+
+PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -106,21 +111,40 @@ def _mask(
 
 def _project(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, ``(length, batch, embed_dim)``: base output plus low-rank terms."""
-    q, k, v = _base_projections(layer, query, key, value)
+    summed = _summed_weights(layer, query)
+    q, k, v = _base_projections(layer, query, key, value, summed or layer._parameters)
+    if summed:
+        return q, k, v
     return _add_pairs(layer, "q", q, query), _add_pairs(layer, "k", k, key), _add_pairs(layer, "v", v, value)
 
 
-def _base_projections(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """The base outputs, by the same products as torch computes: others would differ in the last bits."""
+def _summed_weights(layer: LoRAMultiheadAttention, query: Tensor) -> dict[str, Tensor]:
+    """The sums of the weights and their adapters by name, or none at all on the side of the activations."""
+    sums = {key: summed_weight(layer, query, key) for key in layer.lora.by_weight()}
+    return {key: total for key, total in sums.items() if total is not None} if None not in sums.values() else {}
+
+
+def _base_projections(
+    layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor, parameters: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    """The base outputs, by the same products as torch computes: others would differ in the last bits.
+
+    Args:
+        layer: whose projections they are.
+        query: ``(length, batch, embed_dim)``, as the next two.
+        key: input of the keys.
+        value: input of the values.
+        parameters: the weights by name.
+    """
     bias = layer.in_proj_bias
     if not layer._qkv_same_embed_dim:
-        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        weights = [parameters.get(name, getattr(layer, name)) for name in PROJECTIONS]
         biases = (None, None, None) if bias is None else bias.chunk(3)
         return tuple(base_linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
     thirds = [3] if query is key is value else [1, 2] if key is value else [1, 1, 1]
     size = int(layer.embed_dim)  # torch splits by no number of NumPy's
     sizes = [count * size for count in thirds]
-    split_weight = torch.split(layer.in_proj_weight, sizes)
+    split_weight = torch.split(parameters["in_proj_weight"], sizes)
     split_bias = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
     inputs = (query, key, value)[: len(sizes)]
     outputs = [base_linear(*each) for each in zip(inputs, split_weight, split_bias, strict=True)]

@@ -105,16 +105,22 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
         return [WeightPart(transposed=True)]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
-        """The base output plus the low-rank term of each adapter."""
+        """The base output plus the low-rank term of each adapter, or the convolution with the summed weight."""
+        weight = summed_weight(self, input)
+        if weight is not None:
+            arguments = (self.stride, self.padding, self._padding_of_output(input, output_size), self.groups)
+            return self.lora_transposed(input, weight, self.bias, *arguments, self.dilation)
         y = super().forward(input, output_size)
         if self.lora.active_pairs():
-            dimensions = len(self.kernel_size)
-            stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
-            sizes: Any = list(self.padding)  # numbers: a transposed convolution accepts no padding by name
-            padding = self._output_padding(input, output_size, stride, sizes, kernel, dimensions, dilation)
+            padding = self._padding_of_output(input, output_size)
             for adapter in self.lora.active_pairs():
                 y = adapter(y, input, self, padding)
         return y
+
+    def _padding_of_output(self, input: Tensor, output_size: list[int] | None) -> list[int]:
+        stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)
+        sizes: Any = list(self.padding)  # numbers: a transposed convolution accepts no padding by name
+        return self._output_padding(input, output_size, stride, sizes, kernel, len(kernel), dilation)
 
 
 class LoRAConvTranspose1d(LoRAConvTranspose, nn.ConvTranspose1d):

@@ -87,7 +87,10 @@ class TransposedLinear(LoRALayer):
         return [WeightPart(transposed=True)]
 
     def forward(self, x: Tensor) -> Any:
-        """The base output plus the low-rank term of each adapter."""
+        """The base output plus the low-rank term of each adapter, or the product with the summed weight."""
+        weight = summed_weight(self, x)
+        if weight is not None:
+            return base_linear(x, weight.t(), self._parameters["bias"])
         y = super().forward(x)
         for adapter in self.lora.active_pairs():
             y = adapter(y, x)

@@ -1,8 +1,8 @@
 """The weight's side of the method: a layer runs its original forward on ``W0 + scale * B A``.
 
 The other side computes ``W0 x + scale * B (A x)``, a few small kernels for each layer. Where launching these takes
-longer than computing them, it is faster to sum the weights: layers with weights of one shape are a group, whose sums
-are a few kernels for all of them (:mod:`lightning_lora.ops.weight_sums`). The price is a gradient of each adapted
+longer than computing them, it is faster to sum the weights: neighbours in a model are a group, whose sums are a few
+kernels for all of them (:mod:`lightning_lora.ops.weight_sums`). The price is a gradient of each adapted
 weight, as in full fine-tuning, and a copy of the adapted weights.
 
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
@@ -24,6 +24,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
+from lightning_lora.ops.weight_batch import is_dense
 from lightning_lora.ops.weight_sums import WeightSums, with_graph
 from lightning_lora.torch_internals import (
     backward_id,
@@ -57,6 +58,7 @@ class SummedWeight:
     def __init__(self, layer: LoRALayer, key: str, group: SumGroup, width: int, always: bool) -> None:
         self.layer, self.adapters, self.key = layer, layer.lora, key
         self.group, self.width, self.always = group, width, always
+        self.size = layer._parameters[key].numel()  # type: ignore[union-attr]
         group.members.append(self)
 
     @cached_property
@@ -82,12 +84,12 @@ class SummedWeight:
             x: the input of the layer.
         """
         group = self.group
-        if not self.always:
-            work = x.numel() // self.width * group.size
-            if work > MAX_WORK or group.size > MAX_ELEMENTS or x.device.type not in dispatch.DEVICES:
-                return None
         if type(x) is not Tensor or not self.adapters.enabled or is_transformed():
             return None
+        if not self.always:
+            work = x.numel() // self.width * self.size
+            if work > MAX_WORK or self.size > MAX_ELEMENTS or x.device.type not in dispatch.DEVICES:
+                return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
                 return None
@@ -123,7 +125,8 @@ class SummedWeight:
         tensors: list[Any] = [parameters.get(key) for parameters, key in self.sources]
         return (
             all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
-            and (tensors[0].shape, tensors[0].dtype) == (first.shape, first.dtype)
+            and tensors[0].dtype == first.dtype
+            and is_dense(tensors[0])
             and all(tensor.device == first.device and tensor.untyped_storage().size() for tensor in tensors)
         )
 
@@ -150,10 +153,10 @@ class SummedWeight:
         sums = self.group.sums
         assert sums is not None
         left, right = self.factors(sums.scale)
-        return with_graph(sums.only(self.group.summed.index(self)), [left], [right], lambda: None)[0]
+        return with_graph(sums, [self.group.summed.index(self)], [left], [right])[0]
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: vars(self)[key] for key in ("layer", "adapters", "key", "group", "width", "always")}
+        return {key: vars(self)[key] for key in ("layer", "adapters", "key", "group", "width", "size", "always")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -171,16 +174,12 @@ def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | 
 
 
 class SumGroup:
-    """Layers whose weights have one shape, and are summed in one batch.
-
-    Args:
-        size: elements of each weight.
-    """
+    """Layers that are summed together: neighbours in the model, with weights of one dtype."""
 
     checked: Sequence[object] = ()  # the tensors that were found to be plain, by their addresses
+    kinds: list[list[int]]
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.members: list[SummedWeight] = []
         self._clear()
 
@@ -191,7 +190,7 @@ class SumGroup:
         self.place: tuple[object, ...] = ()
 
     def first_weight(self) -> Any:
-        """W0 of the first layer; the others must have its shape, dtype and device."""
+        """W0 of the first layer; the others must have its dtype and device."""
         first = self.members[0]
         return first.layer._parameters[first.key]
 
@@ -213,9 +212,12 @@ class SumGroup:
         weights = _weights_of(members)
         scale, dtype = members[0].pairs[0].scale, self.place[0]
         lefts, rights = zip(*[member.factors(scale) for member in members], strict=True)
-        self.sums = sums = WeightSums(weights, scale, dtype)  # type: ignore[arg-type]
-        values = with_graph(sums, lefts, rights, _forgetting(self, sums)) if grad else sums.compute(lefts, rights)
-        for member, value, left, right in zip(members, values, lefts, rights, strict=True):
+        self.sums = sums = WeightSums(weights, self.kinds, scale, dtype)  # type: ignore[arg-type]
+        if grad:
+            with_graph(sums, range(len(members)), lefts, rights, _forgetting(self, sums))
+        else:
+            sums.compute(lefts, rights)
+        for member, value, left, right in zip(members, sums.values, lefts, rights, strict=True):
             member.value, member.facts = value, member.facts_now()
             member.has_watched_factors = has_tensor_hooks(left) or has_tensor_hooks(right)
         return True
@@ -228,6 +230,7 @@ class SumGroup:
         if checked != self.checked:
             first = self.first_weight()
             self.checked = checked if all(member.can_be_summed(first) for member in members) else []
+            self.kinds = _kinds(members) if self.checked else []
         is_frozen = not any(tensor.requires_grad for tensor in _weights_of(members))
         return bool(self.checked) and is_frozen and not any(has_module_hooks(p) for m in members for p in m.pairs)
 
@@ -238,12 +241,21 @@ class SumGroup:
         self._clear()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"size": self.size}
+        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
         self.members = []  # they come back by themselves: a copy of a part of a model has its own layers alone
         self._clear()
+
+
+def _kinds(members: list[SummedWeight]) -> list[list[int]]:
+    """The indices of members with weights of one shape, strides and rank, for each such kind."""
+    kinds: dict[object, list[int]] = {}
+    for index, member in enumerate(members):
+        weight: Any = member.layer._parameters[member.key]
+        kind = weight.shape, weight.stride(), sum(pair.r for pair in member.pairs)
+        kinds.setdefault(kind, []).append(index)
+    return list(kinds.values())
 
 
 def _weights_of(members: list[SummedWeight]) -> list[Any]:

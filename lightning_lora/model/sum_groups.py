@@ -1,13 +1,15 @@
-"""Which layers of a model are summed with their adapters in one batch: those with weights of one shape."""
+"""Which layers of a model are summed with their adapters together: neighbours with weights of one dtype."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
-from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
-from lightning_lora.layers.conv import LoRAConv
-from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear
+from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
+from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, TransposedLinear
 from lightning_lora.layers.summed_weight import SumGroup, SummedWeight
 from lightning_lora.targets.survey import Survey
 
@@ -22,14 +24,16 @@ def group_sums(survey: Survey, compute: str) -> None:
         compute: ``"activations"``, ``"weights"``, or ``"auto"``: the weight's side where it is faster.
     """
     groups: dict[object, SumGroup] = {}
+    sizes: Counter[object] = Counter()  # bytes of the weights in each
     for layer in survey.layers():
         width, sums = width_of(layer), {}
-        for key, pairs in layer.lora.by_weight().items() if width and compute != "activations" else ():
-            weight, kind = parameter_of(layer, key), _kind(layer, key, pairs)
-            group = groups.get(kind)
-            if group is None or (len(group.members) + 1) * weight.numel() * weight.element_size() > MAX_BYTES:
-                groups[kind] = group = SumGroup(weight.numel())
-            sums[key] = SummedWeight(layer, key, group, width, compute == "weights")
+        for key in layer.lora.by_weight() if width and compute != "activations" else ():
+            weight = parameter_of(layer, key)
+            kind, size = (weight.dtype, weight.device), weight.numel() * weight.element_size()
+            if kind not in groups or sizes[kind] + size > MAX_BYTES:
+                groups[kind], sizes[kind] = SumGroup(), 0
+            sizes[kind] += size
+            sums[key] = SummedWeight(layer, key, groups[kind], width, compute == "weights")
         layer.lora.sums = sums
 
 
@@ -43,11 +47,8 @@ def width_of(layer: LoRALayer) -> int:
     """Features at one position of the input of ``layer``; 0 if its kind has no weight's side."""
     if isinstance(layer, LoRALinear) and not isinstance(layer, LoRAQuantizedLinear):
         return layer.in_features
-    return int(layer.in_channels) if isinstance(layer, LoRAConv) else 0  # type: ignore[arg-type]
-
-
-def _kind(layer: LoRALayer, key: str, pairs: list[Adapter]) -> object:
-    """Equal for parameters that can be summed in one batch."""
-    weight = parameter_of(layer, key)
-    ranks = sum(pair.r for pair in pairs)
-    return weight.shape, weight.stride(), weight.dtype, weight.device, ranks, pairs[0].scale
+    if isinstance(layer, (LoRAConv, LoRAConvTranspose)):
+        return int(layer.in_channels)  # type: ignore[arg-type]
+    if isinstance(layer, LoRAMultiheadAttention):
+        return int(layer.embed_dim)
+    return parameter_of(layer).shape[0] if isinstance(layer, TransposedLinear) else 0
