@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,20 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
-def run(way: str, folder: Path) -> dict[str, Any]:
+def run(way: str, folder: Path, cores: int | None) -> dict[str, Any]:
     """One way in a process of its own."""
     command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    command += [] if cores is None else ["--cores", str(cores)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{way} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def limit_cores(count: int) -> None:
+    """Leave this process ``count`` cores, and torch as many threads."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    torch.set_num_threads(count)
 
 
 def tensors_in(folder: Path) -> dict[str, Path]:
@@ -161,39 +169,57 @@ def versions() -> str:
     return f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {found}"
 
 
+@dataclass
+class Comparison:
+    """What both ways took, and how far their models differ."""
+
+    bytes: int
+    shards: int
+    ways: dict[str, dict[str, Any]]
+    unequal: float
+
+    def lines(self) -> list[str]:
+        """The table, in Markdown."""
+        size = f"{self.bytes / 2e6:,.0f} M parameters in bf16, {self.bytes / 1e6:,.0f} MB in {self.shards} files"
+        lines = [f"A Llama of {size}; rank {R}.", "", "| way | peak memory MiB | seconds |", "|---|---|---|"]
+        lines += [f"| {way} | {took['mib']:,.0f} | {took['seconds']:.1f} |" for way, took in self.ways.items()]
+        lost = self.ways[WAYS[0]]["lost"]
+        return [
+            *lines,
+            "",
+            f"Rounding to bf16 lost {lost:.1%} of delta's norm. {self.unequal:.2%} of all numbers differ.",
+        ]
+
+
+def compare(size: str, cores: int | None = None) -> Comparison:
+    """Write a model of ``size`` and an adapter, and merge them both ways on ``cores`` cores; ``None`` takes all."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        total = write_base(folder / "base", SIZES[size], 1_000_000_000 if size in ("7b", "1b") else 100_000_000)
+        write_adapter(folder / "adapter", SIZES[size])
+        shards = len(list((folder / "base").glob("*.safetensors")))
+        ways = {way: run(way, folder, cores) for way in WAYS}
+        return Comparison(total, shards, ways, differing(*(folder / way for way in WAYS)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7b", help="of the model")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="size", help="the same as --size tiny")
+    parser.add_argument("--cores", type=int, help="how many cores each way has; all, if it is left out")
     parser.add_argument("--out", help="where to write the table, without the date and .md")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
+        if arguments.cores is not None:
+            limit_cores(arguments.cores)
         way = ours if arguments.run == WAYS[0] else peft
         places = [arguments.folder / name for name in ("base", "adapter", arguments.run)]
         print(json.dumps(way(*places)))
         return
-    torch.manual_seed(0)
-    size = SIZES[arguments.size]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        total = write_base(folder / "base", size, 1_000_000_000 if arguments.size in ("7b", "1b") else 100_000_000)
-        write_adapter(folder / "adapter", size)
-        shards = len(list((folder / "base").glob("*.safetensors")))
-        found = {way: run(way, folder) for way in WAYS}
-        unequal = differing(*(folder / way for way in WAYS))
-    lines = [f"{versions()}, {datetime.date.today()}", ""]
-    lines += [
-        f"A Llama of {total / 2e6:,.0f} M parameters in bf16, {total / 1e6:,.0f} MB in {shards} files; rank {R}.",
-        "",
-    ]
-    lines += ["| way | peak memory MiB | seconds |", "|---|---|---|"]
-    lines += [f"| {way} | {one['mib']:,.0f} | {one['seconds']:.1f} |" for way, one in found.items()]
-    lines += [
-        "",
-        f"Rounding to bf16 lost {found[WAYS[0]]['lost']:.1%} of delta's norm. {unequal:.2%} of all numbers differ.",
-    ]
+    lines = [f"{versions()}, {datetime.date.today()}", "", *compare(arguments.size, arguments.cores).lines()]
     print("\n".join(lines))
     if arguments.out:
         Path(f"{arguments.out}_{datetime.date.today()}.md").write_text("\n".join(lines) + "\n")
