@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import NoReturn
 
 from torch import nn
 
+from lightning_lora.arguments import check_flag
 from lightning_lora.distributed.sharded import is_sharded, is_split, local_shard, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantized_class
@@ -18,7 +20,7 @@ from lightning_lora.names import join
 from lightning_lora.ops.exact_sum import checksum
 
 
-def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
+def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dict[str, float]:
     """Add every adapter to the weight that it adapts, in place: afterwards ``model`` is a plain model.
 
     The sum is computed in fp32 (fp64 for an fp64 base) and rounded once. Afterwards classes, keys and
@@ -27,6 +29,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
 
     Args:
         model: a model with adapters; one that is merged already stays as it is.
+        misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
 
     Returns:
@@ -36,6 +39,7 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     Raises:
         ValueError: if ``model`` has no adapters, or its weights have no values (the meta device), are in pieces (FSDP1,
             ZeRO 3), tied and sharded, or quantized.
+        TypeError: if ``undo`` is no bool, or anything but ``model`` is given by position.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: no added inference latency.
 
@@ -46,6 +50,8 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
         >>> merge_lora(model)
         {'': 0.0}
     """
+    _check_by_name(*misplaced)
+    check_flag("undo", undo)
     complete_undo(model)
     reshard(model)
     layers = list(adapted_layers(model))
@@ -54,6 +60,18 @@ def merge_lora(model: nn.Module, undo: bool = True) -> dict[str, float]:
     _check_mergeable(model, layers)
     _warn_of_shared(layers)
     return all_or_nothing(model, lambda journal: _merge(model, layers, undo, journal))
+
+
+def _check_by_name(*misplaced: object) -> None:
+    if not misplaced:
+        return
+    first = misplaced[0]
+    if isinstance(first, bool):
+        raise TypeError(f"`undo` must be given by name, but got {first} by position. Write `undo={first}`.")
+    raise TypeError(
+        f"`merge_lora` takes `model` by position and `undo` by name, but got a {type(first).__name__} after `model`. "
+        "It merges all adapters of the model: leave this argument out."
+    )
 
 
 def _merge(model: nn.Module, layers: list[tuple[str, LoRALayer]], undo: bool, journal: Journal) -> dict[str, float]:

@@ -31,6 +31,7 @@ def with_marks(signature: inspect.Signature) -> Iterator[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and not marked:
             marked = True
             yield "*"
+        marked = marked or parameter.kind is parameter.VAR_POSITIONAL
         bare = str(parameter.replace(annotation=parameter.empty, default=parameter.empty))
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         yield f"{bare}: {parameter.annotation}{default}"

@@ -245,6 +245,18 @@ def test_neither_train_nor_eval_merges_or_unmerges(mode):
     assert_same_values(model, merged)
 
 
+def test_undo_is_given_by_name():
+    model = adapted(4, 4)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"`undo` must be given by name, but got False by position. Write `undo=False`"):
+        merge_lora(model, False)
+    with pytest.raises(TypeError, match=r"`model` by position and `undo` by name, but got a dict after `model`"):
+        merge_lora(model, {"default": 0.5})
+    with pytest.raises(TypeError, match=r"`undo` must be a bool, but got None"):
+        merge_lora(model, undo=None)
+    assert_same_values(model, before)
+
+
 def test_a_merge_that_is_not_to_be_undone_leaves_the_plain_model():
     model = adapted(5, 4)
     layer = model[0]
