@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.methods.base import Method
-from lightning_lora.names import clean
+from lightning_lora.names import clean, each_module_once, join
+from lightning_lora.targets.survey import memory_of
 from lightning_lora.trainer.checkpointing import contents
 from lightning_lora.trainer.imports import MisconfigurationException
 
@@ -26,8 +27,28 @@ def check_merged_saves(method: Method, module: Any) -> None:
             f"`{type(module).__name__}.state_dict()` has no entry `{missing[0]}`, an adapted weight, so a file has no "
             "place for the merged value. Leave this entry in it under this name."
         )
+    reason = _why_tied(method, module) if reason is None else reason
     if reason is not None:
         raise MisconfigurationException(f"`save='merged'` cannot write its files. {reason} Or use save='adapter'.")
+
+
+def _why_tied(method: Method, module: Any) -> str | None:
+    """Why a plain module would load the file wrong: it puts the values of all tied names into one parameter."""
+    adapted = {name for name, _ in method.adapted_weights(module).values()}
+    holders: dict[tuple[int, bool], list[str]] = {}
+    for name, inner in each_module_once(module):
+        for key in inner._parameters:
+            holders.setdefault(memory_of(inner, key), []).append(join(clean(name), key))
+    tied = next((group for group in holders.values() if len(group) > 1 and not adapted.isdisjoint(group)), None)
+    if tied is None:
+        return None
+    first, *others = sorted(tied, key=lambda name: name not in adapted)
+    leave_out = [name.rpartition(".")[0] for name in tied if name in adapted]
+    return (
+        f"`{first}` is adapted and tied to {', '.join(f'`{name}`' for name in others)}. Merged, they differ, and a "
+        f"module that ties them would load one value into all. Leave it out, exclude={leave_out!r}, or give each a "
+        "weight of its own in `__init__`."
+    )
 
 
 def with_merged_state(

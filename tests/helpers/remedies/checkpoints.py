@@ -176,6 +176,28 @@ def merged_files_of_a_whole_state_dict(message: Expected, folder: Path) -> None:
     torch.testing.assert_close(outputs(Lit.load_from_checkpoint(path)), outputs(trained))
 
 
+@remedy(f"{ROOM}/merged_saves.py", "`{}` is adapted and tied to {}", "exclude=['net.layers.0.q']", "in `__init__`")
+def merged_files_of_weights_that_are_not_tied(message: Expected, folder: Path) -> None:
+    class Ties(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.layers[1].q.weight = self.net.layers[0].q.weight
+
+    class Unties(Ties):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.layers[1].q.weight = nn.Parameter(self.net.layers[0].q.weight.detach().clone())
+
+    targets = ["layers.0.q", "k"]
+    with message:
+        fit(LoRACallback(targets=targets, save="merged"), module=Ties())
+    for cls, exclude in ((Ties, ["net.layers.0.q"]), (Unties, None)):
+        trained = cls()
+        lora = LoRACallback(targets=targets, exclude=exclude, save="merged")
+        path = fit_to_file(folder / cls.__name__, lora, module=trained)
+        torch.testing.assert_close(outputs(cls.load_from_checkpoint(path)), outputs(trained))
+
+
 @remedy(
     f"{ROOM}/contents.py", "The checkpoint to be written lacks `{}`", "`on_save_checkpoint` of Removes", "Leave the"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from torch import nn
 
 from lightning_lora import (
     LoRACallback,
@@ -226,6 +228,33 @@ def test_what_cannot_hold_the_sum_is_refused_before_the_first_step(monkeypatch):
     monkeypatch.setattr("lightning_lora.methods.lora.quantized_layers", lambda model: ["net.layers.0.q"])
     with pytest.raises(MisconfigurationException, match=r"`save='merged'` cannot write its files. Quantized weights"):
         trainer(lora()).fit(Lit(), data())
+
+
+class Tied(Lit):
+    """Two layers with one weight, as one object or as one memory."""
+
+    def __init__(self, by_memory: bool = False) -> None:
+        super().__init__()
+        first, second = (block.q for block in self.net.layers)
+        second.weight = nn.Parameter(first.weight.detach()) if by_memory else first.weight
+
+
+@pytest.mark.parametrize("by_memory", [False, True])
+@pytest.mark.parametrize("adapted", [["layers.0.q"], ["layers.1.q"], ["layers.0.q", "layers.1.q"]])
+def test_a_tied_weight_that_is_adapted_is_refused_before_the_first_step(by_memory, adapted):
+    names, module = [f"net.{name}" for name in adapted], Tied(by_memory)
+    plain = types(module)
+    words = rf"`save='merged'` cannot write its files. `{names[0]}.weight` is adapted and tied .*exclude="
+    with pytest.raises(MisconfigurationException, match=words + re.escape(str(names))):
+        trainer(lora(targets=adapted)).fit(module, data())
+    assert types(module) == plain
+
+
+def test_tied_weights_without_adapters_load_as_they_are(tmp_path):
+    module, _, files = fit(tmp_path, module=Tied(), targets=["k"])
+    plain = Tied()
+    plain.load_state_dict(load(files.last_model_path)["state_dict"])
+    assert same(dict(plain.state_dict()), dict(module.state_dict()))
 
 
 def test_sharded_strategies_are_refused_before_the_first_step():
