@@ -82,8 +82,9 @@ class LoRACallback(MethodCallback):
             memory on the device; the fp32 values wait in CPU memory until the end of the run. None changes nothing.
         save: What the checkpoints of the run hold. "adapter": the adapters alone. "merged": the state dict of the
             merged model, which loads into the plain module without this package, and the adapters to resume from; a
-            file is then larger than one of the base. FSDP, DeepSpeed, quantized weights, adapted weights that are tied,
-            and base_dtype are refused.
+            file is then larger than one of the base. To resume from it fit needs this callback: a plain fit(ckpt_path)
+            raises that the file holds only the model. FSDP, DeepSpeed, quantized weights, adapted weights that are
+            tied, and base_dtype are refused.
         merged: File into which the end of fit writes the merged model: safetensors, with the keys of
             module.state_dict(), tied tensors once. It holds the best adapters with merge="best", else the last. None
             writes nothing.

@@ -20,6 +20,7 @@ from lightning_lora.trainer.checkpointing.kept_states import own_names, without_
 
 KEY = "lightning_lora"
 FORMATS = (1, 2)
+ENTRIES_OF_RUN = ("state_dict", "optimizer_states", "lr_schedulers")  # under our key in a file of save="merged"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 

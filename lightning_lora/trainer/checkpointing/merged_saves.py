@@ -58,7 +58,10 @@ def with_merged_state(
     method: Method,
     module: Any,
 ) -> dict[str, Any]:
-    """``checkpoint`` with the merged state dict, and with its adapters under the package's own key.
+    """``checkpoint`` with the merged state dict, and with all that only our run can load under the package's own key.
+
+    A run without the callback would load the optimizers' states of adapters into optimizers of the whole module. So it
+    finds none, and Lightning raises that the file holds only the model.
 
     Args:
         checkpoint: as it is written with ``save="adapter"``.
@@ -68,9 +71,10 @@ def with_merged_state(
         module: which is adapted or merged, and stays as it is.
     """
     tensors = ((key, value) for key, value in (seen_by_hooks or {}).items() if isinstance(value, Tensor))
-    seen, adapter = {id(value): clean(key) for key, value in tensors}, checkpoint["state_dict"]
+    seen = {id(value): clean(key) for key, value in tensors}
     names = {key: seen.get(id(value), clean(key)) for key, value in whole.items()}
-    own = {seen.get(id(value), key): value for key, value in adapter.items()}
+    own = {seen.get(id(value), key): value for key, value in checkpoint["state_dict"].items()}
     merged = method.merged_state(module, whole, own, names)
-    about = {**checkpoint[contents.KEY], "state_dict": adapter}
-    return {**checkpoint, "state_dict": merged, contents.KEY: about}
+    own_entries = {key: checkpoint[key] for key in contents.ENTRIES_OF_RUN if key in checkpoint}
+    rest = {key: value for key, value in checkpoint.items() if key not in own_entries}
+    return {**rest, "state_dict": merged, contents.KEY: {**checkpoint[contents.KEY], **own_entries}}

@@ -15,7 +15,7 @@ from lightning_lora.files.torch_files import checked, read_torch_file
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.trainer.checkpointing.checks import check_facts, check_pairs, check_weights
-from lightning_lora.trainer.checkpointing.contents import FORMATS, KEY, WEIGHTS
+from lightning_lora.trainer.checkpointing.contents import ENTRIES_OF_RUN, FORMATS, KEY, WEIGHTS
 from lightning_lora.trainer.watching.frozen_facts import LATE, how_it_was_set, names_in
 
 AS_TRUSTED = "`weights_only=False` where you give the path"
@@ -115,7 +115,7 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool, argument: str 
         )
     recorded = checkpoint[KEY]
     if isinstance(recorded, dict) and "state_dict" in recorded:  # written with save="merged"
-        checkpoint["state_dict"] = recorded.pop("state_dict")
+        checkpoint |= {key: recorded.pop(key) for key in ENTRIES_OF_RUN if key in recorded}
     return checkpoint
 
 

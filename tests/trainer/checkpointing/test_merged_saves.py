@@ -111,11 +111,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_that_of_adapter_files(tm
     fit(tmp_path / "adapter", 4, save="adapter")
     four, resumed, adapter = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed", "adapter"))
     assert same(dict(four["state_dict"]), dict(resumed["state_dict"]))
-    assert same(four["lightning_lora"]["state_dict"], adapter["state_dict"])
+    four, resumed = four["lightning_lora"], resumed["lightning_lora"]
+    assert same(four["state_dict"], adapter["state_dict"])
+    assert four["lr_schedulers"] == resumed["lr_schedulers"] == adapter["lr_schedulers"]
     for index, state in four["optimizer_states"][0]["state"].items():
         assert same(state, resumed["optimizer_states"][0]["state"][index])
     fit(tmp_path / "across", 4, tmp_path / "two" / "last.ckpt", save="adapter")
     assert same(load(tmp_path / "across" / "last.ckpt")["state_dict"], adapter["state_dict"])
+
+
+def test_a_run_without_the_callback_finds_the_model_alone(run):
+    """The states of its optimizers would be those of adapters: Lightning's own words say that there are none."""
+    path = run[2].last_model_path
+    with pytest.raises(KeyError, match="Trying to restore optimizer state but checkpoint contains only the model"):
+        trainer(max_epochs=5).fit(Lit(batch_norm=True), data(), data(1), ckpt_path=path)
+    trainer().test(Lit(batch_norm=True), data(2), ckpt_path=path, verbose=False)
+    plain = Lit(batch_norm=True)
+    plain.load_state_dict(load(path)["state_dict"])
+    trainer(max_epochs=1).fit(plain, data())
 
 
 @pytest.mark.parametrize("merge", [True, "best", False])
