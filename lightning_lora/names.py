@@ -139,6 +139,16 @@ def folded(name: str) -> str:
     return name if name.replace(".", "").isdigit() else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """``count`` and the ``noun``, in its plural unless there is one.
+
+    Example:
+        >>> counted(1, "layer"), counted(1200, "layer"), counted(0, "matrix", "matrices")
+        ('1 layer', '1,200 layers', '0 matrices')
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The ``names`` that look most like ``pattern``; of names that differ by a number only one is given.
 

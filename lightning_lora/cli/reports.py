@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.cli.costs import ACCOUNTINGS, ADAPTER
 from lightning_lora.model.report.table import bytes_text
-from lightning_lora.names import folded
+from lightning_lora.names import counted, folded
 
 if TYPE_CHECKING:  # a command imports what it needs and no other command
     from lightning_lora.cli.convert import Exported
@@ -25,7 +25,7 @@ LISTED = 20  # rows of a list that has no limit of its own
 
 def layers_text(count: int) -> str:
     """``1 adapted layer``, ``2 adapted layers``."""
-    return f"{count} adapted layer{'s' if count != 1 else ''}"
+    return counted(count, "adapted layer")
 
 
 def printable(text: str) -> str:
@@ -126,7 +126,7 @@ def merge_text(report: MergeReport, out: str) -> str:
     """The loss by rounding, worst layers first, and the other changes."""
     worst = sorted(report.layers.items(), key=lambda item: -item[1].lost)
     rows = [(name, number(w.weight), number(w.delta), f"{w.lost:.2%}") for name, w in worst[:LISTED]]
-    lines = [printable(f"{out}: {len(worst)} weights merged, {bytes_text(report.written)}")]
+    lines = [printable(f"{out}: {counted(len(worst), 'weight')} merged, {bytes_text(report.written)}")]
     lines += columns(("weight", "|W|", "|delta|", "lost by rounding"), rows)
     lines += [f"  and {len(worst) - LISTED:,} more, of which less was lost"] if len(worst) > LISTED else []
     lines += [f"Rounding to the base's dtype lost {report.lost():.2%} of delta's norm."]
@@ -148,7 +148,7 @@ def difference_text(differences: Differences, top: int) -> str:
     first, second = what.split(", ")
     head = ("name", first, second, "|A - B|", "relative", "cosine", "note")
     kind = "updates" if differences.kind == "adapters" else "tensors"
-    lines = [f"{len(changed):,} of {len(differences.rows):,} {kind} differ"]
+    lines = [f"{kind} that differ: {len(changed):,} of {len(differences.rows):,}"]
     lines += columns(head, [_difference(row) for row in [*changed[:top], differences.total()]]) if changed else []
     lines += [f"  {len(changed) - top:,} more are not shown: see --top"] if len(changed) > top else []
     return "\n".join(lines)
@@ -172,7 +172,8 @@ def extraction_text(extraction: Extraction, out: str) -> str:
     """The energy kept, worst layers first, and the changes without a pair."""
     worst = sorted(extraction.layers.items(), key=lambda item: item[1].energy)
     rows = [(name, number(e.delta), number(e.relative), f"{e.energy:.2%}") for name, e in worst[:LISTED]]
-    lines = [printable(f"{out}: {len(worst)} pairs"), *columns(("layer", "|delta|", "of |W|", "energy kept"), rows)]
+    lines = [printable(f"{out}: {counted(len(worst), 'pair')}")]
+    lines += columns(("layer", "|delta|", "of |W|", "energy kept"), rows)
     lines += [f"  and {len(worst) - LISTED:,} more, of which more was kept"] if len(worst) > LISTED else []
     lines += [f"The adapter has {extraction.energy():.2%} of the squared norm of these changes."]
     lines += listed("unchanged, without a pair", extraction.unchanged)

@@ -152,8 +152,13 @@ class Method(ABC):
         """Make ``model`` what it was before :meth:`adapt`: every value, flag, class and key, merged or not."""
 
     @abstractmethod
-    def describe(self, model: nn.Module) -> str:
-        """What is adapted, what trains and what stays frozen, as lines of text for the start of a run."""
+    def describe(self, model: nn.Module, save: str = "adapter") -> str:
+        """What is adapted, what trains, what stays frozen and what files hold, as lines for the start of a run.
+
+        Args:
+            model: an adapted model.
+            save: what the checkpoints of the run hold, as the argument of the callback.
+        """
 
     def warnings(self, model: nn.Module) -> list[str]:
         """What is likely to be meant otherwise, for the start of a run that loaded nothing; ``model`` is adapted."""

@@ -126,8 +126,8 @@ class LoRAMethod(Method):
         remove_lora(model)
 
     @override
-    def describe(self, model: nn.Module) -> str:
-        return describe(model)
+    def describe(self, model: nn.Module, save: str = "adapter") -> str:
+        return describe(model, save)
 
     @override
     def warnings(self, model: nn.Module) -> list[str]:

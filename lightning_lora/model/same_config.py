@@ -61,8 +61,8 @@ def check_meant(targets: Targets) -> None:
     present = [name for name, module in targets.survey.modules if has_pairs(module) and id(module) not in meant]
     if present:
         raise ValueError(
-            f"`{names.clean(present[0])}` has adapters ({len(present)} such layers), and in this model the "
-            "configuration does not mean it: it was adapted as a part of another model. To take them off call "
-            "`remove_lora` with that layer; to keep what was trained in its weights call `merge_lora(layer, "
+            f"`{names.clean(present[0])}` has adapters ({names.counted(len(present), 'such layer')}), and in this "
+            "model the configuration does not mean it: it was adapted as a part of another model. To take them off "
+            "call `remove_lora` with that layer; to keep what was trained in its weights call `merge_lora(layer, "
             "undo=False)`."
         )

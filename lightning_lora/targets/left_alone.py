@@ -10,6 +10,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.registry import is_convolution, original_class
+from lightning_lora.names import counted
 from lightning_lora.targets.survey import Survey
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -35,7 +36,7 @@ def left_alone(survey: Survey, adapted: Collection[str], config: LoRAConfig) -> 
         return []
     counts = Counter(original_class(rest[name]).__name__ for name in recurrent)
     parts = [f"{count} {kind}" for kind, count in counts.items()]
-    parts += [f"{len(convolutions)} convolution{'s' * (len(convolutions) > 1)}"] if convolutions else []
+    parts += [counted(len(convolutions), "convolution")] if convolutions else []
     first = [*recurrent, *convolutions][0]
     return [
         f"'all' means linear layers: {', '.join(parts)} left alone. To adapt them name them: targets=['all', {first!r}]"

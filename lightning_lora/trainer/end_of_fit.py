@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_lora.names import counted
 from lightning_lora.trainer.checkpointing.best import load_best
 from lightning_lora.trainer.checkpointing.init_and_export import export
 from lightning_lora.trainer.checkpointing.merged_file import export_merged, write_merged_file
@@ -95,7 +96,7 @@ def merge_into_base(run: Run, which: str) -> str:
     lost = run.method.merge(run.module)
     merge_copies(run.trainer, run.module, run.method)
     run.strategy_adapter.after_merge()
-    count = f"{len(lost)} layer{'' if len(lost) == 1 else 's'}"
+    count = counted(len(lost), "layer")
     done = (
         f"Merged {count} in {', '.join(sorted(map(_short, dtypes)))}: {which}." if lost else f"Merged already: {which}."
     )

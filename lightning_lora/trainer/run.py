@@ -138,7 +138,7 @@ class Run:
         self.check_export_and_start()
         self.lower_base()
         if self.stage == "fit":
-            rank_zero_info(self.method.describe(self.module))
+            rank_zero_info(self.method.describe(self.module, self.run_config.save))
         return result
 
     def adapt_late(self) -> None:
@@ -166,8 +166,8 @@ class Run:
         if set(copies) - self.released:
             self.released.update(copies)
             rank_zero_info(
-                f"{listed(copies)} came after `setup`, as a copy of adapted layers: it is plain now, and computes what "
-                "they computed then. Make it in `setup` to adapt it too."
+                f"{listed(copies)} came after `setup` as a copy of adapted layers. A late copy is plain, and computes "
+                "what they computed then. Make it in `setup` to adapt it too."
             )
 
     def check_export_and_start(self) -> None:

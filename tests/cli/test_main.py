@@ -128,7 +128,7 @@ def test_merge_writes_and_reports(done):
 
 
 def test_diff_shows_the_factor(done):
-    assert "4 of 4 updates differ" in done[1]["diff"][0]
+    assert "updates that differ: 4 of 4" in done[1]["diff"][0]
     assert all(" 1  1.000000" in line for line in done[1]["diff"][0].splitlines()[2:])
 
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_is_an_adapter(here, capsys):
     merged = load_file(here / "merged.safetensors")
     assert all(torch.equal(value, merged[key]) for key, value in module.state_dict().items())
     assert main(["diff", "runs/run.ckpt", "runs/run.ckpt"]) == 0
-    assert "0 of 1 updates differ" in capsys.readouterr().out
+    assert "updates that differ: 0 of 1" in capsys.readouterr().out
 
 
 def refuse_constant(name):

@@ -46,8 +46,10 @@ def test_worst_layers_come_first():
     lines = merge_text(MergeReport(layers), "out").splitlines()
     assert lines[2].split() == ["l29", "1", "1", "29.00%"]
     assert "  and 10 more, of which less was lost" in lines
+    assert lines[0] == "out: 30 weights merged, 0 B"
+    assert merge_text(MergeReport({"l0": MergedLayer(1.0, 1.0, 0.0)}), "out").startswith("out: 1 weight merged, 0 B")
 
 
 def test_equal_things_need_no_table():
     rows = [Difference("a", 1.0, 1.0, 0.0, 1.0)]
-    assert difference_text(Differences("models", rows), 5) == "0 of 1 tensors differ"
+    assert difference_text(Differences("models", rows), 5) == "tensors that differ: 0 of 1"

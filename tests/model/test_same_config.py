@@ -110,7 +110,7 @@ def test_a_layer_that_the_configuration_does_not_mean_in_the_second_model():
     first = nn.ModuleDict({"first": network.layers[0], "other": nn.Linear(2, 2)})
     apply_lora(first, config)
     second = nn.ModuleDict({"last": network.layers[0], "first": network.layers[1], "other": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"`last.q` has adapters \(1 such layers\), and in this model the config"):
+    with pytest.raises(ValueError, match=r"`last.q` has adapters \(1 such layer\), and in this model the config"):
         apply_lora(second, config)
     remove_lora(second["last"].q)
     assert apply_lora(second, config) == ["first.q", "other"]

@@ -15,7 +15,7 @@ from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import trains
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
-from lightning_lora.names import matches
+from lightning_lora.names import counted, matches
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.resolve import Targets, find_targets
 from lightning_lora.targets.survey import Site, Survey
@@ -55,7 +55,8 @@ class Plan:
         described = zip(patterns, self.rows, strict=True)
         lines = [f"- '{pattern}'  # {row.kind} {row.shape}, r={row.r}" for pattern, row in described]
         size = sum(row.parameters for row in self.rows)
-        return "\n".join([f"# {len(self.rows)} matrices, {size:,} parameters", *lines, ""])
+        heading = f"# {counted(len(self.rows), 'matrix', 'matrices')}, {counted(size, 'parameter')}"
+        return "\n".join([heading, *lines, ""])
 
     def _pattern(self, name: str) -> str:
         """The name itself, or an exact pattern where the name would match another one too."""

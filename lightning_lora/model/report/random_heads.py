@@ -110,8 +110,8 @@ def warning_of(heads: list[str]) -> str:
     """What it costs that ``heads`` stay frozen with random weights, and the two ways out."""
     shown = ", ".join(f"`{name}`" for name in heads)
     return (
-        f"The output head {shown} is frozen, and its weights look as if they were just drawn. Nothing trains it and no "
-        "checkpoint holds it, so one of this run loads only where the same weights are drawn again. To train and save "
-        f"it: also_train={heads!r}. To keep it frozen save the base before `fit`, torch.save(module.state_dict(), "
-        "path), and load by load_from_checkpoint(cls, checkpoint, base=path)."
+        f"Frozen output {'head' if len(heads) == 1 else 'heads'} {shown}: the weights look as if they were just drawn. "
+        "Nothing trains them and no checkpoint holds them, so one of this run loads only where the same weights are "
+        f"drawn again. To train and save them: also_train={heads!r}. To keep them frozen save the base before `fit`, "
+        "torch.save(module.state_dict(), path), and load by load_from_checkpoint(cls, checkpoint, base=path)."
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import shape_of
@@ -18,10 +20,15 @@ from lightning_lora.targets.roles import roles_in
 from lightning_lora.targets.survey import Survey, survey_of
 
 
-def describe(model: nn.Module) -> str:
-    """What LoRA adapts and trains in ``model``, as text; layers that differ only by a number share a row."""
+def describe(model: nn.Module, save: str = "adapter") -> str:
+    """What LoRA adapts and trains in ``model``, as text; layers that differ only by a number share a row.
+
+    Args:
+        model: an adapted model.
+        save: what the checkpoints of the run hold, ``"adapter"`` or ``"merged"``.
+    """
     rows = rows_of(model)
-    lines = ["LoRA adapts", *table(rows), *_also_trained(model), _totals(model), *useless_ranks(rows)]
+    lines = ["LoRA adapts", *table(rows), *_also_trained(model), *_totals(model, save), *useless_ranks(rows)]
     return "\n".join([*lines, *_left_alone(model)])
 
 
@@ -48,15 +55,33 @@ def _also_trained(model: nn.Module) -> list[str]:
     return trained_in_full(in_full, "and trains in full")
 
 
-def _totals(model: nn.Module) -> str:
-    trained = dict(trained_parameters(model))
+def _totals(model: nn.Module, save: str) -> list[str]:
+    trained = dict(trained_parameters(model)).values()
     adapters = {id(parameter) for _, parameter in adapter_parameters_in(survey_of(model))}
-    base = sum(shape_of(p).numel() for _, p in names.named_parameters(model) if id(p) not in adapters)
-    size = sum(shape_of(parameter).numel() for parameter in trained.values())
-    nbytes = sum(shape_of(p).numel() * p.element_size() for p in trained.values())
-    return (
-        f"{size:,} trainable parameters, {size / base:.2%} of the base's {base:,}; {bytes_text(nbytes)} in a checkpoint"
-    )
+    base = [parameter for _, parameter in names.named_parameters(model) if id(parameter) not in adapters]
+    size, base_size = _numel(trained), _numel(base)
+    total, held = f"{size:,} trainable parameters, {size / base_size:.2%} of the base's {base_size:,}", _bytes(trained)
+    if save != "merged":
+        return [f"{total}; {held} in a checkpoint"]
+    merged = _bytes([*base, *_saved_buffers(model)])
+    return [total, f"a checkpoint holds the merged model ({merged}) and what trains ({held})"]
+
+
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(shape_of(parameter).numel() for parameter in parameters)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> str:
+    return bytes_text(sum(shape_of(tensor).numel() * tensor.element_size() for tensor in tensors))
+
+
+def _saved_buffers(model: nn.Module) -> list[Tensor]:
+    return [
+        buffer
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]
 
 
 def output_heads(model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_base
 from lightning_lora.model.written import set_written, written_parameters
+from lightning_lora.names import counted
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.trainer.checkpointing import contents, reading
 from lightning_lora.trainer.checkpointing.checks import ENTRIES
@@ -273,8 +274,8 @@ class CheckpointFiles:
         else:
             self.random_states = None
             rank_zero_warn(
-                f"The checkpoint holds the random state of {len(states)} process(es) and this run has {ranks}: it is "
-                "not restored, so dropout and shuffling will differ from the uninterrupted run."
+                f"The checkpoint holds the random state of {counted(len(states), 'process', 'processes')} and this run "
+                f"has {ranks}: it is not restored, so dropout and shuffling will differ from the uninterrupted run."
             )
 
 

@@ -25,7 +25,7 @@ from lightning_lora.model.record import is_merged
 from lightning_lora.model.same_config import check_same
 from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
 from lightning_lora.model.written import set_written
-from lightning_lora.names import clean
+from lightning_lora.names import clean, counted
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpointing import contents, reading
 from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
@@ -250,13 +250,14 @@ def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_
         different = list(differences(file.base, present))
         rank_zero_warn(
             f"`strict_base=False`: the adapters of {file.path} are on another base than the one that they were trained "
-            f"on. {len(different)} of {len(file.base)} frozen weights differ: {'; '.join(different[:3])}.{missing}"
+            f"on. Frozen weights that differ, {len(different)} of {len(file.base)}: {'; '.join(different[:3])}."
+            f"{missing}"
         )
     unchecked = [name for name, sums in present.items() if None in sums[:3]]
     if unchecked and not strict_base:
         rank_zero_warn(
-            f"`strict_base=False`: the values of {len(unchecked)} frozen weights, such as `{unchecked[0]}`, were not "
-            "compared: they are quantized, or on the meta device."
+            f"`strict_base=False`: the values of {counted(len(unchecked), 'frozen weight')}, such as `{unchecked[0]}`, "
+            "were not compared: they are quantized, or on the meta device."
         )
 
 

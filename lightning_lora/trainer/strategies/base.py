@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.names import counted
+
 
 class StrategyAdapter:
     """What a run does with its strategy; one device and DDP need nothing.
@@ -72,7 +74,7 @@ def states_in(checkpoint: Mapping[str, Any], count: int) -> list[Any]:
         )
     if len(states) != count:
         raise ValueError(
-            f"The checkpoint holds the state of {len(states)} optimizers, but the module has {count}: resume with the "
-            "`configure_optimizers` that it was written with."
+            f"The checkpoint holds the state of {counted(len(states), 'optimizer')}, but the module has {count}: "
+            "resume with the `configure_optimizers` that it was written with."
         )
     return states

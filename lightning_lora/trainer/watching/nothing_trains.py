@@ -80,8 +80,8 @@ def zero_gradients(model: nn.Module) -> str:
         )
     shown = ", ".join(f"`{name}`" for name in culprits[:4])
     return (
-        f"Every gradient is exactly zero at the first step, so nothing trains. {shown} is frozen and its weight is all "
-        f"zeros, which lets no gradient through: train it too, also_train={culprits[:4]!r}."
+        f"Every gradient is exactly zero at the first step, so nothing trains. A frozen weight of zeros, as of {shown}"
+        f", lets no gradient through: train it too, also_train={culprits[:4]!r}."
     )
 
 

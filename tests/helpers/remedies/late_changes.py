@@ -114,7 +114,7 @@ def a_layer_that_is_built_again(message: Expected, folder: Path) -> None:
         assert torch.equal(start.output, before)
 
 
-@remedy("trainer/run.py", "{} came after `setup`, as a copy of adapted layers", "Make it in `setup`")
+@remedy("trainer/run.py", "{} came after `setup` as a copy of adapted layers", "Make it in `setup`")
 def a_copy_that_is_made_in_setup(message: Expected, folder: Path) -> None:
     class CopiesLate(Lit):
         def on_fit_start(self) -> None:
@@ -133,7 +133,7 @@ def a_copy_that_is_made_in_setup(message: Expected, folder: Path) -> None:
     assert module.teacher.layers[0].q.lora.default.B.any()
 
 
-@remedy("model/report/random_heads.py", "The output head {} is frozen", "also_train=['net.head']", "base=path")
+@remedy("model/report/random_heads.py", "Frozen output {} {}: the weights look", "also_train=['net.head']", "base=path")
 def a_head_that_was_just_drawn(message: Expected, folder: Path) -> None:
     class Drawn(Lit):
         def __init__(self) -> None:

@@ -212,9 +212,7 @@ def another_configuration(message: Expected, folder: Path) -> None:
     assert torch.equal(outputs(model), outputs(adapted()))
 
 
-@remedy(
-    "model/same_config.py", "`{}` has adapters ({} such layers)", "`remove_lora`", "`merge_lora(layer, undo=False)`"
-)
+@remedy("model/same_config.py", "`{}` has adapters ({})", "`remove_lora`", "`merge_lora(layer, undo=False)`")
 def a_layer_of_another_model(message: Expected, folder: Path) -> None:
     def moved() -> tuple[nn.Module, nn.Module]:
         layer = adapted().layers[0].q

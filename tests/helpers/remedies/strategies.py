@@ -95,9 +95,7 @@ def a_file_with_the_state_of_optimizers(message: Expected, folder: Path) -> None
     assert states_in({"optimizer_states": [{}]}, 1) == [{}]
 
 
-@remedy(
-    BASE, "The checkpoint holds the state of {} optimizers", "2 optimizers", "the module has 1", "resume with the `conf"
-)
+@remedy(BASE, "The checkpoint holds the state of {}, but", "2 optimizers", "the module has 1", "resume with the `conf")
 def a_file_of_as_many_optimizers(message: Expected, folder: Path) -> None:
     with message:
         states_in({"optimizer_states": [{}, {}]}, 1)

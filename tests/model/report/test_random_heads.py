@@ -13,7 +13,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_from_check
 from lightning_lora.model.report.random_heads import is_random, random_heads
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
-WORDS = r"The output head `net.head` is frozen, and its weights look as if .*also_train=\['net.head'\]"
+WORDS = r"Frozen output head `net.head`: the weights look as if .*also_train=\['net.head'\]"
 
 
 def drawn(draw, bias=True, inputs=64, outputs=10):

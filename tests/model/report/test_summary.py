@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, plan_lora
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_state_dict, plan_lora
 from lightning_lora.model.report.summary import bytes_text, describe, output_heads
 from tests.helpers.models import Lit, data, net, trainer
 
@@ -39,6 +39,18 @@ def test_the_sizes_are_those_of_a_count_by_hand():
     assert by_hand == 6248
     text = describe(model)
     assert f"{by_hand:,} trainable parameters, 2.66% of the base's 235,146; 25.0 kB in a checkpoint" in text
+
+
+def test_the_size_of_a_merged_file_is_that_of_the_base_and_what_a_run_resumes_from():
+    model = net(batch_norm=True)
+    base = sum(value.nbytes for value in model.state_dict().values())
+    apply_lora(model, LoRAConfig(r=4, alpha=8, targets=["q", "v"]))
+    adapters = sum(value.nbytes for value in lora_state_dict(model).values())
+    held = f"the merged model ({base / 1000:.1f} kB) and what trains ({adapters / 1000:.1f} kB)"
+    assert describe(model, "merged").splitlines()[-2:] == [
+        "512 trainable parameters, 17.86% of the base's 2,867",
+        f"a checkpoint holds {held}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,13 @@ def test_it_is_shown_once_at_the_start_of_fit_and_not_of_test(caplog):
         trainer(LoRACallback(r=4)).test(Lit(), data(2), verbose=False)
     shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA adapts")]
     assert len(shown) == 1 and "net.layers.*.q" in shown[0]
+
+
+def test_it_says_what_merged_files_will_hold(caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(LoRACallback(r=4, save="merged"), fast_dev_run=True).fit(Lit(), data())
+    [shown] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA adapts")]
+    assert shown.endswith("a checkpoint holds the merged model (11.3 kB) and what trains (4.1 kB)")
 
 
 class Summarize(Callback):

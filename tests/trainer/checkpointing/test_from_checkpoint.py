@@ -100,7 +100,7 @@ def test_another_base(tmp_path):
     words = r"was trained on another base: `net\.layers\.0\.q\.weight` has other values"
     with pytest.raises(ValueError, match=words):
         load_from_checkpoint(Drawn, path)
-    words = r"`strict_base=False`: .* 2 of 26 frozen weights differ: `net\.layers\.0\.q\.weight` has other values"
+    words = r"`strict_base=False`: .* Frozen weights that differ, 2 of 26: `net\.layers\.0\.q\.weight` has other values"
     with pytest.warns(UserWarning, match=words):
         assert is_adapted(load_from_checkpoint(Drawn, path, strict_base=False))
 
