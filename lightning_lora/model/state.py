@@ -59,7 +59,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
 
     These are adapters, ``also_train`` modules, the biases that train, and buffers that changed since
     :func:`apply_lora` (BatchNorm updates its statistics though it is frozen), but no frozen parameter. As in torch's
-    ``state_dict`` the tensors are the model's own memory: clone them to keep them while training continues.
+    ``state_dict`` the tensors are the model's own memory: clone them to keep them while training continues. A plain
+    model that loads ``model.state_dict()`` with ``strict=False`` computes as the base, and only the ``unexpected_keys``
+    that torch returns say so: for a plain model write ``merged_state_dict(model)``.
 
     Raises:
         ValueError: if ``model`` has no adapters.

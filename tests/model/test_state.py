@@ -14,6 +14,7 @@ from lightning_lora import (
     lora_parameters,
     lora_state_dict,
     merge_lora,
+    merged_state_dict,
     unmerge_lora,
 )
 from tests.helpers import oracles
@@ -29,6 +30,23 @@ def test_parameters_of_the_adapters_come_with_their_names_and_as_they_are():
     assert list(found) == ADAPTERS
     assert all(model.get_parameter(name) is parameter for name, parameter in found.items())
     assert list(lora_parameters(net())) == []
+
+
+def test_a_plain_model_takes_the_base_of_an_adapted_one_and_what_to_write_instead():
+    model = train(adapted()).eval()
+    plain, written = net().eval(), model.state_dict()
+    result = plain.load_state_dict(written, strict=False)
+    assert result.missing_keys == [] and result.unexpected_keys == ADAPTERS
+    base = net().eval()
+    base.load_state_dict({key: value for key, value in written.items() if key not in ADAPTERS})
+    assert torch.equal(plain(INDEX), base(INDEX)) and not torch.allclose(plain(INDEX), model(INDEX))
+    plain.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(plain(INDEX), model(INDEX))
+    again = net()
+    apply_lora(again, oracles.BODY)
+    load_lora_state_dict(again, lora_state_dict(model))
+    assert torch.equal(again.eval()(INDEX), model(INDEX))
+    assert all(name in lora_state_dict.__doc__ for name in ("strict=False", "unexpected_keys", "merged_state_dict"))
 
 
 def test_names_are_the_users_whatever_wraps_the_model():
