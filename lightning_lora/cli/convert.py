@@ -7,7 +7,7 @@ that goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from lightning_lora.peft_format.provenance import OWN, base_in, header
 from lightning_lora.peft_format.save import file_writers
 from lightning_lora.peft_format.stored import PREFIX, WEIGHTS, StoredAdapter, open_adapter
 from lightning_lora.peft_format.targets import exact_targets
+from lightning_lora.peft_format.task import BASE, CLASSES, recorded_classes
 from lightning_lora.trainer.checkpointing import checks, contents, reading
 
 THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
@@ -71,21 +72,24 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     config, base = reading.facts_in(checkpoint, path, "CKPT")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
-    prefix = _common(base, pairs) if inner is None else inner
+    classes = recorded_classes(checkpoint[contents.KEY].get(CLASSES))
+    prefix = _wrapped(classes, base, pairs) if inner is None else inner
+    named = classes.get(prefix, {})
     relative = {name: _relative(name, prefix) for name in pairs}
     below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
     kinds = {name: _kind(name, checkpoint[contents.KEY], path) for name in pairs}
     tensors: dict[str, Tensor] = {}
     for name, both in pairs.items():
-        named = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
-        tensors |= {f"{PREFIX}{relative[name]}.{key}": value for key, value in named}
+        matrices = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
+        tensors |= {f"{PREFIX}{relative[name]}.{key}": value for key, value in matrices}
     text = written_config(
         {relative[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
         exact_targets(list(relative.values()), skeleton(_shapes(below))),
         [],
         config,
-        base=None,
+        base=named.get(BASE),
         transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
+        auto={key: value for key, value in named.items() if key != BASE},
     )
     about = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
     write_together(directory, file_writers(text, tensors, header(config, below, tensors, about, prefix)))
@@ -194,6 +198,12 @@ def _shaped(pair: tuple[Tensor, Tensor], kind: str, shape: tuple[int, ...]) -> t
     if kind == "convolution":
         A, B = A.view(len(A), *shape[1:]), B.view(*B.shape, *[1] * (len(shape) - 2))
     return A, B
+
+
+def _wrapped(classes: Mapping[str, object], base: Fingerprint, adapted: Collection[str]) -> str:
+    """The name of the module that peft wraps: the transformers model that holds all adapters, as a run finds it."""
+    holding = [name for name in classes if all(_lies_in(layer, name) for layer in adapted)]
+    return min(holding, key=len) if holding else _common(base, adapted)
 
 
 def _common(base: Fingerprint, adapted: Container[str]) -> str:

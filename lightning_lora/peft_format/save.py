@@ -13,7 +13,6 @@ from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files.atomic import write_together
 from lightning_lora.files.safetensors_writing import write_tensors
-from lightning_lora.foreign import BASE_NAME
 from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.record import records
 from lightning_lora.model.state import has_adapters
@@ -23,7 +22,7 @@ from lightning_lora.peft_format.inner import belongings_of, inner_of, wider_than
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
 from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
 from lightning_lora.peft_format.targets import exact_targets
-from lightning_lora.peft_format.task import auto_classes
+from lightning_lora.peft_format.task import auto_classes, base_name
 from lightning_lora.peft_format.vllm import for_vllm
 
 FLAVORS = ("peft", "vllm")
@@ -150,13 +149,12 @@ def _config_text(contents: Contents, part: nn.Module, config: LoRAConfig, flavor
     modules = {name: Scaled(pair.r, pair.alpha(rslora)) for name, pair in contents.adapted().items()}
     inside = dict(names.named_modules(part))
     linear = [module for name in modules if is_linear(module := inside[name])]
-    base = getattr(part, BASE_NAME, None) or None
     return written_config(
         modules,
         exact_targets(list(modules), part),
         contents.modules_to_save,
         config if rslora == config.rslora else LoRAConfig(dropout=config.dropout, bias=config.bias),
-        base=base if isinstance(base, str) else None,
+        base=base_name(part),
         transposed=bool(linear) and not any(issubclass(original_class(module), nn.Linear) for module in linear),
         auto=auto_classes(part, contents.modules_to_save),
     )

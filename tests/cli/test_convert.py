@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,56 @@ def test_turned_maps_and_embeddings(tmp_path):
         torch.testing.assert_close(
             model(input_ids=IDS).logits, module.model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
         )
+
+
+class FromDisk(Language):
+    """A language model that was loaded by its name, next to something else that is frozen."""
+
+    def __init__(self, base: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = transformers.GPT2LMHeadModel.from_pretrained(base)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+def test_the_auto_class_of_peft_loads_what_a_run_trained(tmp_path):
+    gpt2().save_pretrained(tmp_path / "base")
+    module, path = fit(tmp_path, partial(FromDisk, str(tmp_path / "base")), targets=["c_attn"])
+    exported = export_checkpoint(path, tmp_path / "out")
+    assert exported.inner == "model" and exported.layers == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+    save_adapter(module, tmp_path / "by-the-module")
+    texts = [(tmp_path / name / "adapter_config.json").read_text() for name in ("out", "by-the-module")]
+    assert texts[0] == texts[1] and json.loads(texts[0])["task_type"] == "CAUSAL_LM"
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, module.model(input_ids=IDS).logits)
+
+
+def test_a_model_of_no_library_has_no_task(tmp_path):
+    _, path = fit(tmp_path)
+    export_checkpoint(path, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert values["task_type"] is None and values["base_model_name_or_path"] is None and "auto_mapping" not in values
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"task_type": "MYSTERY"},
+        {"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}},
+        {"auto_mapping": {"base_model_class": "a b", "parent_library": "transformers"}},
+        {"base_model_name_or_path": "a\x1b[2J"},
+        {"revision": "main"},
+        3,
+    ],
+)
+def test_classes_that_a_file_cannot_record_are_refused(tmp_path, entry):
+    _, path = fit(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lightning_lora"]["peft_classes"] = {"net": entry}
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="what it records of the classes of transformers is damaged"):
+        export_checkpoint(path, tmp_path / "out")
 
 
 def test_and_back(tmp_path):

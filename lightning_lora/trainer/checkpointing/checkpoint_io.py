@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_bas
 from lightning_lora.model.written import set_written, written_parameters
 from lightning_lora.names import counted
 from lightning_lora.peft_format.contents import kinds
+from lightning_lora.peft_format.task import CLASSES, classes_in
 from lightning_lora.trainer.checkpointing import contents, reading
 from lightning_lora.trainer.checkpointing.checks import ENTRIES
 from lightning_lora.trainer.checkpointing.file_contents import warn_of_modules
@@ -187,7 +188,7 @@ class CheckpointFiles:
         checkpoint[contents.KEY] = contents.facts(
             self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
         )
-        checkpoint[contents.KEY] |= self._not_of_the_base()
+        checkpoint[contents.KEY] |= self._not_of_the_base() | self.classes
         checkpoint[contents.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             checkpoint[contents.KEY]["random_states"] = self._random_states()
@@ -199,6 +200,12 @@ class CheckpointFiles:
         if "callbacks" in checkpoint:  # so that Lightning warns where a run without the callback loads the file
             checkpoint["callbacks"] = {**checkpoint["callbacks"], self.callback_key: {"method": self.method.key}}
         return checkpoint
+
+    @cached_property
+    def classes(self) -> dict[str, Any]:
+        """What the command ``export`` needs to know of the transformers models in the module, if there are any."""
+        classes = classes_in(self.module)
+        return {CLASSES: classes} if classes else {}
 
     def _not_of_the_base(self) -> dict[str, list[str]]:
         written = [name for name, _ in written_parameters(self.module)]

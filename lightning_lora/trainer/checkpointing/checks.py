@@ -15,6 +15,7 @@ from lightning_lora.distributed.random_state import is_random_state
 from lightning_lora.files.json_files import is_name, shown
 from lightning_lora.model.fingerprint import is_fingerprint
 from lightning_lora.model.report.plan import plan_lora
+from lightning_lora.peft_format.task import CLASSES, recorded_classes
 
 ENTRIES = "entries"  # the names in the state dict, as they were written
 Facts = Mapping[str, Any]
@@ -49,6 +50,7 @@ def check_facts(facts: Any, state: Mapping[str, Any]) -> None:
     states = facts.get("random_states")
     if states is not None and not (isinstance(states, list) and all(map(is_random_state, states))):
         raise ValueError("its random state is damaged")
+    recorded_classes(facts.get(CLASSES))
     _check_entries(facts.get(ENTRIES), state)
 
 
