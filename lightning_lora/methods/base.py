@@ -200,6 +200,10 @@ class Method(ABC):
     def watched(self, model: nn.Module) -> dict[str, Watched]:
         """Every added module under the name of its site."""
 
+    def copies(self, model: nn.Module) -> dict[str, str]:
+        """The adapted layers that start as bit-equal copies of another one, with the name of that."""
+        return {}
+
     # What a file holds.
 
     @abstractmethod

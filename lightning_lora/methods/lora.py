@@ -182,6 +182,14 @@ class LoRAMethod(Method):
         }
 
     @override
+    def copies(self, model: nn.Module) -> dict[str, str]:
+        """Copies share the seed of one of them, see :mod:`lightning_lora.model.twins`."""
+        originals: dict[int, str] = {}
+        seeds = [(name, pair.seed) for name, layer in adapted_layers(model) for pair in layer.lora.all_pairs()]
+        pairs = ((name, originals.setdefault(seed, name)) for name, seed in seeds)
+        return {name: original for name, original in pairs if name != original}
+
+    @override
     def state(self, model: nn.Module) -> dict[str, Any]:
         return lora_state_dict(model)
 

@@ -28,6 +28,7 @@ class FirstSteps:
 
     Attributes:
         lost: the layers whose adapters a hook of the module replaced by others.
+        named: the adapted layers that a warning named already.
         snapshots: of the optimizers, as the user made them.
         liveness: the watch over the adapters, from the start of training on.
     """
@@ -36,6 +37,7 @@ class FirstSteps:
         self.trainer, self.files, self.module, self.method = trainer, files, files.module, files.method
         self.watches_gradients, self.was_bare = watches_gradients, was_bare
         self.lost: set[str] = set()
+        self.named: set[str] = set()
         self.snapshots: list[OptimizerSnapshot] = []
         self.liveness: Liveness | None = None
 
@@ -59,7 +61,7 @@ class FirstSteps:
         if not self.watches_gradients or not self.files.run_config.liveness:
             return
         self.close()  # a tuner has run before
-        self.liveness = Liveness(self.module, self.method.watched(self.module))
+        self.liveness = Liveness(self.module, self.method.watched(self.module), self.named)
         self.liveness.check_held(optimizers)
 
     def close(self) -> None:

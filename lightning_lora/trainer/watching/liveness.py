@@ -7,7 +7,7 @@ adapters afterwards.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,10 +34,12 @@ class Liveness:
     Args:
         module: the module that trains.
         watched: its adapters by the name of their site.
+        named: adapted layers that a warning named before; a layer is named once.
     """
 
-    def __init__(self, module: nn.Module, watched: Mapping[str, Watched]) -> None:
+    def __init__(self, module: nn.Module, watched: Mapping[str, Watched], named: Collection[str] = ()) -> None:
         self.module, self.adapters = module, dict(watched)
+        self.named = {name for name, adapter in watched.items() if adapter.weight.rpartition(".")[0] in named}
         self.trained: dict[int, int] = {}
         self.evaluated: dict[int, int] | None = None
         self.evaluation_checked = self.stepped = False
@@ -91,11 +93,8 @@ class Liveness:
         if dead and len(dead) == len(inside):
             raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
         idle = {name: adapter for name, adapter in dead.items() if self.watches and self._state(adapter) is None}
-        self.waiting |= idle
-        dead = {name: adapter for name, adapter in dead.items() if name not in idle}
-        if dead:
-            count = f"{len(dead)} of {len(inside)} adapters got no gradient at the first step."
-            rank_zero_warn(f"{count} {self._causes(dead)}")
+        self.waiting |= {name: adapter for name, adapter in idle.items() if name not in self.named}
+        self._warn({name: dead[name] for name in dead if name not in idle}, len(inside), "at the first step")
         self.stepped = self.checked >= set(map(id, optimizers))
         self._close_if_done()
 
@@ -114,9 +113,13 @@ class Liveness:
     def report_waiting(self) -> None:
         """Name the adapters that did not run in any of the first steps."""
         waiting, self.waiting = self._not_run_yet(), {}
-        if waiting:
-            count = f"{len(waiting)} of {len(self.adapters)} adapters got no gradient in the first steps."
-            rank_zero_warn(f"{count} {self._causes(waiting)}")
+        self._warn(waiting, len(self.adapters), "in the first steps")
+
+    def _warn(self, dead: dict[str, Watched], count: int, when: str) -> None:
+        dead = {name: adapter for name, adapter in dead.items() if name not in self.named}
+        self.named.update(dead)
+        if dead:
+            rank_zero_warn(f"{len(dead)} of {count} adapters got no gradient {when}. {self._causes(dead)}")
 
     def _close_if_done(self) -> None:
         if self.stepped and not self.waiting:
@@ -151,7 +154,7 @@ class Liveness:
         if self.evaluated is None or self.evaluation_checked:
             return
         used = {name: adapter for name, adapter in self.adapters.items() if self._state(adapter) is not None}
-        idle = [name for name, adapter in used.items() if id(adapter.module) not in self.evaluated]
+        idle = [n for n, adapter in used.items() if id(adapter.module) not in self.evaluated and n not in self.named]
         self.evaluation_checked = True
         self.close()
         if not self.stepped:
@@ -189,7 +192,7 @@ class Liveness:
 
     def _causes(self, dead: dict[str, Watched]) -> str:
         if not self.watches:
-            return f"{listed(list(dead))} did not run, or the loss does not depend on it: compiled code hides which."
+            return f"{listed(list(dead))} did not run, or not into the loss: compiled code hides which."
         idle, hidden, checkpointed, cut = (
             [name for name, adapter in dead.items() if self._state(adapter) == state]
             for state in (None, WITHOUT_GRADIENTS, CHECKPOINTED, RAN)
@@ -197,22 +200,21 @@ class Liveness:
         causes = []
         if idle:
             causes.append(
-                f"{listed(idle)} did not run: it lies in a branch that this batch did not take, or code reads its "
-                f"weight and not the layer. Name the weight itself, {self._advice(idle)}, or leave it out with "
-                "`exclude`."
+                f"{listed(idle)} did not run: this batch took another branch, or code reads the weight and not the "
+                f"layer. Name the weight itself, {self._advice(idle)}, or leave the layer out with `exclude`."
             )
         if hidden:
             causes.append(
-                f"{listed(hidden)} ran where gradients are off, under `torch.no_grad`, as a teacher does. Leave it "
-                f"out, exclude={self._excluding(hidden)!r}, or call it outside of `torch.no_grad`."
+                f"{listed(hidden)} ran where gradients are off, under `torch.no_grad`, as a teacher does. Leave a "
+                f"teacher out, exclude={self._excluding(hidden)!r}; call what trains outside of `torch.no_grad`."
             )
         if checkpointed:
             causes.append(
-                f"{listed(checkpointed)} ran in reentrant activation checkpointing whose inputs ask for no gradient. "
+                f"{listed(checkpointed)} ran in reentrant activation checkpointing whose inputs require no gradient. "
                 "Use checkpoint(..., use_reentrant=False)."
             )
         if cut:
-            causes.append(f"{listed(cut)} ran, but the loss does not depend on it: its output is unused or detached.")
+            causes.append(f"{listed(cut)} ran, but not into the loss: the output is unused or detached.")
         return " ".join(causes)
 
 

@@ -30,22 +30,40 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
     return [name for name in every if name not in trained], [name for name in every if name in trained]
 
 
-def warn_of_untrained(untrained: list[str], trained: list[str], exclude: list[str] | None) -> None:
-    """Name the layers that train only because of the adapters. Where all do, a frozen backbone is meant.
+def warn_of_untrained(untrained: list[str], trained: list[str], method: Method, model: nn.Module) -> set[str]:
+    """Name the layers that train only because of the adapters.
+
+    Where all do, a frozen backbone is meant, and what it was copied to is named. Nothing is left out without a word: a
+    momentum teacher follows its student parameter by parameter, so the two must be adapted alike.
 
     Args:
         untrained: names of layers.
         trained: names of the other adapted layers.
-        exclude: the argument of this run.
+        method: what ``model`` is adapted by.
+        model: the module that trains.
+
+    Returns:
+        What was named.
     """
-    if not untrained or not trained:
-        return
-    left_out = list(dict.fromkeys(_shortest(name, trained) for name in untrained))
-    rank_zero_warn(
-        f"{listed(untrained)} would not train without adapters: the module froze it, or no optimizer holds it. It is "
-        "adapted, and trains, because `targets` means it. To leave it as it is, as a teacher or a reference must be, "
-        f"give exclude={[*(exclude or ()), *left_out]!r}."
+    copies = {} if trained else method.copies(model)
+    named = untrained if trained else list(copies)
+    if not named:
+        return set()
+    others = trained or [name for name in (*copies.values(), *untrained) if name not in copies]
+    given = getattr(method.config, "exclude", None) or ()
+    exclude = [*given, *dict.fromkeys(_shortest(name, others) for name in named)]
+    them = "it" if len(named) == 1 else "them"
+    why = (
+        f"{listed(named)} would not train without adapters: the module froze {them}, or no optimizer holds {them}."
+        if trained
+        else f"{listed(named)}, copied from {listed(list(copies.values()))}, would not train without adapters, nor "
+        "would these."
     )
+    rank_zero_warn(
+        f"{why} `targets` means {them}, so adapters are there, and train where they get a gradient. To leave {them} "
+        f"alone, as a fixed teacher or a reference must be, give exclude={exclude!r}."
+    )
+    return set(named)
 
 
 def _shortest(name: str, trained: list[str]) -> str:

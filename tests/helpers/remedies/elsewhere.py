@@ -60,7 +60,7 @@ TRIED = {
         "trainer/watching/test_frozen_watch.py",
         "test_an_adapted_weight_that_a_hook_parametrizes_is_refused",
     ),
-    ("trainer/watching/untrained_targets.py", "{} would not train without adapters"): (
+    ("trainer/watching/untrained_targets.py", "{} `targets` means {}, so adapters"): (
         "trainer/watching/test_untrained_targets.py",
         "test_a_teacher_is_named_and_the_advice_leaves_it",
     ),

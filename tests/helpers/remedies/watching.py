@@ -62,7 +62,9 @@ def learned(module: nn.Module) -> bool:
     return bool(module.extra.lora.default.B.any())
 
 
-@remedy(LIVENESS, "{} did not run: it lies in a branch", "`extra`", "targets=[..., 'extra.weight']", "`exclude`")
+@remedy(
+    LIVENESS, "{} did not run: this batch took another branch", "`extra`", "targets=[..., 'extra.weight']", "`exclude`"
+)
 def a_weight_that_is_read_by_its_name(message: Expected, folder: Path) -> None:
     with message:
         fit(LoRACallback(targets=TARGETS), module=TwoWays("raw"))
@@ -71,7 +73,7 @@ def a_weight_that_is_read_by_its_name(message: Expected, folder: Path) -> None:
     fit(LoRACallback(targets=TARGETS, exclude=["extra"]), module=TwoWays("raw"))
 
 
-@remedy(LIVENESS, "{} ran where gradients are off", "exclude=['extra']", "call it outside of `torch.no_grad`")
+@remedy(LIVENESS, "{} ran where gradients are off", "exclude=['extra']", "call what trains outside of `torch.no_grad`")
 def a_layer_under_no_grad(message: Expected, folder: Path) -> None:
     with message:
         fit(LoRACallback(targets=TARGETS), module=TwoWays("without_gradients"))

@@ -288,7 +288,6 @@ class Momentum(Lit):
                 average.mul_(0.9).add_(parameter, alpha=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:.*ran where gradients are off", "ignore:.*did not run in the first evaluation")
 def test_a_momentum_teacher_is_in_the_files_and_resumes_exactly(tmp_path):
     said, files, whole = [], checkpoints(tmp_path / "whole"), Momentum()
     runner = fit(whole, files, epochs=2, targets="all", said=said)
@@ -304,7 +303,6 @@ def test_a_momentum_teacher_is_in_the_files_and_resumes_exactly(tmp_path):
     assert again == runner.test(whole, data(2), verbose=False)
 
 
-@pytest.mark.filterwarnings("ignore:.*ran where gradients are off", "ignore:.*did not run in the first evaluation")
 def test_an_average_of_what_trains_moves_nothing_frozen(tmp_path):
     said, files, module = [], checkpoints(tmp_path), Momentum()
     module.only_trained = True
@@ -326,7 +324,6 @@ def test_what_is_sharded_is_named_once_and_not_promised_to_be_in_a_file(monkeypa
     assert list(method.state(model)) == ["lora.default.A", "lora.default.B"]
 
 
-@pytest.mark.filterwarnings("ignore:.*ran where gradients are off", "ignore:.*did not run in the first evaluation")
 def test_merge_best_with_a_momentum_teacher(tmp_path):
     files, module = checkpoints(tmp_path), Momentum()
     runner = fit(module, files, epochs=2, targets="all", merge="best")

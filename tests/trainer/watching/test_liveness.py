@@ -90,11 +90,11 @@ def test_living_adapters_are_not_mentioned_and_nothing_is_left_on_them():
             "raw",
             r"1 of 2 adapters got no gradient in the first steps. `net.second` did not run: .*, 'net.second.weight'",
         ),
-        ("unused", r"`net.second` did not run: it lies in a branch that this batch did not take"),
-        ("detached", r"`net.second` ran, but the loss does not depend on it: its output is unused or detached"),
+        ("unused", r"`net.second` did not run: this batch took another branch, or code reads the weight"),
+        ("detached", r"`net.second` ran, but not into the loss: the output is unused or detached"),
         (
             "without",
-            r"`net.second` ran where gradients are off, under .* Leave it out, exclude=\['net.second'\], or call",
+            r"`net.second` ran where gradients are off, under .* Leave a teacher out, exclude=\['net.second'\]; call",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_reentrant_checkpointing_that_was_not_seen_is_named():
     model.net = Rematerialized()
     (told, *_) = fit(model)
     assert (
-        "`net.second` ran in reentrant activation checkpointing whose inputs ask for no gradient. Use checkpoint("
+        "`net.second` ran in reentrant activation checkpointing whose inputs require no gradient. Use checkpoint("
         in told
     )
 

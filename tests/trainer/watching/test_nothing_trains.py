@@ -40,7 +40,7 @@ def test_a_backbone_under_no_grad(liveness):
     assert message.startswith("The loss requires no gradient: it depends on no adapter")
     assert "`net.head` is frozen, and an optimizer held it before: to train it too, also_train=['net.head']." in message
     assert liveness == ("where gradients are off, under `torch.no_grad`" in message)
-    assert liveness == ("call it outside of `torch.no_grad`" in message)
+    assert liveness == ("call what trains outside of `torch.no_grad`" in message)
     module.off = False
     fit(module, liveness=liveness)
 

@@ -29,11 +29,16 @@ class Distilled(Lit):
         return super().loss(batch) + nn.functional.mse_loss(self(batch[0]), self.teacher(batch[0]))
 
 
-def said(module: nn.Module, **arguments: object) -> list[str]:
+def warnings_of(module: nn.Module, **arguments: object) -> list[str]:
+    """Those of a run with an evaluation that name an adapted layer."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trainer(LoRACallback(r=2, **arguments), max_steps=2).fit(module, data())
-    return [str(each.message) for each in seen if "would not train" in str(each.message)]
+        trainer(LoRACallback(r=2, **arguments), max_epochs=1, limit_train_batches=2).fit(module, data(), data(1))
+    return [str(each.message) for each in seen if ".q`" in str(each.message)]
+
+
+def said(module: nn.Module, **arguments: object) -> list[str]:
+    return [message for message in warnings_of(module, **arguments) if "`targets` means" in message]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -46,6 +51,47 @@ def test_a_teacher_is_named_and_the_advice_leaves_it(frozen, targets):
     module, before = Distilled(frozen), net().state_dict()
     assert said(module, targets=targets, exclude=["layers.1.q", "teacher"]) == []
     assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+
+
+class WithoutGradients(Distilled):
+    """Its teacher gives no gradients, and evaluation does not call it."""
+
+    def training_step(self, batch, index):
+        with torch.no_grad():
+            goal = self.teacher(batch[0])
+        return Lit.loss(self, batch) + nn.functional.mse_loss(self(batch[0]), goal)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", Lit.loss(self, batch))
+
+
+@pytest.mark.parametrize("cls", [Distilled, WithoutGradients])
+def test_a_teacher_is_named_in_one_message_alone(cls):
+    (message,) = warnings_of(cls(frozen=True), targets="attn")
+    assert message.startswith("`teacher.layers.*.q`, ") and "give exclude=['teacher']." in message
+
+
+class FrozenReference(Distilled):
+    """The module freezes its backbone, which an adapter is meant to train, and a copy of it."""
+
+    def __init__(self, other: bool = False) -> None:
+        super().__init__(frozen=True)
+        self.net.layers.requires_grad_(False)
+        if other:
+            for parameter in self.teacher.parameters():
+                parameter.data.mul_(0.5)
+
+
+def test_a_copy_of_a_frozen_backbone_is_named_and_the_advice_leaves_it():
+    (message,) = said(FrozenReference(), targets="attn", exclude=["layers.1.q"])
+    assert message.startswith("`teacher.layers.")
+    assert ", copied from `net.layers" in message and "would not train without adapters, nor would these." in message
+    (advice,) = re.findall(r"give exclude=(\[.*\])\.", message)
+    assert advice == "['layers.1.q', 'teacher']"
+    module, before = FrozenReference(), net().state_dict()
+    assert said(module, targets="attn", exclude=["layers.1.q", "teacher"]) == []
+    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+    assert said(FrozenReference(other=True), targets="attn") == [], "other weights: two backbones, both meant"
 
 
 class HeadOnly(Lit):
