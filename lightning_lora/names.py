@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TypeVar
@@ -147,6 +147,16 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         ('1 layer', '1,200 layers', '0 matrices')
     """
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def it_or_them(names: Sized) -> str:
+    """The pronoun for ``names`` in a sentence.
+
+    Example:
+        >>> it_or_them(["head"]), it_or_them(["head", "body"])
+        ('it', 'them')
+    """
+    return "it" if len(names) == 1 else "them"
 
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:

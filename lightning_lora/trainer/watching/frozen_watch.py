@@ -16,6 +16,7 @@ from lightning_lora.model.copies import copied_names
 from lightning_lora.model.fingerprint import Fingerprint, shape_alone
 from lightning_lora.model.frozen_values import FrozenValues, is_in_pieces
 from lightning_lora.model.written import renormalized, set_written, written_parameters
+from lightning_lora.names import it_or_them
 from lightning_lora.trainer.imports import rank_zero_warn
 
 FIRST_STEPS = 3
@@ -85,7 +86,7 @@ class FrozenWatch:
         self._name(
             REQUIRING,
             lambda p: p.requires_grad,
-            "Something set `requires_grad` after LoRA froze it, and no optimizer of `configure_optimizers` holds it",
+            "Something set `requires_grad` after it was frozen, and no optimizer of `configure_optimizers` has it",
         )
         self._name(
             HOLDING,
@@ -98,8 +99,8 @@ class FrozenWatch:
         self.named[what].update(fresh)
         if fresh:
             rank_zero_warn(
-                f"Frozen, but {what}: {in_full(fresh)}. {explanation}. To train it in addition to the adapters, name "
-                "it in `also_train`."
+                f"Frozen, but {what}: {in_full(fresh)}. {explanation}. To train {it_or_them(fresh)} in addition to the "
+                f"adapters, name {it_or_them(fresh)} in `also_train`."
             )
 
     def _name_moved(self, moved: list[str]) -> None:
@@ -112,19 +113,20 @@ class FrozenWatch:
                 self.base[name] = shape_alone(self.frozen[name])
         self.mark()
         why = (
-            "Code outside of the optimizers of `configure_optimizers` writes it, such as the update of a momentum "
+            "Code outside of the optimizers of `configure_optimizers` writes there, such as the update of a momentum "
             "teacher or an optimizer of its own. "
         )
         if kept:
+            them = it_or_them(kept)
             rank_zero_warn(
-                f"Frozen, but {MOVING}: {in_full(kept)}. {why}Checkpoints hold it from now on, "
-                f"{_megabytes(map(self.frozen.get, kept))}. To train it, name it in `also_train`; to keep it as it is, "
-                "let that code skip what does not train (`if parameter.requires_grad`)."
+                f"Frozen, but {MOVING}: {in_full(kept)}. {why}Checkpoints hold {them} from now on, "
+                f"{_megabytes(map(self.frozen.get, kept))}. To train {them}, name {them} in `also_train`; to keep "
+                f"{them} unchanged, let that code skip what does not train (`if parameter.requires_grad`)."
             )
         if lost:
             rank_zero_warn(
-                f"Frozen, but {MOVING}: {in_full(lost)}. {why}It is sharded, so checkpoints do not hold it, and a "
-                "resumed run starts from its first values."
+                f"Frozen, but {MOVING}: {in_full(lost)}. {why}Checkpoints do not hold what is sharded, so a resumed "
+                "run starts from the first values."
             )
 
 

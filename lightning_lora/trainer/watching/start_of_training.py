@@ -17,6 +17,7 @@ from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.foreign import FRAMEWORKS
 from lightning_lora.model.fingerprint import shape_alone, sums_of
 from lightning_lora.model.frozen_values import is_in_pieces
+from lightning_lora.names import it_or_them
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.watching.frozen_watch import FrozenWatch, in_full
@@ -62,7 +63,7 @@ class StartOfTraining:
             rank_zero_warn(
                 f"Set after `setup`, by a hook such as `on_fit_start` or by a callback: {in_full(late)}. The base of "
                 "the adapters is as of the first batch. `test`, `predict` and `load_from_checkpoint` call no such "
-                "hook: for these set it in `__init__`, `setup` or `configure_model`."
+                f"hook: for these set {it_or_them(late)} in `__init__`, `setup` or `configure_model`."
             )
         return late
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.methods.base import Method
-from lightning_lora.names import covers
+from lightning_lora.names import covers, it_or_them
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.watching.liveness import listed
 
@@ -52,7 +52,7 @@ def warn_of_untrained(untrained: list[str], trained: list[str], method: Method, 
     others = trained or [name for name in (*copies.values(), *untrained) if name not in copies]
     given = getattr(method.config, "exclude", None) or ()
     exclude = [*given, *dict.fromkeys(_shortest(name, others) for name in named)]
-    them = "it" if len(named) == 1 else "them"
+    them = it_or_them(named)
     why = (
         f"{listed(named)} would not train without adapters: the module froze {them}, or no optimizer holds {them}."
         if trained

@@ -34,7 +34,7 @@ class LoadsInTime(Lit):
         self.load_state_dict(other_weights())
 
 
-@remedy(START, "Set after `setup`, by a hook", "`on_fit_start`", "set it in `__init__`, `setup` or `configure_model`")
+@remedy(START, "Set after `setup`, by a hook", "`on_fit_start`", "set them in `__init__`, `setup` or `configure_model`")
 def weights_that_are_loaded_in_time(message: Expected, folder: Path) -> None:
     with message:
         fit(LoRACallback(), module=LoadsLate())

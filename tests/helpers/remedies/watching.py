@@ -167,7 +167,13 @@ class Skips(Moves):
     skips = True
 
 
-@remedy(FROZEN, "Frozen, but {}: {}. {}Checkpoints", "`net.head.weight`", "`also_train`", "if parameter.requires_grad")
+@remedy(
+    FROZEN,
+    "Frozen, but {}: {}. {}Checkpoints hold {}",
+    "`net.head.weight`",
+    "`also_train`",
+    "if parameter.requires_grad",
+)
 def what_moves_trains_or_is_skipped(message: Expected, folder: Path) -> None:
     with message:
         fit_to_file(folder / "moves", LoRACallback(), module=Moves())
@@ -176,7 +182,7 @@ def what_moves_trains_or_is_skipped(message: Expected, folder: Path) -> None:
         assert torch.equal(outputs(load_from_checkpoint(Lit, path)), outputs(trained))
 
 
-@remedy(FROZEN, "Frozen, but {}: {}. {}. To train it", "requiring a gradient", "name it in `also_train`")
+@remedy(FROZEN, "Frozen, but {}: {}. {}. To train {}", "requiring a gradient", "name them in `also_train`")
 def what_unfreezes_itself_is_named(message: Expected, folder: Path) -> None:
     class Unfreezes(Lit):
         def on_train_batch_start(self, *_: object) -> None:

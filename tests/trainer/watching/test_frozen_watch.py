@@ -256,7 +256,7 @@ def test_a_part_that_unfreezes_itself_later():
         "Frozen, but requiring a gradient",
         "Frozen, but holding a gradient",
     ]
-    assert "To train it in addition to the adapters, name it in `also_train`" in said[0]
+    assert "To train them in addition to the adapters, name them in `also_train`" in said[0]
 
 
 def test_gradients_of_an_earlier_fit_are_not_held():
@@ -317,7 +317,7 @@ def test_what_is_sharded_is_named_once_and_not_promised_to_be_in_a_file(monkeypa
     monkeypatch.setattr(frozen_watch, "is_in_pieces", lambda parameter: True)
     watch = frozen_watch.FrozenWatch(model, method, fingerprint(model))
     model.weight.data.add_(1)
-    with pytest.warns(UserWarning, match="Frozen, but moving: `weight`.*sharded, so checkpoints do not hold it"):
+    with pytest.warns(UserWarning, match="Frozen, but moving: `weight`.*Checkpoints do not hold what is sharded"):
         watch.check_values(thorough=True)
     model.weight.data.add_(1)
     watch.check_values(thorough=False)  # a second warning would be an error here
