@@ -6,11 +6,13 @@ from torch import nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files.json_files import printable
 from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.record import is_merged, records
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey
 
+LONGEST_SHOWN = 600  # characters of a value in a message
 IDENTITY = ("name", "r", "alpha", "rslora", "targets", "exclude", "rank_pattern", "alpha_pattern", "bias", "also_train")
 
 
@@ -19,8 +21,13 @@ def difference(present: LoRAConfig, asked: LoRAConfig) -> str | None:
     old, new = present.to_dict(), asked.to_dict()
     for key in IDENTITY:
         if _ordered(old[key]) != _ordered(new[key]) and not (key == "alpha" and _same_alpha(present, asked)):
-            return f"`{key}={new[key]!r}` instead of `{key}={old[key]!r}`"
+            return f"`{key}={_shown(new[key])}` instead of `{key}={_shown(old[key])}`"
     return None
+
+
+def _shown(value: object) -> str:
+    """The value for a message, of bounded length: a configuration may come from a file."""
+    return printable(repr(value), LONGEST_SHOWN)
 
 
 def _ordered(value: object) -> object:

@@ -38,6 +38,12 @@ def test_the_first_difference_is_named(arguments, expected):
     assert difference(LoRAConfig(), LoRAConfig(**arguments)) == expected
 
 
+def test_what_a_file_holds_is_named_in_bounded_length():
+    words = difference(LoRAConfig(targets=["q" * 99999]), LoRAConfig(targets=["k\x1b" + "v" * 99999]))
+    assert len(words) < 1400 and words.isprintable()
+    assert words.startswith("`targets=['k\\x1bvv") and " instead of `targets=['qq" in words
+
+
 @pytest.mark.parametrize(
     "arguments", [{"dropout": 0.1}, {"seed": 3}, {"init": "gaussian"}, {"alpha": 8}, {"exclude": []}]
 )
