@@ -42,7 +42,7 @@ def finish(run: Run) -> None:
             )
             return
         which = f"the adapters of the best checkpoint, {_best_path(run)}"
-    if config.export is not None and not is_dry:
+    if config.export is not None and not is_dry and run.first_steps.can_export():
         export(run.trainer, run.module, config.export, best)
     done = (
         merge_into_base(run, which)

@@ -212,7 +212,7 @@ class Run:
         if result is None:
             rank_zero_warn("`configure_optimizers` returned None, so nothing trains the adapters.")
             return result
-        self.first_steps.named = warn_of_untrained(untrained, trained, self.method, self.module)
+        self.first_steps.named = warn_of_untrained(untrained, trained, self.method, self.module, self.run_config)
         self.first_steps.snapshots = restrict(optimizers, self.module, self.method)
         for snapshot in self.first_steps.snapshots:
             self.optimizer_edits.callback(snapshot.restore)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_lora.trainer.checkpointing.checkpoint_io import is_written_here
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
+from lightning_lora.trainer.watching.liveness import listed
 
 
 def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) -> None:
@@ -70,6 +71,30 @@ def check_export(trainer: Any, module: nn.Module, directory: str) -> None:
         ) from error
     if to_know is not None:
         rank_zero_info(f"`export={directory!r}`: {to_know}")
+
+
+def why_not_exportable(module: nn.Module, method: Method, directory: str, moving: Collection[str]) -> str | None:
+    """Why the adapters could not be written at the end, where other code moves parameters of the base.
+
+    Args:
+        module: that trains.
+        method: what it is adapted by.
+        directory: the argument ``export``.
+        moving: the frozen parameters that other code moves.
+    """
+    try:
+        to_know = check_saveable(module)
+    except ValueError as error:
+        adapted = {name.rpartition(".")[0] for name, _ in method.adapted_weights(module).values()}
+        both = sorted(adapted & {name.rpartition(".")[0] for name in moving})
+        why = f"PEFT's format has no weights for {listed(both)} in addition to adapters, and other code moves them."
+        return (
+            f"`export={directory!r}` cannot be written: {why if both else error} Leave `export` out, or let that code "
+            "skip what does not train (`if parameter.requires_grad`)."
+        )
+    if to_know is not None and moving:
+        rank_zero_info(f"`export={directory!r}`: {to_know}")
+    return None
 
 
 def export(trainer: Any, module: nn.Module, directory: str, best: Mapping[str, Any] | None) -> None:

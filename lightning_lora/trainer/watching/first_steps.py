@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.model.initial_values import renew
+from lightning_lora.model.written import written_parameters
 from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
-from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.checkpointing.init_and_export import why_not_exportable
+from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.optimizers import OptimizerSnapshot
 from lightning_lora.trainer.replaced_layers import warn_of_lost
-from lightning_lora.trainer.watching.frozen_watch import FrozenWatch
+from lightning_lora.trainer.watching.frozen_watch import MOVING, FrozenWatch
 from lightning_lora.trainer.watching.liveness import Liveness
 from lightning_lora.trainer.watching.nothing_trains import refuse_loss
 from lightning_lora.trainer.watching.start_of_training import StartOfTraining, has_start_hooks
@@ -29,6 +31,8 @@ class FirstSteps:
     Attributes:
         lost: the layers whose adapters a hook of the module replaced by others.
         named: the adapted layers that a warning named already.
+        moving: the frozen parameters that move, as far as ``export`` was checked with them.
+        can_hold_moving: whether it can hold them.
         snapshots: of the optimizers, as the user made them.
         liveness: the watch over the adapters, from the start of training on.
     """
@@ -38,6 +42,7 @@ class FirstSteps:
         self.watches_gradients, self.was_bare = watches_gradients, was_bare
         self.lost: set[str] = set()
         self.named: set[str] = set()
+        self.moving, self.can_hold_moving = set[str](), True
         self.snapshots: list[OptimizerSnapshot] = []
         self.liveness: Liveness | None = None
 
@@ -74,15 +79,39 @@ class FirstSteps:
 
         Raises:
             ValueError: if a resumed run has another base.
-            MisconfigurationException: if a hook tied or parametrized an adapted weight.
+            MisconfigurationException: if a hook tied or parametrized an adapted weight, or `export` cannot hold what
+                moves.
         """
-        start = self.files.start
+        start, frozen = self.files.start, self.files.frozen
         if start is not None:
             self.files.start_training()
             if start.has_hooks and self.was_bare and not self.files.loaded:
                 renew(self.module)
-        elif self.files.frozen is not None and self.files.run_config.liveness:
-            self.files.frozen.begin_batch(index)
+            self._check_export(refuse=True)
+        elif frozen is not None and self.files.run_config.liveness:
+            in_first_steps = frozen.first_steps > 0
+            frozen.begin_batch(index)
+            if not frozen.named[MOVING] <= self.moving:
+                self._check_export(refuse=in_first_steps)
+
+    def can_export(self) -> bool:
+        """Whether ``export`` can hold what moves though it is frozen; where it cannot, a warning has said so."""
+        self._check_export(refuse=False)
+        return self.can_hold_moving
+
+    def _check_export(self, refuse: bool) -> None:
+        """See whether what moves can be exported: in the first steps an error, later there is too much to lose."""
+        directory = self.files.run_config.export
+        moving = set() if directory is None else {name for name, _ in written_parameters(self.module)}
+        if directory is None or moving <= self.moving:
+            return
+        self.moving |= moving
+        why_not = why_not_exportable(self.module, self.method, directory, self.moving)
+        if why_not is not None and refuse:
+            raise MisconfigurationException(why_not)
+        self.can_hold_moving = why_not is None
+        if why_not is not None:
+            rank_zero_warn(why_not)
 
     def check_loss(self, loss: Tensor) -> None:
         """Raise before the backward pass of a loss that depends on nothing that trains."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.config import RunConfig
 from lightning_lora.methods.base import Method
 from lightning_lora.names import covers, it_or_them
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -30,7 +31,9 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
     return [name for name in every if name not in trained], [name for name in every if name in trained]
 
 
-def warn_of_untrained(untrained: list[str], trained: list[str], method: Method, model: nn.Module) -> set[str]:
+def warn_of_untrained(
+    untrained: list[str], trained: list[str], method: Method, model: nn.Module, run_config: RunConfig
+) -> set[str]:
     """Name the layers that train only because of the adapters.
 
     Where all do, a frozen backbone is meant, and what it was copied to is named. Nothing is left out without a word: a
@@ -41,6 +44,7 @@ def warn_of_untrained(untrained: list[str], trained: list[str], method: Method, 
         trained: names of the other adapted layers.
         method: what ``model`` is adapted by.
         model: the module that trains.
+        run_config: what the run does with it.
 
     Returns:
         What was named.
@@ -62,6 +66,7 @@ def warn_of_untrained(untrained: list[str], trained: list[str], method: Method, 
     rank_zero_warn(
         f"{why} `targets` means {them}, so adapters are there, and train where they get a gradient. To leave {them} "
         f"alone, as a fixed teacher or a reference must be, give exclude={exclude!r}."
+        + (f" With `export` no other code may move {them}, as that of a momentum teacher." if run_config.export else "")
     )
     return set(named)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -315,3 +316,111 @@ def test_both_ways_by_hand(tmp_path):
     save_adapter(one, tmp_path)
     load_adapter(other, tmp_path)
     assert torch.equal(one(X), other(X))
+
+
+class Momentum(Lit):
+    """Follows a teacher, which is the average of its network from the step `since` on."""
+
+    since, only_what_trains = 0, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch, index):
+        with torch.no_grad():
+            goal = self.teacher(batch[0])
+        return self.loss(batch) + (self(batch[0]) - goal - 1).square().mean()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args):
+        pairs = zip(self.teacher.parameters(), self.net.parameters(), strict=True)
+        for average, parameter in pairs if self.global_step > self.since else ():
+            if parameter.requires_grad or not self.only_what_trains:
+                average.mul_(0.9).add_(parameter, alpha=0.1)
+
+
+class OnlyWhatTrains(Momentum):
+    only_what_trains = True
+
+
+class Later(Momentum):
+    since = 5
+
+
+NAMED = "ignore:.*would not train without adapters"
+MOVING = "ignore:Frozen, but moving"
+WORDS = r"cannot be written: PEFT's format has no weights for `teacher.* other code moves them. Leave `export` out, or"
+
+
+@pytest.mark.filterwarnings(NAMED, MOVING)
+def test_an_adapted_twin_that_moves_is_refused_in_the_first_steps(tmp_path):
+    """Before them nobody knows that it will move."""
+    steps = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, *args):
+            steps.append(1)
+
+    module = Momentum()
+    with pytest.raises(MisconfigurationException, match=WORDS):
+        trainer(LoRACallback(r=4, export=str(tmp_path / "out")), Counts()).fit(module, data(), data(1))
+    assert len(steps) == 1 and not (tmp_path / "out").exists()
+    assert dict(lora_parameters(module)) == {}
+    fit(tmp_path, Momentum, epochs=1)  # without `export`
+    module = fit(tmp_path, OnlyWhatTrains, epochs=1, export=str(tmp_path / "out"))
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(OnlyWhatTrains(), str(tmp_path / "out")).eval()(X)
+    torch.testing.assert_close(theirs, module(X), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_twin_must_not_do_is_said_before_the_first_step(tmp_path):
+    with pytest.warns(UserWarning, match="With `export` no other code may move them, as that of a momentum teacher"):
+        fit(tmp_path, OnlyWhatTrains, epochs=1, export=str(tmp_path / "out"))
+
+
+@pytest.mark.filterwarnings(NAMED, MOVING)
+def test_a_run_that_goes_on_from_a_twin_that_moved_is_refused_before_its_first_step(tmp_path):
+    files = checkpoints(tmp_path)
+    fit(tmp_path, Momentum, epochs=1, files=files)
+
+    class Started(Momentum):
+        def training_step(self, batch, index):
+            raise AssertionError("too late")
+
+    with pytest.raises(MisconfigurationException, match=WORDS):
+        fit(tmp_path, Started, epochs=2, ckpt=files.last_model_path, export=str(tmp_path / "out"))
+
+
+@pytest.mark.filterwarnings(NAMED, MOVING)
+def test_a_twin_that_moves_late_costs_the_directory_and_not_the_run(tmp_path):
+    said, folder = [], str(tmp_path / "out")
+
+    class Says(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            said.append(sum("export=" in str(each.message) for each in caught))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = LoRACallback(r=4, export=folder), Says(), checkpoints(tmp_path)
+        trainer(*callbacks, max_epochs=2).fit(Later(), data(), data(1))
+    assert said == [0] * 8 + [1] * 8, "as soon as the save after the first epoch has seen it"
+    (message,) = (str(each.message) for each in caught if "export=" in str(each.message))
+    assert re.search(WORDS, message) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings(MOVING, "ignore:.*lies outside of `net`")
+def test_a_teacher_without_adapters_makes_the_directory_wider_and_that_is_said_in_the_first_steps(tmp_path, caplog):
+    class ByName(Momentum):
+        @torch.no_grad()
+        def on_train_batch_end(self, *args):
+            averages = dict(self.teacher.named_parameters())
+            for name, parameter in self.net.named_parameters():
+                if name in averages:
+                    averages[name].mul_(0.9).add_(parameter, alpha=0.1)
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, ByName, epochs=1, exclude=["teacher"], export=str(tmp_path / "out"))
+    told = [record.getMessage() for record in caplog.records]
+    (place,) = (index for index, text in enumerate(told) if "peft has to wrap that" in text)
+    assert "`teacher." in told[place] and "stopped" in "".join(told[place:])
