@@ -22,8 +22,7 @@ class FrozenValues:
     """The marks of parameters at one moment.
 
     Args:
-        parameters: the frozen parameters by name. On each rank, its own shards of those that FSDP2 shards; nothing is
-            known of the values of those that FSDP1 shards.
+        parameters: the frozen parameters by name. Of those that are sharded, each rank sees its own part.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -34,7 +33,7 @@ class FrozenValues:
     def changed(self, base: Fingerprint) -> list[str]:
         """The parameters whose values are others than at that moment; ``base`` decides where a mark is not enough."""
         differing = self.samples.differing(Samples(self.parameters.values()))
-        if differing is None:  # a parameter was replaced by one of another size or dtype
+        if differing is None:  # a parameter was replaced by one of another size or dtype, or is gathered now
             return [name for name in self.parameters if not self._has_values(name, base)]
         return [
             name for index, name in enumerate(self.parameters) if index in differing or self._moved_unseen(name, base)
@@ -51,7 +50,7 @@ class FrozenValues:
         return False
 
     def changed_exactly(self, base: Fingerprint) -> list[str]:
-        """As :meth:`changed`, by every value. Of what is sharded by its mark alone: a checksum would gather it."""
+        """As :meth:`changed`, by every value; what is sharded by a few values alone, as a checksum would gather it."""
         marked = set(self.changed(base))
         return [name for name in self.parameters if name in marked or not self._has_values(name, base)]
 
@@ -71,16 +70,17 @@ class Samples:
     A model has thousands of parameters, and a GPU waits at each copy to the CPU. So as few operations as possible are
     done for each of them, and one copy for all.
 
+    Between two steps a parameter of FSDP1 is a view of its rank's part of the flat one, empty where that is elsewhere.
+
     Args:
-        parameters: those that FSDP1 moves between buffers have no values here.
+        parameters: any parameters.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
         for index, parameter in enumerate(parameters):
-            if not is_split(parameter):
-                sample = _sample(local_shard(parameter))
-                groups.setdefault((sample.device, sample.dtype), []).append((index, sample))
+            sample = _sample(local_shard(parameter))
+            groups.setdefault((sample.device, sample.dtype), []).append((index, sample))
         self.values = [as_integers(torch.cat([sample for _, sample in group])).cpu() for group in groups.values()]
         self.layout = [
             (dtype, [(index, sample.numel()) for index, sample in group]) for (_, dtype), group in groups.items()

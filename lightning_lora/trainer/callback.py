@@ -43,7 +43,8 @@ class LoRACallback(MethodCallback):
     the folder of the checkpoints, and the module keeps its adapters. Spawned workers (ddp_spawn, ddp_notebook) do not
     give their module back: nothing is merged, and a ModelCheckpoint is required. With ``also_train`` DeepSpeed needs
     precision="32-true", FSDP1 takes precision="bf16-mixed" and no mixed_precision of the strategy, and FSDP2 needs
-    optimizers without fused=True or foreach=True if these modules are sharded.
+    optimizers without fused=True or foreach=True if these modules are sharded. Of frozen parameters that FSDP shards,
+    the first rank compares a few values of its own part; under DeepSpeed neither they nor gradients are watched.
 
     Args:
         r: Rank of the update. A has shape (r, in_features), B has shape (out_features, r).

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from lightning_lora import LoRACallback, lora_parameters
 from tests.helpers.models import Block, Lit, checkpoints, data, trainer
@@ -234,7 +237,30 @@ def failed_run(folder: Path) -> dict:
     return found
 
 
-CASES = (wrong_files, failed_run, tied, one_rank, experts, failed_backward, clipped_by_value, refused)
+class Decays(Callback):
+    """Moves two frozen weights after each step."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        for name, parameter in pl_module.named_parameters():
+            if name.endswith(("head.weight", "mlp.bias")):
+                (parameter.to_local() if isinstance(parameter, DTensor) else parameter).mul_(0.9)
+
+
+def moving(folder: Path) -> dict:
+    """What the first rank says of frozen weights that other code moves, and of such as rest."""
+    said: dict = {}
+    for name, make, strategy in (("fsdp1", plain, fsdp1), ("fsdp2", sharded, fsdp2)):
+        for callbacks in ((), (Decays(),)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                fit(make(Failing), strategy(), *callbacks, folder=folder, lora={"targets": ["q"], "merge": False})
+            found = [str(each.message) for each in caught if "Frozen, but" in str(each.message)]
+            said[name, bool(callbacks)] = found
+    return said
+
+
+CASES = (moving, wrong_files, failed_run, tied, one_rank, experts, failed_backward, clipped_by_value, refused)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

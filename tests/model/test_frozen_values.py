@@ -65,3 +65,29 @@ def test_a_cast_after_the_fingerprint_is_no_change(dtype):
     assert values.changed_exactly(base) == []
     made[0].weight.data[0, 1] = 9
     assert values.changed_exactly(base) == ["0.weight"]
+
+
+def test_what_fsdp1_holds_is_compared_by_a_few_values_of_this_rank_s_part():
+    flat = torch.randn(64)
+    parts = {
+        "whole": nn.Parameter(torch.randn(8)),
+        "part": nn.Parameter(flat[:40]),
+        "elsewhere": nn.Parameter(flat[:0]),
+    }
+    for name in ("part", "elsewhere"):
+        parts[name]._fsdp_flattened = True
+    base = {name: [None, None, None, 8, 8] for name in ("part", "elsewhere")}
+    values = FrozenValues(parts)
+    assert values.changed(base) == values.changed_exactly(base) == []
+    parts["part"].data = flat[:40]  # as after each step
+    assert values.changed_exactly(base) == []
+    flat.mul_(2)
+    assert values.changed(base) == values.changed_exactly(base) == ["part"]
+
+
+def test_what_fsdp1_has_gathered_for_now_is_no_change():
+    part = nn.Parameter(torch.randn(8))
+    part._fsdp_flattened = True
+    values = FrozenValues({"part": part})
+    part.data = torch.randn(4, 4)
+    assert values.changed({}) == values.changed_exactly({}) == []

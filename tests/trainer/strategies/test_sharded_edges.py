@@ -75,6 +75,17 @@ def test_a_tied_and_sharded_weight_is_merged_into_a_file(ran):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_frozen_weights_that_move_are_named_by_their_shards(ran, name):
+    assert ran[1]["moving"][name, False] == []
+    (message,) = ran[1]["moving"][name, True]
+    # Under FSDP1 the biases are in the second rank's part of the flat parameter.
+    biases = "`net.layers.0.mlp.bias`, `net.layers.1.mlp.bias`, " if name == "fsdp2" else ""
+    assert message.startswith(f"Frozen, but moving: {biases}`net.head.weight`. Code outside")
+    assert "Checkpoints do not hold what is sharded" in message
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one_rank", "clipped_by_value"])
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
 def test_it_trains_as_under_ddp(ran, case, name):
