@@ -58,7 +58,7 @@ def plan_files(source: Path, r: int = 8, targets: str | Sequence[str] = "attn") 
         Costs(base=124439808, trainable=36864)
     """
     model, name = _model(source)
-    plan = plan_lora(model, LoRAConfig(r=r, targets=targets))
+    plan = plan_lora(model, LoRAConfig(r=r, targets=targets), compute="auto")
     trainable = sum(row.parameters for row in plan.rows)
     return PlannedCosts(str(source), name, plan, Costs(plan.base, trainable))
 

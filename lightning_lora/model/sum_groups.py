@@ -15,6 +15,8 @@ from lightning_lora.targets.survey import Survey
 
 MAX_BYTES = 2**27  # of the weights of a group: their gradients live until the group's last one is there
 
+WITH_WEIGHT_SIDE = (LoRALinear, TransposedLinear, LoRAConv, LoRAConvTranspose, LoRAMultiheadAttention)
+
 
 def group_sums(survey: Survey, compute: str) -> None:
     """Let the adapted layers of ``survey`` compute on the side of the equation that ``compute`` names.
@@ -43,12 +45,16 @@ def compute_on_activations(model: nn.Module) -> None:
         layer.lora.sums = {}
 
 
+def has_weight_side(cls: type[LoRALayer]) -> bool:
+    """Whether layers of the adapted class ``cls`` can run on the sum of their weight and the adapters."""
+    return issubclass(cls, WITH_WEIGHT_SIDE) and not issubclass(cls, LoRAQuantizedLinear)
+
+
 def width_of(layer: LoRALayer) -> int:
     """Features at one position of the input of ``layer``; 0 if its kind has no weight's side."""
-    if isinstance(layer, LoRALinear) and not isinstance(layer, LoRAQuantizedLinear):
-        return layer.in_features
-    if isinstance(layer, (LoRAConv, LoRAConvTranspose)):
-        return int(layer.in_channels)  # type: ignore[arg-type]
-    if isinstance(layer, LoRAMultiheadAttention):
-        return int(layer.embed_dim)
-    return parameter_of(layer).shape[0] if isinstance(layer, TransposedLinear) else 0
+    if not has_weight_side(type(layer)):
+        return 0
+    if isinstance(layer, TransposedLinear):
+        return parameter_of(layer).shape[0]
+    names = ("in_features", "in_channels", "embed_dim")
+    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))

@@ -9,11 +9,12 @@ from typing import Protocol
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, check_compute
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.freeze import trains
+from lightning_lora.model.report.sides import side_remark
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.names import counted, matches
 from lightning_lora.targets.left_alone import left_alone
@@ -70,12 +71,14 @@ class HasConfig(Protocol):
     config: LoRAConfig
 
 
-def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig) -> Plan:
+def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig, *, compute: str | None = None) -> Plan:
     """What :func:`apply_lora` would adapt in ``model``, which is not changed and may be on the meta device.
 
     Args:
         model: any module, with all layers that will be adapted.
         config: what to adapt and how, or the LoRACallback that holds it.
+        compute: as of :func:`apply_lora`; the plan then says on which side layers compute. ``None`` takes that of the
+            callback, and says nothing for a LoRAConfig.
 
     Returns:
         A table that can be printed; its ``rows`` and :meth:`Plan.to_yaml` are for programs.
@@ -92,6 +95,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig) -> Plan:
           2       1       Linear  4 -> 2     2  1      12         'all'
         28 trainable parameters, 93.33% of the base's 30; 112 B in fp32
     """
+    compute = compute or getattr(getattr(config, "run_config", None), "compute", None)
     config = getattr(config, "config", config)
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"`config` must be a LoRAConfig or a LoRACallback, but got a {type(config).__name__}.")
@@ -101,6 +105,9 @@ def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig) -> Plan:
     base = _base_parameters(targets.survey)
     size = sum(parameter.numel() for parameter in base.values())
     remarks = useless_ranks(rows) + left_alone(targets.survey, targets.names(), config)
+    if compute is not None:
+        check_compute(compute, config)
+        remarks.append(side_remark(targets.sites, compute, config.dropout))
     return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base), remarks)
 
 

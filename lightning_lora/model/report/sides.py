@@ -1,0 +1,37 @@
+"""On which side of the equation layers compute, as a line for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.layers.registry import adapted_class_for
+from lightning_lora.layers.summed_weight import MAX_ELEMENTS, MAX_WORK
+from lightning_lora.model.sum_groups import has_weight_side
+from lightning_lora.targets.survey import Site
+
+ACTIVATIONS, WEIGHTS = "W0 x + scale B (A x)", "(W0 + scale B A) x"
+
+
+def side_remark(sites: Sequence[Site], compute: str, dropout: float) -> str:
+    """Which side the layers of ``sites`` take: of ``"auto"``, up to how many rows of input the weight's side.
+
+    A row is one vector of the input: a token, or a position of an image.
+    """
+    if compute == "activations" or dropout:
+        return f"Layers compute {ACTIVATIONS}{', as dropout needs' if compute != 'activations' else ''}."
+    sizes = [_size(site) for site in sites if has_weight_side(adapted_class_for(site.module, site.parts))]
+    count = len(sites) - len(sizes)
+    others = f"\n{count} of {len(sites)} layers always compute in the one way that their kind has." if count else ""
+    if compute == "weights":
+        return f"Layers compute {WEIGHTS}.{others}"
+    rows = sorted({0 if size > MAX_ELEMENTS else MAX_WORK // max(1, size) for size in sizes})
+    if not rows or not rows[-1]:
+        return f"Layers compute {ACTIVATIONS}.{others}"
+    more = "" if len(rows) == 1 else f" ({rows[-1]:,} for the smallest weight)"
+    limit = f"for inputs of up to {rows[0]:,} rows{more},"
+    return f"On a GPU layers compute {WEIGHTS} {limit}\notherwise {ACTIVATIONS}.{others}"
+
+
+def _size(site: Site) -> int:
+    return max(parameter_of(site.module, part.key).numel() for part in site.parts)
