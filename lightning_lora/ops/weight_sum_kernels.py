@@ -1,0 +1,240 @@
+"""Triton kernels for ``W0 + scale * B A`` and its gradients, of layers of any shapes; imported only where it is usable.
+
+One launch computes all layers. Each program reads from ``tiles`` which tile of which layer it computes, and from
+``table`` the sizes and addresses of that layer. No two programs write the same element, so the kernels are
+deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What the table holds for each layer. The results are at offsets from the beginning of one allocation, in UNITs.
+FIELDS = tl.constexpr(10)
+ROWS, COLUMNS, RANK, INNER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+WEIGHT, LEFT, RIGHT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)  # addresses of W0, B, A
+SUM, LEFT_GRADIENT, RIGHT_GRADIENT = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
+UNIT = tl.constexpr(128)  # elements; keeps the results at multiples of 256 bytes
+
+TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _logical(stored, columns, inner, PLAIN: tl.constexpr):
+    """The columns of A that belong to columns of W0 in the order in which these are stored."""
+    logical = stored
+    if not PLAIN:
+        logical = stored % inner * (columns // inner) + stored // inner
+    return logical
+
+
+@triton.jit
+def _sum_tile(
+    weight, left, right, total, rows, columns, r, inner, tile, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    if ALIGNED:
+        columns = columns // 16 * 16  # tells the compiler that it is a multiple of 16
+    weight, left, right = (
+        _pointer(weight, DTYPE, ALIGNED), _pointer(left, tl.float32, False), _pointer(right, tl.float32, PLAIN)
+    )  # fmt: skip
+    blocks = tl.cdiv(columns, BN)
+    i, j = tile // blocks * BM + tl.arange(0, BM), tile % blocks * BN + tl.arange(0, BN)
+    here, inside = (i < rows)[:, None], (j < columns)[None, :]
+    at = i[:, None] * columns + j[None, :]
+    value = tl.load(weight + at, mask=here & inside, other=0.0).to(tl.float32)
+    j = _logical(j, columns, inner, PLAIN)
+    delta = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, r, BK):
+        k = first + tl.arange(0, BK)
+        b = tl.load(left + (i[:, None] * r + k[None, :]), mask=here & (k < r)[None, :], other=0.0)
+        a = tl.load(right + (k[:, None] * columns + j[None, :]), mask=(k < r)[:, None] & inside, other=0.0)
+        delta = tl.dot(b, a, delta, input_precision="ieee")
+    value = tl.where(delta == 0, value, value + scale * delta)  # -0.0 + 0.0 would be 0.0
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=here & inside)
+
+
+@triton.jit
+def _sums(
+    tiles, table, totals, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    tiles += 2 * tl.program_id(0)
+    layer, tile = tl.load(tiles), tl.load(tiles + 1)
+    table += layer * FIELDS
+    rows, columns = tl.load(table + ROWS).to(tl.int32), tl.load(table + COLUMNS).to(tl.int32)
+    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(table + INNER).to(tl.int32)
+    weight, left, right = tl.load(table + WEIGHT), tl.load(table + LEFT), tl.load(table + RIGHT)
+    total = totals + tl.load(table + SUM) * UNIT
+    if PLAIN:
+        _sum_tile(weight, left, right, total, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, BK, True, True)
+    elif (weight % 16 == 0) & (columns % 16 == 0):
+        _sum_tile(weight, left, right, total, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, BK, True, False)
+    else:
+        _sum_tile(weight, left, right, total, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, BK, False, False)
+
+
+@triton.jit
+def _left_tile(
+    gradient, right, d_left, rows, columns, r, inner, tile, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Rows of ``scale * dW A^T``."""
+    if ALIGNED:
+        columns = columns // 16 * 16
+    gradient, right = _pointer(gradient, DTYPE, ALIGNED), _pointer(right, tl.float32, PLAIN)
+    i, k = tile * BM + tl.arange(0, BM), tl.arange(0, R)
+    here, ranked = (i < rows)[:, None], k < r
+    total = tl.zeros((BM, R), tl.float32)
+    for first in range(0, columns, BN):
+        j = first + tl.arange(0, BN)
+        inside = (j < columns)[None, :]
+        g = tl.load(gradient + (i[:, None] * columns + j[None, :]), mask=here & inside, other=0.0)
+        at = k[:, None] * columns + _logical(j, columns, inner, PLAIN)[None, :]
+        a = tl.load(right + at, mask=ranked[:, None] & inside, other=0.0).to(DTYPE)
+        total = tl.dot(g, tl.trans(a), total, input_precision="ieee")
+    tl.store(d_left + (i[:, None] * r + k[None, :]), total * scale, mask=here & ranked[None, :])
+
+
+@triton.jit
+def _right_tile(
+    gradient, left, d_right, rows, columns, r, inner, tile, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    ALIGNED: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Columns of ``scale * B^T dW``."""
+    if ALIGNED:
+        columns = columns // 16 * 16
+    gradient, left = _pointer(gradient, DTYPE, ALIGNED), _pointer(left, tl.float32, False)
+    j, k = tile * BN + tl.arange(0, BN), tl.arange(0, R)
+    inside, ranked = (j < columns)[None, :], k < r
+    total = tl.zeros((R, BN), tl.float32)
+    for first in range(0, rows, BM):
+        i = first + tl.arange(0, BM)
+        here = (i < rows)[:, None]
+        g = tl.load(gradient + (i[:, None] * columns + j[None, :]), mask=here & inside, other=0.0)
+        b = tl.load(left + (i[:, None] * r + k[None, :]), mask=here & ranked[None, :], other=0.0).to(DTYPE)
+        total = tl.dot(tl.trans(b), g, total, input_precision="ieee")
+    at = k[:, None] * columns + _logical(j, columns, inner, PLAIN)[None, :]
+    tl.store(d_right + at, total * scale, mask=ranked[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _left_gradients(
+    tiles, table, addresses, results, layers, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    tiles += 2 * tl.program_id(0)
+    layer, tile = tl.load(tiles), tl.load(tiles + 1)
+    table += layer * FIELDS
+    rows, columns = tl.load(table + ROWS).to(tl.int32), tl.load(table + COLUMNS).to(tl.int32)
+    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * layers + layer).to(tl.int32)
+    gradient, right = tl.load(addresses + layer), tl.load(addresses + 2 * layers + layer)
+    result = results + tl.load(table + LEFT_GRADIENT) * UNIT
+    if gradient == 0:  # of a layer that was not called
+        return
+    if PLAIN:
+        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, True)
+    elif (gradient % 16 == 0) & (columns % 16 == 0):
+        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, False)
+    else:
+        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, False, False)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _right_gradients(
+    tiles, table, addresses, results, layers, scale,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    tiles += 2 * tl.program_id(0)
+    layer, tile = tl.load(tiles), tl.load(tiles + 1)
+    table += layer * FIELDS
+    rows, columns = tl.load(table + ROWS).to(tl.int32), tl.load(table + COLUMNS).to(tl.int32)
+    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * layers + layer).to(tl.int32)
+    gradient, left = tl.load(addresses + layer), tl.load(addresses + layers + layer)
+    result = results + tl.load(table + RIGHT_GRADIENT) * UNIT
+    if gradient == 0:
+        return
+    if PLAIN:
+        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, True)
+    elif (gradient % 16 == 0) & (columns % 16 == 0):
+        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, False)
+    else:
+        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, False, False)
+
+
+SUM_TILE = 32, 128  # rows, columns
+SUM_RANKS = 16  # multiplied at a time
+LEFT_ROWS = 32  # of d_left that a program computes
+
+
+def padded_rank(r: int) -> int:
+    """``r`` rounded up to a size that tensor cores accept."""
+    return max(16, int(triton.next_power_of_2(r)))
+
+
+def left_tile(r: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of dW that a program multiplies at a time by A^T, for a padded rank."""
+    return LEFT_ROWS, 32 if dtype == torch.float32 else max(32, min(128, 4096 // r))
+
+
+def right_tile(r: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of dW that a program multiplies at a time by B^T, for a padded rank."""
+    return 16 if dtype == torch.float32 else 32, right_columns(r)
+
+
+def right_columns(r: int) -> int:
+    """Columns of d_right that a program computes, for a padded rank."""
+    return 128 if r < 64 else 64
+
+
+def launch_sums(tiles: Tensor, table: Tensor, totals: Tensor, scale: float, dtype: torch.dtype, plain: bool) -> None:
+    """Compute the sums of all layers.
+
+    Args:
+        tiles: layer and tile of each program, int32.
+        table: ``(layers, FIELDS)``, int64.
+        totals: what all sums are written to, in their dtype.
+        scale: factor of the product.
+        dtype: of W0.
+        plain: whether each W0 is contiguous and starts, as its rows do, at a multiple of 16 elements; so does A.
+    """
+    sizes = *SUM_TILE, SUM_RANKS
+    _sums[(len(tiles),)](tiles, table, totals, scale, TL_DTYPES[dtype], *sizes, plain, num_warps=8, num_stages=2)
+
+
+def launch_gradients(
+    tiles: tuple[Tensor, Tensor], table: Tensor, addresses: Tensor, results: Tensor, r: int, scale: float,
+    dtype: torch.dtype, plain: bool,
+) -> None:  # fmt: skip
+    """Compute the gradients of B and of A of all layers.
+
+    Args:
+        tiles: layer and tile of each program, of the launch for B and of that for A.
+        table: ``(layers, FIELDS)``, int64.
+        addresses: of dW (0: none), B and A of all layers, then their ``INNER`` for dW; int64.
+        results: what all gradients are written to, fp32.
+        r: the largest rank, padded.
+        scale: factor of the product.
+        dtype: of dW.
+        plain: as for the sums, of dW.
+    """
+    kernels = (_left_gradients, left_tile), (_right_gradients, right_tile)
+    for (kernel, tile), of_programs in zip(kernels, tiles, strict=True):
+        constants = TL_DTYPES[dtype], *tile(r, dtype), r, plain
+        kernel[(len(of_programs),)](
+            of_programs, table, addresses, results, len(table), scale, *constants, num_warps=4, num_stages=3
+        )
