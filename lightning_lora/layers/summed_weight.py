@@ -25,7 +25,8 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.weight_batch import is_dense
-from lightning_lora.ops.weight_sums import WeightSums, with_graph
+from lightning_lora.ops.weight_sum_plan import SumPlan
+from lightning_lora.ops.weight_sums import WeightSums, batched_sums, planned_sums, with_graph
 from lightning_lora.torch_internals import (
     backward_id,
     cuda_stream_id,
@@ -178,6 +179,7 @@ class SumGroup:
 
     checked: Sequence[object] = ()  # the tensors that were found to be plain, by their addresses
     kinds: list[list[int]]
+    plan: SumPlan | None = None
 
     def __init__(self) -> None:
         self.members: list[SummedWeight] = []
@@ -209,18 +211,28 @@ class SumGroup:
         if not self._can_sum(members):
             return False
         self.grad, self.place, self.summed = grad, self.place_now(), members
-        weights = _weights_of(members)
         scale, dtype = members[0].pairs[0].scale, self.place[0]
         lefts, rights = zip(*[member.factors(scale) for member in members], strict=True)
-        self.sums = sums = WeightSums(weights, self.kinds, scale, dtype)  # type: ignore[arg-type]
+        self.sums = sums = self._sums(members, lefts, rights, scale, dtype)
+        values: Sequence[Tensor] = sums.values
         if grad:
-            with_graph(sums, range(len(members)), lefts, rights, _forgetting(self, sums))
-        else:
-            sums.compute(lefts, rights)
-        for member, value, left, right in zip(members, sums.values, lefts, rights, strict=True):
+            values = with_graph(sums, range(len(members)), lefts, rights, _forgetting(self, sums))
+        for member, value, left, right in zip(members, values, lefts, rights, strict=True):
             member.value, member.facts = value, member.facts_now()
             member.has_watched_factors = has_tensor_hooks(left) or has_tensor_hooks(right)
         return True
+
+    @torch.no_grad()
+    def _sums(
+        self, members: list[SummedWeight], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float, dtype: Any
+    ) -> WeightSums:
+        if self.plan is not None and all(member.pairs[0].scale == scale for member in members):
+            return planned_sums(self.plan, lefts, rights, scale, dtype)
+        weights = _weights_of(members)
+        if not torch.is_autocast_enabled(weights[0].device.type):
+            return batched_sums(weights, self.kinds, lefts, rights, scale, dtype)
+        with torch.autocast(weights[0].device.type, enabled=False):
+            return batched_sums(weights, self.kinds, lefts, rights, scale, dtype)
 
     def _can_sum(self, members: list[SummedWeight]) -> bool:
         """Whether the weights are frozen and whole, and no hook expects a call of a pair."""
@@ -230,7 +242,7 @@ class SumGroup:
         if checked != self.checked:
             first = self.first_weight()
             self.checked = checked if all(member.can_be_summed(first) for member in members) else []
-            self.kinds = _kinds(members) if self.checked else []
+            self.kinds, self.plan = (_kinds(members), _plan(members)) if self.checked else ([], None)
         is_frozen = not any(tensor.requires_grad for tensor in _weights_of(members))
         return bool(self.checked) and is_frozen and not any(has_module_hooks(p) for m in members for p in m.pairs)
 
@@ -240,12 +252,9 @@ class SumGroup:
             member.forget()
         self._clear()
 
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.members = []  # they come back by themselves: a copy of a part of a model has its own layers alone
-        self._clear()
+    def __reduce__(self) -> tuple[type[SumGroup], tuple[()]]:
+        # The members of a copy join it by themselves: a copy of a part of a model has its own layers alone.
+        return SumGroup, ()
 
 
 def _kinds(members: list[SummedWeight]) -> list[list[int]]:
@@ -256,6 +265,14 @@ def _kinds(members: list[SummedWeight]) -> list[list[int]]:
         kind = weight.shape, weight.stride(), sum(pair.r for pair in member.pairs)
         kinds.setdefault(kind, []).append(index)
     return list(kinds.values())
+
+
+def _plan(members: list[SummedWeight]) -> SumPlan | None:
+    """A plan for the kernels, where A and B themselves are the factors, and stay where they are."""
+    if not all(member.is_whole for member in members):
+        return None
+    weights, (lefts, rights) = _weights_of(members), zip(*[m.factors(m.pairs[0].scale) for m in members], strict=True)
+    return SumPlan(weights, lefts, rights) if SumPlan.can_be_used(weights, lefts, rights) else None
 
 
 def _weights_of(members: list[SummedWeight]) -> list[Any]:

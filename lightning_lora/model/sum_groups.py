@@ -13,7 +13,7 @@ from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, Transp
 from lightning_lora.layers.summed_weight import SumGroup, SummedWeight
 from lightning_lora.targets.survey import Survey
 
-MAX_BYTES = 2**27  # of the weights of a group: their gradients live until the group's last one is there
+MAX_BYTES = 2**28  # of the weights of a group: their gradients live until the group's last one is there
 
 WITH_WEIGHT_SIDE = (LoRALinear, TransposedLinear, LoRAConv, LoRAConvTranspose, LoRAMultiheadAttention)
 

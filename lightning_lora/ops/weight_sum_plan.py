@@ -1,6 +1,6 @@
 """``W0 + scale * B A`` of layers of any shapes in one launch of a Triton kernel, and its gradients in two.
 
-The batched products of :mod:`lightning_lora.ops.weight_sums` take a few launches for each shape. Here the kernels read
+The batched products of :mod:`lightning_lora.ops.weight_batch` take a few launches for each shape. Here the kernels read
 from a table where the matrices of each layer are. The table is made once, as long as the layers stay where they are.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.ops.dispatch import supports_kernels
-from lightning_lora.ops.weight_sums import stored_order
+from lightning_lora.ops.weight_batch import stored_order
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 128

@@ -1,13 +1,16 @@
 """``W0 + scale * B A`` of several layers, in a few launches for all of them.
 
-Launching a kernel takes the host longer than a GPU needs for one small matrix. So the low-rank terms of
-weights of one shape are one batched product, and backward turns the gradients of the weights into those of A and B.
+Launching a kernel takes the host longer than a GPU needs for one small matrix. So all sums are one launch of a Triton
+kernel (:mod:`lightning_lora.ops.weight_sum_plan`), or a batched product for the weights of each shape
+(:mod:`lightning_lora.ops.weight_batch`). Backward turns the gradients of the weights into those of A and B likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,50 +18,97 @@ from torch import Tensor
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.weight_batch import WeightBatch
 
+if TYPE_CHECKING:
+    from lightning_lora.ops.weight_sum_plan import SumPlan
 
+# From the gradients of some sums, by index, to the index, the gradient of B and that of A of each.
+FactorGradients = Callable[[Mapping[int, Tensor]], Iterator[tuple[int, Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
 class WeightSums:
-    """The sums ``W0 + scale * B A`` of several layers, and how their gradients become those of A and B.
+    """The sums of several layers, without a graph.
 
-    The product is computed in the dtype of the weights; the sum is rounded to that dtype once, then to ``dtype``.
+    Args:
+        values: ``W0 + scale * B A`` of each layer, of the shape of its weight.
+        gradients: turns gradients of the values into those of the factors; it holds none of the values.
+        scale: factor of ``B A``.
+    """
+
+    values: list[Tensor]
+    gradients: FactorGradients
+    scale: float
+
+
+def batched_sums(
+    weights: list[Tensor],
+    kinds: list[list[int]],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    dtype: torch.dtype,
+) -> WeightSums:
+    """The sums, by one batch for each kind: computed in the dtype of the weights, and rounded to ``dtype``.
 
     Args:
         weights: W0 of each layer, of two or more dimensions and one dtype.
         kinds: the indices of layers with weights of one shape, strides and rank, for each such kind.
+        lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
+        rights: A of each layer, ``(r, columns)``.
         scale: factor of the product.
         dtype: of the sums: that of autocast, or of the weights.
 
-    Attributes:
-        values: the sums, of the shape of the weights.
+    Example:
+        >>> sums = batched_sums([torch.eye(2)], [[0]], [torch.ones(2, 1)], [torch.ones(1, 2)], 0.5, torch.float32)
+        >>> sums.values[0]
+        tensor([[1.5000, 0.5000],
+                [0.5000, 1.5000]])
     """
+    values: dict[int, Tensor] = {}
+    batches: list[WeightBatch] = []
+    for kind in kinds:
+        of_kind, left, right = ([tensors[i] for i in kind] for tensors in (weights, lefts, rights))
+        batches.append(WeightBatch(of_kind, left, right, scale))
+        values.update(zip(kind, batches[-1].sums(), strict=True))
+    gradients = partial(_batched_gradients, kinds, batches, lefts[0].dtype)
+    return WeightSums([values[i].to(dtype) for i in range(len(weights))], gradients, scale)
 
-    values: Sequence[Tensor] = ()
 
-    def __init__(self, weights: list[Tensor], kinds: list[list[int]], scale: float, dtype: torch.dtype) -> None:
-        self.weights, self.kinds, self.scale, self.dtype = weights, kinds, scale, dtype
-        self.batches: list[WeightBatch] = []
+def _batched_gradients(
+    kinds: list[list[int]], batches: list[WeightBatch], dtype: torch.dtype, of_sums: Mapping[int, Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for kind, batch in zip(kinds, batches, strict=True):
+        used = [position for position, i in enumerate(kind) if i in of_sums]
+        if used:
+            indices = [kind[position] for position in used]
+            d_left, d_right = batch.gradients(used, [of_sums[i] for i in indices], dtype)
+            yield from zip(indices, d_left.unbind(0), d_right.unbind(0), strict=True)
 
-    def compute(self, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
-        """Compute :attr:`values`, in a place without gradients.
 
-        Args:
-            lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
-            rights: A of each layer, ``(r, columns)``.
-        """
-        device = self.weights[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                self._compute(lefts, rights)
-        else:
-            self._compute(lefts, rights)
+def planned_sums(
+    plan: SumPlan, lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float, dtype: torch.dtype
+) -> WeightSums:
+    """The sums by the kernels of ``plan``, computed in fp32; the arguments are those of :func:`batched_sums`."""
+    versions = [factor._version for factor in (*lefts, *rights)]
+    gradients = partial(_planned_gradients, plan, lefts, rights, versions, scale)
+    return WeightSums(plan.sums(scale, dtype), gradients, scale)
 
-    def _compute(self, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
-        values: dict[int, Tensor] = {}
-        for kind in self.kinds:
-            weights, left, right = ([tensors[i] for i in kind] for tensors in (self.weights, lefts, rights))
-            batch = WeightBatch(weights, left, right, self.scale)
-            self.batches.append(batch)
-            values.update(zip(kind, batch.sums(), strict=True))
-        self.values = [values[i].to(self.dtype) for i in range(len(self.weights))]
+
+def _planned_gradients(
+    plan: SumPlan,
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    versions: list[int],
+    scale: float,
+    of_sums: Mapping[int, Tensor],
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As :func:`_batched_gradients`; the kernels read A and B themselves, which no step may have changed."""
+    for factor, version in zip((*lefts, *rights), versions, strict=True):
+        check_unmodified(factor, version)
+    given = [of_sums.get(i) for i in range(len(lefts))]
+    d_lefts, d_rights = plan.gradients(given, lefts, rights, scale)
+    for i in of_sums:
+        yield i, d_lefts[i], d_rights[i]  # type: ignore[misc]
 
 
 class SummedWeights(torch.autograd.Function):
@@ -72,57 +122,38 @@ class SummedWeights(torch.autograd.Function):
     def forward(
         ctx: Any, sums: WeightSums, indices: Sequence[int], done: Callable[[], object], *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Left, then right factors of the layers ``indices`` to their sums, which are computed here if they are not."""
-        if not sums.values:
-            sums.compute(factors[: len(indices)], factors[len(indices) :])
-            values = tuple(sums.values)
-        else:
-            values = tuple(sums.values[index].detach() for index in indices)
-        ctx.batches, ctx.kinds, ctx.scale = sums.batches, sums.kinds, sums.scale
-        ctx.indices, ctx.done = indices, done
+        """Left, then right factors of the layers ``indices`` to their sums."""
+        ctx.gradients, ctx.scale, ctx.indices, ctx.done = sums.gradients, sums.scale, indices, done
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
         ctx.set_materialize_grads(False)  # a layer that was not called has no gradient
-        return values
+        return tuple([sums.values[index].detach() for index in indices])
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradient of each factor, in its own dtype; ``None`` for those of a layer without a gradient."""
-        given = [(position, gradient) for position, gradient in enumerate(gradients) if gradient is not None]
-        count = len(gradients)
-        results: list[Tensor | None] = [None] * (2 * count)
-        if torch.is_grad_enabled():  # this backward is differentiated again
-            for factor, version in zip(ctx.factors, ctx.versions, strict=True):
-                check_unmodified(factor, version)
-            for i, gradient in given:
-                results[i], results[count + i] = _differentiable(
-                    gradient, ctx.factors[i], ctx.factors[count + i], ctx.scale
-                )
-        else:
-            positions = {index: position for position, index in enumerate(ctx.indices)}
-            of_sums = {ctx.indices[position]: gradient for position, gradient in given}
-            for index, d_left, d_right in gradients_of(ctx.kinds, ctx.batches, of_sums, ctx.factors[0].dtype):
-                results[positions[index]], results[count + positions[index]] = d_left, d_right
+        given = {i: gradient for i, gradient in zip(ctx.indices, gradients, strict=True) if gradient is not None}
+        position = {index: at for at, index in enumerate(ctx.indices)}
+        results: list[Tensor | None] = [None] * (2 * len(gradients))
+        found = _differentiable(ctx, given, position) if torch.is_grad_enabled() else ctx.gradients(given)
+        for index, d_left, d_right in found if given else ():
+            results[position[index]], results[len(gradients) + position[index]] = d_left, d_right
         ctx.done()
         return None, None, None, *results
 
 
-def gradients_of(
-    kinds: Sequence[list[int]], batches: Sequence[WeightBatch], of_sums: Mapping[int, Tensor], dtype: torch.dtype
+def _differentiable(
+    ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each layer with a gradient: its index, and the gradients of the left and of the right factor."""
-    for kind, batch in zip(kinds, batches, strict=True):
-        used = [position for position, i in enumerate(kind) if i in of_sums]
-        if used:
-            indices = [kind[position] for position in used]
-            d_left, d_right = batch.gradients(used, [of_sums[i] for i in indices], dtype)
-            yield from zip(indices, d_left.unbind(0), d_right.unbind(0), strict=True)
-
-
-def _differentiable(gradient: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    matrix = scale * gradient.reshape(left.shape[0], right.shape[1])
-    d_left = matrix @ right.to(matrix.dtype).mT
-    return d_left.to(left.dtype), (left.to(matrix.dtype).mT @ matrix).to(right.dtype)
+    """The gradients by operations that can be differentiated again."""
+    lefts, rights = ctx.factors[: len(position)], ctx.factors[len(position) :]
+    for factor, version in zip(ctx.factors, ctx.versions, strict=True):
+        check_unmodified(factor, version)
+    for index, gradient in of_sums.items():
+        left, right = lefts[position[index]], rights[position[index]]
+        matrix = ctx.scale * gradient.reshape(left.shape[0], right.shape[1])
+        d_left, d_right = matrix @ right.to(matrix.dtype).mT, left.to(matrix.dtype).mT @ matrix
+        yield index, d_left.to(left.dtype), d_right.to(right.dtype)
 
 
 def with_graph(
@@ -135,9 +166,9 @@ def with_graph(
     """The sums of the layers ``indices``, differentiable by their factors.
 
     Args:
-        sums: of all layers; if they are not computed yet, ``indices`` must be all of them.
-        indices: which layers.
-        lefts: the left factor of each.
+        sums: of all layers.
+        indices: which of them.
+        lefts: the left factor of each of these.
         rights: the right factor of each.
         done: called when a backward pass was through.
     """
