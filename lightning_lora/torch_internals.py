@@ -76,10 +76,11 @@ def in_dispatch_mode() -> bool:
 
 def is_transformed() -> bool:
     """Whether something other than autograd and autocast sees the operations that run now."""
+    C = torch._C
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        C._are_functorch_transforms_active()
+        or C._len_torch_dispatch_stack() > 0
+        or C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -12,26 +12,21 @@ While a backward pass runs, a call is a recomputation under activation checkpoin
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.sum_group import SumGroup
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.weight_batch import is_dense
-from lightning_lora.ops.weight_sum_plan import SumPlan
-from lightning_lora.ops.weight_sums import WeightSums, batched_sums, planned_sums, with_graph
+from lightning_lora.ops.weight_sums import with_graph
 from lightning_lora.torch_internals import (
     backward_id,
-    cuda_stream_id,
-    has_module_hooks,
-    has_tensor_hooks,
     is_transformed,
     saved_tensors_have_hooks,
 )
@@ -52,7 +47,7 @@ class SummedWeight:
     """
 
     value: Tensor | None = None
-    facts: Sequence[object] = ()
+    start = 0  # of its facts among those of the group
     was_read = False
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
@@ -84,12 +79,13 @@ class SummedWeight:
         Args:
             x: the input of the layer.
         """
-        group = self.group
-        if type(x) is not Tensor or not self.adapters.enabled or is_transformed():
+        group, adapters = self.group, self.adapters
+        if type(x) is not Tensor or not adapters.enabled or is_transformed():
             return None
         if not self.always:
-            work = x.numel() // self.width * self.size
-            if work > MAX_WORK or self.size > MAX_ELEMENTS or x.device.type not in dispatch.DEVICES:
+            if self.size > MAX_ELEMENTS or x.numel() // self.width * self.size > MAX_WORK:
+                return None
+            if not x.is_cuda and x.device.type not in dispatch.DEVICES:
                 return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
@@ -97,7 +93,7 @@ class SummedWeight:
             pair.note_read()
         grad, recomputes = torch.is_grad_enabled(), backward_id() >= 0
         is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
-        if (is_stale or group.place != group.place_now() or self.facts != self.facts_now()) and not group.sum(grad):
+        if (is_stale or group.place != group.place_now() or self.is_changed()) and not group.sum(grad):
             return None
         self.was_read = True
         # The first pass under reentrant checkpointing has no graph, and each part of the second pass has its own.
@@ -112,28 +108,27 @@ class SummedWeight:
             total = pair.add_to_weight(total)
         return total
 
-    def facts_now(self) -> list[object]:
-        """The version and the address of W0, and of each A and B: others after a change."""
-        facts: list[object] = []
+    def is_changed(self) -> bool:
+        """Whether W0, A or B was written, replaced or moved since the sum was made."""
+        position, facts = self.start, self.group.facts
         for parameters, key in self.sources:
             tensor: Any = parameters[key]
-            facts.append(tensor._version)
-            facts.append(tensor.data_ptr())
-        return facts
+            if tensor._version != facts[position] or tensor.data_ptr() != facts[position + 1]:
+                return True
+            if tensor is not facts[position + 2]:
+                return True
+            position += 3
+        return False
 
     def can_be_summed(self, first: Any) -> bool:
-        """Whether W0, A and B are plain tensors, on the device of the weight ``first``: not sharded, not computed."""
+        """Whether W0, A and B, plain tensors, are on the device of the weight ``first``, and W0 is not freed."""
         tensors: list[Any] = [parameters.get(key) for parameters, key in self.sources]
         return (
-            all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+            not any(tensor.is_inference() for tensor in tensors)
             and tensors[0].dtype == first.dtype
             and is_dense(tensors[0])
             and all(tensor.device == first.device and tensor.untyped_storage().size() for tensor in tensors)
         )
-
-    def is_live(self) -> bool:
-        """Whether the layer has these adapters now, and they act."""
-        return self.layer._modules.get("lora") is self.adapters and self.adapters.enabled
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor]:
         """The left factor ``(rows, r)`` and the right factor ``(r, columns)`` of delta / scale; differentiable."""
@@ -166,125 +161,9 @@ class SummedWeight:
 
 def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
-    summed: SummedWeight | None = layer.lora.sums.get(key)
+    summed: SummedWeight | None = layer._modules["lora"].sums.get(key)  # type: ignore[union-attr, operator]
     if summed is None:
         return None
     if torch.compiler.is_compiling():
         return summed.traced() if summed.always else None
     return summed.read(x)
-
-
-class SumGroup:
-    """Layers that are summed together: neighbours in the model, with weights of one dtype."""
-
-    checked: Sequence[object] = ()  # the tensors that were found to be plain, by their addresses
-    kinds: list[list[int]]
-    plan: SumPlan | None = None
-
-    def __init__(self) -> None:
-        self.members: list[SummedWeight] = []
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: WeightSums | None = None
-        self.summed: list[SummedWeight] = []
-        self.grad: bool | None = None
-        self.place: tuple[object, ...] = ()
-
-    def first_weight(self) -> Any:
-        """W0 of the first layer; the others must have its dtype and device."""
-        first = self.members[0]
-        return first.layer._parameters[first.key]
-
-    def place_now(self) -> tuple[object, ...]:
-        """The dtype of the result, the stream that computes it, and whether it is an inference tensor."""
-        weight = self.first_weight()
-        dtype, on_gpu = weight.dtype, weight.is_cuda
-        if torch.is_autocast_enabled("cuda" if on_gpu else weight.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        return dtype, on_gpu and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
-
-    def sum(self, grad: bool) -> bool:
-        """Sum the weights of all layers that are adapted now; returns whether that is possible."""
-        self.forget()
-        members = [member for member in self.members if member.is_live()]
-        if not self._can_sum(members):
-            return False
-        self.grad, self.place, self.summed = grad, self.place_now(), members
-        scale, dtype = members[0].pairs[0].scale, self.place[0]
-        lefts, rights = zip(*[member.factors(scale) for member in members], strict=True)
-        self.sums = sums = self._sums(members, lefts, rights, scale, dtype)
-        values: Sequence[Tensor] = sums.values
-        if grad:
-            values = with_graph(sums, range(len(members)), lefts, rights, _forgetting(self, sums))
-        for member, value, left, right in zip(members, values, lefts, rights, strict=True):
-            member.value, member.facts = value, member.facts_now()
-            member.has_watched_factors = has_tensor_hooks(left) or has_tensor_hooks(right)
-        return True
-
-    @torch.no_grad()
-    def _sums(
-        self, members: list[SummedWeight], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float, dtype: Any
-    ) -> WeightSums:
-        if self.plan is not None and all(member.pairs[0].scale == scale for member in members):
-            return planned_sums(self.plan, lefts, rights, scale, dtype)
-        weights = _weights_of(members)
-        if not torch.is_autocast_enabled(weights[0].device.type):
-            return batched_sums(weights, self.kinds, lefts, rights, scale, dtype)
-        with torch.autocast(weights[0].device.type, enabled=False):
-            return batched_sums(weights, self.kinds, lefts, rights, scale, dtype)
-
-    def _can_sum(self, members: list[SummedWeight]) -> bool:
-        """Whether the weights are frozen and whole, and no hook expects a call of a pair."""
-        sources = [source for member in members for source in member.sources]
-        tensors: list[Any] = [parameters.get(key) for parameters, key in sources]
-        checked = [(id(tensor), tensor.data_ptr()) for tensor in tensors if tensor is not None]
-        if checked != self.checked:
-            first = self.first_weight()
-            self.checked = checked if all(member.can_be_summed(first) for member in members) else []
-            self.kinds, self.plan = (_kinds(members), _plan(members)) if self.checked else ([], None)
-        is_frozen = not any(tensor.requires_grad for tensor in _weights_of(members))
-        return bool(self.checked) and is_frozen and not any(has_module_hooks(p) for m in members for p in m.pairs)
-
-    def forget(self) -> None:
-        """Let go of the sums."""
-        for member in self.members:
-            member.forget()
-        self._clear()
-
-    def __reduce__(self) -> tuple[type[SumGroup], tuple[()]]:
-        # The members of a copy join it by themselves: a copy of a part of a model has its own layers alone.
-        return SumGroup, ()
-
-
-def _kinds(members: list[SummedWeight]) -> list[list[int]]:
-    """The indices of members with weights of one shape, strides and rank, for each such kind."""
-    kinds: dict[object, list[int]] = {}
-    for index, member in enumerate(members):
-        weight: Any = member.layer._parameters[member.key]
-        kind = weight.shape, weight.stride(), sum(pair.r for pair in member.pairs)
-        kinds.setdefault(kind, []).append(index)
-    return list(kinds.values())
-
-
-def _plan(members: list[SummedWeight]) -> SumPlan | None:
-    """A plan for the kernels, where A and B themselves are the factors, and stay where they are."""
-    if not all(member.is_whole for member in members):
-        return None
-    weights, (lefts, rights) = _weights_of(members), zip(*[m.factors(m.pairs[0].scale) for m in members], strict=True)
-    return SumPlan(weights, lefts, rights) if SumPlan.can_be_used(weights, lefts, rights) else None
-
-
-def _weights_of(members: list[SummedWeight]) -> list[Any]:
-    return [member.layer._parameters[member.key] for member in members]
-
-
-def _forgetting(group: SumGroup, sums: WeightSums) -> Callable[[], None]:
-    """Let ``group`` forget ``sums``; holds neither of them."""
-    return partial(_forget, weakref.ref(group), weakref.ref(sums))
-
-
-def _forget(group: weakref.ref[SumGroup], sums: weakref.ref[WeightSums]) -> None:
-    held = group()
-    if held is not None and held.sums is not None and held.sums is sums():
-        held.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from torch import nn
@@ -10,7 +11,8 @@ from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, TransposedLinear
-from lightning_lora.layers.summed_weight import SumGroup, SummedWeight
+from lightning_lora.layers.sum_group import SumGroup
+from lightning_lora.layers.summed_weight import SummedWeight
 from lightning_lora.targets.survey import Survey
 
 MAX_BYTES = 2**28  # of the weights of a group: their gradients live until the group's last one is there
@@ -56,5 +58,7 @@ def width_of(layer: LoRALayer) -> int:
         return 0
     if isinstance(layer, TransposedLinear):
         return parameter_of(layer).shape[0]
+    if isinstance(layer, LoRAConv):  # its input has more positions than its output, of which the work is
+        return int(layer.in_channels) * math.prod(layer.stride)  # type: ignore[arg-type]
     names = ("in_features", "in_channels", "embed_dim")
     return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))

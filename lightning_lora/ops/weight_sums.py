@@ -8,7 +8,6 @@ kernel (:mod:`lightning_lora.ops.weight_sum_plan`), or a batched product for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,62 +20,77 @@ from lightning_lora.ops.weight_batch import WeightBatch
 if TYPE_CHECKING:
     from lightning_lora.ops.weight_sum_plan import SumPlan
 
-# From the gradients of some sums, by index, to the index, the gradient of B and that of A of each.
-FactorGradients = Callable[[Mapping[int, Tensor]], Iterator[tuple[int, Tensor, Tensor]]]
+Triple = tuple[int, Tensor, Tensor]  # index of a layer, the gradient of B, that of A
+FactorGradients = Callable[[Mapping[int, Tensor]], Iterator[Triple]]  # from the gradients of some sums, by index
 
 
-@dataclass(frozen=True, eq=False)
 class WeightSums:
-    """The sums of several layers, without a graph.
+    """The sums of several layers, without a graph, in the dtype ``dtype``.
 
     Args:
-        values: ``W0 + scale * B A`` of each layer, of the shape of its weight.
-        gradients: turns gradients of the values into those of the factors; it holds none of the values.
+        lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
+        rights: A of each layer, ``(r, columns)``.
         scale: factor of ``B A``.
+        dtype: of the sums: that of autocast, or of the weights.
+
+    Attributes:
+        values: ``W0 + scale * B A`` of each layer, of the shape of its weight, once they are computed.
+        gradients: turns gradients of the values into those of the factors; it holds none of the values.
     """
 
-    values: list[Tensor]
+    values: Sequence[Tensor] = ()
     gradients: FactorGradients
-    scale: float
+
+    def __init__(self, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...], scale: float, dtype: torch.dtype) -> None:
+        self.lefts, self.rights, self.scale, self.dtype = lefts, rights, scale, dtype
+
+    def compute(self) -> Sequence[Tensor]:
+        """Compute the values, in a place without gradients."""
+        raise NotImplementedError
 
 
-def batched_sums(
-    weights: list[Tensor],
-    kinds: list[list[int]],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    dtype: torch.dtype,
-) -> WeightSums:
-    """The sums, by one batch for each kind: computed in the dtype of the weights, and rounded to ``dtype``.
+class BatchedSums(WeightSums):
+    """The sums, by one batch for each kind of weight: computed in the dtype of the weights, then cast.
 
     Args:
         weights: W0 of each layer, of two or more dimensions and one dtype.
         kinds: the indices of layers with weights of one shape, strides and rank, for each such kind.
-        lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
-        rights: A of each layer, ``(r, columns)``.
-        scale: factor of the product.
-        dtype: of the sums: that of autocast, or of the weights.
+        arguments: of :class:`WeightSums`.
 
     Example:
-        >>> sums = batched_sums([torch.eye(2)], [[0]], [torch.ones(2, 1)], [torch.ones(1, 2)], 0.5, torch.float32)
-        >>> sums.values[0]
+        >>> sums = BatchedSums([torch.eye(2)], [[0]], (torch.ones(2, 1),), (torch.ones(1, 2),), 0.5, torch.float32)
+        >>> sums.compute()[0]
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
-    values: dict[int, Tensor] = {}
-    batches: list[WeightBatch] = []
-    for kind in kinds:
-        of_kind, left, right = ([tensors[i] for i in kind] for tensors in (weights, lefts, rights))
-        batches.append(WeightBatch(of_kind, left, right, scale))
-        values.update(zip(kind, batches[-1].sums(), strict=True))
-    gradients = partial(_batched_gradients, kinds, batches, lefts[0].dtype)
-    return WeightSums([values[i].to(dtype) for i in range(len(weights))], gradients, scale)
+
+    def __init__(self, weights: list[Tensor], kinds: list[list[int]], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.weights, self.kinds = weights, kinds
+
+    def compute(self) -> Sequence[Tensor]:
+        """Compute the values; autocast would cast the products."""
+        device = self.weights[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._compute()
+        return self._compute()
+
+    def _compute(self) -> Sequence[Tensor]:
+        values: dict[int, Tensor] = {}
+        batches: list[WeightBatch] = []
+        for kind in self.kinds:
+            weights, left, right = ([tensors[i] for i in kind] for tensors in (self.weights, self.lefts, self.rights))
+            batches.append(WeightBatch(weights, left, right, self.scale))
+            values.update(zip(kind, batches[-1].sums(), strict=True))
+        self.gradients = partial(_batched_gradients, self.kinds, batches, self.lefts[0].dtype)
+        self.values = [values[i].to(self.dtype) for i in range(len(self.weights))]
+        return self.values
 
 
 def _batched_gradients(
     kinds: list[list[int]], batches: list[WeightBatch], dtype: torch.dtype, of_sums: Mapping[int, Tensor]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[Triple]:
     for kind, batch in zip(kinds, batches, strict=True):
         used = [position for position, i in enumerate(kind) if i in of_sums]
         if used:
@@ -85,28 +99,38 @@ def _batched_gradients(
             yield from zip(indices, d_left.unbind(0), d_right.unbind(0), strict=True)
 
 
-def planned_sums(
-    plan: SumPlan, lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float, dtype: torch.dtype
-) -> WeightSums:
-    """The sums by the kernels of ``plan``, computed in fp32; the arguments are those of :func:`batched_sums`."""
-    versions = [factor._version for factor in (*lefts, *rights)]
-    gradients = partial(_planned_gradients, plan, lefts, rights, versions, scale)
-    return WeightSums(plan.sums(scale, dtype), gradients, scale)
+class PlannedSums(WeightSums):
+    """The sums by the kernels of a plan, computed in fp32 and rounded once.
+
+    Args:
+        plan: of these layers.
+        arguments: of :class:`WeightSums`.
+    """
+
+    def __init__(self, plan: SumPlan, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.plan = plan
+
+    def compute(self) -> Sequence[Tensor]:
+        """Compute the values in one launch."""
+        versions = [factor._version for factor in self.lefts + self.rights]
+        self.gradients = partial(_planned_gradients, self.plan, self.lefts, self.rights, versions, self.scale)
+        self.values = self.plan.sums(self.scale, self.dtype)
+        return self.values
 
 
 def _planned_gradients(
     plan: SumPlan,
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
+    lefts: tuple[Tensor, ...],
+    rights: tuple[Tensor, ...],
     versions: list[int],
     scale: float,
     of_sums: Mapping[int, Tensor],
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[Triple]:
     """As :func:`_batched_gradients`; the kernels read A and B themselves, which no step may have changed."""
-    for factor, version in zip((*lefts, *rights), versions, strict=True):
+    for factor, version in zip(lefts + rights, versions, strict=True):
         check_unmodified(factor, version)
-    given = [of_sums.get(i) for i in range(len(lefts))]
-    d_lefts, d_rights = plan.gradients(given, lefts, rights, scale)
+    d_lefts, d_rights = plan.gradients([of_sums.get(i) for i in range(len(lefts))], lefts, rights, scale)
     for i in of_sums:
         yield i, d_lefts[i], d_rights[i]  # type: ignore[misc]
 
@@ -123,10 +147,11 @@ class SummedWeights(torch.autograd.Function):
         ctx: Any, sums: WeightSums, indices: Sequence[int], done: Callable[[], object], *factors: Tensor
     ) -> tuple[Tensor, ...]:
         """Left, then right factors of the layers ``indices`` to their sums."""
+        values = [sums.values[index].detach() for index in indices] if sums.values else sums.compute()
         ctx.gradients, ctx.scale, ctx.indices, ctx.done = sums.gradients, sums.scale, indices, done
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
         ctx.set_materialize_grads(False)  # a layer that was not called has no gradient
-        return tuple([sums.values[index].detach() for index in indices])
+        return tuple(values)
 
     @staticmethod
     @without_autocast
@@ -142,9 +167,7 @@ class SummedWeights(torch.autograd.Function):
         return None, None, None, *results
 
 
-def _differentiable(
-    ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]) -> Iterator[Triple]:
     """The gradients by operations that can be differentiated again."""
     lefts, rights = ctx.factors[: len(position)], ctx.factors[len(position) :]
     for factor, version in zip(ctx.factors, ctx.versions, strict=True):
@@ -166,7 +189,7 @@ def with_graph(
     """The sums of the layers ``indices``, differentiable by their factors.
 
     Args:
-        sums: of all layers.
+        sums: of all layers; if they are not computed yet, ``indices`` must be all of them.
         indices: which of them.
         lefts: the left factor of each of these.
         rights: the right factor of each.
