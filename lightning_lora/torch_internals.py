@@ -51,7 +51,7 @@ def factors_of_product(x: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
 
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Whether a hook waits for the gradient of ``tensor``."""
-    return bool(tensor._backward_hooks)
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def in_functorch_transform() -> bool:

@@ -38,6 +38,7 @@ class LoRAConv(LoRALayer):
 
     lora_adapter_class = ConvAdapter
     groups: int
+    bias: Tensor | None
     lora_pointwise: Callable[..., Tensor]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -45,7 +46,7 @@ class LoRAConv(LoRALayer):
         """The base output plus the low-rank term of each adapter, or the convolution with the summed weight."""
         weight = summed_weight(self, input)
         if weight is not None:
-            return self._conv_forward(input, weight, self._parameters["bias"])
+            return self._conv_forward(input, weight, self.bias)
         y: Tensor = super().forward(input)
         for adapter in self.lora.active_pairs():
             y = adapter(y, input, self)

@@ -58,7 +58,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         """``(..., in_features)`` to ``(..., out_features)``."""
         weight = summed_weight(self, input)
         if weight is not None:
-            return base_linear(input, weight, self._parameters["bias"])
+            return base_linear(input, weight, self.bias)
         return linear(input, self.weight, self.bias, self.lora.active_pairs())  # type: ignore[arg-type]
 
 
@@ -90,7 +90,7 @@ class TransposedLinear(LoRALayer):
         """The base output plus the low-rank term of each adapter, or the product with the summed weight."""
         weight = summed_weight(self, x)
         if weight is not None:
-            return base_linear(x, weight.t(), self._parameters["bias"])
+            return base_linear(x, weight.t(), self.bias)  # type: ignore[arg-type]
         y = super().forward(x)
         for adapter in self.lora.active_pairs():
             y = adapter(y, x)

@@ -1,142 +1,103 @@
-"""Layers that are summed together: when their sums are made, and what they are made of."""
+"""Layers that are summed together: when their sums are made, and when they are let go."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
-from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.ops.fused_linear import compute_dtype
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
-from lightning_lora.torch_internals import cuda_stream_id, has_module_hooks, has_tensor_hooks
+from lightning_lora.torch_internals import call_after_backward, cuda_stream_id
 
 if TYPE_CHECKING:
     from lightning_lora.layers.summed_weight import SummedWeight
 
-PLAIN = {Tensor, nn.Parameter}
-REQUIRES_GRAD = attrgetter("requires_grad")
+
+def place_now(weight: Tensor) -> tuple[object, ...]:
+    """The dtype of a sum with ``weight``, the stream that computes it, and whether it is an inference tensor."""
+    dtype, on_gpu = weight.dtype, weight.is_cuda
+    if torch.is_autocast_enabled("cuda" if on_gpu else weight.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return dtype, on_gpu and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
 
 
 class SumGroup:
     """Layers that are summed together: neighbours in the model, with weights of one dtype."""
 
-    addresses: Sequence[int] = ()  # of the tensors that were found to be plain
-    facts: list[Any]  # version, address and object of each tensor when the sums were made
-    kinds: list[list[int]]
-    plan: SumPlan | None = None
-
     def __init__(self) -> None:
-        self.members: list[SummedWeight] = []
-        self.facts = []
+        self.members: list[weakref.ref[SummedWeight]] = []  # a layer that leaves the model leaves its group
+        self.addresses: list[int] = []  # of the tensors that `kinds` and `plan` are of
+        self.kinds: list[list[int]] = []
+        self.plan: SumPlan | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.sums: WeightSums | None = None
-        self.summed: list[SummedWeight] = []
         self.grad: bool | None = None
         self.place: tuple[object, ...] = ()
+        self.is_forgotten_soon = False
 
-    def first_weight(self) -> Any:
-        """W0 of the first layer; the others must have its dtype and device."""
-        first = self.members[0]
-        return first.layer._parameters[first.key]
-
-    def place_now(self) -> tuple[object, ...]:
-        """The dtype of the result, the stream that computes it, and whether it is an inference tensor."""
-        weight = self.first_weight()
-        if not weight.is_cuda:
-            return compute_dtype(weight), None, torch.is_inference_mode_enabled()
-        dtype = compute_dtype(weight) if torch.is_autocast_enabled("cuda") else weight.dtype
-        return dtype, cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
-
-    def sum(self, grad: bool) -> bool:
-        """Sum the weights of all layers that are adapted now; returns whether that is possible."""
+    def sum(self, first: Tensor, grad: bool) -> None:
+        """Sum the weights of all layers that are adapted now, and can be summed together with the weight ``first``."""
         self.forget()
-        members = [m for m in self.members if m.layer._modules.get("lora") is m.adapters and m.adapters.enabled]
-        if not self._can_sum(members):
-            return False
-        self.grad, self.place, self.summed = grad, self.place_now(), members
-        scale, dtype = members[0].pairs[0].scale, self.place[0]
-        lefts, rights = zip(*[member.factors(scale) for member in members], strict=True)
-        self.sums = sums = self._sums(members, lefts, rights, scale, dtype)
-        everything, forgetting = range(len(members)), _forgetting(self, sums)
-        values = with_graph(sums, everything, lefts, rights, forgetting) if grad else tuple(sums.compute())
+        held = [member for reference in self.members if (member := reference()) is not None]
+        members = [member for member in held if member.is_live(member.layer()) and member.can_be_summed(first)]
+        for index, member in enumerate(members):
+            member.index, member.has_watched_factors = index, grad and member.is_watched()
+        place = place_now(first)
+        self.sums = sums = self._sums_of(members, members[0].pairs[0].scale, place[0])
+        everything, done = range(len(members)), _forgetting(self, sums)
+        values = with_graph(sums, everything, sums.lefts, sums.rights, done) if grad else sums.compute()
         for member, value in zip(members, values, strict=True):
-            member.value = value
-        if any(map(has_tensor_hooks, lefts + rights)):
-            for member, left, right in zip(members, lefts, rights, strict=True):
-                member.has_watched_factors = has_tensor_hooks(left) or has_tensor_hooks(right)
-        return True
+            member.facts, member.value = member.facts_now(), value
+        self.grad, self.place = grad, place  # last: from here on the sums are read
 
-    def _sums(self, members: list[SummedWeight], *arguments: Any) -> WeightSums:
-        scale = arguments[2]
-        if self.plan is not None and all(member.pairs[0].scale == scale for member in members):
-            return PlannedSums(self.plan, *arguments)
-        return BatchedSums(_weights_of(members), self.kinds, *arguments)
-
-    def _can_sum(self, members: list[SummedWeight]) -> bool:
-        """Whether the weights are frozen and whole, and no hook expects a call of a pair."""
-        tensors: list[Any] = [parameters.get(key) for member in members for parameters, key in member.sources]
-        if not tensors or not {*map(type, tensors)} <= PLAIN:
-            return False
+    def _sums_of(self, members: list[SummedWeight], scale: float, dtype: Any) -> WeightSums:
+        lefts, rights = zip(*[member.factors_in_group(scale) for member in members], strict=True)
+        tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
         addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self.addresses or any(map(is_not, tensors, self.facts[2::3])):
-            self._survey(members, addresses)
-        if not self.addresses or any(map(REQUIRES_GRAD, _weights_of(members))):
-            return False
-        self.facts = [fact for tensor in tensors for fact in (tensor._version, tensor.data_ptr(), tensor)]
-        return not any(has_module_hooks(pair) for member in members for pair in member.pairs)
-
-    def _survey(self, members: list[SummedWeight], addresses: list[int]) -> None:
-        """What holds as long as the tensors are the same, where they are."""
-        first = self.first_weight()
-        self.facts, self.addresses = [], addresses if all(member.can_be_summed(first) for member in members) else []
-        self.kinds, self.plan = (_kinds(members), _plan(members)) if self.addresses else ([], None)
-        starts = accumulate((len(member.sources) for member in members), initial=0)
-        for member, start in zip(members, starts, strict=False):
-            member.start = 3 * start
+        weights = [parameters[key] for parameters, key in [member.sources[0] for member in members]]
+        if addresses != self.addresses:
+            self.kinds, self.plan, self.addresses = _kinds(weights, lefts), None, addresses
+            if all(member.is_whole() for member in members) and SumPlan.can_be_used(weights, lefts, rights):
+                self.plan = SumPlan(weights, lefts, rights)
+        if self.plan is not None and all(member.pairs[0].scale == scale for member in members):
+            return PlannedSums(self.plan, lefts, rights, scale, dtype)
+        return BatchedSums(weights, self.kinds, lefts, rights, scale, dtype)
 
     def forget(self) -> None:
         """Let go of the sums."""
-        for member in self.members:
-            member.forget()
         self._clear()
+        for reference in self.members:
+            member = reference()
+            if member is not None:
+                member.forget()
+
+    def forget_after_backward(self) -> None:
+        """Let go of the sums at the end of the backward pass that runs now: no node tells that it recomputed all."""
+        if not self.is_forgotten_soon:
+            self.is_forgotten_soon = True
+            call_after_backward(_forgetting(self, self.sums))
 
     def __reduce__(self) -> tuple[type[SumGroup], tuple[()]]:
         # The members of a copy join it by themselves: a copy of a part of a model has its own layers alone.
         return SumGroup, ()
 
 
-def _kinds(members: list[SummedWeight]) -> list[list[int]]:
-    """The indices of members with weights of one shape, strides and rank, for each such kind."""
+def _kinds(weights: list[Tensor], lefts: tuple[Tensor, ...]) -> list[list[int]]:
+    """The indices of layers with weights of one shape, strides and rank, for each such kind."""
     kinds: dict[object, list[int]] = {}
-    for index, member in enumerate(members):
-        weight: Any = member.layer._parameters[member.key]
-        kind = weight.shape, weight.stride(), sum(pair.r for pair in member.pairs)
-        kinds.setdefault(kind, []).append(index)
+    for index, (weight, left) in enumerate(zip(weights, lefts, strict=True)):
+        kinds.setdefault((weight.shape, weight.stride(), left.shape), []).append(index)
     return list(kinds.values())
 
 
-def _plan(members: list[SummedWeight]) -> SumPlan | None:
-    """A plan for the kernels, where A and B themselves are the factors, and stay where they are."""
-    if not all(member.is_whole for member in members):
-        return None
-    weights, (lefts, rights) = _weights_of(members), zip(*[m.factors(m.pairs[0].scale) for m in members], strict=True)
-    return SumPlan(weights, lefts, rights) if SumPlan.can_be_used(weights, lefts, rights) else None
-
-
-def _weights_of(members: list[SummedWeight]) -> list[Any]:
-    return [member.layer._parameters[member.key] for member in members]
-
-
-def _forgetting(group: SumGroup, sums: WeightSums) -> Callable[[], None]:
+def _forgetting(group: SumGroup, sums: Any) -> Callable[[], None]:
     """Let ``group`` forget ``sums``; holds neither of them."""
     return partial(_forget, weakref.ref(group), weakref.ref(sums))
 

@@ -12,25 +12,29 @@ While a backward pass runs, a call is a recomputation under activation checkpoin
 
 from __future__ import annotations
 
-from functools import cached_property
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.sum_group import SumGroup
+from lightning_lora.layers.sum_group import SumGroup, place_now
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.weight_batch import is_dense
 from lightning_lora.ops.weight_sums import with_graph
 from lightning_lora.torch_internals import (
     backward_id,
+    has_module_hooks,
+    has_tensor_hooks,
     is_transformed,
     saved_tensors_have_hooks,
 )
 
+PLAIN = (Tensor, nn.Parameter)  # not sharded, not quantized
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
@@ -42,100 +46,131 @@ class SummedWeight:
         layer: the adapted layer.
         key: the name of the parameter.
         group: the layers that are summed together with this one.
-        width: features of the input at one position: input features, or channels.
+        width: features of the input for one position of the output: input features, or channels.
+        size: elements of the weight.
         always: whether the sum is read wherever it can be made, whatever the sizes.
     """
 
     value: Tensor | None = None
-    start = 0  # of its facts among those of the group
+    index = 0  # in the group
+    facts: Sequence[object] = ()
+    checked: Sequence[object] = ()  # the tensors that were found to be plain, by their addresses
+    known: Sequence[object] = ()  # the adapters that `pairs` and `sources` are of
+    pairs: Sequence[Adapter] = ()
+    sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
     was_read = False
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
-    def __init__(self, layer: LoRALayer, key: str, group: SumGroup, width: int, always: bool) -> None:
-        self.layer, self.adapters, self.key = layer, layer.lora, key
-        self.group, self.width, self.always = group, width, always
-        self.size = layer._parameters[key].numel()  # type: ignore[union-attr]
-        group.members.append(self)
+    def __init__(self, layer: LoRALayer, key: str, group: SumGroup, width: int, size: int, always: bool) -> None:
+        self.layer, self.key = weakref.ref(layer), key  # the layer holds this
+        self.group, self.width, self.size, self.always = group, width, size, always
+        group.members.append(weakref.ref(self))
 
-    @cached_property
-    def pairs(self) -> list[Adapter]:
-        """The pairs that adapt the parameter."""
-        return self.adapters.by_weight()[self.key]
+    def is_live(self, layer: LoRALayer | None) -> bool:
+        """Whether ``layer`` is the one that this was made for and computes with it, and its adapters act.
 
-    @cached_property
-    def sources(self) -> list[tuple[dict[str, Any], str]]:
-        """Where W0, and A and B of each pair are found: another object may take their place at any time."""
-        matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
-        return [(self.layer._parameters, self.key), *matrices]
+        Another adapter, and another matrix of it, may take the place of one at any time.
+        """
+        adapters: Any = None if layer is None else layer._modules.get("lora")
+        if (
+            adapters is None
+            or layer is not self.layer()
+            or not adapters.enabled
+            or adapters.sums.get(self.key) is not self
+        ):
+            return False
+        present = list(adapters._modules.values())
+        if present != self.known:
+            self.facts = ()
+            self.pairs = adapters.by_weight().get(self.key, ())
+            matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
+            self.sources = [(layer._parameters, self.key), *matrices]  # type: ignore[union-attr]
+            self.known = present
+        return bool(self.pairs)
 
-    @cached_property
     def is_whole(self) -> bool:
         """Whether A and B of one pair are the factors as they are."""
         return len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
 
-    def read(self, x: Tensor) -> Tensor | None:
+    def read(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """The sum, or ``None`` where the layer must compute on the side of the activations.
 
         Args:
-            x: the input of the layer.
+            layer: the adapted layer that is called.
+            x: its input.
         """
-        group, adapters = self.group, self.adapters
-        if type(x) is not Tensor or not adapters.enabled or is_transformed():
+        group, weight = self.group, layer._parameters.get(self.key)
+        if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
-        if not self.always:
-            if self.size > MAX_ELEMENTS or x.numel() // self.width * self.size > MAX_WORK:
-                return None
-            if not x.is_cuda and x.device.type not in dispatch.DEVICES:
-                return None
+        if not (self.always or self._is_faster(x)) or not self.is_live(layer):
+            return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
                 return None
             pair.note_read()
         grad, recomputes = torch.is_grad_enabled(), backward_id() >= 0
         is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
-        if (is_stale or group.place != group.place_now() or self.is_changed()) and not group.sum(grad):
-            return None
+        if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
+            if not self.can_be_summed(weight):
+                return None
+            group.sum(weight, grad)  # type: ignore[arg-type]
         self.was_read = True
-        # The first pass under reentrant checkpointing has no graph, and each part of the second pass has its own.
-        if grad and (self.has_watched_factors or (recomputes and not saved_tensors_have_hooks())):
-            return self._with_own_graph()
-        return self.value
+        if recomputes:
+            group.forget_after_backward()
+        value, sums = self.value, group.sums
+        if value is None or sums is None:  # another thread computes with the model, too
+            return None
+        if grad and (self.has_watched_factors or _needs_own_graph(value, recomputes)):
+            left, right = self.factors(sums.scale)
+            return with_graph(sums, [self.index], [left], [right])[0]
+        return value
 
-    def traced(self) -> Tensor | None:
-        """The sum in operations that a compiler traces."""
-        total: Tensor = self.layer._parameters[self.key]  # type: ignore[assignment]
-        for pair in self.pairs if self.adapters.enabled else ():
-            total = pair.add_to_weight(total)
-        return total
+    def _is_faster(self, x: Tensor) -> bool:
+        if self.size > MAX_ELEMENTS or x.numel() // self.width * self.size > MAX_WORK:
+            return False
+        return x.is_cuda or x.device.type in dispatch.DEVICES
 
-    def is_changed(self) -> bool:
-        """Whether W0, A or B was written, replaced or moved since the sum was made."""
-        position, facts = self.start, self.group.facts
-        for parameters, key in self.sources:
-            tensor: Any = parameters[key]
-            if tensor._version != facts[position] or tensor.data_ptr() != facts[position + 1]:
-                return True
-            if tensor is not facts[position + 2]:
-                return True
-            position += 3
-        return False
+    def facts_now(self) -> list[object]:
+        """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
+        facts: list[object] = [pair.scale for pair in self.pairs]
+        try:
+            for parameters, key in self.sources:
+                tensor: Any = parameters[key]
+                facts += (tensor._version, tensor.data_ptr(), tensor.requires_grad)
+        except (KeyError, AttributeError, RuntimeError):  # it is computed, taken away, sharded or an inference tensor
+            return []
+        return facts
 
     def can_be_summed(self, first: Any) -> bool:
-        """Whether W0, A and B, plain tensors, are on the device of the weight ``first``, and W0 is not freed."""
+        """Whether the weight is frozen, and W0, A and B are plain tensors on the device of the weight ``first``.
+
+        They are not where they are sharded or computed. A hook on a pair expects a call of it.
+        """
         tensors: list[Any] = [parameters.get(key) for parameters, key in self.sources]
-        return (
-            not any(tensor.is_inference() for tensor in tensors)
-            and tensors[0].dtype == first.dtype
-            and is_dense(tensors[0])
-            and all(tensor.device == first.device and tensor.untyped_storage().size() for tensor in tensors)
-        )
+        for tensor in tensors:
+            if type(tensor) not in PLAIN:
+                return False
+        checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
+        if checked != self.checked:
+            self.checked = checked if _are_alike(first, tensors) else ()
+        return bool(self.checked) and not tensors[0].requires_grad and not any(map(has_module_hooks, self.pairs))
+
+    def is_watched(self) -> bool:
+        """Whether a hook waits for the gradient of A or B."""
+        return any(has_tensor_hooks(parameters[key]) for parameters, key in self.sources[1:])
+
+    def factors_in_group(self, scale: float) -> tuple[Tensor, Tensor]:
+        """The factors for the graph of the group, which goes on to those of layers that were not called, too."""
+        left, right = self.factors(scale)
+        return (left.detach(), right.detach()) if self.has_watched_factors else (left, right)
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor]:
         """The left factor ``(rows, r)`` and the right factor ``(r, columns)`` of delta / scale; differentiable."""
-        if self.is_whole and self.pairs[0].scale == scale:
+        if self.is_whole() and self.pairs[0].scale == scale:
             matrices: Any = self.pairs[0]._parameters
             return matrices["B"], matrices["A"]
-        weight: Any = self.layer._parameters[self.key]
+        weights, key = self.sources[0]
+        weight: Any = weights[key]
         scaled = [pair.B if pair.scale == scale else (pair.scale / scale) * pair.B for pair in self.pairs]
         factors = [pair.part.factors(pair.A, B, weight) for pair, B in zip(self.pairs, scaled, strict=True)]
         return torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors])
@@ -145,25 +180,49 @@ class SummedWeight:
         self.value = None
         self.was_read = False
 
-    def _with_own_graph(self) -> Tensor:
-        sums = self.group.sums
-        assert sums is not None
-        left, right = self.factors(sums.scale)
-        return with_graph(sums, [self.group.summed.index(self)], [left], [right])[0]
-
     def __getstate__(self) -> dict[str, object]:
-        return {key: vars(self)[key] for key in ("layer", "adapters", "key", "group", "width", "size", "always")}
+        kept = {key: vars(self)[key] for key in ("key", "group", "width", "size", "always")}
+        return {"layer": self.layer(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.group.members.append(self)
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
-    summed: SummedWeight | None = layer._modules["lora"].sums.get(key)  # type: ignore[union-attr, operator]
+    summed: SummedWeight | None = layer.lora.sums.get(key)
     if summed is None:
         return None
     if torch.compiler.is_compiling():
-        return summed.traced() if summed.always else None
-    return summed.read(x)
+        return _traced(layer, key) if summed.always else None
+    return summed.read(layer, x)
+
+
+def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether W0, A and B have values on the device of ``first``, and W0 its dtype, without gaps between its rows."""
+    if tensors[0].dtype != first.dtype or not is_dense(tensors[0]):
+        return False
+    return all(
+        not (tensor.is_inference() or tensor.is_meta)
+        and tensor.device == first.device
+        and tensor.untyped_storage().size()
+        for tensor in tensors
+    )
+
+
+def _needs_own_graph(value: Tensor, recomputes: bool) -> bool:
+    """Whether a call with gradients needs another graph than that of the sums.
+
+    The first pass under reentrant checkpointing has no graph, and each part of the second pass has its own. Without
+    reentry a recomputation has the graph of its forward pass, unless a pass without gradients came in between.
+    """
+    return not value.requires_grad or (recomputes and not saved_tensors_have_hooks())
+
+
+def _traced(layer: LoRALayer, key: str) -> Tensor | None:
+    """The sum in operations that a compiler traces."""
+    total: Tensor = getattr(layer, key)
+    pairs: Sequence[Adapter] = layer.lora.by_weight().get(key, ())
+    for pair in pairs if layer.lora.enabled else ():
+        total = pair.add_to_weight(total)
+    return total

@@ -37,7 +37,7 @@ def group_sums(survey: Survey, compute: str) -> None:
             if kind not in groups or sizes[kind] + size > MAX_BYTES:
                 groups[kind], sizes[kind] = SumGroup(), 0
             sizes[kind] += size
-            sums[key] = SummedWeight(layer, key, groups[kind], width, compute == "weights")
+            sums[key] = SummedWeight(layer, key, groups[kind], width, weight.numel(), compute == "weights")
         layer.lora.sums = sums
 
 

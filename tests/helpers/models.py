@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -170,3 +173,46 @@ class EveryKind(nn.Module):
         x, _ = self.attention(x, x, x, need_weights=False)
         x = self.fc(x)
         return self.head(x), self.extra(x)
+
+
+class Tower(nn.Module):
+    """Linear layers of one shape, called in any order, with activation checkpointing of each or without."""
+
+    def __init__(self, layers: int = 3, features: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(features, features) for _ in range(layers))
+
+    def forward(self, x: Tensor, order: Sequence[int] | None = None, use_reentrant: bool | None = None) -> Tensor:
+        for index in range(len(self.layers)) if order is None else order:
+            if use_reentrant is None:
+                x = torch.tanh(self.layers[index](x))
+            else:
+                x = checkpoint(self._call, x, index, use_reentrant=use_reentrant)
+        return x
+
+    def _call(self, x: Tensor, index: int) -> Tensor:
+        return torch.tanh(self.layers[index](x))
+
+
+class FusedBlocks(nn.Module):
+    """Attention of one head, with query, key and value in one linear layer; each block is checkpointed, or none is."""
+
+    def __init__(self, features: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FusedBlock(features) for _ in range(2))
+
+    def forward(self, x: Tensor, use_reentrant: bool | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if use_reentrant is None else checkpoint(block, x, use_reentrant=use_reentrant)
+        return x
+
+
+class FusedBlock(nn.Module):
+    """A block of :class:`FusedBlocks`."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(features, 3 * features), nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
