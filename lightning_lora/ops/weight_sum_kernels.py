@@ -178,7 +178,7 @@ def _right_gradients(
 
 SUM_TILE = 32, 128  # rows, columns
 SUM_RANKS = 16  # multiplied at a time
-LEFT_ROWS = 32  # of d_left that a program computes
+LEFT_ROWS = 64  # of d_left that a program computes
 
 
 def padded_rank(r: int) -> int:
@@ -212,8 +212,9 @@ def launch_sums(tiles: Tensor, table: Tensor, totals: Tensor, scale: float, dtyp
         dtype: of W0.
         plain: whether each W0 is contiguous and starts, as its rows do, at a multiple of 16 elements; so does A.
     """
-    sizes = *SUM_TILE, SUM_RANKS
-    _sums[(len(tiles),)](tiles, table, totals, scale, TL_DTYPES[dtype], *sizes, plain, num_warps=8, num_stages=2)
+    constants = TL_DTYPES[dtype], *SUM_TILE, SUM_RANKS, plain
+    registers = 64 if plain else 128  # of each thread: more programs run at the same time
+    _sums[(len(tiles),)](tiles, table, totals, scale, *constants, num_warps=8, num_stages=2, maxnreg=registers)
 
 
 def launch_gradients(

@@ -18,7 +18,7 @@ from lightning_lora.ops.weight_batch import stored_order
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 128
-MAX_ELEMENTS = 2**31 - 2**20  # of a weight; the kernels count its elements in 32 bits
+MAX_ELEMENTS = 2**31 - 2**20  # of a matrix; the kernels count them in 32 bits
 
 Gradients = list[Tensor | None]
 
@@ -26,11 +26,11 @@ Gradients = list[Tensor | None]
 class SumPlan:
     """The table of n layers, and the share of each program of a launch.
 
-    It holds addresses: it is valid as long as the ``data_ptr()`` of each tensor stays the same.
+    It holds addresses, and no tensors: it is valid as long as the ``data_ptr()`` of each tensor stays the same.
 
     Args:
         weights: W0 of each layer, all of one dtype.
-        lefts: B of each layer, ``(rows, r)``; it may be another r in each.
+        lefts: B of each layer, ``(rows, r)``; r may differ between layers.
         rights: A of each layer, ``(r, columns)``, the columns in the order of a contiguous weight.
     """
 
@@ -97,17 +97,13 @@ class SumPlan:
             rights: A of each layer, likewise.
             scale: factor of the product.
         """
-        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        n = len(gradients)
-        d_lefts: Gradients = [None] * n
-        d_rights: Gradients = [None] * n
-        if used:
-            results = self._launch_gradients(gradients, lefts, rights, scale)
-            offsets = self.gradient_offsets
-            for i in used:
-                d_lefts[i] = results.as_strided(self.left_shapes[i], self.left_strides[i], offsets[i])
-                d_rights[i] = results.as_strided(self.right_shapes[i], self.right_strides[i], offsets[n + i])
-        return d_lefts, d_rights
+        if all(gradient is None for gradient in gradients):
+            return [None] * len(gradients), [None] * len(gradients)
+        results = self._launch_gradients(gradients, lefts, rights, scale)
+        shapes, strides = self.left_shapes + self.right_shapes, self.left_strides + self.right_strides
+        views = list(map(results.as_strided, shapes, strides, self.gradient_offsets))
+        used = [None if gradient is None else view for gradient, view in zip(2 * [*gradients], views, strict=True)]
+        return used[: len(gradients)], used[len(gradients) :]
 
     def _launch_gradients(
         self, gradients: Sequence[Tensor | None], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float
@@ -167,8 +163,15 @@ def can_be_read(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequ
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device == device for tensor in (*weights, *factors))
         and all(weight.dtype == dtype and inner_size(weight) for weight in weights)
         and all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in factors)
-        and all(0 < len(right) <= MAX_R for right in rights)
+        and all(0 < len(right) <= MAX_R and right.numel() <= MAX_ELEMENTS for right in rights)
+        and all(map(_is_product, weights, lefts, rights))
     )
+
+
+def _is_product(weight: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether ``left @ right`` has the elements of ``weight``, row by row."""
+    rows, r = len(weight), len(right)
+    return left.shape == (rows, r) and right.shape == (r, weight.numel() // rows)
 
 
 def inner_size(weight: Tensor) -> int:
