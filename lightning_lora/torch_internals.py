@@ -90,6 +90,11 @@ def cuda_stream_id(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is computed on the device of ``tensor``."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def has_module_hooks(module: nn.Module) -> bool:
     """Whether a hook of its own or a global one runs when ``module`` is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),
+    "layers/sum_group": ("layers/test_summed_weight", "its layers read the sums"),
     "torch_internals": ("ops/test_linear", "the ops ask it"),
     "trainer/method_callback": ("trainer/test_callback", "LoRACallback is one"),
     "trainer/strategies/fsdp": ("trainer/strategies/test_base", "the strategies are run by one table"),

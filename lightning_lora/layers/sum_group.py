@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoRALayer
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
-from lightning_lora.torch_internals import call_after_backward, cuda_stream_id
+from lightning_lora.torch_internals import call_after_backward, cuda_stream_id, is_capturing
 
-if TYPE_CHECKING:
-    from lightning_lora.layers.summed_weight import SummedWeight
+
+class Member(Protocol):
+    """What the group asks of a :class:`lightning_lora.layers.summed_weight.SummedWeight`."""
+
+    value: Tensor | None
+    index: int
+    facts: Sequence[object]
+    has_watched_factors: bool
+    pairs: Sequence[Adapter]
+    sources: Sequence[tuple[dict[str, Any], str]]
+    layer: weakref.ref[LoRALayer]
+
+    def is_live(self, layer: LoRALayer | None) -> bool:
+        """Whether ``layer`` computes with it now."""
+
+    def can_be_summed(self, first: Any) -> bool:
+        """Whether it can be summed together with the weight ``first``."""
+
+    def is_whole(self) -> bool:
+        """Whether A and B of one pair are its factors as they are."""
+
+    def is_watched(self) -> bool:
+        """Whether a hook waits for the gradient of A or B."""
+
+    def factors_in_group(self, scale: float) -> tuple[Tensor, Tensor]:
+        """Its factors for the graph of the group."""
+
+    def facts_now(self) -> list[object]:
+        """What tells of a change."""
+
+    def forget(self) -> None:
+        """Let go of the sum."""
 
 
 def place_now(weight: Tensor) -> tuple[object, ...]:
@@ -30,7 +62,7 @@ class SumGroup:
     """Layers that are summed together: neighbours in the model, with weights of one dtype."""
 
     def __init__(self) -> None:
-        self.members: list[weakref.ref[SummedWeight]] = []  # a layer that leaves the model leaves its group
+        self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
         self.addresses: list[int] = []  # of the tensors that `kinds` and `plan` are of
         self.kinds: list[list[int]] = []
         self.plan: SumPlan | None = None
@@ -57,16 +89,18 @@ class SumGroup:
             member.facts, member.value = member.facts_now(), value
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
-    def _sums_of(self, members: list[SummedWeight], scale: float, dtype: Any) -> WeightSums:
+    def _sums_of(self, members: list[Member], scale: float, dtype: Any) -> WeightSums:
         lefts, rights = zip(*[member.factors_in_group(scale) for member in members], strict=True)
         tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
         addresses = [tensor.data_ptr() for tensor in tensors]
         weights = [parameters[key] for parameters, key in [member.sources[0] for member in members]]
         if addresses != self.addresses:
             self.kinds, self.plan, self.addresses = _kinds(weights, lefts), None, addresses
-            if all(member.is_whole() for member in members) and SumPlan.can_be_used(weights, lefts, rights):
+            is_whole = all(member.is_whole() for member in members) and not is_capturing(weights[0])
+            if is_whole and SumPlan.can_be_used(weights, lefts, rights):
                 self.plan = SumPlan(weights, lefts, rights)
-        if self.plan is not None and all(member.pairs[0].scale == scale for member in members):
+        has_one_scale = all(member.pairs[0].scale == scale for member in members)
+        if self.plan is not None and has_one_scale and not is_capturing(weights[0]):
             return PlannedSums(self.plan, lefts, rights, scale, dtype)
         return BatchedSums(weights, self.kinds, lefts, rights, scale, dtype)
 

@@ -22,6 +22,14 @@ def merged_files_or_a_lower_base(message: Expected, folder: Path) -> None:
     fit(LoRACallback(save="merged"), precision="bf16-mixed")
 
 
+@remedy("config.py", "`compute='weights'` sums W0", "dropout=0.1", "Set dropout=0, or leave `compute` out")
+def summed_weights_or_dropout(message: Expected, folder: Path) -> None:
+    with message:
+        LoRACallback(compute="weights", dropout=0.1)
+    fit(LoRACallback(compute="weights"))
+    fit(LoRACallback(dropout=0.1))
+
+
 @remedy("config.py", "`{}` is an argument of LoRACallback", "`merge` is", "Write LoRACallback(merge=...)")
 def arguments_of_a_run(message: Expected, folder: Path) -> None:
     with message:

@@ -35,6 +35,13 @@ def ddp() -> SingleDeviceStrategy:
     return strategy_named("DDPStrategy")
 
 
+@remedy(COMPATIBILITY, "`compute='weights'` sums whole", "FSDPStrategy keeps", "Leave `compute` out")
+def summed_weights_in_pieces(message: Expected, folder: Path) -> None:
+    with message:
+        fit(LoRACallback(compute="weights"), strategy=strategy_named("FSDPStrategy"))
+    fit(LoRACallback())  # with FSDP in two processes in `tests/trainer/strategies`
+
+
 class _MultiProcessingLauncher:
     """Runs in this process what the real one runs in others."""
 

@@ -1,0 +1,93 @@
+"""The sums with their graph: values, gradients of several passes, layers without a gradient, second derivatives."""
+
+import pytest
+import torch
+
+from lightning_lora.ops.weight_sums import BatchedSums, with_graph
+
+SCALE = 0.5
+SHAPES = [(4, 3), (5, 2), (4, 3)]
+KINDS = [[0, 2], [1]]
+
+
+def made():
+    weights = [torch.randn(shape, dtype=torch.double) for shape in SHAPES]
+    lefts = tuple(torch.randn(rows, 2, dtype=torch.double, requires_grad=True) for rows, _ in SHAPES)
+    rights = tuple(torch.randn(2, columns, dtype=torch.double, requires_grad=True) for _, columns in SHAPES)
+    return weights, lefts, rights
+
+
+def written_out(weights, lefts, rights):
+    return [weight + SCALE * left @ right for weight, left, right in zip(weights, lefts, rights, strict=True)]
+
+
+def outputs_of(weights, lefts, rights, indices=(0, 1, 2)):
+    sums = BatchedSums(weights, KINDS, lefts, rights, SCALE, torch.double)
+    if len(indices) < len(weights):
+        sums.compute()
+    return with_graph(sums, indices, [lefts[i] for i in indices], [rights[i] for i in indices])
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 1)])
+def test_gradients_of_what_was_used(used):
+    weights, lefts, rights = made()
+    outputs = outputs_of(weights, lefts, rights)
+    expected = written_out(weights, lefts, rights)
+    factors = lefts + rights
+    found = torch.autograd.grad(sum(outputs[i].square().sum() for i in used), factors, allow_unused=True)
+    wanted = torch.autograd.grad(sum(expected[i].square().sum() for i in used), factors, allow_unused=True)
+    for gradient, other in zip(found, wanted, strict=True):
+        assert (gradient is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(gradient, other)
+
+
+def test_two_backward_passes_go_through_one_graph():
+    weights, lefts, rights = made()
+    first, second, _ = outputs_of(weights, lefts, rights)
+    first.sum().backward()
+    second.sum().backward()  # no `retain_graph`: the passes share the node, not the losses
+    torch.testing.assert_close(lefts[1].grad, SCALE * torch.ones(5, 2, dtype=torch.double) @ rights[1].detach().T)
+    assert lefts[2].grad is None
+
+
+def test_one_layer_alone():
+    weights, lefts, rights = made()
+    (output,) = outputs_of(weights, lefts, rights, (1,))
+    torch.testing.assert_close(output, written_out(weights, lefts, rights)[1])
+    output.sum().backward()
+    assert lefts[0].grad is None and lefts[1].grad is not None
+
+
+def test_it_is_differentiated_twice():
+    weights, lefts, rights = made()
+
+    def total(*factors):
+        return sum(output.square().sum() for output in outputs_of(weights, factors[:3], factors[3:]))
+
+    assert torch.autograd.gradcheck(total, lefts + rights) and torch.autograd.gradgradcheck(total, lefts + rights)
+
+
+def test_a_second_derivative_after_a_write_is_refused():
+    weights, lefts, rights = made()
+    output = outputs_of(weights, lefts, rights)[0]
+    with torch.no_grad():
+        lefts[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.square().sum(), lefts[0], create_graph=True)
+
+
+def test_done_is_called_after_a_pass():
+    weights, lefts, rights = made()
+    calls = []
+    sums = BatchedSums(weights, KINDS, lefts, rights, SCALE, torch.double)
+    outputs = with_graph(sums, range(3), lefts, rights, lambda: calls.append(1))
+    outputs[0].sum().backward()
+    assert calls == [1]
+
+
+def test_autocast_casts_the_sum_and_not_the_product():
+    weight, left, right = torch.randn(8, 6), torch.randn(8, 2), torch.randn(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        (total,) = BatchedSums([weight], [[0]], (left,), (right,), 1.0, torch.bfloat16).compute()
+    assert torch.equal(total, (weight + left @ right).bfloat16())
