@@ -142,7 +142,7 @@ class SummedWeight:
         return facts
 
     def can_be_summed(self, first: Any) -> bool:
-        """Whether the weight is frozen, and W0, A and B are plain tensors on the device of the weight ``first``.
+        """Whether W0 needs no gradient, and W0, A and B are plain tensors on the device of the weight ``first``.
 
         They are not where they are sharded or computed. A hook on a pair expects a call of it.
         """
@@ -153,7 +153,8 @@ class SummedWeight:
         checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
         if checked != self.checked:
             self.checked = checked if _are_alike(first, tensors) else ()
-        return bool(self.checked) and not tensors[0].requires_grad and not any(map(has_module_hooks, self.pairs))
+        needs_gradient = tensors[0].requires_grad and torch.is_grad_enabled()
+        return bool(self.checked) and not needs_gradient and not any(map(has_module_hooks, self.pairs))
 
     def is_watched(self) -> bool:
         """Whether a hook waits for the gradient of A or B."""
