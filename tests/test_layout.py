@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,11 @@ ELSEWHERE = {
 }
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def own_test(source: Path) -> Path:
     return TESTS / source.with_name(f"test_{source.name}")
 
@@ -108,7 +114,7 @@ def test_reasons_are_of_files_that_exist():
 
 @pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
 def test_no_test_file_imports_from_another(path):
-    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ImportFrom)]
     from_tests = [str(node.module) for node in imports if str(node.module).startswith("tests")]
     assert all(module.startswith("tests.helpers") for module in from_tests)
 
@@ -117,7 +123,7 @@ def test_no_toy_model_is_defined_twice():
     """Names that say nothing of what a model is for."""
     owners = {}
     for path in sorted(TESTS.rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
+        for node in tree_of(path).body:
             if isinstance(node, ast.ClassDef) and node.name in {"Attention", "Block", "Net"} and node.bases:
                 owners.setdefault(node.name, []).append(path.name)
     assert owners == {"Attention": ["models.py"], "Block": ["models.py"], "Net": ["models.py"]}

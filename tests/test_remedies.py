@@ -13,13 +13,48 @@ from tests.helpers import remedies
 from tests.helpers.remedies.case import cases_in
 from tests.helpers.remedies.elsewhere import NOT_TRIED, TRIED
 from tests.helpers.remedies.messages import messages
+from tests.helpers.selection import slow_except
 
 TABLES = [import_module(f"{remedies.__name__}.{table.name}") for table in iter_modules(remedies.__path__)]
 CASES = [case for table in TABLES for case in cases_in(table)]
+# Cases of several runs, each as long as ten others.
+SLOW = {
+    "a_base_that_every_stage_sets",
+    "a_base_that_is_loaded_in_configure_model",
+    "a_base_that_is_no_adapter",
+    "a_base_that_is_unmerged",
+    "a_base_with_the_names_of_the_module",
+    "a_checkpoint_by_what_reads_it",
+    "a_copy_that_is_made_in_setup",
+    "a_head_that_was_just_drawn",
+    "a_layer_that_is_built_again",
+    "a_lower_base_under_ddp",
+    "a_module_with_memory",
+    "adam_for_sparse_adam",
+    "adapters_that_are_given",
+    "adapters_that_are_there",
+    "averages_of_a_model_that_is_built",
+    "export_after_spawned_processes",
+    "layers_that_a_hook_builds_again",
+    "lr_scale_of_one_with_the_finder",
+    "merge_best_with_a_metric",
+    "merged_file_after_spawned_processes",
+    "merged_files_of_weights_that_are_not_tied",
+    "merged_files_or_a_lower_base",
+    "the_base_of_a_loaded_file",
+    "the_base_of_the_adapter",
+    "the_base_of_the_file",
+    "weights_that_are_loaded_in_time",
+    "what_moves_trains_or_is_skipped",
+    "what_the_module_exports",
+    "what_the_module_imports",
+}
 KEYS = [*((case.file, case.begin) for case in CASES), *TRIED, *NOT_TRIED]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.act.__name__)
+@pytest.mark.parametrize(
+    "case", slow_except([c for c in CASES if c.act.__name__ not in SLOW], CASES), ids=lambda case: case.act.__name__
+)
 def test_the_message_comes_and_its_remedy_works(case, tmp_path):
     case.run(tmp_path)
 
@@ -31,6 +66,10 @@ def test_every_message_with_an_advice_has_a_case_or_a_reason():
         if not any(message.file == file and message.text.startswith(begin) for file, begin in KEYS)
     ]
     assert not missing, "write a case in tests/helpers/remedies for " + "\n".join(missing)
+
+
+def test_what_is_slow_is_a_case():
+    assert {case.act.__name__ for case in CASES} >= SLOW
 
 
 @pytest.mark.parametrize("key", [*TRIED, *NOT_TRIED], ids=": ".join)

@@ -13,6 +13,7 @@ from lightning_lora import LoRAConfig, plan_lora
 from lightning_lora.cli import config_model
 from lightning_lora.cli.config_model import model_of
 from lightning_lora.cli.plan import plan_files
+from tests.helpers.selection import slow_except
 
 transformers = pytest.importorskip("transformers")
 SMALL = {
@@ -48,7 +49,10 @@ def written(folder, **values):
     return path
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ["LlamaForCausalLM", "FalconForCausalLM", "T5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("name", slow_except(FAST, MODELS))
 def test_the_numbers_are_those_of_the_model(name, tmp_path):
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**MODELS[name]))  # on the CPU, with values

@@ -8,5 +8,9 @@ import pytest
 
 
 def slow_except(fast: Collection[object], names: Iterable[object]) -> list:
-    """Parameters for `pytest.mark.parametrize`: the cases in `fast` run always, the others are marked slow."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """Parameters for `pytest.mark.parametrize`: the cases in `fast` run always, the others are marked slow.
+
+    A tuple is a case of several arguments.
+    """
+    cases = [(name, name if isinstance(name, tuple) else (name,)) for name in names]
+    return [pytest.param(*case, marks=() if name in fast else pytest.mark.slow) for name, case in cases]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.layers.base import is_adapted
 from lightning_lora.model.copies import make_base, make_plain
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
+from tests.helpers.selection import slow_except
 
 TARGETS = ["q", "k", "v", "o"]
 
@@ -52,8 +54,10 @@ def same_values(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start"])
-@pytest.mark.parametrize("frozen", [True, False])
+HOOKS = product(["setup", "on_fit_start", "on_train_start"], [True, False])
+
+
+@pytest.mark.parametrize(("hook", "frozen"), slow_except([("setup", True), ("on_fit_start", False)], HOOKS))
 def test_a_reference_is_what_it_is_in_a_plain_run(hook, frozen, tmp_path):
     module, plain = Reference(hook, frozen), Reference(hook, frozen)
     trainer(callback(hook), checkpoints(tmp_path), num_sanity_val_steps=0).fit(module, data(), data(1))

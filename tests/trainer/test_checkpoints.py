@@ -27,6 +27,7 @@ from lightning_lora import (
 )
 from tests.helpers.models import BuiltInConfigureModel, Lit, checkpoints, data, net, trainer
 from tests.helpers.runs import ADAPTERS, BASE, Break, Spy, load, same
+from tests.helpers.selection import slow_except
 
 
 def tensor_names(thing: object, name: str = "") -> set[str]:
@@ -72,7 +73,7 @@ def test_every_save_path_writes_adapters_alone(tmp_path):
         assert not tensor_names(checkpoint) & BASE, file
 
 
-@pytest.mark.parametrize("cls", [Lit, BuiltInConfigureModel])
+@pytest.mark.parametrize("cls", slow_except([Lit], [Lit, BuiltInConfigureModel]))
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, cls):
     make = (lambda: Lit(dropout=0.2, batch_norm=True)) if cls is Lit else cls
     four = fit(tmp_path / "a", 4, None, make, dropout=0.1)

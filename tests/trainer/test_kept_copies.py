@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning_lora import LoRACallback, lora_parameters, merge_lora
 from lightning_lora.layers.adapter import initial_A, seed_of
 from lightning_lora.layers.base import is_adapted
 from tests.helpers.models import Lit, checkpoints, data, trainer
+from tests.helpers.selection import slow_except
 
 AVERAGES = {
     "ema": lambda: EMAWeightAveraging(decay=0.5),
@@ -67,8 +69,10 @@ def numbers(module: nn.Module, folder: object, *callbacks: object) -> list[float
     return [value for (result,) in results for value in result.values()]
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("targets", [("q", "v"), ("mlp",)])
+BOTH = [("ema", ("q", "v")), ("swa", ("mlp",))]
+
+
+@pytest.mark.parametrize(("average", "targets"), slow_except(BOTH, product(AVERAGES, [("q", "v"), ("mlp",)])))
 def test_every_measure_after_the_merge_is_that_of_the_plain_run(average, targets, tmp_path):
     make = AVERAGES[average]
     module, hand = Constant(), HandConstant(targets)

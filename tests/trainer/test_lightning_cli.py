@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 import lightning_lora
 from tests.helpers.models import Lit, data
 from tests.helpers.scripts import run_code
+from tests.helpers.selection import slow_except
 
 COMMON = [
     "--trainer.accelerator=cpu",
@@ -66,7 +67,7 @@ def adapters_in(folder: Path) -> dict:
     return torch.load(file, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("path", ["lightning_lora.LoRACallback", "LoRACallback"])
+@pytest.mark.parametrize("path", slow_except(["LoRACallback"], ["lightning_lora.LoRACallback", "LoRACallback"]))
 def test_flags(tmp_path, path):
     made = cli(
         tmp_path, "fit", f"--trainer.callbacks+={path}", "--trainer.callbacks.r=4", "--trainer.callbacks.targets=qv"

@@ -87,7 +87,10 @@ def two_groups(m, **head):
     return [{"params": m.net.layers.parameters()}, {"params": m.net.head.parameters(), **head}]
 
 
-@pytest.mark.parametrize("kind", ["LambdaLR", "OneCycleLR", "CosineAnnealingLR", "CyclicLR"])
+KINDS = ["LambdaLR", "OneCycleLR", "CosineAnnealingLR", "CyclicLR"]
+
+
+@pytest.mark.parametrize("kind", slow_except(["LambdaLR", "OneCycleLR"], KINDS))
 def test_groups_without_adapters_keep_their_rate(kind):
     def run(scale, lr):
         module, spy = Lit(), Rates()

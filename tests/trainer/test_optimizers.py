@@ -10,6 +10,7 @@ from torch import nn, optim
 
 from lightning_lora import LoRACallback
 from tests.helpers.models import Lit, data, net, trainer
+from tests.helpers.selection import slow_except
 
 DECAY = lambda m: [p for p in m.parameters() if p.ndim > 1]  # noqa: E731
 NO_DECAY = lambda m: [p for p in m.parameters() if p.ndim < 2]  # noqa: E731
@@ -76,7 +77,10 @@ def run(configure, module=None, callback=None, **kwargs) -> Look:
     return look
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ["named", "head filtered", "layer-wise", "list", "two lists", "one cycle by step", "adagrad"]
+
+
+@pytest.mark.parametrize("case", slow_except(FAST, CASES))
 def test_the_union_of_the_groups_is_what_is_trained(case):
     look = run(CASES[case])
     assert {id(p) for p in look.inside} == {id(p) for p in look.trained.values()}

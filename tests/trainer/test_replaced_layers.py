@@ -49,7 +49,7 @@ CASES = [
     pytest.param(IN_FULL, True, id="in full, merged"),
     pytest.param(ADAPTED, "best", id="adapted, best"),
     pytest.param(ADAPTED, True, id="adapted, merged", marks=pytest.mark.slow),
-    pytest.param(ADAPTED, False, id="adapted, live"),
+    pytest.param(ADAPTED, False, id="adapted, live", marks=pytest.mark.slow),
     pytest.param(IN_FULL, False, id="in full, live", marks=pytest.mark.slow),
 ]
 

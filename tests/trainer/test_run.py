@@ -31,6 +31,7 @@ from lightning_lora.trainer.run import Run
 from tests.helpers.interrupts import bits, first_middle_last, interrupt, lines_in
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.runs import ADAPTERS, BASE, Break, load, same, types
+from tests.helpers.selection import slow_except
 
 
 def fitted(cls, folder, **kwargs):
@@ -439,7 +440,7 @@ def all_of(module):
     return values, {name: p.requires_grad for name, p in module.named_parameters()}, types(module)
 
 
-@pytest.mark.parametrize("start", ["bare", "live", "merged"])
+@pytest.mark.parametrize("start", slow_except(["bare", "merged"], ["bare", "live", "merged"]))
 @pytest.mark.parametrize("fails", ["weights only", "on_train_start", "init_from"])
 def test_a_fit_that_fails_after_its_file_is_loaded_gives_back_what_the_module_had(start, fails, tmp_path):
     arguments = {"r": 2, "targets": ["q", "mlp"], "also_train": ["head"]}

@@ -25,6 +25,7 @@ from lightning_lora import (
 from lightning_lora.layers.base import is_adapted
 from lightning_lora.ops.exact_sum import same_bits
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
+from tests.helpers.selection import slow_except
 
 X = data(5).dataset.tensors[0]
 
@@ -52,7 +53,7 @@ def fit(folder, cls=Lit, lora=None, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are")
-@pytest.mark.parametrize("cls", [Lit, BuiltInConfigureModel, Named])
+@pytest.mark.parametrize("cls", slow_except([Lit, Named], [Lit, BuiltInConfigureModel, Named]))
 def test_it_gives_what_was_trained(tmp_path, cls):
     trained, path = fit(tmp_path, cls)
     loaded = load_from_checkpoint(cls, path).eval()

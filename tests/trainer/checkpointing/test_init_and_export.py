@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.trainer.checkpointing.init_and_export import start_from
 from tests.helpers.models import BuiltInConfigureModel, BuiltInSetup, Lit, checkpoints, data, net, trainer
 from tests.helpers.oracles import Scaled
+from tests.helpers.selection import slow_except
 
 peft = pytest.importorskip("peft")
 X = data(5).dataset.tensors[0]
@@ -41,8 +43,10 @@ def metadata(directory):
         return file.metadata()
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])
+BUILT = product([Lit, BuiltInSetup, BuiltInConfigureModel], [True, False])
+
+
+@pytest.mark.parametrize(("cls", "merge"), slow_except([(Lit, True), (BuiltInSetup, False)], BUILT))
 def test_what_is_exported_is_what_was_trained(tmp_path, cls, merge):
     module = fit(tmp_path, cls, export=str(tmp_path / "out"), merge=merge)
     torch.testing.assert_close(by_peft(tmp_path / "out"), module(X), rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_lora import LoRACallback, lora_parameters
 from tests.helpers.models import Lit, data, trainer
 from tests.helpers.runs import ADAPTERS, load, same, types
+from tests.helpers.selection import slow_except
 
 
 class Fails(Callback):
@@ -36,7 +37,7 @@ class FailsItself(Lit):
         raise ValueError("broken")
 
 
-@pytest.mark.parametrize("save", ["adapter", "merged"])
+@pytest.mark.parametrize("save", slow_except(["adapter"], ["adapter", "merged"]))
 @pytest.mark.parametrize(
     ("hook", "merge", "first"),
     [("on_fit_end", True, True), ("on_fit_end", True, False), ("teardown", True, False), ("itself", False, False)],

@@ -12,9 +12,10 @@ from torch import nn
 from lightning_lora import LoRACallback, load_from_checkpoint, lora_parameters, merged_state_dict
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.runs import same
+from tests.helpers.selection import slow_except
 
 
-@pytest.mark.parametrize("merge", [True, "best", False])
+@pytest.mark.parametrize("merge", slow_except(["best", False], [True, "best", False]))
 def test_the_file_holds_what_merge_names_under_the_keys_of_the_module(tmp_path, merge):
     files, module = checkpoints(tmp_path / "files", mode="max"), Lit(batch_norm=True, lr=0.3)
     lora = LoRACallback(r=4, also_train=["head"], merge=merge, merged=str(tmp_path / "a" / "model.st"))

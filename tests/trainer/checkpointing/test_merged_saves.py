@@ -28,6 +28,7 @@ from lightning_lora import (
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.runs import Break, load, same, types
 from tests.helpers.scripts import run_code
+from tests.helpers.selection import slow_except
 
 
 def make() -> Lit:
@@ -105,18 +106,18 @@ trainer().test(Lit(batch_norm=True), data(2), ckpt_path=sys.argv[1], verbose=Fal
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_and_that_of_adapter_files(tmp_path):
-    fit(tmp_path / "four", 4)
     fit(tmp_path / "two", 2)
-    fit(tmp_path / "resumed", 4, tmp_path / "two" / "last.ckpt")
-    fit(tmp_path / "adapter", 4, save="adapter")
-    four, resumed, adapter = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed", "adapter"))
-    assert same(dict(four["state_dict"]), dict(resumed["state_dict"]))
-    four, resumed = four["lightning_lora"], resumed["lightning_lora"]
-    assert same(four["state_dict"], adapter["state_dict"])
-    assert four["lr_schedulers"] == resumed["lr_schedulers"] == adapter["lr_schedulers"]
-    for index, state in four["optimizer_states"][0]["state"].items():
+    fit(tmp_path / "one", 1)
+    fit(tmp_path / "resumed", 2, tmp_path / "one" / "last.ckpt")
+    fit(tmp_path / "adapter", 2, save="adapter")
+    two, resumed, adapter = (load(tmp_path / name / "last.ckpt") for name in ("two", "resumed", "adapter"))
+    assert same(dict(two["state_dict"]), dict(resumed["state_dict"]))
+    two, resumed = two["lightning_lora"], resumed["lightning_lora"]
+    assert same(two["state_dict"], adapter["state_dict"])
+    assert two["lr_schedulers"] == resumed["lr_schedulers"] == adapter["lr_schedulers"]
+    for index, state in two["optimizer_states"][0]["state"].items():
         assert same(state, resumed["optimizer_states"][0]["state"][index])
-    fit(tmp_path / "across", 4, tmp_path / "two" / "last.ckpt", save="adapter")
+    fit(tmp_path / "across", 2, tmp_path / "one" / "last.ckpt", save="adapter")
     assert same(load(tmp_path / "across" / "last.ckpt")["state_dict"], adapter["state_dict"])
 
 
@@ -131,7 +132,7 @@ def test_a_run_without_the_callback_finds_the_model_alone(run):
     trainer(max_epochs=1).fit(plain, data())
 
 
-@pytest.mark.parametrize("merge", [True, "best", False])
+@pytest.mark.parametrize("merge", slow_except(["best"], [True, "best", False]))
 def test_the_end_of_fit_and_test_are_those_of_adapter_files(tmp_path, merge):
     results = []
     for save in ("merged", "adapter"):
