@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# These are asked in every forward and backward of every layer, so they are torch's own functions.
+in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
+
 
 def backward_id() -> int:
     """The number of the backward pass that runs now in this thread; -1 outside of one."""
@@ -30,6 +34,14 @@ def backward_reaches(node: Any) -> bool:
 def saved_tensors_have_hooks() -> bool:
     """Whether tensors saved for backward are packed by hooks: activation checkpointing, or offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def versions_of(*tensors: Tensor) -> tuple[int, ...]:
+    """:func:`version_of` each of ``tensors``."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:
+        return tuple([version_of(tensor) for tensor in tensors])
 
 
 def version_of(tensor: Tensor) -> int:
@@ -54,24 +66,23 @@ def has_tensor_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def in_functorch_transform() -> bool:
-    """Whether ``torch.func`` transforms the code that runs now: ``vmap``, ``grad``, batched gradients."""
-    return torch._C._are_functorch_transforms_active()
+def is_transformed() -> bool:
+    """Whether something other than autograd and autocast sees the operations that run now.
+
+    A transform of ``torch.func``, ``torch.jit.trace``, a ``TorchDispatchMode`` (``make_fx``), forward-mode derivatives.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
-def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are computed."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def in_jit_trace() -> bool:
-    """Whether ``torch.jit.trace`` records."""
-    return torch._C._is_tracing()
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a ``TorchDispatchMode`` sees every operation, as while ``make_fx`` traces."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its questions about ``torch.func``, which take a tenth of a small layer's time."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def is_transformed() -> bool:

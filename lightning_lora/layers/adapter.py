@@ -194,7 +194,7 @@ class Adapters(nn.ModuleDict):
     def all_pairs(self) -> list[Adapter]:
         """The pairs of every adapter."""
         pairs: list[Adapter] = []
-        for module in self.values():
+        for module in self._modules.values():
             pairs += [pair for _, pair in module.items()] if isinstance(module, Pairs) else [module]  # type: ignore[list-item]
         return pairs
 

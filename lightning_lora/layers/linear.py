@@ -33,7 +33,9 @@ class LinearAdapter(Adapter):
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """A and B for the fused op, which does not call ``forward``."""
-        return self.A, self.B
+        parameters = self._parameters  # reading attributes of a module takes longer
+        A, B = parameters.get("A"), parameters.get("B")
+        return (self.A, self.B) if A is None or B is None else (A, B)
 
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""

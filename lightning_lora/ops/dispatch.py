@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.products import HALF_DTYPES
-from lightning_lora.torch_internals import in_functorch_transform, version_of
+from lightning_lora.torch_internals import any_autocast_enabled, in_functorch_transform, version_of
 
 # The kernels were measured on Hopper GPUs with ranks of at most 32.
 MIN_SHARED_MEMORY = 200 * 1024  # bytes per program
@@ -26,9 +26,9 @@ def without_autocast(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def plain(ctx: Any, *gradients: Tensor | None) -> Any:
-        device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
-        if not torch.is_autocast_enabled(device):
+        if not any_autocast_enabled():
             return backward(ctx, *gradients)
+        device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
         with torch.autocast(device, enabled=False):
             return backward(ctx, *gradients)
 
@@ -36,15 +36,15 @@ def without_autocast(backward: Backward) -> Backward:
 
 
 def check_unmodified(tensor: Tensor, version: int) -> Tensor:
-    """Return ``tensor``, which a second derivative needs as it was in forward.
+    """Return ``tensor``, which backward needs as it was in forward.
 
     Raises:
         RuntimeError: if it was modified in place since, as torch raises for tensors that it saved itself.
     """
     if version_of(tensor) != version:
         raise RuntimeError(
-            "A or B of an adapter, needed for gradient computation, has been modified by an inplace operation: it is "
-            f"at version {version_of(tensor)}; expected version {version}. Differentiate twice before a step."
+            "A, B or W0 of a LoRA layer, needed for gradient computation, has been modified by an inplace operation: "
+            f"it is at version {version_of(tensor)}; expected version {version}. Call backward before a step."
         )
     return tensor
 

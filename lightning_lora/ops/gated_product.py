@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.dispatch import can_use_kernels, supports_kernels
-from lightning_lora.ops.products import HALF_DTYPES, as_matrix, matmul, scaled
+from lightning_lora.ops.products import HALF_DTYPES, as_matrix, matmul
 from lightning_lora.torch_internals import factors_of_product, has_tensor_hooks, saved_tensors_have_hooks, version_of
 
 Factors = tuple[Tensor, Tensor] | None
@@ -66,4 +66,5 @@ def gradient_of_A(d_hidden: Tensor, x: Tensor, gate: Tensor | None, scale: float
         from lightning_lora.ops import gated_kernels as kernels
 
         return kernels.gated_gradient(d_hidden, as_matrix(x), as_matrix(gate), scale, dtype)
-    return scaled(matmul(d_hidden.t(), as_matrix(x if gate is None else x * gate), dtype), scale, dtype)
+    dA = matmul(d_hidden.t(), as_matrix(x if gate is None else x * gate), dtype)
+    return dA if scale == 1 else dA.mul_(scale)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_lora.ops.fused_dropout import can_fuse_dropout, fused_dropout_linear
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
 from lightning_lora.ops.shared_input import ScaledA, SharedInputGroup, linear_from_hidden
+from lightning_lora.torch_internals import any_autocast_enabled
 
 
 class Pair(ScaledA, Protocol):
@@ -63,8 +64,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         >>> linear(torch.tensor([1.0, 2.0]), torch.eye(2), None, [])
         tensor([1., 2.])
     """
-    if len(pairs) == 1 and _can_fuse(x, weight, bias, pairs[0]):
-        return _fused(x, weight, bias, pairs[0])
+    if len(pairs) == 1 and not torch.compiler.is_compiling():  # a compiler fuses the plain formula better
+        fused = _fused(x, weight, bias, pairs[0])
+        if fused is not None:
+            return fused
     y = base_linear(x, weight, bias)
     for pair in pairs:
         y = pair(y, x)
@@ -120,19 +123,24 @@ def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Ten
     return y + F.linear(hidden, B.to(hidden.dtype)).to(y.dtype)
 
 
-def _can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> bool:
-    if not can_fuse(x, weight, bias, pair.A, pair.B) or pair.is_hooked():
-        return False
-    p = pair.dropout_probability()
-    return not p or can_fuse_dropout(x, p, len(pair.A))
-
-
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
-    (A, B), p, dtype = pair.operands(), pair.dropout_probability(), compute_dtype(x)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if p:
-        return fused_dropout_linear(x.to(dtype), weight, bias, A, B, pair.scale, p)
-    share = None if pair.shared_input is None else pair.shared_input.share(pair, x)
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:
+    """The sum as one node of autograd; ``None`` where that is not possible."""
+    if pair.is_hooked():
+        return None
+    A, B = pair.operands()
+    if not can_fuse(x, weight, bias, A, B):
+        return None
+    p, scale, group = pair.dropout_probability(), pair.scale, pair.shared_input
+    share = None if p or group is None else group.share(pair, x)
+    if any_autocast_enabled():
+        dtype = compute_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if share is not None:
         return linear_from_hidden(share, weight, bias, B)
-    return fused_linear(x.to(dtype), weight, bias, A, B, pair.scale)
+    if not x.is_contiguous():
+        x = x.contiguous()  # once for every product
+    if not p:
+        return fused_linear(x, weight, bias, A, B, scale)
+    if can_fuse_dropout(x, p, A.size(0)):
+        return fused_dropout_linear(x, weight, bias, A, B, scale, p)
+    return fused_linear(x, weight, bias, A, B, scale, torch.dropout(x, p, True))

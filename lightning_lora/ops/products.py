@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_lora.torch_internals import in_functorch_transform
 
@@ -12,7 +13,12 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 def as_matrix(x: Tensor) -> Tensor:
     """``x`` of shape ``(..., features)`` as ``(n, features)``."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows`` of shape ``(n, features)`` in the shape of ``x``, ``(..., features)``."""
+    return rows if x.dim() == 2 else rows.view(*x.shape)
 
 
 def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, B: Tensor) -> Tensor:
@@ -25,20 +31,20 @@ def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: T
         x: ``(..., in_features)``.
         weight: W0, ``(out_features, in_features)``.
         bias: ``(out_features,)``.
-        hidden: ``scale * A x``, ``(n, r)``.
+        hidden: ``scale * A x``, ``(..., r)``.
         B: in the dtype of ``x``, ``(out_features, r)``.
 
     Returns:
-        ``(..., out_features)``.
+        ``(..., out_features)``, not a view: one that a node of autograd returns could not be modified in place.
     """
-    y = x.new_empty(*x.shape[:-1], len(B))
-    rows = as_matrix(y)  # the products write into this view: returned itself, it could not be modified in place
-    if bias is not None:
-        torch.addmm(bias, as_matrix(x), weight.t(), out=rows)
-        rows.addmm_(hidden, B.t())
+    if bias is None:
+        y = F.linear(hidden, B)
+        as_matrix(y).addmm_(as_matrix(x), weight.t())
+    elif x.dim() == 2:
+        y = F.linear(x, weight, bias).addmm_(hidden, B.t())
     else:
-        torch.mm(hidden, B.t(), out=rows)
-        rows.addmm_(as_matrix(x), weight.t())
+        y = x.new_empty(*x.shape[:-1], B.size(0))
+        torch.addmm(bias, as_matrix(x), weight.t(), out=as_matrix(y)).addmm_(as_matrix(hidden), B.t())
     return y
 
 
@@ -54,18 +60,18 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 def scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale * matrix`` in ``dtype``, rounded once; ``matrix`` itself if nothing changes."""
     if scale == 1:
-        return matrix.to(dtype)
+        return matrix.to(dtype=dtype)
     if dtype == matrix.dtype or torch.is_grad_enabled():
-        return (scale * matrix).to(dtype)
+        return (scale * matrix).to(dtype=dtype)
     return torch.mul(matrix, scale, out=torch.empty_like(matrix, dtype=dtype))
 
 
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``; cuBLAS writes fp32 from half inputs without rounding to their dtype first."""
-    to_fp32 = dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None
+    to_fp32 = left.is_cuda and dtype == torch.float32 and left.dtype in HALF_DTYPES and torch.version.hip is None
     if to_fp32 and not torch.is_grad_enabled() and not in_functorch_transform():
         return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
+    return torch.mm(left, right).to(dtype=dtype)
 
 
 def batched_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,3 +79,16 @@ def batched_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None:
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left, right).to(dtype)
+
+
+def differentiable_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two parts of the gradient of ``x``, those of W0 and of A, then the gradients of A and B.
+
+    Autograd can record these products, and ``torch.func`` batch them.
+    """
+    cast_A, cast_B, rows, dy_rows = (scale * A).to(x.dtype), B.to(x.dtype), as_matrix(x), as_matrix(dy)
+    d_hidden = dy_rows @ cast_B
+    dA, dB = scale * (d_hidden.t() @ rows).to(A.dtype), (dy_rows.t() @ (rows @ cast_A.t())).to(B.dtype)
+    return like(dy_rows @ weight, x), like(d_hidden @ cast_A, x), dA, dB

@@ -10,17 +10,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.fused_linear import PLAIN_CLASSES, compute_dtype
-from lightning_lora.ops.products import add_product, as_matrix, base_plus_low_rank, matmul, scaled
+from lightning_lora.ops.products import add_product, as_matrix, base_plus_low_rank, like, matmul, scaled
 from lightning_lora.torch_internals import (
+    apply_of,
     backward_id,
     backward_reaches,
     cuda_stream_id,
@@ -56,109 +57,97 @@ class StackedHidden(torch.autograd.Function):
     """``scale * A x`` for every A; backward returns the full gradient of ``x``, with the part of the frozen layers."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, input_gradient: InputGradient, scales: tuple[float, ...], *all_A: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, input_gradient: InputGradient, scale: float, *all_A: Tensor) -> tuple[Tensor, ...]:
         """``(..., in_features)`` and one A of ``(r, in_features)`` per layer to one ``(n, r)`` per layer."""
-        stacked = stack_A(all_A, scales, x.dtype)
+        stacked, ranks = scaled(torch.cat(all_A), scale, x.dtype), [A.size(0) for A in all_A]
         ctx.save_for_backward(x, stacked)
         ctx.set_materialize_grads(False)  # a layer that was not called has no gradient
-        ctx.input_gradient, ctx.all_A, ctx.scales = input_gradient, all_A, scales
-        ctx.versions = [version_of(A) for A in all_A]
-        return torch.split(torch.mm(as_matrix(x), stacked.t()), [len(A) for A in all_A], dim=1)
+        ctx.constants = input_gradient, scale, all_A, [version_of(A) for A in all_A], ranks
+        return torch.split(F.linear(as_matrix(x), stacked), ranks, 1)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *d_hidden: Tensor | None) -> Any:
         """The gradients of ``x``, and of each A in its own dtype."""
         x, stacked = ctx.saved_tensors
-        shape, x = x.shape, as_matrix(x)
-        if torch.is_grad_enabled():  # this backward is differentiated again
-            all_A = [check_unmodified(*pair) for pair in zip(ctx.all_A, ctx.versions, strict=True)]
-            stacked = stack_A(all_A, ctx.scales, x.dtype)
-        ranks = [len(A) for A in ctx.all_A]
-        filled = [x.new_zeros(len(x), r) if d is None else d for d, r in zip(d_hidden, ranks, strict=True)]
-        d_stacked = torch.cat(filled, dim=1)  # (n, sum of r)
-        total = ctx.input_gradient.take()
-        dx = add_product(total, d_stacked, stacked).view(shape) if ctx.needs_input_grad[0] else None
-        all_dA = split_dA(matmul(d_stacked.t(), x, ctx.all_A[0].dtype), ctx.scales, ranks)
+        input_gradient, scale, all_A, versions, ranks = ctx.constants
+        again, rows = torch.is_grad_enabled(), as_matrix(x)
+        if again:  # this backward is differentiated again
+            all_A = [check_unmodified(*pair) for pair in zip(all_A, versions, strict=True)]
+            stacked = scaled(torch.cat(all_A), scale, x.dtype)
+        filled = [x.new_zeros(len(rows), r) if d is None else d for d, r in zip(d_hidden, ranks, strict=True)]
+        d_stacked = torch.cat(filled, 1)  # (n, sum of r)
+        total = input_gradient.take()
+        dx = like(add_product(total, d_stacked, stacked), x) if ctx.needs_input_grad[0] else None
+        dA = matmul(d_stacked.t(), rows, all_A[0].dtype)
+        if scale != 1:
+            dA = scale * dA if again else dA.mul_(scale)
+        all_dA = torch.split(dA, ranks)
         return dx, None, None, *(None if d is None else dA for d, dA in zip(d_hidden, all_dA, strict=True))
 
 
-def stack_A(all_A: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Every ``scale * A`` in one matrix, ``(sum of r, in_features)``."""
-    if len(set(scales)) == 1:
-        return scaled(torch.cat(list(all_A)), scales[0], dtype)
-    return torch.cat([scaled(A, scale, dtype) for A, scale in zip(all_A, scales, strict=True)])
-
-
-def split_dA(total: Tensor, scales: Sequence[float], ranks: list[int]) -> list[Tensor]:
-    """The gradient of every A, scaled, from that of the stacked matrix, ``(sum of r, in_features)``."""
-    same = len(set(scales)) == 1
-    total = scaled(total, scales[0], total.dtype) if same else total
-    all_dA = [total[stop - r : stop] for r, stop in zip(ranks, accumulate(ranks), strict=True)]
-    return all_dA if same else [scaled(dA, scale, dA.dtype) for dA, scale in zip(all_dA, scales, strict=True)]
-
-
-@dataclass
-class LayerShare:
+class LayerShare(NamedTuple):
     """What one layer gets of a shared input.
 
     Args:
         hidden: ``scale * A x`` of this layer, ``(n, r)``.
         x: the input, detached, ``(..., in_features)``.
-        input_gradient: where the layer adds its part of the gradient of the input.
-        needs_dx: whether the input requires a gradient.
+        input_gradient: where the layer adds its part of the gradient of the input; ``None`` if it needs none.
     """
 
     hidden: Tensor
     x: Tensor
-    input_gradient: InputGradient
-    needs_dx: bool
+    input_gradient: InputGradient | None
 
 
 class LinearFromHidden(torch.autograd.Function):
     """``W0 x + b + B h`` for a computed ``h = scale * A x``; :class:`StackedHidden` returns the gradient of ``x``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        B: Tensor,
-        input_gradient: InputGradient,
-        needs_dx: bool,
-    ) -> Tensor:
-        """``hidden`` of shape ``(n, r)`` and a detached ``x``, ``(..., in_features)``, to ``(..., out_features)``."""
-        cast_B = B.to(x.dtype)
-        ctx.save_for_backward(hidden, cast_B, weight if needs_dx else None)
-        ctx.B, ctx.version, ctx.input_gradient, ctx.needs_dx = B, version_of(B), input_gradient, needs_dx
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor | None, B: Tensor, constants: tuple[Any, ...]) -> Tensor:
+        """``(n, r)`` to ``(..., out_features)``.
+
+        Args:
+            ctx: the node.
+            hidden: ``h``.
+            bias: ``(out_features,)``.
+            B: is cast to the dtype of ``hidden``.
+            constants: W0, a detached ``x`` of shape ``(..., in_features)``, and its :class:`InputGradient`.
+        """
+        weight, x, input_gradient = constants
+        cast_B = B.to(dtype=x.dtype)
+        ctx.save_for_backward(hidden)
+        ctx.constants = B, cast_B, version_of(B), weight, version_of(weight), input_gradient
+        hidden = hidden if x.dim() == 2 else hidden.view(*x.shape[:-1], -1)
         return base_plus_low_rank(x, weight, bias, hidden, cast_B)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        """The gradients of ``hidden``, the bias and B; the part of ``x`` is added to ``input_gradient``."""
-        hidden, cast_B, weight = ctx.saved_tensors
+        """The gradients of ``hidden``, the bias and B; the part of ``x`` is added to its :class:`InputGradient`."""
+        (hidden,) = ctx.saved_tensors
+        B, cast_B, B_version, weight, weight_version, input_gradient = ctx.constants
+        needs_d_hidden, needs_db, needs_dB, _ = ctx.needs_input_grad
         dy = as_matrix(dy)
         if torch.is_grad_enabled():  # this backward is differentiated again
-            cast_B = check_unmodified(ctx.B, ctx.version).to(dy.dtype)
-        needs_d_hidden, _, _, needs_db, needs_dB, *_ = ctx.needs_input_grad
+            cast_B = check_unmodified(B, B_version).to(dtype=dy.dtype)
+        elif cast_B is B:
+            check_unmodified(B, B_version)
         # Where the pass ends before StackedHidden, nothing would take the sum, and it would live as long as the graph.
-        if ctx.needs_dx and (torch.compiler.is_compiling() or backward_reaches(ctx.next_functions[0][0])):
-            ctx.input_gradient.add(dy, weight)
+        if input_gradient and (torch.compiler.is_compiling() or backward_reaches(ctx.next_functions[0][0])):
+            input_gradient.add(dy, check_unmodified(weight, weight_version))
         d_hidden = torch.mm(dy, cast_B) if needs_d_hidden else None
         db = dy.sum(0) if needs_db else None
-        dB = matmul(dy.t(), hidden, ctx.B.dtype) if needs_dB else None
-        return d_hidden, None, None, db, dB, None, None
+        return d_hidden, db, matmul(dy.t(), hidden, B.dtype) if needs_dB else None, None
+
+
+_apply_stacked, _apply_from_hidden = apply_of(StackedHidden), apply_of(LinearFromHidden)
 
 
 def linear_from_hidden(share: LayerShare, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
     """The output of :class:`LinearFromHidden`."""
-    arguments = share.hidden, share.x, weight, bias, B, share.input_gradient, share.needs_dx
-    y: Tensor = LinearFromHidden.apply(*arguments)  # type: ignore[no-untyped-call]
+    hidden, x, input_gradient = share
+    y: Tensor = _apply_from_hidden(hidden, bias, B, (weight, x, input_gradient))
     return y
 
 
@@ -174,32 +163,39 @@ class ScaledA(Protocol):
 
 @dataclass
 class CachedHidden:
-    """What the first layer of a group computed from an input, for the other layers."""
+    """What the first layer of a group computed from an input, for the other layers.
+
+    Args:
+        x: the input.
+        state: of the input, when the products were computed.
+        detached_x: ``x`` in the dtype of the products.
+        input_gradient: of the input.
+        hidden: of each layer its A, the state of it, and the product.
+    """
 
     x: weakref.ref[Tensor]
     state: tuple[object, ...]
-    A_of_layers: Sequence[Tensor]
-    hidden: dict[ScaledA, Tensor]
     detached_x: Tensor
     input_gradient: InputGradient
+    hidden: dict[ScaledA, tuple[Tensor, tuple[object, ...], Tensor]]
 
-    def is_valid(self, adapters: Sequence[ScaledA], x: Tensor) -> bool:
-        """Whether ``x`` and every A are the same and unmodified, and the graph of their products still exists."""
-        if self.x() is not x or self.input_gradient.is_spent or self.state != input_state(adapters, x):
-            return False
-        return all(adapter.A is A for adapter, A in zip(adapters, self.A_of_layers, strict=True))
+    def take(self, adapter: ScaledA, x: Tensor) -> Tensor | None:
+        """The product for ``adapter``, if ``x`` and A are the same and unmodified, and its graph still exists."""
+        A, state, hidden = self.hidden.pop(adapter, (None, (), None))
+        is_same = self.x() is x and A is adapter.A and not self.input_gradient.is_spent
+        return hidden if is_same and self.state == input_state(x) and state == state_of(adapter) else None
 
 
-def input_state(adapters: Sequence[ScaledA], x: Tensor) -> tuple[object, ...]:
-    """The state of ``x`` and of every A, with the thread and the stream: nothing is shared between those."""
+def input_state(x: Tensor) -> tuple[object, ...]:
+    """The state of ``x``, with the thread and the stream: nothing is shared between those."""
     stream = cuda_stream_id(x.device) if x.is_cuda else 0
-    all_A = [(adapter.scale, *tensor_state(adapter.A)) for adapter in adapters]
-    return compute_dtype(x), x.grad_fn, get_ident(), stream, tensor_state(x), all_A
+    return compute_dtype(x), version_of(x), x.data_ptr(), x.requires_grad, x.grad_fn, get_ident(), stream
 
 
-def tensor_state(tensor: Tensor) -> tuple[int, int, bool]:
-    """Equal for an unmodified ``tensor``; a write in place through ``.data`` is not seen."""
-    return version_of(tensor), tensor.data_ptr(), tensor.requires_grad
+def state_of(adapter: ScaledA) -> tuple[object, ...]:
+    """Equal for an unmodified A; a write in place through ``.data`` is not seen."""
+    A = adapter.A
+    return version_of(A), A.data_ptr(), A.requires_grad, adapter.scale
 
 
 class SharedInputGroup:
@@ -227,14 +223,15 @@ class SharedInputGroup:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # the layers may be replayed one by one
             return None
         cached = self.cached
-        if cached is None or adapter not in cached.hidden or not cached.is_valid(self.adapters, x):
-            if not self.can_share(adapter, x):
+        hidden = None if cached is None else cached.take(adapter, x)
+        if cached is None or hidden is None:
+            if not self.can_share(adapter, x) or any(member.scale != adapter.scale for member in self.adapters):
                 return None
             self.cached = cached = self._compute(x)
-        hidden = cached.hidden.pop(adapter)  # a second call of a layer with the same input computes again
+            _, _, hidden = cached.hidden.pop(adapter)
         if not cached.hidden:
             self.cached = None
-        return LayerShare(hidden, cached.detached_x, cached.input_gradient, x.requires_grad)
+        return LayerShare(hidden, cached.detached_x, cached.input_gradient if x.requires_grad else None)
 
     def hidden_while_compiling(self, adapter: ScaledA, x: Tensor) -> Tensor:
         """``A x`` of ``adapter``, ``(..., r)``, while a compiler traces."""
@@ -252,13 +249,15 @@ class SharedInputGroup:
         return any(member is adapter for member in self.adapters)
 
     def _compute(self, x: Tensor) -> CachedHidden:
-        input_gradient, scales = InputGradient(), tuple(adapter.scale for adapter in self.adapters)
+        input_gradient, cast_x = InputGradient(), x.to(compute_dtype(x))
         all_A = [adapter.A for adapter in self.adapters]
-        cast_x = x.to(compute_dtype(x))
-        all_hidden = StackedHidden.apply(cast_x, input_gradient, scales, *all_A)  # type: ignore[no-untyped-call]
-        hidden = dict(zip(self.adapters, all_hidden, strict=True))
-        state = input_state(self.adapters, x)
-        return CachedHidden(weakref.ref(x, self._forget), state, all_A, hidden, cast_x.detach(), input_gradient)
+        products = _apply_stacked(cast_x, input_gradient, self.adapters[0].scale, *all_A)
+        hidden = {
+            adapter: (A, state_of(adapter), product)
+            for adapter, A, product in zip(self.adapters, all_A, products, strict=True)
+        }
+        cast_x = cast_x.detach()
+        return CachedHidden(weakref.ref(x, self._forget), input_state(x), cast_x, input_gradient, hidden)
 
     def _forget(self, x: weakref.ref[Tensor]) -> None:
         if self.cached is not None and self.cached.x is x:

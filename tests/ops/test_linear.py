@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.layers.linear import LinearAdapter
-from lightning_lora.ops.fused_linear import FusedLinear, can_fuse
+from lightning_lora.ops.fused_linear import FusedLinear, can_fuse, fused_linear
 from lightning_lora.ops.linear import linear
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -31,11 +31,6 @@ def tensors(shape: tuple[int, ...], out: int, r: int, dtype: torch.dtype, bias: 
     A, B = torch.randn(r, shape[-1], dtype=torch.float64), torch.randn(out, r, dtype=torch.float64)
     offset = torch.randn(out).to(dtype) if bias else None
     return [x.to(dtype), weight.to(dtype), offset, A.to(adapters), B.to(adapters)]
-
-
-def one_node(x, *rest):
-    """The op on an input of any shape."""
-    return FusedLinear.apply(x, *rest)
 
 
 def reference(x, weight, bias, A, B, scale):
@@ -73,7 +68,7 @@ def test_values_and_gradients_are_those_of_fp64_within_rounding(rows, sizes, dty
     gradient = torch.randn(*rows, out).to(dtype)
     seen = [t if t is None else t.to(dtype).double() for t in inputs]
     wanted = gradients(lambda *t: reference(*t, scale), seen, gradient.double())
-    found = gradients(lambda *t: one_node(*t, scale), inputs, gradient)
+    found = gradients(lambda *t: fused_linear(*t, scale), inputs, gradient)
     assert [tensor.dtype for tensor in found] == [dtype, dtype, adapters, adapters]
     for one, other in zip(found, wanted, strict=True):
         size = max(1.0, float(other.abs().max()), max(inside, out) ** 0.5 * r)  # gradients sum over the outputs
@@ -88,7 +83,7 @@ def test_gradients_of_every_order():
         tensor.requires_grad_()
 
     def function(x, A, B):
-        return one_node(x, weight, bias, A, B, 0.5)
+        return fused_linear(x, weight, bias, A, B, 0.5)
 
     assert torch.autograd.gradcheck(function, (x, A, B))
     assert torch.autograd.gradgradcheck(function, (x, A, B))
@@ -98,10 +93,10 @@ def test_strided_input_and_an_input_without_gradient():
     torch.manual_seed(0)
     inputs = tensors((4, 3, 6), 5, 2, torch.float32, True, torch.float32)
     turned = inputs[0].transpose(0, 1)
-    y = one_node(turned, *inputs[1:], 2.0)
+    y = fused_linear(turned, *inputs[1:], 2.0)
     torch.testing.assert_close(y.double(), reference(turned, *inputs[1:], 2.0), rtol=1e-5, atol=1e-5)
     A, B = (matrix.requires_grad_() for matrix in inputs[3:])
-    one_node(turned, *inputs[1:3], A, B, 2.0).sum().backward()
+    fused_linear(turned, *inputs[1:3], A, B, 2.0).sum().backward()
     assert A.grad is not None and B.grad is not None and turned.grad is None
 
 
@@ -119,7 +114,7 @@ def model(dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
 def test_a_model_trains_as_by_the_plain_formula(on_cpu, dtype, monkeypatch):
     one = model(dtype)
     other, x = copy.deepcopy(one), torch.randn(4, 6, dtype=dtype)
-    with mock.patch.object(FusedLinear, "apply", wraps=FusedLinear.apply) as applied:
+    with mock.patch.object(FusedLinear, "forward", wraps=FusedLinear.forward) as applied:
         one(x).float().square().mean().backward()
     assert applied.call_count == 2
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ())
@@ -200,16 +195,40 @@ def test_the_fused_op_asks_a_pair_for_its_operands_and_does_not_call_it(on_cpu):
     assert operands.call_count == 1 and forward.call_count == 0
 
 
-def test_dropout_and_hooks_have_the_plain_formula(on_cpu):
-    net, x, seen = model(dropout=0.5), torch.randn(4, 6), []
-    with mock.patch.object(FusedLinear, "apply", wraps=FusedLinear.apply) as applied:
-        net.train()(x)
-        assert applied.call_count == 0
-        net.eval()(x)
+def test_hooks_on_a_pair_get_the_plain_formula(on_cpu):
+    net, x, seen = model(), torch.randn(4, 6), []
+    with mock.patch.object(FusedLinear, "forward", wraps=FusedLinear.forward) as applied:
+        net(x)
         assert applied.call_count == 2
         net[0].lora.default.register_forward_hook(lambda *_: seen.append(1))
         net(x)
     assert applied.call_count == 3 and seen == [1]
+
+
+def packed_tensors(net, x):
+    """How many tensors the forward of ``net`` saves where hooks pack them."""
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(1) or tensor, lambda tensor: tensor):
+        net(x)
+    return len(packed)
+
+
+def test_where_hooks_pack_saved_tensors_no_more_are_saved_than_by_a_frozen_layer(on_cpu):
+    net, frozen = (nn.Sequential(nn.Linear(6, 6, bias=False)).requires_grad_(False) for _ in range(2))
+    apply_lora(net, LoRAConfig(r=2, targets="all"))
+    x = torch.randn(4, 6, requires_grad=True)
+    assert packed_tensors(net, x) == packed_tensors(frozen, x) == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "A", "B"])
+def test_a_write_between_forward_and_backward_is_an_error(on_cpu, name):
+    net, x = model(), torch.randn(4, 6, requires_grad=True)
+    y = net[0](x)
+    layer = net[0]
+    with torch.no_grad():
+        {"weight": layer.weight, "A": layer.lora.default.A, "B": layer.lora.default.B}[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("config", [{"bias": "all"}, {"bias": "lora_only"}, {"also_train": ["0.bias"]}], ids=str)
@@ -353,17 +372,41 @@ def test_autocast_is_within_its_rounding(on_cpu, dtype):
         assert error < 8 * HALF[dtype], name
 
 
-def test_dropout_drops_the_adapters_input_alone(on_cpu):
-    net, x = model(torch.float64, dropout=0.4).train(), X.clone()
-    layer = net[0]
-    torch.manual_seed(3)
-    y = layer(x)
-    torch.manual_seed(3)
-    dropped = F.dropout(x, 0.4)
-    A, B = layer.lora.default.A.double(), layer.lora.default.B.double()
-    wanted = F.linear(x, layer.weight, layer.bias) + layer.lora.default.scale * dropped @ A.T @ B.T
-    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
-    assert (dropped == 0).float().mean() > 0.2
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
+@pytest.mark.parametrize("around", ["eager", "checkpointed", "checkpointed by a reentrant backward"])
+def test_dropout_drops_the_adapters_input_alone(monkeypatch, devices, around):
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", devices)
+    layer = model(torch.float64, dropout=0.4).train()[0]
+    pair, results = layer.lora.default, []
+
+    def written_out(layer, x):
+        dropped = F.dropout(x, 0.4)
+        assert (dropped == 0).float().mean() > 0.2
+        y = F.linear(x, layer.weight, layer.bias)
+        return y + pair.scale * dropped @ pair.A.double().T @ pair.B.double().T
+
+    for run in (SURROUNDINGS[around], written_out):
+        torch.manual_seed(3)
+        x = X.clone().requires_grad_()
+        run(layer, x).square().sum().backward()
+        results.append([x.grad, pair.A.grad, pair.B.grad])
+        layer.zero_grad()
+    for found, wanted in zip(*results, strict=True):
+        assert_near(found, wanted, 1e-6)
+
+
+def test_gradients_of_every_order_with_dropout():
+    torch.manual_seed(0)
+    x, weight, bias, A, B = tensors((2, 3, 5), 4, 2, torch.float64, True, torch.float64)
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+
+    def function(x, A, B):
+        torch.manual_seed(1)
+        return fused_linear(x, weight, bias, A, B, 0.5, torch.dropout(x, 0.3, True))
+
+    assert torch.autograd.gradcheck(function, (x, A, B))
+    assert torch.autograd.gradgradcheck(function, (x, A, B))
 
 
 def test_a_base_that_was_thawed_is_evaluated_as_it_was_trained(on_cpu):

@@ -89,7 +89,7 @@ def assert_same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: f
 
 
 def readings() -> mock._patch:
-    return mock.patch.object(StackedHidden, "apply", wraps=StackedHidden.apply)
+    return mock.patch.object(StackedHidden, "forward", wraps=StackedHidden.forward)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -377,7 +377,7 @@ def test_which_layers_are_asked_to_share():
 
 def test_dropout_is_each_maps_own():
     model, x = adapted(dropout=0.5), torch.randn(2, 5, 6, dtype=torch.float64)
-    with mock.patch.object(LinearFromHidden, "apply", wraps=LinearFromHidden.apply) as shared:
+    with mock.patch.object(LinearFromHidden, "forward", wraps=LinearFromHidden.forward) as shared:
         model.train()(x)
         assert shared.call_count == 0
         model.eval()(x)
@@ -400,7 +400,7 @@ def test_autocast_casts_the_shared_input_once():
 
     with readings() as read:
         found = gradients(Under(), x)
-    assert read.call_count == 2 and read.call_args_list[0].args[0].dtype == torch.bfloat16
+    assert read.call_count == 2 and read.call_args_list[0].args[1].dtype == torch.bfloat16
     assert [g.dtype for g in found] == [torch.float32] * 16
     for mine, theirs in zip(found, wanted, strict=True):
         assert float((mine.double() - theirs).norm() / theirs.norm()) < 0.1
