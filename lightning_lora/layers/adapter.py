@@ -117,6 +117,12 @@ class Adapter(nn.Module):
         """Dropout on ``x``, the input of A."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """A and B for an op that does not call ``forward``."""
+        parameters = self._parameters  # reading attributes of a module takes longer
+        A, B = parameters.get("A"), parameters.get("B")
+        return (self.A, self.B) if A is None or B is None else (A, B)
+
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; differentiable."""
         A: Tensor = self.A

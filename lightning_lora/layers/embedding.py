@@ -15,6 +15,9 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import merged_weight
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops import fused_linear
+from lightning_lora.ops.linear import add_low_rank_term
+from lightning_lora.torch_internals import has_module_hooks, is_transformed
 
 
 class EmbeddingAdapter(Adapter):
@@ -27,7 +30,35 @@ class EmbeddingAdapter(Adapter):
         the plain layer.
         """
         hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
-        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype)).to(y.dtype)
+        return add_low_rank_term(y, hidden.to(y.dtype), self.B, self.scale)
+
+
+def add_in_place(rows: Tensor, index: Tensor, adapter: EmbeddingAdapter, scale_grad_by_freq: bool) -> Tensor:
+    """``adapter(rows, index, scale_grad_by_freq)``, accumulated onto ``rows``.
+
+    A term of its own would be written to memory, and both read again to be added.
+
+    Args:
+        rows: base output, ``(n, embedding_dim)``, without a graph.
+        index: ``(n,)``.
+        adapter: A, B and the scale.
+        scale_grad_by_freq: as in the plain layer.
+    """
+    A, B = adapter.operands()
+    hidden = F.embedding(index, A.t(), adapter.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (n, r)
+    return rows.addmm_(hidden.to(dtype=rows.dtype), B.to(dtype=rows.dtype).t(), alpha=adapter.scale)
+
+
+def can_add_in_place(weight: Tensor, adapter: EmbeddingAdapter) -> bool:
+    """Whether :func:`add_in_place` can be used: plain tensors on a GPU, computed eagerly."""
+    return (
+        not torch.compiler.is_compiling()
+        and weight.device.type in fused_linear.DEVICES
+        and {type(weight), *map(type, adapter.operands())} <= fused_linear.PLAIN_CLASSES
+        and not weight.requires_grad
+        and not has_module_hooks(adapter)
+        and not is_transformed()
+    )
 
 
 class LoRALookup(LoRALayer):
@@ -60,11 +91,16 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base output plus the low-rank term of each adapter, renormalised."""
-        if self.max_norm is None:
-            y = super().forward(input)
-        else:
+        pairs = self.lora.active_pairs()
+        if self.max_norm is not None:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        for adapter in self.lora.active_pairs():
+        elif len(pairs) == 1 and can_add_in_place(self.weight, pairs[0]):  # type: ignore[arg-type]
+            index = input.reshape(-1)
+            rows = add_in_place(super().forward(index), index, pairs[0], self.scale_grad_by_freq)  # type: ignore[arg-type]
+            return rows.view(*input.shape, self.embedding_dim)
+        else:
+            y = super().forward(input)
+        for adapter in pairs:
             y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
@@ -105,7 +141,7 @@ class EmbeddingBagAdapter(Adapter):
         dtype = torch.promote_types(y.dtype, torch.float32)
         weights = None if weights is None else weights.to(dtype)
         hidden = bags(layer, self.A.t().to(dtype), index, offsets, weights)  # (bags, r)
-        return y + F.linear(hidden.to(y.dtype), (self.scale * self.B).to(y.dtype))
+        return add_low_rank_term(y, hidden.to(y.dtype), self.B, self.scale)
 
 
 class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):

@@ -31,12 +31,6 @@ class LinearAdapter(Adapter):
         """The base output ``y`` of shape ``(..., out_features)`` plus the low-rank term for the input ``x``."""
         return add_pair(y, x, self)
 
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """A and B for the fused op, which does not call ``forward``."""
-        parameters = self._parameters  # reading attributes of a module takes longer
-        A, B = parameters.get("A"), parameters.get("B")
-        return (self.A, self.B) if A is None or B is None else (A, B)
-
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
         return self.part.place_rows(self.B, out_features)

@@ -1,10 +1,11 @@
-"""nn.EmbeddingBag: bags of rows, against the plain layer with the product in its weight."""
+"""Embeddings: rows, and bags of rows, against the plain layer with the product in its weight."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import merge_lora
 from tests.helpers import oracles
@@ -74,3 +75,49 @@ def test_it_is_the_bag_of_an_adapted_embedding():
     other.layer.lora.default.load_state_dict(model.layer.lora.default.state_dict())
     wanted = (other.layer(index) * weights["per_sample_weights"][..., None]).sum(1)
     oracles.assert_close(model.layer(index, **weights), wanted, torch.float32)
+
+
+def rows_and_gradients(model, index, run=nn.Module.__call__):
+    model.zero_grad()
+    y = run(model, index)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def adapted_embedding(dtype=torch.float64, **arguments):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("layer", nn.Embedding(10, 6, **arguments).to(dtype))
+    return oracles.adapt(model)
+
+
+@pytest.mark.parametrize(
+    "run", [lambda m, i: m(i), lambda m, i: checkpoint(m, i, use_reentrant=False)], ids=["", "checkpointed"]
+)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 5)], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_rows_that_are_accumulated_in_place_are_those_of_the_formula(monkeypatch, arguments, shape, run):
+    model = adapted_embedding(**arguments)
+    index = torch.randint(0, 10, shape, generator=torch.Generator().manual_seed(1))
+    wanted = rows_and_gradients(model, index)
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cpu",))
+    for found, expected in zip(rows_and_gradients(model, index, run), wanted, strict=True):
+        oracles.assert_close(found, expected, torch.float32)
+
+
+def test_rows_in_place_under_transforms_hooks_and_in_place_code(monkeypatch):
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cpu",))
+    model, index, seen = adapted_embedding(), torch.randint(0, 10, (2, 5)), []
+    wanted = model(index)
+    assert "Addmm" in wanted.grad_fn.next_functions[0][0].name()  # no sum of two tensors
+    oracles.assert_close(torch.func.vmap(model)(index), wanted, torch.float32)
+    parameters = {name: torch.stack([p, 2 * p]) for name, p in model.named_parameters() if p.requires_grad}
+    both = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (index,)))(parameters)
+    oracles.assert_close(both[0], wanted, torch.float32)
+    assert model(torch.empty(0, 3, dtype=torch.long)).shape == (0, 3, 6)
+    y = model(index)
+    y += 1
+    y.sum().backward()
+    model.layer.lora.default.register_forward_hook(lambda *_: seen.append(1))
+    oracles.assert_close(model(index), wanted, torch.float32)
+    assert seen == [1] and not model.layer.weight.requires_grad
