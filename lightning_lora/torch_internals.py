@@ -66,19 +66,6 @@ def has_tensor_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def is_transformed() -> bool:
-    """Whether something other than autograd and autocast sees the operations that run now.
-
-    A transform of ``torch.func``, ``torch.jit.trace``, a ``TorchDispatchMode`` (``make_fx``), forward-mode derivatives.
-    """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its questions about ``torch.func``, which take a tenth of a small layer's time."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
