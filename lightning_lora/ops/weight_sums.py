@@ -7,7 +7,7 @@ kernel (:mod:`lightning_lora.ops.weight_sum_plan`), or a batched product for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -128,11 +128,17 @@ def _planned_gradients(
     of_sums: Mapping[int, Tensor],
 ) -> Iterator[Triple]:
     """As :func:`_batched_gradients`; the kernels read A and B themselves, which no step may have changed."""
-    for factor, version in zip(lefts + rights, versions, strict=True):
-        check_unmodified(factor, version)
+    _check_unmodified(lefts + rights, versions, of_sums)
     d_lefts, d_rights = plan.gradients([of_sums.get(i) for i in range(len(lefts))], lefts, rights, scale)
     for i in of_sums:
         yield i, d_lefts[i], d_rights[i]  # type: ignore[misc]
+
+
+def _check_unmodified(factors: Sequence[Tensor], versions: Sequence[int], used: Iterable[int]) -> None:
+    """Raise if a factor of the layers at ``used`` was changed; a step of others is theirs."""
+    for at in used:
+        for position in (at, at + len(factors) // 2):
+            check_unmodified(factors[position], versions[position])
 
 
 class SummedWeights(torch.autograd.Function):
@@ -170,8 +176,7 @@ class SummedWeights(torch.autograd.Function):
 def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]) -> Iterator[Triple]:
     """The gradients by operations that can be differentiated again."""
     lefts, rights = ctx.factors[: len(position)], ctx.factors[len(position) :]
-    for factor, version in zip(ctx.factors, ctx.versions, strict=True):
-        check_unmodified(factor, version)
+    _check_unmodified(ctx.factors, ctx.versions, [position[index] for index in of_sums])
     for index, gradient in of_sums.items():
         left, right = lefts[position[index]], rights[position[index]]
         matrix = ctx.scale * gradient.reshape(left.shape[0], right.shape[1])

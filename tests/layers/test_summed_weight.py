@@ -381,6 +381,18 @@ def test_a_second_derivative_after_a_step_is_refused():
     assert slope.requires_grad
 
 
+def test_a_second_derivative_after_a_step_of_layers_that_were_not_called():
+    model = tower(layers=4)
+    expected = WrittenOut(model)
+    loss = model(X, [0, 1]).square().sum()
+    step(model, 3)
+    for network, output in ((model, loss), (expected, expected(X, [0, 1]).square().sum())):
+        pair = pair_parameters(model)[:2] if network is model else trained_leaves(expected)[:2]
+        slopes = torch.autograd.grad(output, pair, create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
+    expected.assert_gradients()
+
+
 # What trains, and who looks on.
 
 
