@@ -76,7 +76,8 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def batched_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`matmul` of a batch: ``(n, rows, k)`` and ``(n, k, columns)`` to ``(n, rows, columns)``."""
-    if dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None:
+    to_fp32 = dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None
+    if to_fp32 and not in_functorch_transform():
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left, right).to(dtype)
 

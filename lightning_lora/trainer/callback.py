@@ -93,7 +93,7 @@ class LoRACallback(MethodCallback):
             for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
             for small layers and short inputs, where launching kernels takes longer than computing them. Both give the
-            same to rounding. Dropout and sharded weights need the activations' side.
+            same to rounding. Dropout, sharded weights and base_dtype need the activations' side.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -158,5 +158,6 @@ class LoRACallback(MethodCallback):
             merged=merged,
             compute=compute,
         )
-        super().__init__(LoRAMethod(config, compute), run_config)
+        # A sum with a weight that `base_dtype` has rounded would differ from the sum without it.
+        super().__init__(LoRAMethod(config, "activations" if base_dtype else compute), run_config)
         self.config = config

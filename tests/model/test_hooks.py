@@ -92,6 +92,14 @@ def test_what_reenters_is_seen_in_the_code(make, expected):
     assert bool(hooks(model)) is expected
 
 
+@pytest.mark.parametrize("flag", ["grad_checkpointing", "gradient_checkpointing"])  # of timm, of transformers
+def test_a_flag_that_is_off_says_more_than_the_code(flag):
+    module = Reentrant()
+    assert is_reentrant(module)
+    setattr(module, flag, False)
+    assert not is_reentrant(module)
+
+
 def test_a_first_layer_that_is_no_embedding():
     model = Pixels()
     apply_lora(model, LoRAConfig(r=2, targets=["layers.0"]))

@@ -30,6 +30,14 @@ def summed_weights_or_dropout(message: Expected, folder: Path) -> None:
     fit(LoRACallback(dropout=0.1))
 
 
+@remedy("config.py", "`compute='weights'` adds B A", "`base_dtype='bf16'`", "Leave one of the two out")
+def summed_weights_or_a_lower_base(message: Expected, folder: Path) -> None:
+    with message:
+        LoRACallback(compute="weights", base_dtype="bf16")
+    fit(LoRACallback(compute="weights"), precision="bf16-mixed")
+    fit(LoRACallback(base_dtype="bf16"), precision="bf16-mixed")
+
+
 @remedy("config.py", "`{}` is an argument of LoRACallback", "`merge` is", "Write LoRACallback(merge=...)")
 def arguments_of_a_run(message: Expected, folder: Path) -> None:
     with message:
