@@ -216,8 +216,8 @@ class RunConfig:
         check_choice("compute", self.compute, SIDES)
         if self.compute == "weights" and self.base_dtype is not None:
             raise ValueError(
-                f"`compute='weights'` adds B A to weights that `base_dtype={self.base_dtype!r}` has rounded, which gives "
-                "other results than without it. Leave one of the two out."
+                f"`compute='weights'` adds B A to weights that `base_dtype={self.base_dtype!r}` has rounded, which "
+                "gives other results than without it. Leave one of the two out."
             )
         if self.save == "merged" and self.base_dtype is not None:
             raise ValueError(

@@ -142,6 +142,7 @@ def test_defaults_are_those_of_the_design():
         "name": "default",
     }
     assert dataclasses.asdict(RunConfig()) == {
+        "compute": "auto",
         "lr_scale": 1.0,
         "merge": True,
         "liveness": True,

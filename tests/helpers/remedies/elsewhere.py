@@ -8,6 +8,10 @@ TRIED = {
         "layers/test_quantized.py",
         "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
     ),
+    ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (
+        "ops/test_weight_sums.py",
+        "test_a_second_derivative_after_a_write_is_refused",
+    ),
     ("ops/stacked.py", "A parameter of three dimensions"): (
         "layers/test_parameter.py",
         "test_a_stack_that_goes_through_an_autograd_function_gets_its_gradient",
