@@ -74,7 +74,7 @@ def test_a_second_derivative_after_a_write_is_refused():
     torch.autograd.grad(output.square().sum(), lefts[0], create_graph=True)  # backward before a step
     with torch.no_grad():
         lefts[0].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation.* Call backward before a step"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.* Call backward before a step"):
         torch.autograd.grad(output.square().sum(), lefts[0], create_graph=True)
 
 
