@@ -44,7 +44,7 @@ def test_resume_equals_the_uninterrupted_run_and_other_ranks_are_warned_of(tmp_p
         assert torch.equal(value, resumed["state_dict"][name]), name
     states = two["lightning_lora"]["random_states"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
-    with pytest.warns(UserWarning, match=r"random state of 2 process\(es\) and this run has 1: it is not restored"):
+    with pytest.warns(UserWarning, match=r"random state of 2 processes and this run has 1: it is not restored"):
         trainer(LoRACallback(r=4), max_epochs=3).fit(Lit(dropout=0.2), data(), ckpt_path=tmp_path / "two" / "last.ckpt")
 
 
