@@ -181,9 +181,13 @@ class CachedHidden:
 
     def take(self, adapter: ScaledA, x: Tensor) -> Tensor | None:
         """The product for ``adapter``, if ``x`` and A are the same and unmodified, and its graph still exists."""
-        A, state, hidden = self.hidden.pop(adapter, (None, (), None))
-        is_same = self.x() is x and A is adapter.A and not self.input_gradient.is_spent
-        return hidden if is_same and self.state == input_state(x) and state == state_of(adapter) else None
+        A, state, hidden = self.hidden.get(adapter, (None, (), None))
+        if A is not adapter.A or self.x() is not x or self.input_gradient.is_spent:
+            return None
+        if self.state != input_state(x) or state != state_of(adapter):
+            return None
+        del self.hidden[adapter]  # a second call of a layer with the same input computes again
+        return hidden
 
 
 def input_state(x: Tensor) -> tuple[object, ...]:
