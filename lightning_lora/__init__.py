@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
+from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.merged_values import merged_state_dict
 from lightning_lora.model.report.plan import plan_lora
-from lightning_lora.model.state import load_lora_state_dict, lora_parameters, lora_state_dict
+from lightning_lora.model.state import lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.version import __version__ as __version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,25 @@ BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
 SAVES = ("adapter", "merged")
 SIDES = ("auto", "activations", "weights")
+
+
+class MethodConfig(Protocol):
+    """The arguments of a method: a frozen dataclass of plain data."""
+
+    @property
+    def name(self) -> str:
+        """The name of what the method adds, for methods that can be on one model several times."""
+
+    @property
+    def bias(self) -> str:
+        """Which biases train in addition, as of :class:`LoRAConfig`."""
+
+    @property
+    def also_train(self) -> Sequence[str] | None:
+        """Patterns of modules or parameters that are trained in full."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:

@@ -18,6 +18,7 @@ TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 ELSEWHERE = {
     "arguments": ("test_config", "the configurations show what its checks refuse"),
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
+    "methods/added_config": ("methods/test_added", "the smallest method shows its arguments"),
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),
     "layers/sum_group": ("layers/test_summed_weight", "its layers read the sums"),

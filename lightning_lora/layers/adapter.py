@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.foreign import SEED_VARIABLE
+from lightning_lora.layers.adapted import keep_dtype
 from lightning_lora.layers.weight_view import WeightPart
 
 
@@ -156,17 +157,8 @@ class Adapter(nn.Module):
         return f"{experts}{in_features} -> {out_features}, r={r}, scale={self.scale:g}{dropout}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        # `.to(dtype)`, `.half()` and every precision plugin call this. The fp32 values are kept, not cast to another
-        # dtype and back: a resumed run needs the same bits.
-        before = [(p.data, None if p.grad is None else p.grad.detach()) for p in (self.A, self.B)]
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            for parameter, (data, grad) in zip((self.A, self.B), before, strict=True):
-                if parameter.dtype != data.dtype:
-                    parameter.grad = None
-                    parameter.data = data.to(parameter.device)
-                    parameter.grad = None if grad is None else grad.to(parameter.device)
+        apply = super()._apply
+        keep_dtype((self.A, self.B), lambda: apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
 

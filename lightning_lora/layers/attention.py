@@ -31,7 +31,7 @@ PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """An ``nn.MultiheadAttention`` with adapters on q, k and v; ``out_proj`` is a linear layer with its own adapter."""
 
-    lora_original_class = nn.MultiheadAttention
+    original_class = nn.MultiheadAttention
     lora_adapter_class = LinearAdapter
 
     @classmethod

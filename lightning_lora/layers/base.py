@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_lora import names
+from lightning_lora.layers.adapted import Adapted, swap, swap_out
 from lightning_lora.layers.adapter import Adapter, Adapters
 from lightning_lora.layers.restoring import Undo
 from lightning_lora.layers.weight_view import WeightPart
 
 
-class LoRALayer(nn.Module):
-    """Base of all adapted classes: each derives from it and from the class that it adapts."""
+class LoRALayer(Adapted):
+    """Base of all classes that LoRA adapts: each derives from it and from the class that it adapts."""
 
+    method_key = "lora"
     lora: Adapters
-    lora_original_class: ClassVar[type[nn.Module]]
     lora_adapter_class: ClassVar[type[Adapter]]
 
     @classmethod
@@ -44,27 +45,14 @@ class LoRALayer(nn.Module):
 
 def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
     """Turn ``module`` into an adapted layer; the object, its parameters, their names and its hooks stay."""
-    adapters.train(module.training)
-    module._modules.pop("lora", None)
-    module.add_module("lora", adapters)
-    module.__class__ = cls
+    swap(module, cls, adapters)
 
 
 def pop_adapters(layer: LoRALayer) -> Adapters:
     """Restore the original class of ``layer``, and return its adapters."""
-    adapters = layer.lora
-    del layer.lora
-    layer.__class__ = _original_class(type(layer))  # type: ignore[assignment]
+    adapters = swap_out(layer)
+    assert isinstance(adapters, Adapters)
     return adapters
-
-
-def _original_class(cls: type[LoRALayer]) -> type[nn.Module]:
-    """The class without adapters; under ``fully_shard``, which makes a class of its own, that class of the original."""
-    if "lora_original_class" in vars(cls):
-        return cls.lora_original_class
-    unit, *_ = cls.__bases__  # FSDPModule
-    original = cls.lora_original_class
-    return type(f"FSDP{original.__name__}", (unit, original), {"__deepcopy__": cls.__deepcopy__})  # type: ignore[attr-defined]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

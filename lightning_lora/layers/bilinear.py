@@ -22,7 +22,7 @@ class BilinearAdapter(Adapter):
 class LoRABilinear(LoRALayer, nn.Bilinear):
     """An ``nn.Bilinear`` with adapters."""
 
-    lora_original_class = nn.Bilinear
+    original_class = nn.Bilinear
     lora_adapter_class = BilinearAdapter
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:

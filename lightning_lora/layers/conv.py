@@ -56,21 +56,21 @@ class LoRAConv(LoRALayer):
 class LoRAConv1d(LoRAConv, nn.Conv1d):
     """An ``nn.Conv1d`` with adapters."""
 
-    lora_original_class = nn.Conv1d
+    original_class = nn.Conv1d
     lora_pointwise = staticmethod(nn.functional.conv1d)
 
 
 class LoRAConv2d(LoRAConv, nn.Conv2d):
     """An ``nn.Conv2d`` with adapters."""
 
-    lora_original_class = nn.Conv2d
+    original_class = nn.Conv2d
     lora_pointwise = staticmethod(nn.functional.conv2d)
 
 
 class LoRAConv3d(LoRAConv, nn.Conv3d):
     """An ``nn.Conv3d`` with adapters."""
 
-    lora_original_class = nn.Conv3d
+    original_class = nn.Conv3d
     lora_pointwise = staticmethod(nn.functional.conv3d)
 
 
@@ -127,7 +127,7 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
 class LoRAConvTranspose1d(LoRAConvTranspose, nn.ConvTranspose1d):
     """An ``nn.ConvTranspose1d`` with adapters."""
 
-    lora_original_class = nn.ConvTranspose1d
+    original_class = nn.ConvTranspose1d
     lora_pointwise = staticmethod(F.conv1d)
     lora_transposed = staticmethod(F.conv_transpose1d)
 
@@ -135,7 +135,7 @@ class LoRAConvTranspose1d(LoRAConvTranspose, nn.ConvTranspose1d):
 class LoRAConvTranspose2d(LoRAConvTranspose, nn.ConvTranspose2d):
     """An ``nn.ConvTranspose2d`` with adapters."""
 
-    lora_original_class = nn.ConvTranspose2d
+    original_class = nn.ConvTranspose2d
     lora_pointwise = staticmethod(F.conv2d)
     lora_transposed = staticmethod(F.conv_transpose2d)
 
@@ -143,6 +143,6 @@ class LoRAConvTranspose2d(LoRAConvTranspose, nn.ConvTranspose2d):
 class LoRAConvTranspose3d(LoRAConvTranspose, nn.ConvTranspose3d):
     """An ``nn.ConvTranspose3d`` with adapters."""
 
-    lora_original_class = nn.ConvTranspose3d
+    original_class = nn.ConvTranspose3d
     lora_pointwise = staticmethod(F.conv3d)
     lora_transposed = staticmethod(F.conv_transpose3d)

@@ -86,7 +86,7 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
     weight in place; here the frozen weight does not change.
     """
 
-    lora_original_class = nn.Embedding
+    original_class = nn.Embedding
     lora_adapter_class = EmbeddingAdapter
 
     def forward(self, input: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
     ``mode="max"`` and ``max_norm`` are not linear in the weight, so with these the merged weight is built.
     """
 
-    lora_original_class = nn.EmbeddingBag
+    original_class = nn.EmbeddingBag
     lora_adapter_class = EmbeddingBagAdapter
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:

@@ -47,7 +47,7 @@ class LinearAdapter(Adapter):
 class LoRALinear(LoRALayer, nn.Linear):
     """An ``nn.Linear`` with adapters: ``W0 x + b + scale * B A x``."""
 
-    lora_original_class = nn.Linear
+    original_class = nn.Linear
     lora_adapter_class = LinearAdapter
 
     def forward(self, input: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
     """Mixin for a linear layer with a quantized weight; A and B are fp32."""
 
-    lora_original_class = nn.Linear
+    original_class = nn.Linear
     lora_adapter_class = LinearAdapter
 
     def forward(self, input: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class OwnLinear(LoRALayer):
 
 def own_linear_class(root: type[nn.Module]) -> type[LoRALayer]:
     """The adapted class for the linear class ``root`` of the user's."""
-    return type(f"LoRA{root.__name__}", (OwnLinear, root), {"lora_original_class": root, "__module__": __name__})
+    return type(f"LoRA{root.__name__}", (OwnLinear, root), {"original_class": root, "__module__": __name__})
 
 
 def own_linear_base(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -134,7 +134,7 @@ def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
     """The adapted class for the ``Conv1D`` class ``root``."""
-    return type("LoRAConv1D", (TransposedLinear, root), {"lora_original_class": root, "__module__": __name__})
+    return type("LoRAConv1D", (TransposedLinear, root), {"original_class": root, "__module__": __name__})
 
 
 def is_quantized_class(cls: type[nn.Module]) -> bool:

@@ -45,7 +45,7 @@ def adapted_property(key: str) -> Any:
         if key not in module._parameters:
             raise AttributeError(key)
         weight: Any = parameter_of(module, key)
-        original: Any = module.lora_original_class
+        original: Any = module.original_class
         if not _has_values(weight):
             return weight
         for adapter in module.lora.active_pairs():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copyreg
 import inspect
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lightning_lora.foreign import PARAMETRIZATIONS
+from lightning_lora.layers.adapted import DynamicClass, derived
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.bilinear import LoRABilinear
@@ -78,24 +78,6 @@ COMPUTED = "computes its weight (a parametrization or weight norm): remove that 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class DynamicClass(LoRALayer):
-    """Mixin for classes made at run time, which cannot be imported by name: pickle stores the original class."""
-
-    lora_keys: ClassVar[Keys] = ()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the original class."""
-        rebuild, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, protocol)))
-        if rebuild is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return (_rebuild, (self.lora_original_class, self.lora_keys, *arguments[1:]), *rest)
-        return (rebuild, arguments, *rest)
-
-
-def _rebuild(original: type[nn.Module], keys: Keys, *arguments: Any) -> nn.Module:
-    cls = adapted_class(original, keys)
-    return cls.__new__(cls, *arguments)
-
-
 def adaptable_base(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The adaptable class that ``cls`` is or derives from."""
     known = next((base for base in cls.__mro__ if base in ADAPTED_CLASSES), None)
@@ -109,7 +91,7 @@ def host_base(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` without adapters."""
-    return module.lora_original_class if isinstance(module, LoRALayer) else type(module)
+    return module.original_class if isinstance(module, LoRALayer) else type(module)
 
 
 def adapted_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:
@@ -138,7 +120,7 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
         cls = ADAPTED_CLASSES[root]
     else:
         cls = conv1d_class(root) if root is conv1d_base(root) else own_linear_class(root)
-    if vars(cls).get("lora_original_class") is original and root in ADAPTED_CLASSES:
+    if vars(cls).get("original_class") is original and root in ADAPTED_CLASSES:
         return cls
     if cls is LoRALinear and is_quantized_class(original):
         return _derived(original, [LoRAQuantizedLinear, original])
@@ -153,45 +135,19 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
 
 
 def _derived(
-    original: type[nn.Module], bases: list[type[nn.Module]], methods: dict[str, Any] | None = None
+    original: type[nn.Module],
+    bases: list[type[nn.Module]],
+    methods: dict[str, Any] | None = None,
+    keys: Keys = (),
 ) -> type[LoRALayer]:
-    attributes = {**(methods or {}), "lora_original_class": original, "__module__": __name__}
-    name = f"LoRA{original.__name__}"
-    all_bases: list[type[nn.Module]] = [DynamicClass, *bases]
-    if nn.Module in _layout_bases(original):
-        return type(name, tuple(all_bases), attributes)
-    return _with_layout_of(original, name, all_bases, attributes)
-
-
-def _layout_bases(cls: type) -> Iterator[type]:
-    """The chain of bases from which ``cls`` has its memory layout: of several, Python takes the first."""
-    base = cls.__base__
-    while base is not None:
-        yield base
-        base = base.__base__
-
-
-def _with_layout_of(
-    original: type[nn.Module], name: str, bases: list[type[nn.Module]], attributes: dict[str, Any]
-) -> type[LoRALayer]:
-    """``type(name, bases, attributes)`` where the first base of ``original`` is no module, as in ``(ABC, nn.Linear)``.
-
-    Python replaces the class of an object only by one that has its layout from the same base. So ``original`` is the
-    first base here, and a metaclass keeps the order in which methods are looked up.
-    """
-    ordered = type(name, tuple(bases), {})
-
-    def mro(cls: type) -> list[type]:
-        return [cls, *ordered.__mro__[1:]] if "lora_original_class" in vars(cls) else type.mro(cls)
-
-    metaclass: Any = type(type(ordered).__name__, (type(ordered),), {"mro": mro})
-    rest = (base for base in bases if base is not original)
-    return metaclass(name, (original, *rest), attributes)  # type: ignore[no-any-return]
+    recipe = {"class_recipe": (adapted_class, (original, keys)), "__module__": __name__}
+    cls = derived(original, [DynamicClass, *bases], f"LoRA{original.__name__}", {**(methods or {}), **recipe})
+    return cast("type[LoRALayer]", cls)
 
 
 def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
     properties = {key: adapted_property(key) for key in keys}
-    return _derived(original, [LoRAParameterHolder, original], {"lora_keys": keys, **properties})
+    return _derived(original, [LoRAParameterHolder, original], dict(properties), keys)
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:

@@ -25,7 +25,7 @@ from lightning_lora.layers.restoring import Restoring, Undo
 class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
     """An ``nn.TransformerEncoderLayer`` with adapters inside; it has none of its own."""
 
-    lora_original_class = nn.TransformerEncoderLayer
+    original_class = nn.TransformerEncoderLayer
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain layer."""
@@ -40,7 +40,7 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
 class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
     """An ``nn.TransformerEncoder`` with adapters inside: it makes nested tensors only if its layers accept them."""
 
-    lora_original_class = nn.TransformerEncoder
+    original_class = nn.TransformerEncoder
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain module."""

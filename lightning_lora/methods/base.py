@@ -6,22 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_lora.config import MethodConfig
 from lightning_lora.model.twins import Agree, own_answer
-
-
-class MethodConfig(Protocol):
-    """The arguments of a method: a frozen dataclass of plain data."""
-
-    @property
-    def name(self) -> str:
-        """The name of what the method adds, for methods that can be on one model several times."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig, check_compute
+from lightning_lora.config import LoRAConfig, MethodConfig, check_compute
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
-from lightning_lora.methods.base import Method, MethodConfig, Watched
+from lightning_lora.methods.base import Method, Watched
 from lightning_lora.model.adapter_loading import mark_merged
-from lightning_lora.model.apply import drop_adapters, remove_lora
+from lightning_lora.model.apply import drop_added, remove_lora
 from lightning_lora.model.copies import has_copies, make_base, make_plain, targets_of
 from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import all_or_nothing
+from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
 from lightning_lora.model.record import config_of, is_merged
@@ -31,7 +32,6 @@ from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
     base_names,
     frozen_names,
-    load_lora_state_dict,
     lora_parameters,
     lora_state_dict,
     needed_names,
@@ -77,7 +77,7 @@ class LoRAMethod(Method):
         check_same(model, self.config)
 
     @override
-    def present(self, model: nn.Module) -> LoRAConfig | None:
+    def present(self, model: nn.Module) -> MethodConfig | None:
         return config_of(model)
 
     @override
@@ -119,7 +119,7 @@ class LoRAMethod(Method):
 
     @override
     def drop(self, model: nn.Module) -> None:
-        drop_adapters(model)
+        drop_added(model)
 
     @override
     def remove(self, model: nn.Module) -> None:

@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
+from lightning_lora.layers.adapted import adapted_modules
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted
 from lightning_lora.model.journal import Journal, all_or_nothing
+from lightning_lora.model.loading import check_state, load_trained_state
 from lightning_lora.model.merge import merge_all, quantized_layers, unmerge_all
 from lightning_lora.model.merged_values import merged_weights
-from lightning_lora.model.record import is_merged, merged_layers, record_of
+from lightning_lora.model.record import config_of, is_merged, merged_layers, record_of, records
 from lightning_lora.model.state import (
-    check_state,
+    added_parameters,
     clean_state,
     frozen_names,
-    has_adapters,
-    load,
-    lora_parameters,
     needed_names,
     own_state,
 )
@@ -58,7 +57,7 @@ class AdapterStateDict:
     ) -> None:
         """If the entries of ``module`` in ``state_dict`` have adapters, load all of these or none."""
         # Below the module that was adapted, only the one whose `load_state_dict` was called knows the whole file.
-        if (names.clean(prefix) and record_of(module).config is None) or not has_adapters(module):
+        if (names.clean(prefix) and record_of(module).config is None) or config_of(module) is None:
             return
         keys = {names.clean(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)}
         done = load_adapters(module, {name: state_dict[key] for name, key in keys.items()}, metadata.get(MARK))
@@ -122,7 +121,7 @@ def _load(
     reshard(module)
     merged = list(merged_layers(module))
     unmerge_all(merged, journal)
-    load(module, adapter, journal)
+    load_trained_state(module, adapter, journal)
     check()
     merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal)
 
@@ -188,9 +187,12 @@ def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
 
     Into a model with live adapters torch loads a state dict that also holds frozen parameters.
     """
-    present, adapters = clean_state(model), {name for name, _ in lora_parameters(model)}
-    named = (key for key in state if "lora" in key.split("."))
-    if not any(key in adapters or key not in present for key in named):
+    present, added = clean_state(model), {name for name, _ in added_parameters(model)}
+    if not added:
+        return state.keys() >= set(needed_names(model)) and not frozen_names(model) & state.keys()
+    keys = {module.method_key for _, module in adapted_modules(model)} or {"lora"}  # without one it is merged
+    named = (key for key in state if not keys.isdisjoint(key.split(".")))
+    if not any(key in added or key not in present for key in named):
         return False
     return is_merged(model) or not frozen_names(model) & state.keys()
 
@@ -200,7 +202,9 @@ def accept_adapters(model: nn.Module | Survey) -> None:
 
     The hooks stay when the adapters are merged, and are removed with the records of their modules.
     """
-    for module in survey_of(model).around_layers().values():
+    survey = survey_of(model)
+    inside = [module for _, module, record in records(survey) if record.adapted_by is not None]
+    for module in survey.around([*survey.adapted(), *inside]).values():
         record = record_of(module)
         if record.load_hook is None:
             record.load_hook = module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, check_compute
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
-from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, pop_adapters
+from lightning_lora.layers.adapted import adapted_modules, swap_out
+from lightning_lora.layers.base import disable_adapters, is_adapted
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import trained_parameters
@@ -19,7 +20,7 @@ from lightning_lora.model.initial_values import moved, put_back, remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
-from lightning_lora.model.record import forget, is_merged
+from lightning_lora.model.record import config_of, forget, is_merged
 from lightning_lora.model.same_config import check_meant, check_same
 from lightning_lora.targets.survey import Survey
 
@@ -97,10 +98,13 @@ def remove_lora(model: nn.Module) -> None:
         >>> type(model).__name__, list(model.state_dict())
         ('Linear', ['weight', 'bias'])
     """
-    all_or_nothing(model, lambda journal: _remove(model, journal))
+    complete_undo(model)
+    if isinstance(config_of(model), LoRAConfig | None):
+        all_or_nothing(model, lambda journal: remove(model, journal))
 
 
-def _remove(model: nn.Module, journal: Journal) -> None:
+def remove(model: nn.Module, journal: Journal) -> None:
+    """:func:`remove_lora` for any method, as a part of a larger change."""
     if is_merged(model):
         reshard(model)
         unmerge(model, journal)
@@ -109,14 +113,14 @@ def _remove(model: nn.Module, journal: Journal) -> None:
     _drop(model)
 
 
-def drop_adapters(model: nn.Module) -> None:
-    """Remove live adapters with their hooks and records; the values of the base's parameters stay as they are."""
+def drop_added(model: nn.Module) -> None:
+    """Remove what a method added, with its hooks and records; the values of the base's own parameters stay."""
     all_or_nothing(model, lambda journal: _drop(model))
 
 
 def _drop(model: nn.Module) -> None:
-    for _, layer in list(adapted_layers(model)):
-        pop_adapters(layer)
+    for _, module in list(adapted_modules(model)):
+        swap_out(module)
     strip(model)
     forget(model)
 

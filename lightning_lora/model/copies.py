@@ -13,13 +13,13 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.layers.base import LoRALayer, pop_adapters
+from lightning_lora.layers.adapted import Adapted, added_to, has_added, swap_out
+from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
 from lightning_lora.layers.linear import is_quantized_class
-from lightning_lora.model.freeze import has_pairs
-from lightning_lora.model.initial_values import remember
+from lightning_lora.model.initial_values import is_trained, put_back_own, remember
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
-from lightning_lora.model.record import is_merged_layer, is_plain_copy, prune, record_of, release
+from lightning_lora.model.record import is_merged_layer, is_plain_copy, is_tuned, prune, record_of, release
 from lightning_lora.targets.resolve import Targets, find_targets
 from lightning_lora.targets.survey import Survey
 
@@ -109,19 +109,29 @@ def _outermost(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[s
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    return has_pairs(module) or is_merged_layer(module)
+    return has_added(module) or is_merged_layer(module) or is_tuned(module)
 
 
 def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
     for layer in layers:
-        if isinstance(layer, LoRALayer):
-            yield from layer.lora.parameters()
+        if isinstance(layer, Adapted):
+            yield from added_to(layer).parameters()
+        elif is_tuned(layer):
+            yield from (parameter_of(layer, key) for key in record_of(layer).trained)
 
 
 def _leave_update(layer: nn.Module, journal: Journal) -> None:
     """Take the adapters off; an update that was trained before the copy was made is in its weights then, for good."""
+    if isinstance(layer, Adapted) and not isinstance(layer, LoRALayer):
+        if is_trained(added_to(layer)):
+            raise ValueError(
+                f"A copy of a {type(layer).original_class.__name__} with a trained {layer.method_key} came into the "
+                f"model, and no weight can hold what a {layer.method_key} does, so it cannot be made a plain copy. "
+                "Copy the model before it is adapted, in its `__init__`."
+            )
+        swap_out(layer)
     if not isinstance(layer, LoRALayer):
-        return  # it is merged
+        return  # it is merged, or its own weights are trained
     if not _is_trained(layer):
         pop_adapters(layer)
     elif not is_quantized_class(type(layer)):  # which cannot hold the sum
@@ -132,8 +142,10 @@ def _take_update_out(layer: nn.Module, journal: Journal) -> None:
     merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
     if merged is not None:
         unmerge_layer(layer, merged, journal)
-    if isinstance(layer, LoRALayer):
-        pop_adapters(layer)
+    if isinstance(layer, Adapted):
+        swap_out(layer)
+    elif is_tuned(layer):
+        put_back_own(layer, journal)
 
 
 def _is_trained(layer: LoRALayer) -> bool:
@@ -143,9 +155,9 @@ def _is_trained(layer: LoRALayer) -> bool:
 
 def _release(copy: nn.Module, keep_flags: bool, mark: bool) -> None:
     for module in reversed(list(copy.modules())):
-        inside = [inner for inner in module.modules() if isinstance(inner, LoRALayer)]
-        if inside == [module] and not has_pairs(module):  # swapped only for what was adapted in it
-            pop_adapters(inside[0])
+        inside = [inner for inner in module.modules() if isinstance(inner, Adapted)]
+        if inside == [module] and not has_added(module):  # swapped only for what was adapted in it
+            swap_out(inside[0])
             inside = []
         if not inside:
             release(module, keep_flags, mark)

@@ -1,4 +1,4 @@
-"""What trains: the adapters, and of the base only the biases and modules that the configuration names."""
+"""What trains: what a method added, and of the base only what the configuration names, or its record."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import MethodConfig
 from lightning_lora.distributed.sharded import reshard
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.adapted import added_to, has_added
 from lightning_lora.model.record import Record, prune, record_of, records
 from lightning_lora.names import covers
 from lightning_lora.targets.survey import Site, Survey, survey_of
@@ -18,28 +18,23 @@ from lightning_lora.targets.survey import Site, Survey, survey_of
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
 
-def freeze(model: nn.Module | Survey, config: LoRAConfig) -> None:
-    """Let only what LoRA trains require a gradient, and record the ``requires_grad`` that the base had before."""
+def freeze(model: nn.Module | Survey, config: MethodConfig) -> None:
+    """Let only what the method trains require a gradient, and record the ``requires_grad`` that the base had before."""
     survey = survey_of(model)
     for site in survey.sites.values():
         for key, parameter in site.module._parameters.items():
             if parameter is not None:
                 record_of(site.module).requires_grad.setdefault(key, parameter.requires_grad)
-                if trains(site, key, has_pairs(site.module), config):
+                if trains(site, key, has_added(site.module), config):
                     record_of(site.module).trained.add(key)
     _set_flags(survey)
 
 
-def trains(site: Site, key: str, adapted: bool, config: LoRAConfig) -> bool:
+def trains(site: Site, key: str, adapted: bool, config: MethodConfig) -> bool:
     """Whether the parameter ``key`` of a module that is ``adapted``, or is not, trains in addition to the adapters."""
     parameter = site.module._parameters[key]
     named = any(asked_for(names.join(name, key), adapted, config) for name in site.names)
     return named and parameter is not None and parameter.is_floating_point()
-
-
-def has_pairs(module: nn.Module) -> bool:
-    """Whether ``module`` is an adapted layer, and not only a module around one whose class was swapped too."""
-    return isinstance(module, LoRALayer) and bool(module.lora.all_pairs())
 
 
 def _set_flags(survey: Survey) -> None:
@@ -73,7 +68,7 @@ def is_frozen(model: nn.Module) -> bool:
     return any(record.requires_grad for _, _, record in records(model))
 
 
-def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
+def asked_for(name: str, adapted: bool, config: MethodConfig) -> bool:
     """Whether ``config`` asks to train the base's parameter ``name``, of a layer that is ``adapted`` or not."""
     if covers(name, config.also_train or ()):
         return True
@@ -83,13 +78,13 @@ def asked_for(name: str, adapted: bool, config: LoRAConfig) -> bool:
 
 
 def adapter_parameters(model: nn.Module | Survey) -> dict[int, nn.Parameter]:
-    """The parameters of all adapters by ``id``: no name tells whether a parameter is an adapter's."""
-    layers = survey_of(model).layers()
-    return {id(parameter): parameter for layer in layers for _, parameter in names.named_parameters(layer.lora)}
+    """The parameters that a method added, by ``id``: no name tells whether a parameter is one of them."""
+    added = map(added_to, survey_of(model).adapted())
+    return {id(parameter): parameter for child in added for _, parameter in names.named_parameters(child)}
 
 
 def trained_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
-    """Everything that LoRA trains in ``model``, under first clean names, in the model's order."""
+    """Everything that the method trains in ``model``, under first clean names, in the model's order."""
     survey = survey_of(model)
     in_full = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
     trained = in_full | adapter_parameters(survey).keys()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import MethodConfig
 from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.source_code import computing_methods
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.targets.survey import Survey, survey_of
@@ -32,7 +32,7 @@ class GraphStart:
         return output.detach().requires_grad_().clone() if starts and torch.is_grad_enabled() else output
 
 
-def equip(model: nn.Module | Survey, config: LoRAConfig) -> None:
+def equip(model: nn.Module | Survey, config: MethodConfig) -> None:
     """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
     survey = survey_of(model)
     freeze(survey, config)
@@ -55,7 +55,7 @@ def start_graphs(model: nn.Module | Survey) -> None:
     for module in modules:
         parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
         frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
-        first = frozen and not module._modules and not isinstance(module, LoRALayer)
+        first = frozen and not module._modules and not isinstance(module, Adapted)
         if first and not any(isinstance(hook, GraphStart) for hook in module._forward_hooks.values()):
             module.register_forward_hook(GraphStart())
 
@@ -100,13 +100,13 @@ class BaseCheckpoint:
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         """Remove the adapters' names from the missing keys."""
         adapters = {
-            names.join(name, f"lora.{key}")
-            for name, layer in names.named_modules(module)
-            if isinstance(layer, LoRALayer)
-            for key, _ in layer.lora.named_parameters()
+            names.join(name, f"{inner.method_key}.{key}")
+            for name, inner in names.named_modules(module)
+            if isinstance(inner, Adapted)
+            for key, _ in added_to(inner).named_parameters()
         }
         missing = {key for key in incompatible.missing_keys if ends_in(key, adapters)}
-        if len(missing) == len(adapters) and len(incompatible.missing_keys) < len(module.state_dict()):
+        if missing and len(missing) == len(adapters) and len(incompatible.missing_keys) < len(module.state_dict()):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in missing]
 
 

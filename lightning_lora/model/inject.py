@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.layers.adapted import has_added
 from lightning_lora.layers.adapter import Adapter, Adapters, Pairs, seed_of
 from lightning_lora.layers.base import LoRALayer, parameter_of, set_adapters
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
 from lightning_lora.layers.registry import adapted_class, adapted_class_for, host_base
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.adapter_loading import accept_adapters
-from lightning_lora.model.freeze import has_pairs
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.record import record_of
 from lightning_lora.model.sum_groups import group_sums
@@ -36,7 +36,7 @@ def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer, comp
     """
     _check_name_is_free(config.name)
     survey = targets.survey
-    fresh = [site for site in targets.sites if not has_pairs(site.module)]
+    fresh = [site for site in targets.sites if not has_added(site.module)]
     twins = seed_names(survey, targets.sites, agree) if fresh else {}
     made = [(site, *_made(site, config, twins.get(site.name, site.name))) for site in fresh]
     for site in targets.sites:

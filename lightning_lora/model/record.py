@@ -1,4 +1,4 @@
-"""The record on a module: its state before LoRA, and after a merge what an exact unmerge needs.
+"""The record on a module: its state before a method adapted it, and after a merge what an exact unmerge needs.
 
 Each module keeps the facts about its own parameters in one plain attribute. So a record is copied by ``deepcopy`` and
 ``pickle``, and any part of a model has its own.
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import MethodConfig
+from lightning_lora.layers.adapted import Adapted
 from lightning_lora.layers.adapter import Adapters
 from lightning_lora.ops.exact_sum import Patch
 from lightning_lora.targets.survey import Survey, survey_of
@@ -56,9 +57,9 @@ class Record:
     """The facts about one module; keys are those of its own parameters and buffers.
 
     Args:
-        config: on the module that ``apply_lora`` was called with.
-        adapted_by: on an adapted layer: the configuration that made its adapters. A layer may be a part of several
-            models, and each of them must find it.
+        config: on the module that was adapted as a whole.
+        adapted_by: on an adapted module, or one of which a part is trained by a method that adds nothing: the
+            configuration that did it. A module may be a part of several models, and each of them must find it.
         requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
         trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
@@ -70,8 +71,8 @@ class Record:
         plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
     """
 
-    config: LoRAConfig | None = None
-    adapted_by: LoRAConfig | None = None
+    config: MethodConfig | None = None
+    adapted_by: MethodConfig | None = None
     requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
@@ -147,12 +148,12 @@ def prune(model: nn.Module) -> None:
             del module.__dict__[_ATTRIBUTE]
 
 
-def config_of(model: nn.Module | Survey) -> LoRAConfig | None:
+def config_of(model: nn.Module | Survey) -> MethodConfig | None:
     """The configuration of the adapters in ``model``, live or merged, whatever model they were put on as a part of."""
     return next((record.adapted_by for _, _, record in records(model) if record.adapted_by is not None), None)
 
 
-def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, LoRAConfig]]:
+def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, MethodConfig]]:
     """The modules in ``model`` that were adapted, ``model`` itself or parts of it, with their configurations."""
     return [(module, record.config) for _, module, record in records(model) if record.config is not None]
 
@@ -168,6 +169,13 @@ def is_merged_layer(module: nn.Module) -> bool:
     """Whether adapters are merged into the weights of ``module`` itself."""
     record = module.__dict__.get(_ATTRIBUTE)
     return record is not None and record.merged is not None
+
+
+def is_tuned(module: nn.Module) -> bool:
+    """Whether parameters of ``module`` itself train by a method that adds nothing to it."""
+    record = module.__dict__.get(_ATTRIBUTE)
+    live = record is not None and record.adapted_by is not None and record.merged is None
+    return live and not isinstance(module, Adapted)
 
 
 def is_merged(model: nn.Module | Survey) -> bool:

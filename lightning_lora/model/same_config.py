@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_lora import names
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.files.json_files import printable
-from lightning_lora.model.freeze import has_pairs
+from lightning_lora.layers.adapted import has_added
 from lightning_lora.model.record import is_merged, records
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey
@@ -41,14 +41,36 @@ def _same_alpha(present: LoRAConfig, asked: LoRAConfig) -> bool:
     return one_rank and (present.alpha or present.r) == (asked.alpha or asked.r)
 
 
+def configs_of(model: nn.Module | Survey) -> list[MethodConfig]:
+    """The configurations that parts of ``model`` are adapted with."""
+    by_id = {id(record.adapted_by): record.adapted_by for _, _, record in records(model)}
+    return [config for config in by_id.values() if config is not None]
+
+
+def check_method(model: nn.Module | Survey, config: MethodConfig) -> None:
+    """Raise if ``model``, or a part of it, is adapted by another method than that of ``config``.
+
+    Raises:
+        ValueError: naming both methods and the ways out.
+    """
+    for present in configs_of(model):
+        if type(present) is not type(config):
+            raise ValueError(
+                f"The model is adapted by {type(present).__name__} already, and this asks for {type(config).__name__}: "
+                "a model takes one method. To start over on the original base call `remove_adapted(model)`; to "
+                f"continue, ask for the same {type(present).__name__}."
+            )
+
+
 def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
     """Raise if ``model`` has adapters, live or merged, of another configuration, in whatever part of it.
 
     Raises:
         ValueError: naming the first difference and the ways out.
     """
-    by_id = {id(record.adapted_by): record.adapted_by for _, _, record in records(model)}
-    changes = (difference(present, config) for present in by_id.values() if present is not None)
+    check_method(model, config)
+    present = [each for each in configs_of(model) if isinstance(each, LoRAConfig)]
+    changes = (difference(each, config) for each in present)
     changed = next((change for change in changes if change is not None), None)
     if changed is not None:
         raise ValueError(
@@ -65,7 +87,7 @@ def check_meant(targets: Targets) -> None:
         ValueError: naming the layer and the ways out.
     """
     meant = {id(site.module) for site in targets.sites}
-    present = [name for name, module in targets.survey.modules if has_pairs(module) and id(module) not in meant]
+    present = [name for name, module in targets.survey.modules if has_added(module) and id(module) not in meant]
     if present:
         raise ValueError(
             f"`{names.clean(present[0])}` has adapters ({names.counted(len(present), 'such layer')}), and in this "

@@ -1,32 +1,22 @@
-"""The state dict of adapters: which entries of a model belong in an adapter file, and how they load."""
+"""The state dict of adapters: which entries of a model belong in an adapter file, and their names."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.distributed.sharded import (
-    fsdp1_units,
     full_tensor,
-    gathered,
-    is_partitioned,
-    local_shard,
     reshard,
-    shape_of,
-    shard_like,
 )
-from lightning_lora.files.json_files import shown
+from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
-from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
-from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged, merged_layers, records
 from lightning_lora.model.written import written_before_merge, written_parameters
 from lightning_lora.targets.survey import Survey, survey_of
@@ -42,16 +32,23 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         >>> {name: tuple(parameter.shape) for name, parameter in lora_parameters(model)}
         {'lora.default.A': (1, 4), 'lora.default.B': (2, 1)}
     """
-    yield from adapter_parameters_in(survey_of(model))
+    yield from added_parameters(model, LoRALayer)
 
 
-def adapter_parameters_in(survey: Survey) -> Iterator[tuple[str, nn.Parameter]]:
-    """As :func:`lora_parameters`, of a model that was surveyed."""
-    live = ((name, module.lora) for name, module in survey.modules if isinstance(module, LoRALayer))
-    merged = ((name, merged.adapters) for name, _, merged in merged_layers(survey))
-    for name, adapters in [*((names.clean(name), adapters) for name, adapters in live), *merged]:
-        for key, parameter in names.named_parameters(adapters):
-            yield names.join(name, f"lora.{key}"), parameter
+def added_parameters(model: nn.Module | Survey, kind: type[Adapted] = Adapted) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a method added to ``model``, with their names; those of a merged model too.
+
+    Args:
+        model: any module.
+        kind: only those of modules that are adapted by this class.
+    """
+    survey = survey_of(model)
+    live = [(names.clean(name), module) for name, module in survey.modules if isinstance(module, kind)]
+    added = [(names.join(name, module.method_key), added_to(module)) for name, module in live]
+    merged = [(names.join(name, "lora"), merged.adapters) for name, _, merged in merged_layers(survey)]
+    for name, child in [*added, *merged]:
+        for key, parameter in names.named_parameters(child):
+            yield names.join(name, key), parameter
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -75,9 +72,14 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
+    return trained_state(model)
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """As :func:`lora_state_dict`, of a model that is adapted by whatever method."""
     live = keep_adapter(own_state(model), base_names(model))
     detached = {key: full_detached(value) for key, value in live.items()}
-    return detached | _merged_state(model) | written_before_merge(model)
+    return detached | merged_state(model) | written_before_merge(model)
 
 
 def full_detached(value: Any) -> Any:
@@ -90,7 +92,8 @@ def has_adapters(model: nn.Module) -> bool:
     return is_adapted(model) or is_merged(model)
 
 
-def _merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters in the merge records of ``model``, by name."""
     adapters = {id(module): merged.adapters for _, module, merged in merged_layers(model)}
     return {
         names.join(name, f"lora.{key}"): parameter.detach()
@@ -109,11 +112,12 @@ def own_state(model: nn.Module) -> dict[str, Any]:
     reshard(model)
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        _save_own(module, state, f"{name}." if name else "")
+        save_own(module, state, f"{name}." if name else "")
     return state
 
 
-def _save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+def save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Put the entries of ``module`` itself into ``state``, under keys that begin with ``prefix``."""
     # The entries that a quantized layer adds for its weight belong to the base.
     save = nn.Module._save_to_state_dict if is_quantized_class(type(module)) else type(module)._save_to_state_dict
     save(module, state, prefix, True)
@@ -156,145 +160,12 @@ def base_names(model: nn.Module) -> set[str]:
     return frozen_names(model) | {names.clean(name) for name, buffer in aliases if id(buffer) in recorded - changed}
 
 
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load the result of :func:`lora_state_dict` into a model with the same adapters: all of it, or nothing.
-
-    Buffers that are not in ``state`` had not changed when it was made: they get their initial values back.
-
-    Raises:
-        ValueError: if a key is missing, unknown or has another shape, or the model is merged or has no adapters.
-
-    Example:
-        >>> from lightning_lora import LoRAConfig, apply_lora
-        >>> trained, fresh = nn.Linear(4, 2), nn.Linear(4, 2)
-        >>> for model in (trained, fresh):
-        ...     _ = apply_lora(model, LoRAConfig(targets="all"))
-        >>> load_lora_state_dict(fresh, lora_state_dict(trained))
-    """
-    all_or_nothing(model, lambda journal: load(model, state, journal))
-
-
-def load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
-    """:func:`load_lora_state_dict` as a part of a larger change."""
-    if not is_adapted(model):
-        merged = is_merged(model)
-        do = "call `unmerge_lora(model)` first" if merged else "call `apply_lora` with its configuration first"
-        raise ValueError(f"The model has no {'live ' if merged else ''}adapters to load into: {do}.")
-    if isinstance(state.get("state_dict"), Mapping):
-        raise ValueError("`state` is a whole checkpoint: pass its entry 'state_dict'.")
-    check_state(model, state)
-    _load(model, state, journal)
-
-
-def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise if ``state`` is not exactly an adapter of ``model``, or its values are none that training gives.
-
-    Raises:
-        ValueError: naming the first key that is missing, unknown, or of another shape or kind, or not finite.
-    """
-    present, frozen = clean_state(model) | _merged_state(model), frozen_names(model)
-    missing = [key for key in needed_names(model) if key not in state]
-    unknown = [key for key in state if key not in present or key in frozen]
-    if missing or unknown:
-        wrong = [f"lacks `{key}`" for key in missing]
-        wrong += [
-            f"has {shown(key)}, which {'is frozen' if key in frozen else 'this model has not'}" for key in unknown
-        ]
-        raise ValueError(
-            f"The adapter does not fit the model: it {wrong[0]} ({len(missing)} missing, {len(unknown)} unknown). Were "
-            "`targets`, `exclude`, `bias`, `also_train` and `name` the same when it was made?"
-        )
-    buffers = buffer_names(model)
-    for key, value in state.items():
-        if isinstance(present[key], Tensor):
-            _check_shape(key, value, tuple(shape_of(present[key])))
-            check_value(key, value, present[key])
-            if key not in buffers:  # the range of an observer begins at infinity
-                check_finite(key, value, present[key])
-
-
-def _check_shape(key: str, value: Any, expected: tuple[int, ...]) -> None:
-    shape = tuple(value.shape) if isinstance(value, Tensor) else None
-    if shape != expected:
-        what = f"has shape {shape}" if shape is not None else f"is a {type(value).__name__}"
-        cause = "`r`" if key.endswith((".A", ".B")) else "the size of the model"
-        raise ValueError(
-            f"The adapter does not fit the model: `{key}` {what}, but the model needs {expected}. "
-            f"Was {cause} the same when it was made?"
-        )
-
-
 def needed_names(model: nn.Module) -> list[str]:
     """The names that every adapter file of ``model`` has: what trains, and what is neither parameter nor buffer."""
     optional = frozen_names(model) | buffer_names(model)
-    return [key for key in clean_state(model) | _merged_state(model) if key not in optional]
+    return [key for key in clean_state(model) | merged_state(model) if key not in optional]
 
 
 def buffer_names(model: nn.Module) -> set[str]:
     """The names of all buffers, under every alias."""
     return {names.clean(name) for name, _ in model.named_buffers(remove_duplicate=False)}
-
-
-@torch.no_grad()
-def _load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
-    reshard(model)
-    for name, module in names.named_modules(model):
-        present: dict[str, Any] = {}
-        _save_own(module, present, prefix := f"{name}." if name else "")
-        new = {key: shard_like(value, state[key]) for key, value in present.items() if key in state}
-        if new:
-            journal.steps.append(LoadedStep(module, prefix, {key: present[key] for key in new}))
-            _load_own(module, prefix, present, new)
-    _reset_buffers(model, state, journal)
-    for module in set(model.modules()) - set(fsdp1_units(model)):  # a module may compute something from what was loaded
-        for hook in module._load_state_dict_post_hooks.values():
-            hook(module, nn.modules.module._IncompatibleKeys([], []))
-
-
-class LoadedStep:
-    """Entries of a state dict are loaded into one module.
-
-    A ``_load_from_state_dict`` of the user's own may be what failed, so it is not used to copy tensors back.
-
-    Args:
-        module: the module.
-        prefix: its name in the state dict, with a dot at the end.
-        present: what is overwritten, by its keys in the state dict.
-    """
-
-    def __init__(self, module: nn.Module, prefix: str, present: dict[str, Any]) -> None:
-        self.module, self.prefix, self.present = module, prefix, present
-        own = {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())}
-        self.tensors = {
-            key: full_tensor(value) if is_partitioned(value) else local_shard(value).clone()
-            for key, value in present.items()
-            if id(value) in own
-        }
-        self.rest = {key: copy.deepcopy(value) for key, value in present.items() if id(value) not in own}
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Give the module the old values."""
-        tensors = [self.present[key] for key in self.tensors]
-        with gathered(tensors, write=True):
-            for tensor, value in zip(tensors, self.tensors.values(), strict=True):
-                local_shard(tensor).copy_(value)
-        if self.rest:
-            _load_own(self.module, self.prefix, self.present, self.rest)
-
-
-def _load_own(module: nn.Module, prefix: str, present: Mapping[str, Any], new: dict[str, Any]) -> None:
-    errors: list[str] = []
-    with gathered((present[key] for key in new if key in present), write=True):
-        module._load_from_state_dict(new, prefix, {"version": module._version}, False, [], [], errors)
-    if errors:
-        raise RuntimeError("\n".join(errors))
-
-
-def _reset_buffers(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
-    """Give buffers that are not in ``state`` their initial values."""
-    name_of = {id(module): name for name, module in names.named_modules(model)}
-    for module, key, original in list(moved(model)):
-        if key in module._buffers and names.join(name_of[id(module)], key) not in state:
-            journal.keep(module._buffers[key])  # type: ignore[arg-type]
-            local_shard(module._buffers[key]).copy_(original)  # type: ignore[arg-type]

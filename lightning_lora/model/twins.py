@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, is_split, shape_of
+from lightning_lora.layers.adapted import has_added
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.model.freeze import has_pairs
 from lightning_lora.names import clean
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.targets.survey import Site, Survey, memory_of
@@ -42,7 +42,7 @@ def seed_names(survey: Survey, sites: Sequence[Site], agree: Agree = own_answer)
     visible = [site for site in sites if not any(map(_is_hidden, _weights(site)))]
     if len(visible) < len(sites):
         _warn_of_hidden_twins(survey, sites)
-    for site in sorted(visible, key=lambda site: not has_pairs(site.module)):  # what has an A already gives its name
+    for site in sorted(visible, key=lambda site: not has_added(site.module)):  # what has an A already gives its name
         sample = _sample(site)
         if sample is not None:
             groups.setdefault(sample, []).append(site)

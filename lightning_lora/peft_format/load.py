@@ -14,7 +14,8 @@ from lightning_lora.layers.base import is_adapted
 from lightning_lora.model import record
 from lightning_lora.model.apply import adapt
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
-from lightning_lora.model.state import load
+from lightning_lora.model.loading import load
+from lightning_lora.model.same_config import check_method
 from lightning_lora.peft_format.contents import holders
 from lightning_lora.peft_format.placement import (
     FileValues,
@@ -86,6 +87,7 @@ def load_adapter(
     complete_undo(model)
     if record.is_merged(model):
         raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
+    check_method(model, LoRAConfig())
     prefix = inner_name(model, inner, lambda head: _has_all(model, head, file))
     part = dict(names.named_modules(model))[prefix]
     check_targets(asked, file, part)

@@ -14,7 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.files.atomic import write_together
 from lightning_lora.files.safetensors_writing import write_tensors
 from lightning_lora.layers.registry import is_linear, original_class
-from lightning_lora.model.record import records
+from lightning_lora.model.record import config_of, records
 from lightning_lora.model.state import has_adapters
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.contents import Contents, check_contents, contents_of
@@ -113,11 +113,26 @@ def _first_of_all(write: Callable[[], None]) -> None:
             distributed.barrier()
 
 
+def check_is_lora(model: nn.Module) -> None:
+    """Raise if ``model`` is adapted by another method than LoRA.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    config = config_of(model)
+    if config is not None and not isinstance(config, LoRAConfig):
+        raise ValueError(
+            f"The model is adapted by {type(config).__name__}, and PEFT's LoRA format has no place for that. The "
+            "checkpoints of a run hold what trains: `load_from_checkpoint` reads them."
+        )
+
+
 def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
     """The name of the module in ``model`` that was adapted, empty for itself, and its configuration."""
+    check_is_lora(model)
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
-    configured = [(name, record.config) for name, _, record in records(model) if record.config is not None]
+    configured = [(name, record.config) for name, _, record in records(model) if isinstance(record.config, LoRAConfig)]
     if len(configured) != 1:
         what = "several parts of it were" if configured else "a module around it was"
         raise ValueError(f"`model` was not adapted as one: {what}. Save what `apply_lora` was called with.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_reads import WeightReads
 from lightning_lora.layers.weight_view import WeightPart
@@ -72,12 +73,11 @@ class Survey:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """Every module of the user's by its first clean name: no wrapper, and nothing of an adapter."""
-        adapted = [module for _, module in self.modules if isinstance(module, LoRALayer)]
-        adapters = {id(inner) for layer in adapted for inner in layer.lora.modules()}
+        """Every module of the user's by its first clean name: no wrapper, and nothing that a method added."""
+        added = {id(inner) for module in self.adapted() for inner in added_to(module).modules()}
         sites: dict[int, Site] = {}
         for name, module in self.walk:
-            if id(module) not in adapters and not is_wrapper(module):
+            if id(module) not in added and not is_wrapper(module):
                 sites.setdefault(id(module), Site([], module)).names.append(clean(name))
         return {site.name: site for site in sites.values()}
 
@@ -108,16 +108,24 @@ class Survey:
     def _holders(self) -> Counter[tuple[int, bool]]:
         return Counter(memory_of(module, key) for _, module in self.modules for key in module._parameters)
 
+    def adapted(self) -> list[Adapted]:
+        """The modules that are adapted now, by whatever method."""
+        return [module for _, module in self.modules if isinstance(module, Adapted)]
+
     def layers(self) -> list[LoRALayer]:
-        """The modules that are adapted now."""
+        """The modules that LoRA adapts now."""
         return [module for _, module in self.modules if isinstance(module, LoRALayer)]
 
-    def around_layers(self) -> dict[int, nn.Module]:
-        """By ``id``: every module that is adapted now, and every module that such a one lies in."""
-        at = dict(self.walk)
-        paths = (name.split(".") if name else [] for name, module in self.walk if isinstance(module, LoRALayer))
+    def around(self, inside: Iterable[nn.Module]) -> dict[int, nn.Module]:
+        """By ``id``: every module that is one of ``inside``, or that one of these lies in."""
+        at, wanted = dict(self.walk), set(map(id, inside))
+        paths = (name.split(".") if name else [] for name, module in self.walk if id(module) in wanted)
         around = (at[".".join(path[:length])] for path in paths for length in range(len(path) + 1))
         return {id(module): module for module in around}
+
+    def around_layers(self) -> dict[int, nn.Module]:
+        """By ``id``: every module that LoRA adapts now, and every module that such a one lies in."""
+        return self.around(self.layers())
 
 
 def survey_of(model: nn.Module | Survey) -> Survey:

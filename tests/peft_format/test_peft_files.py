@@ -724,7 +724,7 @@ def test_an_error_after_the_adapters_are_in_leaves_a_bare_model(tmp_path, monkey
     model.embed.weight.requires_grad_(False)
     before, flags = snapshot(model), [parameter.requires_grad for parameter in model.parameters()]
     attributes = [set(vars(module)) for module in model.modules()]
-    monkeypatch.setattr("lightning_lora.model.state._load", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("lightning_lora.model.loading._load", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_adapter(model, tmp_path)
     assert list(model.state_dict()) == list(before)

@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig, check_compute
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.model.freeze import trains
+from lightning_lora.model.freeze import adapter_parameters, trains
 from lightning_lora.model.report.sides import side_remark
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.names import counted, matches
@@ -118,8 +118,8 @@ def _row(site: Site, part: WeightPart, config: LoRAConfig) -> Row:
 
 
 def _base_parameters(survey: Survey) -> dict[str, nn.Parameter]:
-    adapters = {id(parameter) for layer in survey.layers() for parameter in layer.lora.parameters()}
-    return {name: parameter for name, parameter in survey.parameters() if id(parameter) not in adapters}
+    added = adapter_parameters(survey)
+    return {name: parameter for name, parameter in survey.parameters() if id(parameter) not in added}
 
 
 def _in_full(targets: Targets, base: Mapping[str, nn.Parameter], config: LoRAConfig) -> dict[str, int]:

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from lightning_lora import names
+from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.layers.adapted import adapted_modules, added_to
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.record import config_of
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
-from lightning_lora.model.state import adapter_parameters_in
+from lightning_lora.model.state import added_parameters
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in
-from lightning_lora.targets.survey import Survey, survey_of
+from lightning_lora.targets.survey import Survey
 
 
 def describe(model: nn.Module, save: str = "adapter") -> str:
@@ -32,13 +34,31 @@ def describe(model: nn.Module, save: str = "adapter") -> str:
     return "\n".join([*lines, *_left_alone(model)])
 
 
+def describe_added(model: nn.Module, key: str) -> str:
+    """What a method that is no LoRA adds to ``model`` and trains in it; modules that differ by a number share a line.
+
+    Args:
+        model: an adapted model.
+        key: of the method.
+    """
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for name, module in adapted_modules(model):
+        size = sum(shape_of(parameter).numel() for parameter in added_to(module).parameters())
+        sizes.setdefault((names.folded(name), type(module).original_class.__name__), []).append(size)
+    lines = [
+        f"  {name or '(the model)'}  {names.counted(len(of), 'module')}  {kind}  {sum(of):,} parameters"
+        for (name, kind), of in sizes.items()
+    ]
+    return "\n".join([*([f"A {key} is added to", *lines] if lines else []), *_also_trained(model), *_totals(model, "")])
+
+
 def rows_of(model: nn.Module) -> list[Row]:
     """A row for each adapted matrix of ``model``."""
     return [_row(name, layer, adapter) for name, layer in adapted_layers(model) for adapter in layer.lora.all_pairs()]
 
 
 def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
-    part, class_name = adapter.part, layer.lora_original_class.__name__
+    part, class_name = adapter.part, layer.original_class.__name__
     matrix = names.join(name, part.name) if part.name else name
     return row_of(matrix, class_name, part, parameter_of(layer, part.key), adapter.r, adapter.scale)
 
@@ -46,18 +66,18 @@ def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
 def _left_alone(model: nn.Module) -> list[str]:
     config = config_of(model)
     adapted = [name for name, _ in adapted_layers(model)]
-    return [] if config is None else left_alone(Survey(model), adapted, config)
+    return left_alone(Survey(model), adapted, config) if isinstance(config, LoRAConfig) else []
 
 
 def _also_trained(model: nn.Module) -> list[str]:
-    adapters = {id(parameter) for _, parameter in adapter_parameters_in(survey_of(model))}
+    adapters = {id(parameter) for _, parameter in added_parameters(model)}
     in_full = {name: shape_of(p).numel() for name, p in trained_parameters(model) if id(p) not in adapters}
     return trained_in_full(in_full, "and trains in full")
 
 
 def _totals(model: nn.Module, save: str) -> list[str]:
     trained = dict(trained_parameters(model)).values()
-    adapters = {id(parameter) for _, parameter in adapter_parameters_in(survey_of(model))}
+    adapters = {id(parameter) for _, parameter in added_parameters(model)}
     base = [parameter for _, parameter in names.named_parameters(model) if id(parameter) not in adapters]
     size, base_size = _numel(trained), _numel(base)
     total, held = f"{size:,} trainable parameters, {size / base_size:.2%} of the base's {base_size:,}", _bytes(trained)

@@ -20,10 +20,11 @@ from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.apply import apply_lora, remove_lora
 from lightning_lora.model.fingerprint import Fingerprint, differences, fingerprint
 from lightning_lora.model.freeze import is_frozen, unfreeze
+from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.record import is_merged
 from lightning_lora.model.same_config import check_same
-from lightning_lora.model.state import has_adapters, load_lora_state_dict, lora_state_dict
+from lightning_lora.model.state import has_adapters, lora_state_dict
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean, counted
 from lightning_lora.trainer.callback import LoRACallback

@@ -163,7 +163,7 @@ def a_state_after_apply(message: Expected, folder: Path) -> None:
 
 
 @remedy(
-    "model/state.py", "call `apply_lora` with its configuration first", "The model has no adapters to load into: call"
+    "model/loading.py", "call `apply_lora` with its configuration first", "The model has no adapters to load into: call"
 )
 def load_after_apply(message: Expected, folder: Path) -> None:
     state = lora_state_dict(adapted())
@@ -174,7 +174,7 @@ def load_after_apply(message: Expected, folder: Path) -> None:
     assert torch.equal(outputs(model), outputs(adapted()))
 
 
-@remedy("model/state.py", "The model has no {}adapters to load into", "call `unmerge_lora(model)` first")
+@remedy("model/loading.py", "The model has no {}adapters to load into", "call `unmerge_lora(model)` first")
 def load_after_unmerge(message: Expected, folder: Path) -> None:
     state = lora_state_dict(adapted())
     merge_lora(model := adapted())
@@ -184,7 +184,7 @@ def load_after_unmerge(message: Expected, folder: Path) -> None:
     load_lora_state_dict(model, state)
 
 
-@remedy("model/state.py", "`state` is a whole checkpoint", "pass its entry 'state_dict'")
+@remedy("model/loading.py", "`state` is a whole checkpoint", "pass its entry 'state_dict'")
 def the_state_dict_of_a_checkpoint(message: Expected, folder: Path) -> None:
     trained = Lit()
     checkpoint = torch.load(fit_to_file(folder, LoRACallback(merge=False), module=trained))
