@@ -18,7 +18,7 @@ docstring of each room states its rule. From the ground up:
     targets            from the user's words to matrices
     model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module; the plan and tables (report)
     peft_format        PEFT's directories, read and written
-    methods            what a run asks of a method of fine-tuning; LoRA is the first
+    methods            what a run asks of a method of fine-tuning; a class for each
     trainer            one run of a Lightning Trainer: callback, checkpointing, watching, strategies
     cli                the command lightning-lora
 
@@ -34,6 +34,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.methods.adapt import adapt, remove_adapted
+from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, unmerge_lora
@@ -47,10 +49,14 @@ from lightning_lora.version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_lora.trainer.callback import LoRACallback
     from lightning_lora.trainer.checkpointing.from_checkpoint import load_from_checkpoint
+    from lightning_lora.trainer.tune_callback import TuneCallback
 
 __all__ = [
     "LoRACallback",
     "LoRAConfig",
+    "TuneCallback",
+    "TuneConfig",
+    "adapt",
     "apply_lora",
     "disable_lora",
     "load_adapter",
@@ -61,6 +67,7 @@ __all__ = [
     "merge_lora",
     "merged_state_dict",
     "plan_lora",
+    "remove_adapted",
     "remove_lora",
     "save_adapter",
     "unmerge_lora",
@@ -68,6 +75,7 @@ __all__ = [
 
 _NEEDS_LIGHTNING = {
     "LoRACallback": "lightning_lora.trainer.callback",
+    "TuneCallback": "lightning_lora.trainer.tune_callback",
     "load_from_checkpoint": "lightning_lora.trainer.checkpointing.from_checkpoint",
 }
 

@@ -48,6 +48,10 @@ class MethodConfig(Protocol):
     def also_train(self) -> Sequence[str] | None:
         """Patterns of modules or parameters that are trained in full."""
 
+    @property
+    def exclude(self) -> Sequence[str] | None:
+        """Patterns of modules that are left as they are."""
+
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data that ``torch.load(weights_only=True)`` accepts."""
 

@@ -18,6 +18,10 @@ TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 ELSEWHERE = {
     "arguments": ("test_config", "the configurations show what its checks refuse"),
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
+    "methods/adapt": ("methods/test_life_of_a_run", "every method is put on and taken off by the two verbs"),
+    "methods/known": ("methods/test_life_of_a_run", "files of every method are read there"),
+    "methods/tune/method": ("methods/test_life_of_a_run", "its answers are those of a run"),
+    "trainer/tune_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
     "methods/added_config": ("methods/test_added", "the smallest method shows its arguments"),
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),

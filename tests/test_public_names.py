@@ -19,6 +19,9 @@ from tests.helpers.signatures import signatures
 NAMES = [
     "LoRACallback",
     "LoRAConfig",
+    "TuneCallback",
+    "TuneConfig",
+    "adapt",
     "apply_lora",
     "disable_lora",
     "load_adapter",
@@ -29,6 +32,7 @@ NAMES = [
     "merge_lora",
     "merged_state_dict",
     "plan_lora",
+    "remove_adapted",
     "remove_lora",
     "save_adapter",
     "unmerge_lora",

@@ -69,7 +69,7 @@ def export_checkpoint(path: Path, directory: Path, inner: str | None = None, ove
     _check_is_file(path)
     check_free(directory / WEIGHTS, overwrite)
     checkpoint = reading.read(reading.on_cpu, path, True, "CKPT")
-    config, base = reading.facts_in(checkpoint, path, "CKPT")
+    config, base = reading.lora_facts_in(checkpoint, path, "CKPT")
     state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     pairs = _pairs(state, config, path)
     classes = recorded_classes(checkpoint[contents.KEY].get(CLASSES))

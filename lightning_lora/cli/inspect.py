@@ -17,6 +17,7 @@ from lightning_lora.ops.low_rank import DeltaFactors, norm
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpointing import reading
+from lightning_lora.trainer.checkpointing.contents import KEY
 
 RECORDED = ("base_model_name_or_path", "bias", "use_rslora", "modules_to_save", "task_type", "peft_version")
 WRITTEN = ("epoch", "global_step", "pytorch-lightning_version")
@@ -129,9 +130,13 @@ def _checkpoint(path: Path) -> Inspection:
     checkpoint = reading.read(reading.on_cpu, path, True, "path")
     config, base = reading.facts_in(checkpoint, path, "path")
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    about = {key: checkpoint[key] for key in WRITTEN if key in checkpoint}
+    if not isinstance(config, LoRAConfig):
+        about |= {"method": checkpoint[KEY]["method"], **config.to_dict(), "of base": len(base)}
+        others = {name: tuple(value.shape) for name, value in state.items()}
+        return Inspection(str(path), "checkpoint", [], others, path.stat().st_size, bool(base), about)
     pairs = _pairs(state, config)
     used = {name for both in pairs.values() for name in both}
-    about = {key: checkpoint[key] for key in WRITTEN if key in checkpoint}
     about |= {
         "targets": config.targets,
         "r": config.r,

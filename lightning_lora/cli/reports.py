@@ -97,16 +97,17 @@ def inspection_text(inspection: Inspection) -> str:
          number(layer.scale), f"{layer.parameters:,}", number(layer.norm))
         for layer in inspection.layers
     ]  # fmt: skip
-    ranks = sorted({layer.r for layer in inspection.layers})
-    lines = [
-        printable(f"{inspection.path}: {inspection.kind}, {layers_text(len(rows))}, rank {', '.join(map(str, ranks))}")
-    ]
-    lines += columns(head, rows)
-    lines += [
-        f"{inspection.parameters():,} parameters in {bytes_text(inspection.nbytes)}; "
-        f"|delta| of all {number(inspection.norm())}"
-    ]
-    lines += listed("other tensors", [f"{name} {list(shape)}" for name, shape in inspection.others.items()])
+    ranks = ", ".join(map(str, sorted({layer.r for layer in inspection.layers})))
+    what = f"{layers_text(len(rows))}, rank {ranks}" if rows else "no A and B"
+    lines = [printable(f"{inspection.path}: {inspection.kind}, {what}")]
+    if rows:
+        lines += columns(head, rows)
+        lines += [
+            f"{inspection.parameters():,} parameters in {bytes_text(inspection.nbytes)}; "
+            f"|delta| of all {number(inspection.norm())}"
+        ]
+    others = [f"{name} {list(shape)}" for name, shape in inspection.others.items()]
+    lines += listed("other tensors" if rows else "tensors", others)
     lines += [f"fingerprint of the base: {'yes' if inspection.fingerprint else 'no'}"]
     described = {
         key: value for key, value in inspection.about.items() if not key.endswith(".config")

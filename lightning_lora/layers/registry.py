@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora.foreign import PARAMETRIZATIONS
-from lightning_lora.layers.adapted import DynamicClass, derived
+from lightning_lora.layers.adapted import Adapted, DynamicClass, derived
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.bilinear import LoRABilinear
@@ -90,8 +90,8 @@ def host_base(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module`` without adapters."""
-    return module.original_class if isinstance(module, LoRALayer) else type(module)
+    """The class of ``module`` without what a method added to it."""
+    return type(module).original_class if isinstance(module, Adapted) else type(module)
 
 
 def adapted_class(original: type[nn.Module], keys: Keys = ()) -> type[LoRALayer]:

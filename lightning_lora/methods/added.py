@@ -36,6 +36,7 @@ from lightning_lora.model.state import (
     trained_state,
 )
 from lightning_lora.model.twins import Agree, own_answer
+from lightning_lora.targets.resolve import useless_patterns
 from lightning_lora.targets.survey import Survey
 
 
@@ -135,6 +136,9 @@ class AddedMethod(Method):
     def _complete(self, model: nn.Module) -> list[str]:
         survey = Survey(model)
         self.check(model)
+        useless = useless_patterns(survey, self.config)
+        if useless:
+            raise ValueError("\n".join(useless))
         sites = {name: site for name, site in self.sites(survey).items() if not is_plain_copy(site)}
         self._check_meant(survey, sites)
         fresh = {name: site for name, site in sites.items() if not isinstance(site, Adapted)}

@@ -160,6 +160,10 @@ class Method(ABC):
     def added_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the method added, with their names; those of a merged model too."""
 
+    def main_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that the method is about: those that it added, or the base's own where it adds none."""
+        return self.added_parameters(model)
+
     @abstractmethod
     def trained_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that trains, with its name: the added parameters and the base's own that were asked for."""
@@ -228,6 +232,10 @@ class Method(ABC):
     def is_merged(self, model: nn.Module) -> bool:
         """Whether the update is in the base's weights now."""
         return False
+
+    def is_plain(self, model: nn.Module) -> bool:
+        """Whether ``model`` computes what it does now without this package, from its state dict alone."""
+        return self.is_merged(model)
 
     def never_merges(self, model: nn.Module) -> str | None:
         """Why the weights of ``model`` cannot hold the merged update at all; ``None`` where they can."""

@@ -26,10 +26,29 @@ from lightning_lora.targets.survey import Survey, survey_of
 class GraphStart:
     """A forward hook: the output of a frozen layer requires a gradient, as that of a trained layer does."""
 
+    def __init__(self) -> None:
+        self.anchor = torch.zeros((), requires_grad=True)
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A copy of the output: autograd lets no code write into a leaf in place."""
         starts = isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
-        return output.detach().requires_grad_().clone() if starts and torch.is_grad_enabled() else output
+        if not starts or not torch.is_grad_enabled():
+            return output
+        if torch.compiler.is_compiling():  # which traces no `requires_grad_`
+            return _Anchored.apply(output, self.anchor)  # type: ignore[no-untyped-call]
+        return output.detach().requires_grad_().clone()
+
+
+class _Anchored(torch.autograd.Function):
+    """A copy of a tensor that requires a gradient, because the ``anchor`` does."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None
 
 
 def equip(model: nn.Module | Survey, config: MethodConfig) -> None:

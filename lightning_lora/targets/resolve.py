@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import PRESETS, LoRAConfig
+from lightning_lora.config import PRESETS, LoRAConfig, MethodConfig
 from lightning_lora.foreign import adapter_library
 from lightning_lora.layers.merged_forward import WeightAdapter
 from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
@@ -69,7 +69,7 @@ def find_targets(model: nn.Module | Survey, config: LoRAConfig) -> Targets:
     problems += _refusals(sites, bool(adapted))
     if not adapted and not problems:
         problems.append(nothing_left(config))
-    problems += _useless_patterns(survey, config) + _useless_ranks(adapted, config)
+    problems += useless_patterns(survey, config) + _useless_ranks(adapted, config)
     return Targets(survey, adapted, problems)
 
 
@@ -176,7 +176,7 @@ def _refusals(sites: list[Site], others: bool) -> list[str]:
     return [refused(reason, list(dict.fromkeys(names)), others) for reason, names in names_by_reason.items()]
 
 
-def _useless_patterns(survey: Survey, config: LoRAConfig) -> list[str]:
+def useless_patterns(survey: Survey, config: MethodConfig) -> list[str]:
     """The patterns of ``exclude`` and ``also_train`` that match nothing in the model."""
     if not config.exclude and not config.also_train:
         return []

@@ -178,7 +178,7 @@ def _heads(linear: list[str], owners: list[str], modules: dict[str, nn.Module]) 
     tied = {name for name in linear if id(modules[name]._parameters.get("weight")) in embeddings}
     in_head: dict[str, list[str]] = {}
     for name in linear:
-        container = _head_container(name, modules)
+        container = head_container(name, modules)
         if container is not None and not any(container in around(owner) for owner in owners):
             in_head.setdefault(container, []).append(name)
     last = {layers[-1] for container, layers in in_head.items() if not _ends_in_convolution(container, layers, modules)}
@@ -197,7 +197,8 @@ def _is_all_head(container: str, modules: dict[str, nn.Module]) -> bool:
     return leaf_is(container, CLASSIFIER) or is_linear(modules[container])
 
 
-def _head_container(name: str, modules: dict[str, nn.Module]) -> str | None:
+def head_container(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The outermost module around the layer ``name`` that is called a head; of a list of heads the one in it."""
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         if HEAD.fullmatch(parts[length - 1]):

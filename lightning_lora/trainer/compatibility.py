@@ -7,7 +7,7 @@ from typing import Any
 from lightning_utilities.core.overrides import is_overridden
 from torch import nn
 
-from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.config import LoRAConfig, MethodConfig, RunConfig
 from lightning_lora.foreign import (
     AVERAGING_CALLBACKS,
     AVERAGING_IN_SETUP,
@@ -71,10 +71,15 @@ def _check_strategy(trainer: Any) -> None:
         )
 
 
-def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> None:
+def _check_other_adapters(trainer: Any, callback: Any, config: MethodConfig) -> None:
     for other in trainer.callbacks:
-        if other is callback or not is_a(other, "LoRACallback"):
+        if other is callback or not is_a(other, "MethodCallback"):
             continue
+        if type(other.config) is not type(config) or not isinstance(config, LoRAConfig):
+            raise MisconfigurationException(
+                f"The Trainer has a {type(callback).__name__} and a {type(other).__name__}, and a model takes one "
+                "method. Keep one; what else is to train in full goes into its `also_train`."
+            )
         if other.config.name == config.name:
             raise MisconfigurationException(
                 f"The Trainer has two LoRACallbacks named {config.name!r}, and a model takes one adapter for now. Keep "
@@ -87,20 +92,20 @@ def _check_other_adapters(trainer: Any, callback: Any, config: LoRAConfig) -> No
 
 
 def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
-    before = trainer.callbacks[: trainer.callbacks.index(callback)]
+    own, before = type(callback).__name__, trainer.callbacks[: trainer.callbacks.index(callback)]
     for other in before:
         if is_a(other, *AVERAGING_CALLBACKS):
             name = type(other).__name__
             raise MisconfigurationException(
-                f"{name} copies the model in its `setup`, so LoRACallback must come before it: "
-                f"callbacks=[LoRACallback(...), {name}(...)]."
+                f"{name} copies the model in its `setup`, so {own} must come before it: "
+                f"callbacks=[{own}(...), {name}(...)]."
             )
     for other in trainer.callbacks:
         _check_averaging(trainer, other)
         if is_a(other, UNFREEZING_CALLBACK):
             raise MisconfigurationException(
-                f"{type(other).__name__} freezes and unfreezes the modules that LoRACallback keeps frozen. Use one of "
-                "the two; to train modules in full, name them in `also_train`."
+                f"{type(other).__name__} freezes and unfreezes the modules that {own} keeps frozen. Use one "
+                "of the two; to train modules in full, name them in `also_train`."
             )
         if is_a(other, RATE_FINDER) and config.lr_scale != 1:
             rank_zero_warn(

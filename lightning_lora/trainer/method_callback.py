@@ -139,6 +139,8 @@ class MethodCallback(CallbackBase):
         seen_by_hooks = None if self._run is None else self._run.files.seen_by_hooks
         if seen_by_hooks is not None and checkpoint.get("state_dict") is seen_by_hooks:
             return
+        if self._run is None and self.method.is_plain(pl_module):
+            return
         if self.method.is_adapted(pl_module):
             adapter_only = contents.without_base(checkpoint, self.method, pl_module)
             checkpoint.clear()

@@ -218,7 +218,7 @@ class Run:
             self.optimizer_edits.callback(snapshot.restore)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
         if self.run_config.lr_scale != 1:
-            added = {id(parameter) for _, parameter in self.method.added_parameters(self.module)}
+            added = {id(parameter) for _, parameter in self.method.main_parameters(self.module)}
             self.optimizer_edits.callback(scale_rates(optimizers, schedulers, self.run_config.lr_scale, added))
         self.first_steps.watch_frozen()
         return result
@@ -268,7 +268,7 @@ class Run:
         """Whether the run changed nothing of what it trains: manual optimization may step uncounted."""
         if not self.snapshot and self.method.is_untrained(self.module):
             return True
-        now = {name: parameter.detach() for name, parameter in self.method.added_parameters(self.module)}
+        now = {name: parameter.detach() for name, parameter in self.method.main_parameters(self.module)}
         starts = (start for start in (self.snapshot, self.files.loaded_state) if start)
         return any(all(same_bits(start[name], now[name]) for name in start.keys() & now.keys()) for start in starts)
 

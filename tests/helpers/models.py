@@ -216,3 +216,91 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+
+class SelfAttention(nn.Module):
+    """Two heads, computed by torch's kernel for attention."""
+
+    def __init__(self, d: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(d, d) for _ in range(4))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        dropout = self.dropout if self.training else 0.0
+        y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, d: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(d), SelfAttention(d, dropout)
+        self.norm2, self.mlp = nn.LayerNorm(d), FeedForward(d)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Encoder(nn.Module):
+    """A classifier of sequences of four vectors with all that methods act on: attention, MLPs, norms and a head.
+
+    Args:
+        dropout: in attention and after it, and after MLPs.
+        checkpointed: ``use_reentrant`` of activation checkpointing; ``None`` for none.
+        skipped: the number of a block that does not run.
+    """
+
+    def __init__(self, dropout: float = 0.0, checkpointed: bool | None = None, skipped: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 16)
+        self.layers = nn.ModuleList(EncoderBlock(dropout=dropout) for _ in range(2))
+        self.bn, self.head = nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.checkpointed, self.skipped = checkpointed, skipped
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.view(-1, 4, 4))
+        for number, layer in enumerate(self.layers):
+            if number == self.skipped:
+                continue
+            x = layer(x) if self.checkpointed is None else checkpoint(layer, x, use_reentrant=self.checkpointed)
+        return self.head(self.bn(x.mean(1)))
+
+
+class LitEncoder(Lit):
+    """`Lit` over an `Encoder`."""
+
+    def __init__(self, lr: float = 1e-2, **kwargs: object) -> None:
+        LightningModule.__init__(self)
+        self.save_hyperparameters()
+        self.lr = lr
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = Encoder(**kwargs)
+
+
+class LitEncoderLate(LitEncoder):
+    """`LitEncoder` that is built in `configure_model`."""
+
+    def __init__(self, lr: float = 1e-2, **kwargs: object) -> None:
+        super().__init__(lr, **kwargs)
+        self.made, self.net = self.net, None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.made
+            del self.made

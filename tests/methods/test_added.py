@@ -139,11 +139,11 @@ def test_copies_that_the_config_does_not_mean_become_plain():
 
 
 def test_adapt_leaves_a_model_that_is_not_built_yet():
-    own = nn.Sequential(nn.ReLU())
-    METHOD.adapt(own)
-    assert METHOD.present(own) is None
+    own, method = nn.Sequential(nn.ReLU()), ToyMethod(ToyConfig())
+    method.adapt(own)
+    assert method.present(own) is None
     with pytest.raises(ValueError, match="no linear layer"):
-        METHOD.complete(own)
+        method.complete(own)
 
 
 @pytest.mark.parametrize(

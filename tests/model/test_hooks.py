@@ -143,3 +143,17 @@ def test_checkpointing_of_hugging_face(case, reentrant):
     oracles.train_by_hand(model)
     zoo.output(model, inputs).square().sum().backward()
     assert [name for name, matrix in lora_parameters(model) if matrix.grad is None] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing of an autograd.Function
+def test_a_model_that_checkpoints_compiles_without_a_graph_break():
+    model = NotReentrant()
+    apply_lora(model, LoRAConfig(r=2, targets=["layers.0", "layers.1", "layers.2"]))
+    model.embed.register_forward_hook(GraphStart())
+    eager = model(INDEX)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(INDEX)
+    assert torch.allclose(compiled, eager, atol=1e-6)
+    embedded = torch.compile(model.embed, backend="aot_eager", fullgraph=True)(INDEX)
+    assert embedded.requires_grad
+    compiled.sum().backward()
+    assert all(parameter.grad is not None for _, parameter in lora_parameters(model))

@@ -19,7 +19,7 @@ from lightning_lora.model.state import added_parameters
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in
-from lightning_lora.targets.survey import Survey
+from lightning_lora.targets.survey import Survey, survey_of
 
 
 def describe(model: nn.Module, save: str = "adapter") -> str:
@@ -50,6 +50,12 @@ def describe_added(model: nn.Module, key: str) -> str:
         for (name, kind), of in sizes.items()
     ]
     return "\n".join([*([f"A {key} is added to", *lines] if lines else []), *_also_trained(model), *_totals(model, "")])
+
+
+def describe_trained(model: nn.Module) -> str:
+    """What trains in ``model``, to which a method added nothing."""
+    sizes = {name: shape_of(parameter).numel() for name, parameter in trained_parameters(model)}
+    return "\n".join([*trained_in_full(sizes, "Of the module's own parameters train"), *_totals(model, "")])
 
 
 def rows_of(model: nn.Module) -> list[Row]:
@@ -104,9 +110,9 @@ def _saved_buffers(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def output_heads(model: nn.Module) -> list[str]:
+def output_heads(model: nn.Module | Survey) -> list[str]:
     """The linear layers that compute the output, known by name; else the last layer of all, if it is in no block."""
-    survey = Survey(model)
+    survey = survey_of(model)
     roles = roles_in(survey)
     if roles.heads or not roles.linear:
         return roles.heads

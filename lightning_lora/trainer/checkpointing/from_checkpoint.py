@@ -14,17 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.foreign import LIGHTNING_MODULE, is_a
-from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.model.apply import apply_lora, remove_lora
+from lightning_lora.layers.adapted import Adapted
+from lightning_lora.methods.adapt import adapt, remove_adapted
+from lightning_lora.methods.base import Method
+from lightning_lora.methods.known import method_of
 from lightning_lora.model.fingerprint import Fingerprint, differences, fingerprint
 from lightning_lora.model.freeze import is_frozen, unfreeze
-from lightning_lora.model.loading import load_lora_state_dict
-from lightning_lora.model.merge import merge_lora, unmerge_lora
-from lightning_lora.model.record import is_merged
-from lightning_lora.model.same_config import check_same
-from lightning_lora.model.state import has_adapters, lora_state_dict
+from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean, counted
 from lightning_lora.trainer.callback import LoRACallback
@@ -35,6 +33,7 @@ from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.compatibility import overrides
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.replaced_layers import run_hook
+from lightning_lora.trainer.tune_callback import TuneCallback
 from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -55,7 +54,7 @@ def load_from_checkpoint(
     checkpoint_path: str | Path | None = None,
     **kwargs: Any,
 ) -> Module:
-    """The module that a LoRA run trained, from the adapters in its checkpoint and the base.
+    """The module that a run with a callback of this package trained, from its checkpoint and the base.
 
     Lightning's own ``cls.load_from_checkpoint(path, strict=False)`` gives the base without the adapters, and a random
     one if ``cls`` draws it. Here the base has to be the one that the adapters were trained on. A failure leaves a given
@@ -90,7 +89,7 @@ def load_from_checkpoint(
     """
     path = _one_path(path, checkpoint_path)
     content = reading.read(reading.on_cpu, path, weights_only is not False, "path")
-    content = with_callbacks(content, {"LoRACallback": LoRACallback})
+    content = with_callbacks(content, {"LoRACallback": LoRACallback, "TuneCallback": TuneCallback})
     file = AdapterFile(path, content, *reading.facts_in(content, path, "path"))
     source = None if base is None else tensors_of(base, weights_only is not False)
     arguments = {**kwargs, **(cls_kwargs or {})}
@@ -100,14 +99,14 @@ def load_from_checkpoint(
         with _unchanged_on_failure(module) as overwritten:
             _load(file, module, source, strict_base, overwritten)
             if merge:
-                merge_lora(module)
+                file.method.merge(module)
         return module if map_location is None else module.to(map_location)
     module = _bare(cls_or_module, content, arguments, hparams_file)
     if map_location is not None:
         module.to(map_location)
     _load(file, module, source, strict_base, None)
     if merge:
-        merge_lora(module)
+        file.method.merge(module)
     return module
 
 
@@ -124,8 +123,13 @@ class AdapterFile:
 
     path: str | Path
     content: dict[str, Any]
-    config: LoRAConfig
+    config: MethodConfig
     base: Fingerprint
+
+    @property
+    def method(self) -> Method:
+        """The method that its configuration belongs to."""
+        return method_of(self.config)
 
 
 def _one_path(path: str | Path | None, checkpoint_path: str | Path | None) -> str | Path:
@@ -194,32 +198,37 @@ def _unchanged_on_failure(module: nn.Module) -> Iterator[Copied]:
         A list for each tensor of the base that is overwritten, with its values before.
     """
     children = [(inner, dict(inner._modules)) for inner in module.modules()]
-    state = deepcopy(lora_state_dict(module)) if has_adapters(module) else None
+    present = config_of(module)
+    method = None if present is None else method_of(present)
+    state = None if method is None else deepcopy(method.state(module))
     was_merged, was_frozen = is_merged(module), is_frozen(module)
     overwritten: Copied = []
     try:
         yield overwritten
     except BaseException:
         for inner, before in children:  # `on_load_checkpoint` may replace layers
-            for key in inner._modules.keys() - before.keys() - {"lora"}:
+            added = {inner.method_key} if isinstance(inner, Adapted) else {"lora"}
+            for key in inner._modules.keys() - before.keys() - added:
                 del inner._modules[key]
-            inner._modules.update({key: child for key, child in before.items() if key != "lora"})
+            inner._modules.update({key: child for key, child in before.items() if key not in added})
         with torch.no_grad():
             for tensor, value in overwritten:
                 tensor.copy_(value)
-        _restore(module, state, was_merged, was_frozen)
+        _restore(module, method, state, was_merged, was_frozen)
         raise
 
 
-def _restore(module: nn.Module, state: dict[str, Any] | None, was_merged: bool, was_frozen: bool) -> None:
-    if state is None:
-        remove_lora(module)
+def _restore(
+    module: nn.Module, method: Method | None, state: dict[str, Any] | None, was_merged: bool, was_frozen: bool
+) -> None:
+    if method is None or state is None:
+        remove_adapted(module)
         return
     if is_merged(module):
-        unmerge_lora(module)
-    load_lora_state_dict(module, state)
+        method.unmerge(module)
+    method.load(module, state)
     if was_merged:
-        merge_lora(module)
+        method.merge(module)
     elif not was_frozen:
         unfreeze(module)
 
@@ -228,16 +237,16 @@ def _load(
     file: AdapterFile, module: nn.Module, source: Source | None, strict_base: bool, overwritten: Copied | None
 ) -> None:
     """Give ``module`` the base in ``source`` and the adapters in ``file``."""
-    check_same(module, file.config)
+    file.method.check_same(module)
     if is_merged(module):
-        unmerge_lora(module)
+        file.method.unmerge(module)
     copied = set() if source is None else copy_base(source, module, file.base, overwritten)
     _adapt(module, file.config, file.content["state_dict"])
     set_written(module, names_in(file.content[contents.KEY], WRITTEN))
     if is_a(module, LIGHTNING_MODULE) and overrides(module, "on_load_checkpoint"):
-        run_hook(module, "on_load_checkpoint", LoRAMethod(file.config), file.content)
+        run_hook(module, "on_load_checkpoint", file.method, file.content)
     _check_base(file, fingerprint(module), strict_base, set() if source is None else file.base.keys() - copied)
-    load_lora_state_dict(module, {clean(key): value for key, value in file.content["state_dict"].items()})
+    file.method.load(module, {clean(key): value for key, value in file.content["state_dict"].items()})
 
 
 def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_in_base: set[str]) -> None:
@@ -262,10 +271,11 @@ def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_
         )
 
 
-def _adapt(module: nn.Module, config: LoRAConfig, state: dict[str, Any]) -> None:
+def _adapt(module: nn.Module, config: MethodConfig, state: dict[str, Any]) -> None:
     try:
-        check_room(module, config, state)
-        apply_lora(module, config)
+        if isinstance(config, LoRAConfig):
+            check_room(module, config, state)
+        adapt(module, config)
     except ValueError as error:
         if not is_a(module, LIGHTNING_MODULE) or not overrides(module, "setup"):
             raise

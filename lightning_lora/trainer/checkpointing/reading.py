@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.files.json_files import printable
 from lightning_lora.files.pickles import ObjectRefusedError
 from lightning_lora.files.torch_files import checked, read_torch_file
 from lightning_lora.methods.base import Method
+from lightning_lora.methods.known import config_from_file
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.trainer.checkpointing.checks import check_facts, check_pairs, check_weights
 from lightning_lora.trainer.checkpointing.contents import ENTRIES_OF_RUN, FORMATS, KEY, WEIGHTS
@@ -164,17 +165,22 @@ def warn_of_other_rate(checkpoint: dict[str, Any], path: Any, lr_scale: float) -
         )
 
 
-def check_config(written: LoRAConfig, path: Any, method: Method, argument: str = "ckpt_path") -> None:
+def check_config(written: MethodConfig, path: Any, method: Method, argument: str = "ckpt_path") -> None:
     """Raise unless the file's adapter has the configuration of ``method``.
 
     Raises:
         ValueError: naming the first difference.
     """
+    if type(written) is not type(method.config):
+        raise ValueError(
+            f"{_named(path, argument)} is a file of another method: it was written with a {type(written).__name__}, "
+            f"and this run has a {type(method.config).__name__}. Give the callback of that method, with the same "
+            "arguments."
+        )
     difference = method.difference(written)
     if difference is not None:
-        raise ValueError(
-            f"{_named(path, argument)} was written with {difference}: give LoRACallback the same arguments."
-        )
+        callback = type(method.config).__name__.replace("Config", "Callback")
+        raise ValueError(f"{_named(path, argument)} was written with {difference}: give {callback} the same arguments.")
 
 
 def check_base(
@@ -201,8 +207,23 @@ def _warn(message: str) -> None:
     rank_zero_warn(message)
 
 
-def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path") -> tuple[LoRAConfig, Fingerprint]:
-    """The configuration of the file's adapter, and the fingerprint of its base.
+def lora_facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path") -> tuple[LoRAConfig, Fingerprint]:
+    """As :func:`facts_in`, of a file that must be LoRA's.
+
+    Raises:
+        ValueError: naming the method, where it is another one.
+    """
+    written, base = facts_in(checkpoint, path, argument)
+    if not isinstance(written, LoRAConfig):
+        raise ValueError(
+            f"{_named(path, argument)} was written with a {type(written).__name__}, and this needs A and B of LoRA. "
+            "Load it by load_from_checkpoint(cls, path)."
+        )
+    return written, base
+
+
+def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path") -> tuple[MethodConfig, Fingerprint]:
+    """The configuration that the file was written with, of whatever method, and the fingerprint of its base.
 
     Raises:
         ValueError: if the file does not record them, or was written by a later version.
@@ -211,14 +232,13 @@ def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path")
         recorded, state = checkpoint[KEY], checkpoint["state_dict"]
         if recorded.get("format") not in FORMATS:
             raise ValueError(f"its format is {recorded.get('format')!r:.50}, and {FORMATS[-1]} is the newest known")
-        if recorded.get("method", "lora") != "lora":
-            raise ValueError(f"its method is {recorded['method']!r:.50}, and LoRACallback reads 'lora'")
         for weights in WEIGHTS:
             if weights in checkpoint:
                 check_weights(checkpoint[weights])
         check_facts(recorded, state)
-        written, base = LoRAConfig.from_file(recorded["config"]), recorded["base"]
-        check_pairs(written, state)
+        written, base = config_from_file(recorded.get("method", "lora"), recorded["config"]), recorded["base"]
+        if isinstance(written, LoRAConfig):
+            check_pairs(written, state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{_named(path, argument)} does not say what adapter it holds ({printable(str(error))}): it is damaged, "

@@ -48,6 +48,7 @@ class Liveness:
         self.patience = PATIENCE
         self.stack = ExitStack()
         self.watches = not any(map(is_compiled, module.modules()))
+        self.what = "adapter" if any(each.calls for each in watched.values()) else "trained parameter"
         self.watch(self.trained)
 
     def watch(self, ran: dict[int, int]) -> None:
@@ -68,9 +69,9 @@ class Liveness:
         missing = [name for name, adapter in self.adapters.items() if id(adapter.parameter) not in held]
         if missing and held:
             raise MisconfigurationException(
-                f"No optimizer holds the adapter of {listed(missing)}, so it would never train. A callback or a hook "
-                "took it out of the groups after `configure_optimizers`. Leave the parameters of adapters in them, or "
-                "leave the layer out with `exclude`."
+                f"No optimizer holds the {self.what} of {listed(missing)}, so it would never train. A callback or a "
+                f"hook took it out of the groups after `configure_optimizers`. Leave the parameters of adapters in "
+                "them, or leave the layer out with `exclude`."
             )
 
     def check_step(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
@@ -91,7 +92,7 @@ class Liveness:
         inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
         dead = {name: adapter for name, adapter in inside.items() if adapter.parameter.grad is None}
         if dead and len(dead) == len(inside):
-            raise MisconfigurationException("No adapter got a gradient at the first step. " + self._causes(dead))
+            raise MisconfigurationException(f"No {self.what} got a gradient at the first step. " + self._causes(dead))
         idle = {name: adapter for name, adapter in dead.items() if self.watches and self._state(adapter) is None}
         self.waiting |= {name: adapter for name, adapter in idle.items() if name not in self.named}
         self._warn({name: dead[name] for name in dead if name not in idle}, len(inside), "at the first step")
@@ -108,7 +109,11 @@ class Liveness:
             self._close_if_done()
 
     def _not_run_yet(self) -> dict[str, Watched]:
-        return {name: adapter for name, adapter in self.waiting.items() if self._state(adapter) != RAN}
+        return {
+            name: adapter
+            for name, adapter in self.waiting.items()
+            if self._state(adapter) != RAN and adapter.parameter.grad is None
+        }
 
     def report_waiting(self) -> None:
         """Name the adapters that did not run in any of the first steps."""
@@ -119,7 +124,7 @@ class Liveness:
         dead = {name: adapter for name, adapter in dead.items() if name not in self.named}
         self.named.update(dead)
         if dead:
-            rank_zero_warn(f"{len(dead)} of {count} adapters got no gradient {when}. {self._causes(dead)}")
+            rank_zero_warn(f"{len(dead)} of {count} {self.what}s got no gradient {when}. {self._causes(dead)}")
 
     def _close_if_done(self) -> None:
         if self.stepped and not self.waiting:
@@ -130,7 +135,7 @@ class Liveness:
         return self.trained.get(id(adapter.module))
 
     def _check_dropout(self) -> None:
-        modules = {name: adapter.module for name, adapter in self.adapters.items()}
+        modules = {name: adapter.module for name, adapter in self.adapters.items() if adapter.calls}
         idle = [name for name, module in modules.items() if getattr(module, "dropout", 0) and not module.training]
         if idle:
             rank_zero_warn(
@@ -160,10 +165,12 @@ class Liveness:
         if not self.stepped:
             self.watch(self.trained)
         if idle and self.evaluated and self.watches:
+            named = any(self.adapters[name].weight for name in idle)
+            remedy = f": name the weight itself, {self._advice(idle)}" if named else ""
             rank_zero_warn(
                 f"{listed(idle)} ran in training and did not run in the first evaluation. If evaluation takes another "
                 "branch, as a GAN's does, this is as it should be; if code reads the weight and not the layer, the "
-                f"base is measured: name the weight itself, {self._advice(idle)}."
+                f"base is measured{remedy}."
             )
 
     def close(self) -> None:
@@ -190,6 +197,17 @@ class Liveness:
             patterns.append(next(free, name))
         return list(dict.fromkeys(patterns))
 
+    def _why_idle(self, idle: list[str]) -> str:
+        if any(self.adapters[name].weight for name in idle):
+            return (
+                f"{listed(idle)} did not run: this batch took another branch, or code reads the weight and not the "
+                f"layer. Name the weight itself, {self._advice(idle)}, or leave the layer out with `exclude`."
+            )
+        return (
+            f"{listed(idle)} did not run, or not into the loss: this batch took another branch, or code bypasses the "
+            f"module. If that is meant, leave it out: exclude={self._excluding(idle)!r}."
+        )
+
     def _causes(self, dead: dict[str, Watched]) -> str:
         if not self.watches:
             return f"{listed(list(dead))} did not run, or not into the loss: compiled code hides which."
@@ -199,10 +217,7 @@ class Liveness:
         )
         causes = []
         if idle:
-            causes.append(
-                f"{listed(idle)} did not run: this batch took another branch, or code reads the weight and not the "
-                f"layer. Name the weight itself, {self._advice(idle)}, or leave the layer out with `exclude`."
-            )
+            causes.append(self._why_idle(idle))
         if hidden:
             causes.append(
                 f"{listed(hidden)} ran where gradients are off, under `torch.no_grad`, as a teacher does. Leave a "

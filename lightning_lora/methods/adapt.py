@@ -1,0 +1,63 @@
+"""The verbs for a module and the configuration of any method, without a Trainer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig, MethodConfig
+from lightning_lora.methods.known import method_of
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.apply import remove as remove_all
+from lightning_lora.model.journal import all_or_nothing, complete_undo
+
+
+def adapt(model: nn.Module, config: MethodConfig) -> list[str]:
+    """Adapt ``model`` by the method of ``config``, in place, and freeze the rest: all of it, or nothing.
+
+    Adapting by the same configuration again adds nothing. The global random stream is not used.
+
+    Args:
+        model: any module.
+        config: of any method, such as LoRAConfig or TuneConfig. ``adapt`` with a LoRAConfig is ``apply_lora``.
+
+    Returns:
+        The names of the adapted modules, or of those of which a part trains.
+
+    Raises:
+        ValueError: if what ``config`` asks for is not in ``model``, or ``model`` is adapted by another method or
+            configuration.
+        TypeError: if ``config`` is no configuration.
+
+    Example:
+        >>> from lightning_lora import TuneConfig
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> adapt(model, TuneConfig("bias"))
+        ['0', '2']
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.bias', '2.bias']
+    """
+    if isinstance(config, LoRAConfig):
+        return apply_lora(model, config)
+    method = method_of(config)
+    complete_undo(model)
+    method.check_same(model)
+    return method.complete(model)
+
+
+def remove_adapted(model: nn.Module) -> None:
+    """Make ``model`` what it was before :func:`adapt`, in place, whatever the method; a plain model stays as it is.
+
+    What was added goes, a merged update too, and trained parameters and buffers get their initial values back.
+
+    Raises:
+        ValueError: if a merged weight was changed since, so that the base cannot be restored, or what trains is
+            partitioned by ZeRO 3.
+
+    Example:
+        >>> from lightning_lora import TuneConfig
+        >>> model = nn.Linear(4, 2)
+        >>> _ = adapt(model, TuneConfig("all"))
+        >>> remove_adapted(model)
+        >>> remove_adapted(model)
+    """
+    all_or_nothing(model, lambda journal: remove_all(model, journal))

@@ -1,0 +1,401 @@
+"""The life of a run, for every method: one table of cases, to which a new method adds a row."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_lora import LoRACallback, adapt, load_from_checkpoint, remove_adapted
+from lightning_lora.cli.inspect import inspect_files
+from lightning_lora.cli.reports import inspection_data, inspection_text
+from tests.helpers.interrupts import interrupt, lines_in, state_of
+from tests.helpers.method_cases import CASES, FAST, bits, inputs, module, move, same_bits
+from tests.helpers.models import checkpoints, data, trainer
+from tests.helpers.runs import load
+from tests.helpers.selection import slow_except
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # torch's own tracing of an autograd.Function
+]
+every_method = pytest.mark.parametrize("case", CASES, ids=str)
+# What takes a second or more goes fast through one case of each method.
+each_run = pytest.mark.parametrize("case", slow_except(FAST, CASES), ids=str)
+WITHOUT_LORA = [case for case in CASES if case.name != "lora"]
+
+
+def fit(folder, case, epochs, ckpt=None, **kwargs):
+    files = checkpoints(folder)
+    own, callback = module(dropout=0.2), case.make(**kwargs)
+    runner = trainer(callback, files, max_epochs=epochs)
+    runner.fit(own, data(shuffle=True), data(1), ckpt_path=ckpt)
+    return runner, own, files
+
+
+class Frozen(Callback):
+    """The frozen parameters before and after training."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = {n: p.detach().clone() for n, p in pl_module.named_parameters() if not p.requires_grad}
+        self.trains = {n for n, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_train_end(self, trainer, pl_module):
+        now = dict(pl_module.named_parameters())
+        self.same = all(torch.equal(value, now[name]) for name, value in self.before.items())
+
+
+@every_method
+def test_it_starts_as_the_base_where_that_is_promised(case):
+    own, base = module().eval(), module().eval()
+    random_state = torch.get_rng_state()
+    assert adapt(own, case.make().config) == adapt(own, case.make().config) != []
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(own(inputs()), base(inputs())) is case.bare
+    assert {name for name, p in own.named_parameters() if p.requires_grad} == case.trained
+
+
+@every_method
+def test_frozen_weights_stay_and_files_hold_what_trains(case, tmp_path):
+    spy, files, own = Frozen(), checkpoints(tmp_path), module()
+    trainer(case.make(), spy, files, max_epochs=1).fit(own, data(), data(1))
+    assert spy.same and spy.trains == case.trained
+    saved = load(files.last_model_path)
+    statistics = {f"net.bn.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
+    assert saved["state_dict"].keys() == case.trained | statistics
+    assert saved["lightning_lora"]["method"] == case.make().method.key
+    base = {name for name, _ in module().named_parameters()}
+    assert saved["lightning_lora"]["base"].keys() == base - case.trained
+    assert all(parameter.requires_grad for parameter in own.parameters())
+
+
+@each_run
+def test_a_resumed_run_is_bit_identical(case, tmp_path):
+    torch.manual_seed(5)
+    _, four, _ = fit(tmp_path / "four", case, 4)
+    torch.manual_seed(5)
+    fit(tmp_path / "two", case, 2)
+    torch.manual_seed(99)
+    _, resumed, _ = fit(tmp_path / "resumed", case, 4, tmp_path / "two" / "last.ckpt")
+    assert same_bits(bits(four), bits(resumed))
+    assert not same_bits(bits(four), bits(module()))
+
+
+@each_run
+def test_a_second_fit_continues(case, tmp_path):
+    runner, own, _ = fit(tmp_path, case, 1)
+    parameters = dict(runner.callbacks[0].method.main_parameters(own))
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trainer(case.make(), max_epochs=1).fit(own, data(shuffle=True))
+    after = dict(case.make().method.main_parameters(own))
+    assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in before)
+
+
+@each_run
+def test_the_best_checkpoint_tests_as_a_fresh_module_does(case, tmp_path):
+    runner, own, files = fit(tmp_path, case, 2)
+    best = runner.test(own, data(2), ckpt_path="best", verbose=False)
+    fresh = load_from_checkpoint(type(own), files.best_model_path)
+    assert trainer().test(fresh, data(2), verbose=False) == best
+    again = trainer(case.make()).test(module(), data(2), ckpt_path=files.best_model_path, verbose=False)
+    assert again == best
+
+
+@each_run
+def test_init_from_starts_from_the_values_of_a_run(case, tmp_path):
+    _, _, files = fit(tmp_path, case, 1)
+    started = module(dropout=0.2)
+    trainer(case.make(init_from=files.last_model_path), max_epochs=0).fit(started, data())
+    expected, method = load(files.last_model_path)["state_dict"], case.make().method
+    present = method.state(started)
+    assert all(torch.equal(present[name], expected[name]) for name in case.trained)
+
+
+@each_run
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(case, tmp_path):
+    _, _, files = fit(tmp_path, case, 1)
+    content = load(files.last_model_path)
+    first = sorted(case.trained)[0]
+
+    def damaged(change):
+        other = copy.deepcopy(content)
+        change(other)
+        torch.save(other, path := tmp_path / "damaged.ckpt")
+        return path
+
+    def without(key):
+        return lambda c: (c["state_dict"].pop(key), c["lightning_lora"].pop("entries"))
+
+    def with_more(c):
+        c["state_dict"]["net.more"] = torch.ones(1)
+        c["lightning_lora"].pop("entries")
+
+    def longer(c):
+        c["state_dict"][first] = torch.cat([c["state_dict"][first]] * 2)
+
+    cases = [(without(first), f"lacks `{first}`"), (with_more, "`net.more`, which this model has not")]
+    cases += [(longer, f"`{first}` has shape")]
+    for change, words in cases:
+        own = module(dropout=0.2)
+        before = bits(own)
+        with pytest.raises(ValueError, match=words):
+            trainer(case.make(), max_epochs=2).fit(own, data(), ckpt_path=damaged(change))
+        remove_adapted(own)
+        assert same_bits(bits(own), before)
+
+
+@each_run
+def test_a_file_of_another_method_or_other_arguments_is_refused(case, tmp_path):
+    _, _, files = fit(tmp_path, case, 1)
+    stranger = next(each for each in CASES if type(each.make()) is not type(case.make()))
+    kind, own_kind = type(stranger.make().config).__name__, type(case.make().config).__name__
+    with pytest.raises(ValueError, match=f"file of another method: it was written with a {own_kind}.* has a {kind}"):
+        trainer(stranger.make(), max_epochs=2).fit(module(dropout=0.2), data(), ckpt_path=files.last_model_path)
+    if case.other is not None:
+        with pytest.raises(ValueError, match=r"was written with .* instead of .*: give .* the same arguments"):
+            trainer(case.other(), max_epochs=2).fit(module(dropout=0.2), data(), ckpt_path=files.last_model_path)
+    own = module()
+    adapt(own, stranger.make().config)
+    with pytest.raises(ValueError, match=f"adapted by {kind} already, and this asks for {own_kind}"):
+        adapt(own, case.make().config)
+    with pytest.raises(ValueError, match=f"adapted by {kind} already, and this asks for {own_kind}"):
+        trainer(case.make()).fit(own, data())
+    with pytest.raises(ValueError, match=f"adapted by {kind} already"):
+        load_from_checkpoint(own, files.last_model_path)
+
+
+@each_run
+def test_another_base_is_refused(case, tmp_path):
+    if not {name for name, _ in module().named_parameters()} - case.trained:
+        return  # nothing is frozen
+    _, _, files = fit(tmp_path, case, 1)
+    other = module(dropout=0.2)
+    with torch.no_grad():
+        other.net.embed.weight += 1
+    with pytest.raises(ValueError, match=r"was trained on another base: `net\.embed\.weight`"):
+        trainer(case.make(), max_epochs=2).fit(other, data(), ckpt_path=files.last_model_path)
+
+
+@each_run
+def test_its_file_loads_by_load_state_dict(case, tmp_path):
+    runner, own, files = fit(tmp_path, case, 1)
+    expected, state = own.eval()(inputs()), load(files.last_model_path)["state_dict"]
+    move(own, runner.callbacks[0])
+    own.load_state_dict(state)
+    assert torch.equal(own(inputs()), expected)
+
+
+@each_run
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision(case, precision):
+    own = module()
+    runner = trainer(case.make(**({"merge": False} if case.merges else {})), max_epochs=1, precision=precision)
+    runner.fit(own, data())
+    method = case.make().method
+    added = {} if method.key == "tune" else dict(method.added_parameters(own))
+    assert all(parameter.dtype == torch.float32 for parameter in added.values())
+    start = module()
+    adapt(start, case.make().config)
+    initial = method.state(start)
+    now = method.state(own)
+    moved = [name for name in case.trained if not torch.equal(now[name].float(), initial[name].to(now[name]).float())]
+    assert set(moved) == case.trained
+    assert all(value.isfinite().all() for value in now.values())
+
+
+@pytest.mark.parametrize("case", slow_except([c for c in FAST if c.name not in ("lora", "tune-all")], CASES), ids=str)
+def test_the_compiled_model_computes_the_same(case):
+    own = module().eval()
+    adapt(own, case.make().config)
+    move(own, case.make())
+    eager = own(inputs())
+    compiled = torch.compile(own.net, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(inputs()), eager, atol=1e-6)
+    eager.sum().backward()
+    gradients = {name: p.grad for name, p in own.named_parameters() if p.requires_grad}
+    own.zero_grad()
+    compiled(inputs()).sum().backward()
+    for name, parameter in own.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
+
+
+@every_method
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(case, reentrant):
+    gradients = []
+    for checkpointed in (None, reentrant):
+        own = module(checkpointed=checkpointed)
+        adapt(own, case.make().config)
+        move(own, case.make())
+        torch.manual_seed(3)
+        own(inputs()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in own.named_parameters() if p.requires_grad})
+    plain, checkpointed = gradients
+    assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())
+
+
+@each_run
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))], ids=["copy", "pickle"])
+def test_copies_compute_the_same_and_are_apart(case, copied):
+    own = module().eval()
+    adapt(own, case.make().config)
+    move(own, case.make())
+    other = copied(own)
+    expected = own(inputs())
+    assert torch.equal(other(inputs()), expected)
+    move(other, case.make(), by=1.0)
+    assert torch.equal(own(inputs()), expected) and not torch.equal(other(inputs()), expected)
+    remove_adapted(other)
+    assert same_bits(bits(other), bits(module()))
+
+
+@each_run
+def test_remove_gives_everything_back_bit_for_bit(case, tmp_path):
+    _, own, _ = fit(tmp_path, case, 1)
+    base = module(dropout=0.2)
+    remove_adapted(own)
+    assert same_bits(bits(own), bits(base))
+    assert [type(each) for each in own.modules()] == [type(each) for each in base.modules()]
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    assert not any("lightning_lora" in key for each in own.modules() for key in vars(each))
+    assert not any(each._forward_hooks or each._load_state_dict_pre_hooks for each in own.modules())
+    remove_adapted(own)
+
+
+@each_run
+def test_an_interrupt_leaves_the_model_before_or_after(case):
+    config = case.make().config
+
+    def trained():
+        own = module()
+        adapt(own, config)
+        move(own, case.make())
+        return own
+
+    for start, verb in ((module, lambda own: adapt(own, config)), (trained, remove_adapted)):
+        before, done = state_of(start()), start()
+        total = len(lines_in(lambda verb=verb, done=done: verb(done)))
+        after = state_of(done)
+        for share in (0.3, 0.6, 0.8, 0.95):
+            own = start()
+            interrupt(lambda verb=verb, own=own: verb(own), int(total * share))
+            assert state_of(own) in (before, after)
+            verb(own)
+            assert state_of(own) == after
+
+
+@each_run
+def test_ctrl_c_keeps_what_was_trained(case):
+    class Interrupting(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                raise KeyboardInterrupt
+
+    own = module()
+    with pytest.raises(SystemExit):
+        trainer(case.make(), Interrupting(), max_epochs=1).fit(own, data())
+    method = case.make().method
+    assert method.is_adapted(own) and not method.is_untrained(own)
+    trainer(case.make(), max_epochs=1).fit(own, data())
+
+
+@each_run
+def test_an_error_before_the_first_step_leaves_the_module_as_it_was(case):
+    class Failing(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise RuntimeError("stop")
+
+    own = module()
+    before = state_of(own)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(case.make(), Failing(), max_epochs=1).fit(own, data())
+    now = state_of(own)
+    ignored = {key for key in now if key.endswith("/keys")}  # Lightning sets the trainer
+    assert {key: value for key, value in now.items() if key not in ignored} == {
+        key: value for key, value in before.items() if key not in ignored
+    }
+
+
+@each_run
+def test_liveness_names_a_site_that_is_not_reached(case):
+    if not case.skipped:
+        return
+    with pytest.warns(UserWarning, match=rf"got no gradient in the first steps\..*{case.skipped}"):
+        trainer(case.make(), max_epochs=2).fit(module(skipped=1), data())
+
+
+@each_run
+def test_lr_scale_multiplies_the_rates_of_what_the_method_trains(case):
+    class Rates(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    rates = Rates()
+    trainer(case.make(lr_scale=10.0), rates, max_epochs=1, limit_train_batches=2).fit(module(), data())
+    assert rates.rates == [pytest.approx(0.1)]
+
+
+@each_run
+def test_the_configuration_is_logged_under_its_key(case, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    trainer(case.make(), max_epochs=1, logger=logger, limit_train_batches=2).fit(module(), data())
+    callback = case.make()
+    assert logger.experiment.hparams[callback.method.key] == {
+        **callback.config.to_dict(),
+        **callback.run_config.to_dict(),
+    }
+    assert callback.state_key == f"{type(callback).__name__}[default]"
+
+
+@each_run
+def test_inspect_shows_what_the_file_holds(case, tmp_path):
+    fit(tmp_path, case, 1)
+    inspection = inspect_files(tmp_path / "last.ckpt")
+    names = {*inspection.others, *(layer.name for layer in inspection.layers)}
+    assert names >= {name for name in case.trained if ".lora." not in name}
+    assert inspection.fingerprint is bool({name for name, _ in module().named_parameters()} - case.trained)
+    assert str(tmp_path / "last.ckpt") in inspection_text(inspection) and inspection_data(inspection)["about"]
+
+
+@every_method
+def test_two_callbacks_are_refused(case):
+    other = next(each for each in CASES if type(each.make()) is not type(case.make()))
+    with pytest.raises(Exception, match=f"has a {type(case.make()).__name__} and a {type(other.make()).__name__}"):
+        trainer(case.make(), other.make()).fit(module(), data())
+
+
+@pytest.mark.parametrize("case", WITHOUT_LORA, ids=str)
+def test_peft_refuses_it_by_name(case, tmp_path):
+    from lightning_lora import load_adapter, save_adapter
+
+    own, lora = module(), module()
+    adapt(own, case.make().config)
+    with pytest.raises(ValueError, match=f"adapted by {type(case.make().config).__name__}, and PEFT's LoRA format has"):
+        save_adapter(own, tmp_path / "adapter")
+    adapt(lora, LoRACallback(r=2).config)
+    save_adapter(lora, tmp_path / "lora")
+    with pytest.raises(ValueError, match=f"adapted by {type(case.make().config).__name__} already"):
+        load_adapter(own, tmp_path / "lora")
+
+
+@every_method
+def test_the_callback_travels_as_its_configuration(case):
+    callback = case.make()
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert other.config == callback.config and other.run_config == callback.run_config
+
+
+@every_method
+def test_a_plain_module_stays_plain_where_nothing_is_asked(case):
+    own = nn.Sequential(nn.ReLU())
+    with pytest.raises(ValueError, match=r"`(targets|train)"):
+        adapt(own, case.make().config)
+    remove_adapted(own)
+    assert state_of(own) == state_of(nn.Sequential(nn.ReLU()))
