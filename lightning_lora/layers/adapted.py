@@ -100,6 +100,20 @@ def _with_layout_of(
     return metaclass(name, (original, *rest), attributes)  # type: ignore[no-any-return]
 
 
+def not_swappable(module: nn.Module, key: str) -> str | None:
+    """Why the class of ``module`` cannot be replaced, as the end of a sentence about it; ``None`` if it can.
+
+    Args:
+        module: any module.
+        key: of the method.
+    """
+    if "forward" in vars(module):
+        return "has a `forward` set on the instance, which would bypass the adapter"
+    if hasattr(module, key) and not isinstance(module, Adapted):
+        return f"has an attribute `{key}` of its own, where the adapter would go"
+    return None
+
+
 def swap_in(module: nn.Module, mixin: type[Adapted], child: nn.Module) -> None:
     """Give ``module`` the class of ``mixin`` and its own one, and ``child`` under the key of the method.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora.foreign import PARAMETRIZATIONS
-from lightning_lora.layers.adapted import Adapted, DynamicClass, derived
+from lightning_lora.layers.adapted import Adapted, DynamicClass, derived, not_swappable
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.bilinear import LoRABilinear
@@ -218,12 +218,11 @@ def refusal(module: nn.Module) -> str | None:
             "recurrent and attention layers, Hugging Face's Conv1D, experts in one parameter, and any matrix that is "
             "named itself"
         )
-    if "forward" in vars(module):
-        return "has a `forward` set on the instance, which would bypass the adapter"
+    reason = not_swappable(module, LoRALayer.method_key)
+    if reason is not None:
+        return reason
     if original_class(module).__call__ is not nn.Module.__call__:
         return "has a `__call__` of its own, which may bypass the adapter"
-    if hasattr(module, "lora") and not isinstance(module, LoRALayer):
-        return "has an attribute `lora` of its own, where the adapter would go"
     if PARAMETRIZATIONS in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
     if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):

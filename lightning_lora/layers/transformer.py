@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.adapted import Adapted
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import (
     call_on_merged_weights,
@@ -58,3 +59,21 @@ def fast_path_disabled(module: nn.Module, gate: str) -> AbstractContextManager[N
 def _set_to_0(module: nn.Module, gate: str, undo: Undo) -> None:
     undo.append(partial(setattr, module, gate, getattr(module, gate)))
     setattr(module, gate, 0)
+
+
+class WithoutFastPath(Adapted):
+    """An ``nn.TransformerEncoderLayer`` in which a method acts on activations: its fast path would bypass them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the plain layer, by its separate layers."""
+        with fast_path_disabled(self, "activation_relu_or_gelu"):
+            return super().forward(*args, **kwargs)
+
+
+class WithoutNestedTensors(Adapted):
+    """An ``nn.TransformerEncoder`` around such layers: it makes nested tensors, which only the fast path takes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the plain module, with padded tensors."""
+        with fast_path_disabled(self, "use_nested_tensor"):
+            return super().forward(*args, **kwargs)

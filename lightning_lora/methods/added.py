@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.config import MethodConfig
 from lightning_lora.files.json_files import printable
-from lightning_lora.layers.adapted import Adapted, adapted_modules, added_to, swap_in
+from lightning_lora.layers.adapted import Adapted, adapted_modules, added_to, has_added, not_swappable, swap_in
 from lightning_lora.layers.adapter import seed_of
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.added_config import AddedConfig
@@ -36,6 +36,7 @@ from lightning_lora.model.state import (
     trained_state,
 )
 from lightning_lora.model.twins import Agree, own_answer
+from lightning_lora.targets.problems import raise_refusals
 from lightning_lora.targets.resolve import useless_patterns
 from lightning_lora.targets.survey import Survey
 
@@ -76,6 +77,14 @@ class AddedMethod(Method):
             seed: for a generator of its own: the global random stream is neither read nor advanced.
         """
         raise NotImplementedError
+
+    def hosts(self, survey: Survey) -> Mapping[str, tuple[type[Adapted], nn.Module]]:
+        """Modules that get another class though nothing that trains is added to them, once the sites are adapted.
+
+        Returns:
+            By first clean name the mixin and a child without parameters; a module that is adapted already stays.
+        """
+        return {}
 
     def in_base(self, survey: Survey) -> Iterable[tuple[nn.Module, str]]:
         """Parameters of the base that train, each as a module and the key in it, but for those the config names.
@@ -142,6 +151,7 @@ class AddedMethod(Method):
         sites = {name: site for name, site in self.sites(survey).items() if not is_plain_copy(site)}
         self._check_meant(survey, sites)
         fresh = {name: site for name, site in sites.items() if not isinstance(site, Adapted)}
+        raise_refusals({name: not_swappable(site, self.key) for name, site in fresh.items()})
         children = {name: self.new(name, site, self._seed(name)) for name, site in fresh.items()}
         in_base = [(module, key) for module, key in self.in_base(survey) if not is_plain_copy(module)]
         for module, key in in_base:
@@ -150,6 +160,9 @@ class AddedMethod(Method):
         for name, site in fresh.items():
             record_of(site).adapted_by = self.config
             swap_in(site, self.mixin(site), children[name])
+        for name, (mixin, child) in self.hosts(survey).items():
+            if not isinstance(survey.by_name[name], Adapted):
+                swap_in(survey.by_name[name], mixin, child)
         record_of(model).config = self.config
         survey = Survey(model)
         equip(survey, self.config)
@@ -161,7 +174,8 @@ class AddedMethod(Method):
     def _check_meant(self, survey: Survey, sites: Mapping[str, nn.Module]) -> None:
         """Raise if a module is adapted that the configuration does not mean in this model, as it did in another."""
         meant = set(map(id, sites.values()))
-        stray = next((name for name, module in adapted_modules(survey.model) if id(module) not in meant), None)
+        added = ((name, module) for name, module in adapted_modules(survey.model) if has_added(module))
+        stray = next((name for name, module in added if id(module) not in meant), None)
         if stray is not None:
             raise ValueError(
                 f"`{stray}` has a {self.key}, and in this model the configuration does not mean it: it was adapted as "
@@ -238,7 +252,7 @@ class AddedMethod(Method):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, Watched]:
-        return {name: self.watch(module) for name, module in adapted_modules(model)}
+        return {name: self.watch(module) for name, module in adapted_modules(model) if has_added(module)}
 
     def watch(self, module: Adapted) -> Watched:
         """What of one adapted module is watched: by default its child, by the first parameter that trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -108,6 +108,24 @@ def refused(reason: str, names: list[str], others: bool) -> str:
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     leave = list(dict.fromkeys(names if len(names) < 4 else map(folded, names)))
     return f"`{names[0]}`{more} {reason}." + (f" To leave it out write exclude={leave!r}." if others else "")
+
+
+def raise_refusals(reasons: Mapping[str, str | None]) -> None:
+    """Raise for the modules that have a reason, one sentence for each reason.
+
+    Args:
+        reasons: by the name of each chosen module why it is refused, or ``None`` for those that are not.
+
+    Raises:
+        ValueError: if there is a reason.
+    """
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            names_by_reason.setdefault(reason, []).append(name)
+    if names_by_reason:
+        others = None in reasons.values()
+        raise ValueError("\n".join(refused(reason, names, others) for reason, names in names_by_reason.items()))
 
 
 def adapted_by(library: str, class_name: str) -> str:
