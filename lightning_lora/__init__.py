@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.methods.adapt import adapt, remove_adapted
+from lightning_lora.methods.plan import plan
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
@@ -66,6 +67,7 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "merged_state_dict",
+    "plan",
     "plan_lora",
     "remove_adapted",
     "remove_lora",

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "arguments": ("test_config", "the configurations show what its checks refuse"),
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
     "methods/adapt": ("methods/test_life_of_a_run", "every method is put on and taken off by the two verbs"),
+    "methods/plan": ("methods/test_life_of_a_run", "what it counts is what then trains"),
     "methods/known": ("methods/test_life_of_a_run", "files of every method are read there"),
     "methods/tune/method": ("methods/test_life_of_a_run", "its answers are those of a run"),
     "trainer/tune_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),

@@ -31,6 +31,7 @@ NAMES = [
     "lora_state_dict",
     "merge_lora",
     "merged_state_dict",
+    "plan",
     "plan_lora",
     "remove_adapted",
     "remove_lora",

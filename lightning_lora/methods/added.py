@@ -20,7 +20,7 @@ from lightning_lora.methods.base import Method, Watched
 from lightning_lora.model.adapter_loading import accept_adapters
 from lightning_lora.model.apply import drop_added, remove
 from lightning_lora.model.copies import has_copies, make_base, make_plain
-from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
+from lightning_lora.model.freeze import freeze, trained_parameters, trains, unfreeze
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.initial_values import is_trained, remember, remember_added
 from lightning_lora.model.journal import Journal, all_or_nothing
@@ -142,18 +142,39 @@ class AddedMethod(Method):
     def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
         return all_or_nothing(model, lambda journal: self._complete(model))
 
-    def _complete(self, model: nn.Module) -> list[str]:
-        survey = Survey(model)
-        self.check(model)
+    def _checked_sites(self, survey: Survey) -> tuple[dict[str, nn.Module], list[tuple[nn.Module, str]]]:
+        """The sites, and the parameters of the base that train; what cannot work is refused here."""
+        self.check(survey.model)
         useless = useless_patterns(survey, self.config)
         if useless:
             raise ValueError("\n".join(useless))
         sites = {name: site for name, site in self.sites(survey).items() if not is_plain_copy(site)}
         self._check_meant(survey, sites)
+        fresh = ((name, site) for name, site in sites.items() if not isinstance(site, Adapted))
+        raise_refusals({name: not_swappable(site, self.key) for name, site in fresh})
+        return sites, [(module, key) for module, key in self.in_base(survey) if not is_plain_copy(module)]
+
+    def would_train(self, survey: Survey) -> tuple[dict[str, int], dict[str, int]]:
+        """The number of parameters that each site has or would get, and the sizes of those of the base that train."""
+        sites, in_base = self._checked_sites(survey)
+        added = {
+            name: added_to(site) if isinstance(site, Adapted) else self.new(name, site, self._seed(name))
+            for name, site in sites.items()
+        }
+        asked = {
+            id(site.module._parameters[key])
+            for name, site in survey.sites.items()
+            for key in site.module._parameters
+            if trains(site, key, name in sites, self.config)
+        } | {id(module._parameters[key]) for module, key in in_base}
+        sizes = {name: sum(parameter.numel() for parameter in child.parameters()) for name, child in added.items()}
+        return sizes, {name: p.numel() for name, p in survey.parameters() if id(p) in asked}
+
+    def _complete(self, model: nn.Module) -> list[str]:
+        survey = Survey(model)
+        sites, in_base = self._checked_sites(survey)
         fresh = {name: site for name, site in sites.items() if not isinstance(site, Adapted)}
-        raise_refusals({name: not_swappable(site, self.key) for name, site in fresh.items()})
         children = {name: self.new(name, site, self._seed(name)) for name, site in fresh.items()}
-        in_base = [(module, key) for module, key in self.in_base(survey) if not is_plain_copy(module)]
         for module, key in in_base:
             record_of(module).trained.add(key)
             record_of(module).adapted_by = self.config

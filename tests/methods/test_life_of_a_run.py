@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_lora import LoRACallback, adapt, load_from_checkpoint, remove_adapted
+from lightning_lora import LoRACallback, adapt, load_from_checkpoint, plan, remove_adapted
 from lightning_lora.cli.inspect import inspect_files
 from lightning_lora.cli.reports import inspection_data, inspection_text
 from tests.helpers.interrupts import interrupt, lines_in, state_of
@@ -57,6 +57,21 @@ def test_it_starts_as_the_base_where_that_is_promised(case):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(own(inputs()), base(inputs())) is case.bare
     assert {name for name, p in own.named_parameters() if p.requires_grad} == case.trained
+
+
+@every_method
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_plan_counts_what_would_train_and_changes_nothing(case, device):
+    own = module().to(device)
+    before = state_of(own) if device == "cpu" else None
+    text = str(plan(own, case.make()))
+    assert before is None or state_of(own) == before
+    adapted = module()
+    adapt(adapted, case.make().config)
+    size = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    base = sum(parameter.numel() for parameter in own.parameters())
+    assert f"{size:,} trainable parameter" in text and f"of the base's {base:,}" in text
+    assert f"{size:,} trainable parameter" in str(plan(adapted, case.make().config))
 
 
 @every_method

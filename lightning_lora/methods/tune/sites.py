@@ -128,7 +128,7 @@ def _head(survey: Survey) -> list[Place]:
     heads = list(dict.fromkeys(_whole_head(name, modules) for name in output_heads(survey)))
     if not heads:
         raise ValueError(
-            f"`train='head'` found no output head in {type(survey.model).__name__}: {_instead(survey, 'head')}"
+            f"`train='head'` found no output head in {type(survey.model).__name__}. {_instead(survey, 'head')}"
         )
     if len(heads) > 1:
         listed = ", ".join(f"`{name}`" for name in heads)
@@ -149,10 +149,11 @@ def _instead(survey: Survey, part: str) -> str:
     """What to write where ``part`` means nothing."""
     others = [word for word in ("bias", "norm") if any(word != part and is_part(word, *p) for p in _every(survey))]
     last = next((site.name for site in reversed(survey.sites.values()) if site.name and site.module._parameters), "")
-    advice = [f"take train={others[0]!r}"] if others else []
-    advice += [f"name what to train in a list, as in train=[{last!r}]"] if last else []
-    text = ", or ".join(advice) or "name what to train in a list"
-    return f"{text[0].upper()}{text[1:]}."
+    if not last:
+        return "It has no parameter of its own in a module with a name."
+    if not others:
+        return f"Name what to train in a list, as in train=[{last!r}]."
+    return f"Take train={others[0]!r}, or name what to train in a list, as in train=[{last!r}]."
 
 
 def _unmatched(survey: Survey, pattern: str) -> str:

@@ -125,7 +125,9 @@ class Takes(Callback):
             group["params"][:] = [p for p in group["params"] if id(p) not in taken]
 
 
-@remedy(LIVENESS, "No optimizer holds the adapter of {}", "`net.layers.1.v`", "Leave the parameters", "`exclude`")
+@remedy(
+    LIVENESS, "No optimizer holds the {} of {}, so it would", "`net.layers.1.v`", "Leave the parameters", "`exclude`"
+)
 def an_adapter_that_is_left_in_its_group(message: Expected, folder: Path) -> None:
     with message:
         fit(Takes(), LoRACallback(targets=["q", "v"]))

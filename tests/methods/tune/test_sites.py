@@ -173,7 +173,7 @@ class Quantized(nn.Module):
         (
             nn.Sequential(nn.Conv2d(1, 1, 1)),
             {"train": "head"},
-            r"found no output head in Sequential: Take train='bias'",
+            r"found no output head in Sequential\. Take train='bias'",
         ),
         (Quantized(), {"train": ["packed"]}, r"its dtype is torch\.uint8, which takes no gradient\. Take train='bias'"),
         (nn.Sequential(nn.LazyLinear(2)), {"train": "all"}, r"`0\.weight` has no shape yet \(a lazy module\): run one"),
