@@ -142,11 +142,16 @@ class FSDP1(Sharded):
         """Add trained parameters to ``ignored_states``; FSDP then neither shards, moves, materializes nor casts them.
 
         Raises:
-            MisconfigurationException: if a parameter of the base trains that FSDP should have cast.
+            MisconfigurationException: if a parameter of the base trains that FSDP should have cast, or all train.
         """
         if fsdp1_units(self.module):  # by an earlier run
             return
         self._check_casts()
+        if all(parameter.requires_grad for parameter in self.module.parameters()):
+            raise MisconfigurationException(
+                "FSDPStrategy shards what is frozen, and here everything trains, so that nothing would be sharded. Use "
+                "strategy='ddp', or ModelParallelStrategy, which shards what trains too."
+            )
         device, kwargs = self.strategy.root_device, self.strategy.kwargs
         _materialize(self.module, device)
         ours = [parameter for _, parameter in trained_parameters(self.module)]

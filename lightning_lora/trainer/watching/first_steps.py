@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.distributed.sharded import reshard
 from lightning_lora.model.initial_values import renew
 from lightning_lora.model.written import written_parameters
 from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
@@ -66,6 +67,7 @@ class FirstSteps:
         if not self.watches_gradients or not self.files.run_config.liveness:
             return
         self.close()  # a tuner has run before
+        reshard(self.module)  # an evaluation gathered parameters, and optimizers hold the sharded ones
         self.liveness = Liveness(self.module, self.method.watched(self.module), self.named)
         self.liveness.check_held(optimizers)
 

@@ -76,6 +76,7 @@ TRIED = {
 
 # By file and the first words: why nothing is tried.
 NOT_TRIED = {
+    ("trainer/strategies/fsdp.py", "FSDPStrategy shards what is frozen"): "needs processes; both are what others run",
     ("trainer/strategies/fsdp.py", "`{}=True` cannot step"): "needs a sharded model; without it is what others run",
     (
         "layers/weight_view.py",
