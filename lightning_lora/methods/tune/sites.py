@@ -14,7 +14,7 @@ from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.report.summary import output_heads
 from lightning_lora.names import covers, join, matches, nearest
 from lightning_lora.targets.role_names import CLASSIFIER, leaf_is
-from lightning_lora.targets.roles import head_container
+from lightning_lora.targets.roles import head_container, roles_in
 from lightning_lora.targets.survey import Site, Survey
 
 NORM_CLASSES: tuple[type[nn.Module], ...] = (
@@ -125,7 +125,7 @@ def _head(survey: Survey) -> list[Place]:
         ValueError: if there is none or several.
     """
     modules = survey.by_name
-    heads = list(dict.fromkeys(_whole_head(name, modules) for name in output_heads(survey)))
+    heads = list(dict.fromkeys(_whole_head(name, modules) for name in _ends(survey)))
     if not heads:
         raise ValueError(
             f"`train='head'` found no output head in {type(survey.model).__name__}. {_instead(survey, 'head')}"
@@ -137,6 +137,17 @@ def _head(survey: Survey) -> list[Place]:
             f"train in a list, as in train={heads[:1]!r}."
         )
     return [(site, key) for site, key in _every(survey) if any(f"{n}.".startswith(f"{heads[0]}.") for n in site.names)]
+
+
+def _ends(survey: Survey) -> list[str]:
+    """The output heads; where no name says what they are, all linear layers after the last block of a transformer."""
+    roles, heads = roles_in(survey), output_heads(survey)
+    if roles.heads or not heads:
+        return heads
+    places = {name: place for place, name in enumerate(survey.by_name)}
+    blocks = [places[name] for name in (*roles.attention, *roles.mlp)]
+    after = [name for name in roles.linear if places[name] > max(blocks, default=len(places))]
+    return after or heads
 
 
 def _whole_head(layer: str, modules: dict[str, nn.Module]) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import TuneConfig, adapt
 from lightning_lora.methods.tune.sites import is_norm
-from tests.helpers.models import Encoder
+from tests.helpers.models import Attention, Encoder
 
 
 def trained(model: nn.Module, *args: object, **kwargs: object) -> set[str]:
@@ -135,6 +135,15 @@ class TwoHeads(nn.Module):
         self.body, self.cls_head, self.box_head = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 4)
 
 
+class TwoTowers(nn.Module):
+    """Two projections at the end, as of CLIP, that no name calls heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(Attention(4) for _ in range(2))
+        self.picture, self.text = nn.Linear(4, 2), nn.Linear(4, 2)
+
+
 class Quantized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -170,6 +179,7 @@ class Quantized(nn.Module):
             {"train": "head"},
             r"found 2 output heads in TwoHeads: `cls_head`, `box_head`\. Name those to train",
         ),
+        (TwoTowers(), {"train": "head"}, r"found 2 output heads in TwoTowers: `picture`, `text`\. Name"),
         (
             nn.Sequential(nn.Conv2d(1, 1, 1)),
             {"train": "head"},
