@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.arguments import check_flag
 from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.methods.known import method_of
-from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.apply import apply_lora, drop_added
 from lightning_lora.model.apply import remove as remove_all
 from lightning_lora.model.journal import all_or_nothing, complete_undo
 
@@ -44,10 +45,15 @@ def adapt(model: nn.Module, config: MethodConfig) -> list[str]:
     return method.complete(model)
 
 
-def remove_adapted(model: nn.Module) -> None:
+def remove_adapted(model: nn.Module, *, keep: bool = False) -> None:
     """Make ``model`` what it was before :func:`adapt`, in place, whatever the method; a plain model stays as it is.
 
     What was added goes, a merged update too, and trained parameters and buffers get their initial values back.
+
+    Args:
+        model: any module.
+        keep: leave the values of the base's own parameters and buffers as they are now: what TuneCallback trained is
+            then the base. What was added and is not merged goes all the same.
 
     Raises:
         ValueError: if a merged weight was changed since, so that the base cannot be restored, or what trains is
@@ -58,6 +64,11 @@ def remove_adapted(model: nn.Module) -> None:
         >>> model = nn.Linear(4, 2)
         >>> _ = adapt(model, TuneConfig("all"))
         >>> remove_adapted(model)
-        >>> remove_adapted(model)
+        >>> [type(module).__name__ for module in model.modules()]
+        ['Linear']
     """
-    all_or_nothing(model, lambda journal: remove_all(model, journal))
+    check_flag("keep", keep)
+    if keep:
+        drop_added(model)
+    else:
+        all_or_nothing(model, lambda journal: remove_all(model, journal))

@@ -120,7 +120,8 @@ class AddedMethod(Method):
                 raise ValueError(
                     f"The model is adapted by a {type(present).__name__} already, and this asks for "
                     f"{printable(difference, 1300)}. To start over on the original base call `remove_adapted(model)`; "
-                    "to continue, ask for the same."
+                    "to keep what was trained in the model's own weights as the new base call `remove_adapted(model, "
+                    "keep=True)`; to continue, ask for the same."
                 )
 
     @override

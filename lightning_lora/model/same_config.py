@@ -53,13 +53,15 @@ def check_method(model: nn.Module | Survey, config: MethodConfig) -> None:
     Raises:
         ValueError: naming both methods and the ways out.
     """
-    for present in configs_of(model):
-        if type(present) is not type(config):
-            raise ValueError(
-                f"The model is adapted by {type(present).__name__} already, and this asks for {type(config).__name__}: "
-                "a model takes one method. To start over on the original base call `remove_adapted(model)`; to "
-                f"continue, ask for the same {type(present).__name__}."
-            )
+    present = next((each for each in configs_of(model) if type(each) is not type(config)), None)
+    if present is not None:
+        is_lora = isinstance(present, LoRAConfig)
+        keep = "merge_lora(model, undo=False)" if is_lora else "remove_adapted(model, keep=True)"
+        raise ValueError(
+            f"The model is adapted by {type(present).__name__} already, and this asks for {type(config).__name__}: a "
+            "model takes one method. To start over on the original base call `remove_adapted(model)`; to keep what was "
+            f"trained in the model's own weights as the new base call `{keep}`."
+        )
 
 
 def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:

@@ -5,6 +5,8 @@ A preset chooses by names and structure, and so it also means a frozen copy of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,10 +27,40 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     adapted = dict(method.adapted_weights(model).values())
+    if not adapted:
+        return _untrained_twins(held, model, method)
     weights = {name: p for name, p in adapted.items() if p.is_floating_point()}  # integers hold a quantized base
     trained = {name.rpartition(".")[0] for name, p in weights.items() if p.requires_grad and id(p) in held}
     every = dict.fromkeys(name.rpartition(".")[0] for name in weights)
     return [name for name in every if name not in trained], [name for name in every if name in trained]
+
+
+def _untrained_twins(held: set[int], model: nn.Module, method: Method) -> tuple[list[str], list[str]]:
+    """Of the base's own parameters that the method trains: modules that the user's run leaves alone, and their twins.
+
+    That some of them would not train is what such a method is for. But a module with the parameters of another one,
+    which the run trains, may be a teacher.
+    """
+    own = dict(method.main_parameters(model))
+    trained = [name for name, p in own.items() if p.requires_grad and id(p) in held]
+    among_trained = {key: head for name in trained for key, head in _without_one_word(name, own[name])}
+    twins = {
+        head: among_trained[key]
+        for name in own.keys() - set(trained)
+        for key, head in _without_one_word(name, own[name])
+        if key in among_trained
+    }
+    whole = [head for head in sorted(twins) if not any(covers(name, [head]) for name in trained)]
+    return whole, list(dict.fromkeys(twins[head] for head in whole))
+
+
+def _without_one_word(name: str, parameter: nn.Parameter) -> Iterator[tuple[tuple[object, ...], str]]:
+    """For each module around the parameter ``name``: what a twin with another name has in common, and the module."""
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-2]):
+        if not part.isdigit():
+            rest = (place, *parts[:place], None, *parts[place + 1 :], tuple(parameter.shape))
+            yield rest, ".".join(parts[: place + 1])
 
 
 def warn_of_untrained(
@@ -63,6 +95,13 @@ def warn_of_untrained(
         else f"{listed(named)}, copied from {listed(list(copies.values()))}, would not train without adapters, nor "
         "would these."
     )
+    if not method.adapted_weights(model):
+        rank_zero_warn(
+            f"{listed(named)} has the parameters of {listed(trained)}, and would not train without this callback: the "
+            f"module froze {them}, or no optimizer holds {them}. `train` means {them} too. To leave {them} alone, as a "
+            f"fixed teacher or a reference must be, give exclude={exclude!r}."
+        )
+        return set(named)
     rank_zero_warn(
         f"{why} `targets` means {them}, so adapters are there, and train where they get a gradient. To leave {them} "
         f"alone, as a fixed teacher or a reference must be, give exclude={exclude!r}."

@@ -68,6 +68,10 @@ TRIED = {
         "trainer/watching/test_frozen_watch.py",
         "test_an_adapted_weight_that_a_hook_parametrizes_is_refused",
     ),
+    ("trainer/watching/untrained_targets.py", "{} has the parameters of {}"): (
+        "trainer/watching/test_untrained_targets.py",
+        "test_a_teacher_that_tune_callback_means_is_named",
+    ),
     ("trainer/watching/untrained_targets.py", "{} `targets` means {}, so adapters"): (
         "trainer/watching/test_untrained_targets.py",
         "test_a_teacher_is_named_and_the_advice_leaves_it",

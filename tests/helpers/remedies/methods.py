@@ -36,6 +36,13 @@ def another_method_on_the_base(message: Expected, folder: Path) -> None:
     adapt(model, TuneConfig("bias"))
     remove_adapted(model)
     adapt(model, LoRAConfig())
+    adapt(model := Encoder(), TuneConfig("bias"))
+    with torch.no_grad():
+        model.head.bias.fill_(3)
+    remove_adapted(model, keep=True)
+    adapt(model, LoRAConfig())
+    remove_adapted(model)
+    assert bool((model.head.bias == 3).all())
 
 
 @remedy("methods/added.py", "The model is adapted by a {} already", "`train='norm'`", "call `remove_adapted(model)`")

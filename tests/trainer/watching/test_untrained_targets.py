@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, TuneCallback
 from tests.helpers.models import Lit, data, net, trainer
 
 
@@ -115,3 +115,30 @@ def test_a_name_that_would_cover_a_trained_layer_is_not_advised():
     module.net.layers[0].q.requires_grad_(False)
     (message,) = said(module, targets=["q"])
     assert message.startswith("`net.layers.0.q` would not train") and "exclude=['net.layers.0']" in message
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_teacher_that_tune_callback_means_is_named(frozen):
+    def messages(module, **arguments):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer(TuneCallback("bias", **arguments), max_epochs=1, limit_train_batches=2).fit(module, data())
+        return [str(each.message) for each in seen if "`train` means" in str(each.message)]
+
+    (message,) = messages(Distilled(frozen))
+    assert message.startswith("`teacher` has the parameters of `net`, and would not train without this callback")
+    assert "give exclude=['teacher']." in message
+    module, before = Distilled(frozen), net().state_dict()
+    assert messages(module, exclude=["teacher"]) == []
+    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+
+
+def test_a_frozen_backbone_is_what_bias_tuning_is_for():
+    class OnHead(Lit):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net.head.parameters())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(num_workers|validation_step|treespec)")
+        trainer(TuneCallback("bias"), max_epochs=1, limit_train_batches=2).fit(OnHead(), data())
