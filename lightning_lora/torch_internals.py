@@ -66,6 +66,13 @@ def has_tensor_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether backward computes a batch of gradients at once, of which ``gradient`` may be one."""
+    if torch.compiler.is_compiling():  # which does not know the second question
+        return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its questions about ``torch.func``, which take a tenth of a small layer's time."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]

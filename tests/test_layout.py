@@ -45,6 +45,8 @@ ELSEWHERE = {
     "ops/fused_dropout": ("ops/test_kernels", "its kernels run there alone"),
     "ops/fused_linear": ("ops/test_linear", "it must equal the plain formula, case by case"),
     "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
+    "ops/lookup": ("layers/test_embedding", "it must equal the lookup of the formula"),
+    "ops/lookup_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/products": ("ops/test_linear", "its products are those of the op, forward and backward"),
     "ops/stacked": ("layers/test_parameter", "stacks of experts are parameters by name"),
     "ops/weight_sum_kernels": ("ops/test_weight_sum_plan", "a plan launches them"),

@@ -17,6 +17,7 @@ from lightning_lora.layers.merged_forward import merged_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import fused_linear
 from lightning_lora.ops.linear import add_low_rank_term
+from lightning_lora.ops.lookup import columns_of
 from lightning_lora.torch_internals import has_module_hooks, is_transformed
 
 
@@ -45,8 +46,8 @@ def add_in_place(rows: Tensor, index: Tensor, adapter: EmbeddingAdapter, scale_g
         scale_grad_by_freq: as in the plain layer.
     """
     A, B = adapter.operands()
-    hidden = F.embedding(index, A.t(), adapter.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (n, r)
-    return rows.addmm_(hidden.to(dtype=rows.dtype), B.to(dtype=rows.dtype).t(), alpha=adapter.scale)
+    hidden = columns_of(A, index, rows.dtype, adapter.padding_idx, scale_grad_by_freq)  # (n, r)
+    return rows.addmm_(hidden, B.to(dtype=rows.dtype).t(), alpha=adapter.scale)
 
 
 def can_add_in_place(weight: Tensor, adapter: EmbeddingAdapter) -> bool:

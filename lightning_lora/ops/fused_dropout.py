@@ -22,7 +22,7 @@ from lightning_lora.ops.products import (
     matmul,
     scaled,
 )
-from lightning_lora.torch_internals import apply_of, saved_tensors_have_hooks, versions_of
+from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
 MIN_ELEMENTS = 2**22  # of an input; below this, launching the kernels takes longer than torch's own dropout
 # The kernels round p to a multiple of 1 / 65536, which changes probabilities near 0 and near 1 too much.
@@ -70,7 +70,7 @@ class FusedDropoutLinear(torch.autograd.Function):
             check_unmodified(weight, versions[2])
         rows, dy_rows = as_matrix(x), as_matrix(dy)
         db = dy_rows.sum(0) if needs_db else None
-        if torch.is_grad_enabled():  # this backward is differentiated again
+        if torch.is_grad_enabled() or is_batched(dy):
             check_unmodified(A, versions[0])
             check_unmodified(B, versions[1])
             mask = like(dropout_kernels.dropout_mask(rows, seed, p), x)

@@ -19,7 +19,7 @@ from lightning_lora.ops.products import as_matrix, base_plus_low_rank, different
 from lightning_lora.torch_internals import (
     any_autocast_enabled,
     apply_of,
-    in_functorch_transform,
+    is_batched,
     is_transformed,
     saved_tensors_have_hooks,
     versions_of,
@@ -112,7 +112,7 @@ class FusedLinear(torch.autograd.Function):
         if again or cast_A is A or cast_B is B:
             check_unmodified(A, versions[0])
             check_unmodified(B, versions[1])
-        if again or in_functorch_transform():
+        if again or is_batched(dy):
             x = x if gate is None else input_or_product(ctx.x(), x, gate)
             base, low, dA, dB = differentiable_gradients(dy, x, weight, A, B, scale)
             dx_and_dropped = (base, low) if needs_dropped else (base + low, None)

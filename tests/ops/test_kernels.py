@@ -26,7 +26,7 @@ def test_all_by_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "15 passed" in done.stdout
+    assert "23 passed" in done.stdout
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -49,6 +49,22 @@ def test_a_gradient_by_the_factors_of_an_input(n, width, r):
     one, other, back = draw(n, width), draw(n, width), draw(n, r)
     found = kernels.gated_gradient(back, one, other, 0.5, torch.float32)
     assert_near(found, 0.5 * back.double().T @ (one * other).double())
+
+
+@direct
+@pytest.mark.parametrize(("n", "columns", "r"), [(1, 5, 3), (200, 7, 16), (150, 1000, 20), (33, 40, 8)])
+@pytest.mark.parametrize(("padding", "by_frequency"), [(-1, False), (3, True)])
+def test_a_gradient_of_the_columns_of_an_embedding(n, columns, r, padding, by_frequency):
+    from lightning_lora.ops import lookup_kernels
+
+    torch.manual_seed(0)
+    index, back = torch.randint(0, columns, (n,), device=DEVICE), draw(r, n).t()  # the stride that a product gives
+    found = lookup_kernels.column_gradient(back, index, columns, padding, by_frequency, torch.float32)
+    one_hot = torch.nn.functional.one_hot(index, columns).double()
+    wanted = back.double().T @ one_hot / (one_hot.sum(0).clamp(min=1) if by_frequency else 1)
+    if padding >= 0:
+        wanted[:, padding] = 0
+    assert_near(found, wanted)
 
 
 @direct
