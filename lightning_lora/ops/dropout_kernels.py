@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lora.ops.gated_kernels import padded_rank, panel_rows, sum_partials
+from lightning_lora.ops.gated_kernels import padded_rank, panel_rows
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _dropped_product(
 
 @triton.jit
 def _dropped_gradients(
-    x, d_hidden, A, dx, dA_partials, seed_at, n, width, r, threshold, factor,
+    x, d_hidden, A, dx, dA_partials, seed_at, n, width, r, threshold, factor, scale,
     PANEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     panel, block = tl.program_id(0), tl.program_id(1)
@@ -69,7 +69,7 @@ def _dropped_gradients(
         tile = tl.where(keeps, tl.load(x + at, mask=here & inside, other=0.0), 0.0)
         dA = tl.dot(tl.trans(g), tile, dA)
     at = (panel.to(tl.int64) * r + ranks[:, None]) * width + columns[None, :]
-    tl.store(dA_partials + at, dA * factor, mask=ranked[:, None] & inside)
+    tl.store(dA_partials + at, dA * (factor * scale), mask=ranked[:, None] & inside)
 
 
 def threshold_and_factor(p: float) -> tuple[int, float]:
@@ -111,9 +111,9 @@ def dropped_gradients(
     dx, partials = torch.empty_like(x), torch.empty(triton.cdiv(n, panel), r, width, device=x.device)
     sizes = panel, 32, 128, padded_rank(r)
     _dropped_gradients[(len(partials), blocks)](
-        x, d_hidden, A, dx, partials, seed, n, width, r, threshold, factor, *sizes, num_warps=2, num_stages=3
+        x, d_hidden, A, dx, partials, seed, n, width, r, threshold, factor, scale, *sizes, num_warps=2, num_stages=3
     )
-    return dx, sum_partials(partials, scale, dtype)
+    return dx, partials.sum(0, dtype=dtype)
 
 
 def dropout_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:

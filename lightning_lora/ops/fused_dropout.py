@@ -24,7 +24,7 @@ from lightning_lora.ops.products import (
 )
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
-MIN_ELEMENTS = 2**22  # of an input; below this, launching the kernels takes longer than torch's own dropout
+MIN_ELEMENTS = 2**23  # of an input; below this, launching the kernels takes longer than torch's own dropout
 # The kernels round p to a multiple of 1 / 65536, which changes probabilities near 0 and near 1 too much.
 MIN_P, MAX_P = 2**-12, 0.9
 
