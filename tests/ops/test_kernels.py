@@ -55,11 +55,11 @@ def test_a_gradient_by_the_factors_of_an_input(n, width, r):
 @pytest.mark.parametrize(("n", "columns", "r"), [(1, 5, 3), (200, 7, 16), (150, 1000, 20), (33, 40, 8)])
 @pytest.mark.parametrize(("padding", "by_frequency"), [(-1, False), (3, True)])
 def test_a_gradient_of_the_columns_of_an_embedding(n, columns, r, padding, by_frequency):
-    from lightning_lora.ops import lookup_kernels
+    from lightning_lora.ops import embedding_kernels
 
     torch.manual_seed(0)
     index, back = torch.randint(0, columns, (n,), device=DEVICE), draw(r, n).t()  # the stride that a product gives
-    found = lookup_kernels.column_gradient(back, index, columns, padding, by_frequency, torch.float32)
+    found = embedding_kernels.column_gradient(back, index, columns, padding, by_frequency, torch.float32)
     one_hot = torch.nn.functional.one_hot(index, columns).double()
     wanted = back.double().T @ one_hot / (one_hot.sum(0).clamp(min=1) if by_frequency else 1)
     if padding >= 0:
