@@ -6,6 +6,7 @@ This is the only file of the package that names ``torch._C``: a release of torch
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
 in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
+
+GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
 
 
 def backward_id() -> int:
@@ -39,9 +47,9 @@ def saved_tensors_have_hooks() -> bool:
 def versions_of(*tensors: Tensor) -> tuple[int, ...]:
     """:func:`version_of` each of ``tensors``."""
     try:
-        return tuple([tensor._version for tensor in tensors])
+        return tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:
-        return tuple([version_of(tensor) for tensor in tensors])
+        return tuple(map(version_of, tensors))
 
 
 def version_of(tensor: Tensor) -> int:
@@ -103,4 +111,4 @@ def is_capturing(tensor: Tensor) -> bool:
 def has_module_hooks(module: nn.Module) -> bool:
     """Whether a hook of its own or a global one runs when ``module`` is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(own) or any(GLOBAL_HOOKS)

@@ -17,7 +17,6 @@ from lightning_lora.layers.merged_forward import merged_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.fused_embedding import can_fuse_embedding, fused_embedding
 from lightning_lora.ops.linear import add_low_rank_term
-from lightning_lora.torch_internals import has_module_hooks
 
 
 class EmbeddingAdapter(Adapter):
@@ -68,10 +67,9 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         else:
             y = super().forward(input)
-            if len(pairs) == 1 and not has_module_hooks(pairs[0]):
-                (A, B), scale = pairs[0].operands(), pairs[0].scale
-                if can_fuse_embedding(self.weight, A, B):
-                    return fused_embedding(y, input, A, B, scale, self.padding_idx, self.scale_grad_by_freq)
+            operands = pairs[0].operands() if len(pairs) == 1 else None
+            if operands is not None and can_fuse_embedding(self.weight, *operands):
+                return fused_embedding(y, input, *operands, pairs[0].scale, self.padding_idx, self.scale_grad_by_freq)
         for adapter in pairs:
             y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)

@@ -41,7 +41,7 @@ def check_unmodified(tensor: Tensor, version: int) -> Tensor:
     Raises:
         RuntimeError: if it was modified in place since, as torch raises for tensors that it saved itself.
     """
-    if version_of(tensor) != version:
+    if tensor._version != version if version >= 0 else not tensor.is_inference():
         raise RuntimeError(
             "A, B or W0 of a LoRA layer, needed for gradient computation, has been modified by an inplace operation: "
             f"it is at version {version_of(tensor)}; expected version {version}. Call backward before a step."

@@ -42,9 +42,8 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tenso
         and type(A) in PLAIN_CLASSES
         and type(B) in PLAIN_CLASSES
         and (compute_dtype(x) == compute_dtype(weight) if any_autocast_enabled() else x.dtype == weight.dtype)
-        and not is_transformed()  # in a trace, sizes are tensors
-        and B.size(0) == weight.size(0)
         and not (weight.requires_grad and torch.is_grad_enabled())
+        and not is_transformed()  # in a trace, sizes are tensors
         and x.numel() > 0
     )
 
@@ -86,7 +85,8 @@ class FusedLinear(torch.autograd.Function):
             constants: W0, the scale, and the factors of ``x``; every argument takes time.
         """
         weight, scale, factors = constants
-        cast_A, cast_B = scaled(A, scale, x.dtype), B.to(dtype=x.dtype)
+        dtype = x.dtype
+        cast_A, cast_B = A.to(dtype=dtype) if scale == 1 else scaled(A, scale, dtype), B.to(dtype=dtype)
         x_of_A = x if dropped is None else dropped
         hidden = F.linear(x_of_A, cast_A)  # (..., r)
         if saved_tensors_have_hooks():
@@ -144,6 +144,8 @@ def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
 ) -> Tensor:
     """The output of :class:`FusedLinear`."""
-    factors = large_saved_factors(x) if dropped is None and A.size(0) <= MAX_R else None
+    factors = large_saved_factors(x) if dropped is None else None
+    if factors is not None and A.size(0) > MAX_R:
+        factors = None
     y: Tensor = _apply(x, dropped, bias, A, B, (weight, scale, factors))
     return y
