@@ -253,7 +253,7 @@ class SharedInputGroup:
         return any(member is adapter for member in self.adapters)
 
     def _compute(self, x: Tensor) -> CachedHidden:
-        input_gradient, cast_x = InputGradient(), x.to(compute_dtype(x))
+        input_gradient, cast_x = InputGradient(), x.to(compute_dtype(x)).contiguous()
         all_A = [adapter.A for adapter in self.adapters]
         products = _apply_stacked(cast_x, input_gradient, self.adapters[0].scale, *all_A)
         hidden = {
