@@ -41,8 +41,6 @@ ELSEWHERE = {
     "model/report/table": ("model/report/test_summary", "the table is what the summary prints"),
     "ops/compiled_input": ("ops/test_shared_input", "it must equal the eager op, under a compiler"),
     "ops/dispatch": ("ops/test_linear", "which op runs is told by its values and gradients"),
-    "ops/dropout_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
-    "ops/fused_dropout": ("ops/test_kernels", "its kernels run there alone"),
     "ops/fused_linear": ("ops/test_linear", "it must equal the plain formula, case by case"),
     "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/fused_embedding": ("layers/test_embedding", "it must equal the plain formula, case by case"),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer

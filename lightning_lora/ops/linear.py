@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.fused_dropout import can_fuse_dropout, fused_dropout_linear
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
 from lightning_lora.ops.shared_input import ScaledA, SharedInputGroup, linear_from_hidden
 from lightning_lora.torch_internals import any_autocast_enabled
@@ -136,8 +135,4 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
         return linear_from_hidden(share, weight, bias, B)
     if not x.is_contiguous():
         x = x.contiguous()  # once for every product
-    if not p:
-        return fused_linear(x, weight, bias, A, B, scale)
-    if can_fuse_dropout(x, p, A.size(0)):
-        return fused_dropout_linear(x, weight, bias, A, B, scale, p)
-    return fused_linear(x, weight, bias, A, B, scale, torch.dropout(x, p, True))
+    return fused_linear(x, weight, bias, A, B, scale, p)
