@@ -35,6 +35,7 @@ from lightning_lora.torch_internals import (
 )
 
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
+MAX_CHECKPOINTED_WORK = 10**11  # where activation checkpointing computes a forward twice, and packs what it saves
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
@@ -122,7 +123,10 @@ class SummedWeight:
         return value
 
     def _is_faster(self, x: Tensor) -> bool:
-        if self.size > MAX_ELEMENTS or x.numel() // self.width * self.size > MAX_WORK:
+        work = x.numel() // self.width * self.size
+        if self.size > MAX_ELEMENTS or work > MAX_CHECKPOINTED_WORK:
+            return False
+        if work > MAX_WORK and not saved_tensors_have_hooks():
             return False
         return x.is_cuda or x.device.type in dispatch.DEVICES
 
