@@ -25,6 +25,8 @@ from lightning_lora.files.safetensors_writing import write_like
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.model.fingerprint import other_base, sums_of
 from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.exact_product import exact_product
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.peft_format.provenance import BASE, base_in
 from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, open_adapter
 
@@ -119,7 +121,7 @@ def merge_files(
         >>> load_file(folder / "merged.safetensors")["up.weight"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    weights, stored = open_weights(base), open_adapter(adapter)
+    weights, stored, workspace = open_weights(base), open_adapter(adapter), Workspace()
     change = changes(stored, weights)
     _check_base(stored, change)
     directory = base.is_dir()
@@ -134,7 +136,7 @@ def merge_files(
             last = file is weights.files[-1]
             added = {name: change.in_full[name].read_finite() for name in report.added} if last else {}
             target = part / file.path.name if directory else part
-            _write(file, target, change, added, report, progress)
+            _write(file, target, change, added, report, progress, workspace)
         if directory:
             report.left_out = _copy_others(weights, part)
             _write_index(weights, part, {name: change.in_full[name] for name in report.added})
@@ -160,9 +162,12 @@ def _write(
     added: dict[str, Tensor],
     report: MergeReport,
     progress: Callable[[int], object],
+    workspace: Workspace,
 ) -> None:
     merged = {
-        name: _sums(file.tensors[name], change.pairs[name], report) for name in file.tensors if name in change.pairs
+        name: _sums(file.tensors[name], change.pairs[name], report, workspace)
+        for name in file.tensors
+        if name in change.pairs
     }
     replaced = {
         name: _cast(file.tensors[name], change.in_full[name]) for name in file.tensors if name in change.in_full
@@ -170,22 +175,21 @@ def _write(
     write_like(file, path, merged | replaced, added, progress)
 
 
-def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport) -> Iterator[Tensor]:
+def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport, workspace: Workspace) -> Iterator[Tensor]:
     dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
     B, A = target.pair.read_finite(dtype)
-    left, right = (A.T, B.T) if target.transposed else (B, A)
+    delta = exact_product([(A.T, B.T) if target.transposed else (B, A)], dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
-    lost = 0.0
+    norms = exact.Squares()
     for rows, values in target.start.slabs():
         matrix = values.to(weight.torch_dtype())
-        total = exact.add_delta(matrix, [(left[rows], right)])
-        if not bool(total.merged.isfinite().all()):
+        total = workspace.buffers.like("sum", matrix, matrix.dtype)
+        norms += exact.add_delta(matrix, delta.part(rows), total, workspace)
+        if not exact.is_finite(total, workspace):
             _refuse(weight, matrix)
-        lost = math.hypot(lost, total.lost * total.size)
-        layer.delta = math.hypot(layer.delta, total.size)
-        layer.weight = math.hypot(layer.weight, float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
-        yield total.merged
-    layer.lost = lost / layer.delta if layer.delta else 0.0
+        layer.weight = math.hypot(layer.weight, exact.norm(matrix, workspace))
+        yield total
+    layer.delta, layer.lost = math.sqrt(norms.delta), norms.lost()
 
 
 def _refuse(weight: StoredTensor, matrix: Tensor) -> None:

@@ -446,15 +446,15 @@ def test_a_merge_that_is_interrupted_leaves_everything_as_it_was(after, monkeypa
     apply_lora(model, LoRAConfig(r=2, targets=["0", "1"]))
     oracles.train_by_hand(model)
     before, calls = snapshot(model), []
-    patch_for = exact.patch_for
+    merge_delta = exact.merge_delta
 
-    def interrupted(*pair):
-        calls.append(pair)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return patch_for(*pair)
+        return merge_delta(*arguments)
 
-    monkeypatch.setattr(exact, "patch_for", interrupted)
+    monkeypatch.setattr(exact, "merge_delta", interrupted)
     if after < 3:
         with pytest.raises(KeyboardInterrupt):
             merge_lora(model)

@@ -1,0 +1,128 @@
+"""Where large sums are computed: on which device, in which threads, and in which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Buffers:
+    """Memory by name, which grows to the largest size that is asked for.
+
+    On a CPU the system clears fresh memory page by page, which takes longer than to compute what is written into it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.device], Tensor] = {}
+        self._tensors: dict[tuple[object, ...], Tensor] = {}
+
+    def like(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of the shape and on the device of ``tensor``, with any values.
+
+        It shares its memory with every tensor that had this name before.
+        """
+        key = (name, tensor.device, tensor.shape, dtype)
+        if key not in self._tensors:
+            size, memory = tensor.numel() * dtype.itemsize, self._memory.get(key[:2])
+            if memory is None or memory.numel() < size:
+                memory = self._memory[key[:2]] = torch.empty(size, dtype=torch.uint8, device=tensor.device)
+                self._tensors = {other: kept for other, kept in self._tensors.items() if other[:2] != key[:2]}
+            self._tensors[key] = memory[:size].view(dtype).view(tensor.shape)
+        return self._tensors[key]
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """``tensor`` itself if it has this dtype, else a copy."""
+        return tensor if tensor.dtype == dtype else self.like(name, tensor, dtype).copy_(tensor)
+
+
+class Workspace:
+    """A device, threads and buffers, for the time of one call.
+
+    torch starts and joins its threads in every operation, and many short operations spend most of their time there, all
+    the more where other processes use the same cores. So here each thread computes blocks of its own.
+
+    Args:
+        device: where to compute; ``None`` for the device of each tensor.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.buffers = Buffers()
+        self._threads = torch.get_num_threads()
+        self._buffers_of_threads = [Buffers() for _ in range(self._threads)]
+        self._pool: ThreadPoolExecutor | None = None
+
+    def bring(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the device."""
+        return tensor if self.device is None else tensor.to(self.device)
+
+    def compute(self, function: Callable[[Workspace], Result]) -> Result:
+        """The result of ``function`` in this workspace; if the device fails, on the tensors' own device.
+
+        The device may have too little memory left, or an error of the user's code may have made it unusable.
+        """
+        if self.device is not None:
+            try:
+                return function(self)
+            except RuntimeError:
+                self.device, self.buffers = None, Buffers()
+        return function(self)
+
+    def map(
+        self, function: Callable[[Item, Buffers], Result], items: Sequence[Item], device: torch.device
+    ) -> list[Result]:
+        """The results of ``function`` for each of ``items``, in their order; gradients are never recorded.
+
+        Args:
+            function: it gets an item and buffers that nobody else uses meanwhile.
+            items: such as blocks of rows.
+            device: of the tensors that ``function`` works on; only on a CPU it is called in several threads.
+        """
+        threads = min(self._threads, len(items)) if device.type == "cpu" else 1
+        if threads <= 1:
+            with torch.no_grad():
+                return [function(item, self.buffers) for item in items]
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for index in range(len(items)):
+            waiting.put(index)
+        results: dict[int, Result] = {}
+        inference = torch.is_inference_mode_enabled()
+
+        def work(buffers: Buffers) -> None:
+            with torch.inference_mode(inference), torch.no_grad():
+                while True:
+                    try:
+                        index = waiting.get_nowait()
+                    except Empty:
+                        return
+                    results[index] = function(items[index], buffers)
+
+        for _ in self._started().map(work, self._buffers_of_threads[:threads]):
+            pass
+        return [results[index] for index in range(len(items))]
+
+    def _started(self) -> ThreadPoolExecutor:
+        """The threads; within each of them torch uses no others."""
+        if self._pool is None:
+            try:
+                self._pool = ThreadPoolExecutor(self._threads, initializer=_use_one_thread)
+                all_there = Barrier(self._threads)
+                for _ in self._pool.map(lambda _: all_there.wait(), range(self._threads)):
+                    pass
+            finally:
+                torch.set_num_threads(self._threads)  # the number for threads that anybody starts from now on
+        return self._pool
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # or torch would set the number again at the first operation of this thread
+    torch.set_num_threads(1)
