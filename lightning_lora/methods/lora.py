@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,7 +23,7 @@ from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import all_or_nothing
-from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
+from lightning_lora.model.merge import merge_in, quantized_layers, unmerge_in, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
 from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.report.random_heads import random_heads, warning_of
@@ -38,6 +39,7 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
+from lightning_lora.ops.workspace import Workspace
 
 
 class LoRAMethod(Method):
@@ -227,12 +229,12 @@ class LoRAMethod(Method):
         return unwritable(model)
 
     @override
-    def merge(self, model: nn.Module) -> dict[str, float]:
-        return merge_lora(model)
+    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
+        return merge_in(model, Workspace(device))
 
     @override
-    def unmerge(self, model: nn.Module) -> None:
-        unmerge_lora(model)
+    def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
+        unmerge_in(model, Workspace(device))
 
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -52,7 +52,7 @@ def _merge_into(
         workspace = Workspace()  # the norms of rows have other bits on another device
     merged, record, squares = workspace.compute(partial(_sum, parameter, adapters, after_merge))
     journal.steps.append(MergedStep(parameter, adapters, record))
-    local_shard(parameter).copy_(merged)
+    workspace.write(merged, local_shard(parameter))
     return record, squares
 
 
@@ -150,7 +150,8 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
             continue
         after_merge = partial(cls.lora_after_merge, module)  # type: ignore[arg-type]
         journal.steps.append(UnmergedStep(parameter, by_weight[key], record.weights[key], after_merge))
-        _write(parameter, weight)
+        assert weight is not None
+        workspace.write(weight, local_shard(parameter))
     for key, pairs in by_weight.items():
         for adapter in pairs:
             adapter.to(local_shard(parameter_of(module, key)).device)
@@ -163,12 +164,6 @@ def value_before_merge(module: nn.Module, record: Merged, key: str) -> Tensor | 
     """This rank's part of the parameter ``key`` of ``module`` before the merge; ``None`` if it cannot be computed."""
     adapters = record.adapters.by_weight()[key]
     return _restored(parameter_of(module, key), adapters, record.weights[key], key, Workspace())
-
-
-@torch.no_grad()
-def _write(parameter: nn.Parameter, value: Tensor | None) -> None:
-    assert value is not None
-    local_shard(parameter).copy_(value)
 
 
 @torch.no_grad()

@@ -60,10 +60,27 @@ class Workspace:
         self._threads = torch.get_num_threads()
         self._buffers_of_threads = [Buffers() for _ in range(self._threads)]
         self._pool: ThreadPoolExecutor | None = None
+        self._pinned_memory: Tensor | None = None
 
     def bring(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device."""
-        return tensor if self.device is None else tensor.to(self.device)
+        if self.device is None:
+            return tensor
+        return (self._pinned(tensor).copy_(tensor) if self._crosses(tensor) else tensor).to(self.device)
+
+    def write(self, values: Tensor, target: Tensor) -> None:
+        """Copy ``values`` into ``target``, in one operation: no interrupt comes between."""
+        target.copy_(self._pinned(target).copy_(values) if self._crosses(target) else values)
+
+    def _crosses(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and self.device is not None and self.device.type == "cuda"
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Memory that the GPU reads and writes by itself; the driver would copy other memory in one slow thread."""
+        size = tensor.nbytes
+        if self._pinned_memory is None or self._pinned_memory.numel() < size:
+            self._pinned_memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self._pinned_memory[:size].view(tensor.dtype).view(tensor.shape)
 
     def compute(self, function: Callable[[Workspace], Result]) -> Result:
         """The result of ``function`` in this workspace; if the device fails, on the tensors' own device.
