@@ -129,9 +129,10 @@ def merge_files(
     report.added = [name for name in change.in_full if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
     sources = [base, adapter]
-    with new_output(
+    output = new_output(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
-    ) as part:
+    )
+    with output as part, workspace:
         for file in weights.files:
             last = file is weights.files[-1]
             added = {name: change.in_full[name].read_finite() for name in report.added} if last else {}

@@ -180,27 +180,31 @@ def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, w
     Raises:
         ValueError: if a merged weight was changed since.
     """
-    for name, module, record in merged:
-        for key, weight in record.weights.items():
-            if quick_checksum(local_shard(parameter_of(module, key)), workspace) not in (
-                weight.checksum,
-                weight.original,
-            ):
+    with workspace:
+        for name, module, record in merged:
+            _check_unchanged(name, module, record, workspace)
+        for name, module, record in merged:
+            if not unmerge_layer(module, record, journal, workspace):
                 raise ValueError(
-                    f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, "
-                    "so the base cannot be restored. Nothing was changed. To go on from these weights call "
-                    "`merge_lora(model, undo=False)`."
+                    f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
                 )
-    for name, module, record in merged:
-        if not unmerge_layer(module, record, journal, workspace):
+
+
+def _check_unchanged(name: str, module: nn.Module, record: Merged, workspace: Workspace) -> None:
+    for key, weight in record.weights.items():
+        present = quick_checksum(local_shard(parameter_of(module, key)), workspace)
+        if present not in (weight.checksum, weight.original):
             raise ValueError(
-                f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
+                f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, so the "
+                "base cannot be restored. Nothing was changed. To go on from these weights call "
+                "`merge_lora(model, undo=False)`."
             )
 
 
 def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal, workspace: Workspace) -> dict[str, float]:
     """Merge these layers; for each the share of delta's norm that rounding lost."""
-    return {name: merge_layer(layer, journal, workspace) for name, layer in layers}
+    with workspace:
+        return {name: merge_layer(layer, journal, workspace) for name, layer in layers}
 
 
 def _warn_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -45,10 +45,11 @@ class Buffers:
 
 
 class Workspace:
-    """A device, threads and buffers, for the time of one call.
+    """A device, threads and buffers for large sums.
 
-    torch starts and joins its threads in every operation, and many short operations spend most of their time there, all
-    the more where other processes use the same cores. So here each thread computes blocks of its own.
+    torch starts and joins its threads in every operation, and they wait for each other in a loop. Many short operations
+    spend most of their time there, all the more where other processes use the same cores. So within ``with workspace:``
+    torch uses one thread, and blocks are computed in as many threads of our own as torch had.
 
     Args:
         device: where to compute; ``None`` for the device of each tensor.
@@ -57,30 +58,25 @@ class Workspace:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
         self.buffers = Buffers()
-        self._threads = torch.get_num_threads()
+        self._threads, self._depth = torch.get_num_threads(), 0
         self._buffers_of_threads = [Buffers() for _ in range(self._threads)]
         self._pool: ThreadPoolExecutor | None = None
         self._pinned_memory: Tensor | None = None
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the device."""
-        if self.device is None:
-            return tensor
-        return (self._pinned(tensor).copy_(tensor) if self._crosses(tensor) else tensor).to(self.device)
+    def __enter__(self) -> Workspace:
+        try:
+            self._depth += 1
+            torch.set_num_threads(1)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    def write(self, values: Tensor, target: Tensor) -> None:
-        """Copy ``values`` into ``target``, in one operation: no interrupt comes between."""
-        target.copy_(self._pinned(target).copy_(values) if self._crosses(target) else values)
-
-    def _crosses(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.device is not None and self.device.type == "cuda"
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """Memory that the GPU reads and writes by itself; the driver would copy other memory in one slow thread."""
-        size = tensor.nbytes
-        if self._pinned_memory is None or self._pinned_memory.numel() < size:
-            self._pinned_memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return self._pinned_memory[:size].view(tensor.dtype).view(tensor.shape)
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth <= 0:
+            self._depth = 0
+            torch.set_num_threads(self._threads)
 
     def compute(self, function: Callable[[Workspace], Result]) -> Result:
         """The result of ``function`` in this workspace; if the device fails, on the tensors' own device.
@@ -104,10 +100,6 @@ class Workspace:
             items: such as blocks of rows.
             device: of the tensors that ``function`` works on; only on a CPU it is called in several threads.
         """
-        threads = min(self._threads, len(items)) if device.type == "cpu" else 1
-        if threads <= 1:
-            with torch.no_grad():
-                return [function(item, self.buffers) for item in items]
         waiting: SimpleQueue[int] = SimpleQueue()
         for index in range(len(items)):
             waiting.put(index)
@@ -123,23 +115,31 @@ class Workspace:
                         return
                     results[index] = function(items[index], buffers)
 
-        for _ in self._started().map(work, self._buffers_of_threads[:threads]):
-            pass
+        threads = min(self._threads, len(items)) if device.type == "cpu" else 1
+        with self:
+            if threads <= 1:
+                work(self.buffers)
+            else:
+                self._pool = self._pool or ThreadPoolExecutor(self._threads)
+                deque(self._pool.map(work, self._buffers_of_threads[:threads]), maxlen=0)  # raises the first error
         return [results[index] for index in range(len(items))]
 
-    def _started(self) -> ThreadPoolExecutor:
-        """The threads; within each of them torch uses no others."""
-        if self._pool is None:
-            try:
-                self._pool = ThreadPoolExecutor(self._threads, initializer=_use_one_thread)
-                all_there = Barrier(self._threads)
-                for _ in self._pool.map(lambda _: all_there.wait(), range(self._threads)):
-                    pass
-            finally:
-                torch.set_num_threads(self._threads)  # the number for threads that anybody starts from now on
-        return self._pool
+    def bring(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the device."""
+        if self.device is None:
+            return tensor
+        return (self._pinned(tensor).copy_(tensor) if self._crosses(tensor) else tensor).to(self.device)
 
+    def write(self, values: Tensor, target: Tensor) -> None:
+        """Copy ``values`` into ``target``, in one operation: no interrupt comes between."""
+        target.copy_(self._pinned(target).copy_(values) if self._crosses(target) else values)
 
-def _use_one_thread() -> None:
-    torch.get_num_threads()  # or torch would set the number again at the first operation of this thread
-    torch.set_num_threads(1)
+    def _crosses(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and self.device is not None and self.device.type == "cuda"
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Memory that the GPU reads and writes by itself; the driver would copy other memory in one slow thread."""
+        size = tensor.nbytes
+        if self._pinned_memory is None or self._pinned_memory.numel() < size:
+            self._pinned_memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self._pinned_memory[:size].view(tensor.dtype).view(tensor.shape)
