@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
 from lightning_lora.cli.output import new_output
+from lightning_lora.files.in_turns import read_ahead
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import StoredTensor, TensorFile
 from lightning_lora.files.safetensors_writing import write_like
@@ -181,16 +182,15 @@ def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport, works
     B, A = target.pair.read_finite(dtype)
     delta = exact_product([(A.T, B.T) if target.transposed else (B, A)], dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
-    norms = exact.Squares()
-    for rows, values in target.start.slabs():
+    squares = exact.Squares()
+    for index, (rows, values) in enumerate(read_ahead(target.start.slabs())):
         matrix = values.to(weight.torch_dtype())
-        total = workspace.buffers.like("sum", matrix, matrix.dtype)
-        norms += exact.add_delta(matrix, delta.part(rows), total, workspace)
-        if not exact.is_finite(total, workspace):
+        total = workspace.buffers.like(f"sum {index % 2}", matrix, matrix.dtype)  # the other one is being written
+        squares += exact.add_delta(matrix, delta.part(rows), total, workspace)
+        if not squares.finite:
             _refuse(weight, matrix)
-        layer.weight = math.hypot(layer.weight, exact.norm(matrix, workspace))
         yield total
-    layer.delta, layer.lost = math.sqrt(norms.delta), norms.lost()
+    layer.weight, layer.delta, layer.lost = math.sqrt(squares.matrix), math.sqrt(squares.delta), squares.lost()
 
 
 def _refuse(weight: StoredTensor, matrix: Tensor) -> None:

@@ -112,13 +112,24 @@ class Patch:
 
 @dataclass
 class Squares:
-    """Squared Frobenius norms: of delta, and of the rounding error of its sum with a matrix."""
+    """Squared Frobenius norms of a sum's parts, in which NaNs and infinities count as zero.
 
+    Args:
+        matrix: of the matrix.
+        delta: of what was added.
+        error: of what rounding lost.
+        finite: whether the sum holds neither NaN nor infinity.
+    """
+
+    matrix: float = 0.0
     delta: float = 0.0
     error: float = 0.0
+    finite: bool = True
 
     def __add__(self, other: Squares) -> Squares:
-        return Squares(self.delta + other.delta, self.error + other.error)
+        return Squares(
+            self.matrix + other.matrix, self.delta + other.delta, self.error + other.error, self.finite and other.finite
+        )
 
     def lost(self) -> float:
         """The norm of the rounding error, divided by the norm of delta."""
@@ -139,8 +150,9 @@ def merge_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Wor
 
     def merge(rows: slice, buffers: Buffers) -> tuple[Patch, Squares]:
         original, block, total = _add(matrix[rows], delta.part(rows), out[rows], buffers)
+        squares = _squares(original, block, total, buffers)
         restored = _round(torch.sub, total, block, buffers.like("restored", matrix[rows], matrix.dtype), buffers)
-        return _patch(matrix, rows, restored), _squares(original, block, total, buffers)
+        return _patch(matrix, rows, restored, not squares.finite), squares
 
     parts = workspace.map(merge, _blocks(matrix), matrix.device)
     return _joined([patch for patch, _ in parts], matrix), sum((squares for _, squares in parts), Squares())
@@ -159,7 +171,7 @@ def subtract_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: 
 
 def patch_for(original: Tensor, restored: Tensor) -> Patch:
     """The patch that turns ``restored``, which is overwritten, into ``original``."""
-    return _joined([_patch(original, slice(0, len(original)), restored)], original)
+    return _joined([_patch(original, slice(0, len(original)), restored, True)], original)
 
 
 @torch.no_grad()
@@ -170,25 +182,6 @@ def apply_patch(restored: Tensor, patch: Patch) -> Tensor:
         return restored.copy_(values)
     restored.view(-1)[patch.index.to(restored.device, torch.int64)] = values
     return restored
-
-
-def is_finite(matrix: Tensor, workspace: Workspace) -> bool:
-    """Whether ``matrix`` holds neither NaN nor infinity; many times as fast as ``matrix.isfinite().all()``."""
-    return all(workspace.map(lambda rows, _: _is_finite(matrix[rows]), _blocks(matrix), matrix.device))
-
-
-def norm(matrix: Tensor, workspace: Workspace) -> float:
-    """The Frobenius norm of ``matrix``, without its NaNs and infinities."""
-
-    def square(rows: slice, buffers: Buffers) -> float:
-        dtype = torch.promote_types(matrix.dtype, torch.float32)
-        return _square(buffers.cast("original", matrix[rows], dtype))
-
-    return math.sqrt(math.fsum(workspace.map(square, _blocks(matrix), matrix.device)))
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.numel() == 0 or all(math.isfinite(number) for number in torch.aminmax(tensor))
 
 
 def _blocks(matrix: Tensor) -> list[slice]:
@@ -220,7 +213,8 @@ def _round(operation: Operation, first: Tensor, second: Tensor, out: Tensor, buf
 
 def _squares(original: Tensor, delta: Tensor, total: Tensor, buffers: Buffers) -> Squares:
     error = torch.sub(total, original, out=buffers.like("error", total, total.dtype)).sub_(delta)
-    return Squares(_square(delta), _square(error))
+    # Much faster than `isfinite`; where the sum is not finite, neither is its error.
+    return Squares(_square(original), _square(delta), _square(error), math.isfinite(float(error.sum())))
 
 
 def _square(matrix: Tensor) -> float:
@@ -233,14 +227,14 @@ def _square(matrix: Tensor) -> float:
     return square
 
 
-def _patch(matrix: Tensor, rows: slice, restored: Tensor) -> Patch:
+def _patch(matrix: Tensor, rows: slice, restored: Tensor, nan: bool) -> Patch:
     """The elements in some rows of ``matrix`` that are others in ``restored``, which is overwritten.
 
-    NaNs count as different: the bits of a NaN that takes part in a sum depend on the device.
+    With ``nan`` every NaN counts as different: the bits of a NaN that takes part in a sum depend on the device.
     """
     original = matrix[rows]
     differing = as_integers(restored).bitwise_xor_(as_integers(original)).flatten()
-    if not _is_finite(original):
+    if nan:
         differing.masked_fill_(original.isnan().flatten(), 1)
     index = differing.nonzero().flatten()
     values = original.flatten().index_select(0, index)

@@ -166,13 +166,20 @@ def test_nothing_is_lost_of_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_loses_nothing_and_is_found(threads, monkeypatch, bad):
     monkeypatch.setattr(exact, "ON_CPU", 100)
-    matrix, pairs, workspace = noise(40, 30), [factors(40, 30)], Workspace()
-    expected = add(matrix, pairs)[1].lost()
-    assert exact.is_finite(matrix, workspace)
-    assert exact.norm(matrix, workspace) == pytest.approx(float(matrix.double().norm()), rel=1e-6)
+    matrix, pairs = noise(40, 30), [factors(40, 30)]
+    _, expected = add(matrix, pairs)
+    assert expected.finite
+    assert math.sqrt(expected.matrix) == pytest.approx(float(matrix.double().norm()), rel=1e-6)
     matrix[17, 3] = bad
-    assert add(matrix, pairs)[1].lost() == pytest.approx(expected, rel=0.01)
-    assert not exact.is_finite(matrix, workspace)
+    _, squares = add(matrix, pairs)
+    assert not squares.finite
+    assert squares.lost() == pytest.approx(expected.lost(), rel=0.01)
+
+
+def test_an_overflow_is_found():
+    matrix = torch.full((2, 2), 6e4, dtype=torch.float16)
+    assert add(matrix, [(torch.ones(2, 1), torch.ones(1, 2))])[1].finite
+    assert not add(matrix, [(torch.ones(2, 1), torch.full((1, 2), 6e4))])[1].finite
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
