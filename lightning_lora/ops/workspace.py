@@ -120,7 +120,8 @@ class Workspace:
             if threads <= 1:
                 work(self.buffers)
             else:
-                self._pool = self._pool or ThreadPoolExecutor(self._threads)
+                # A new thread of Python takes the number of torch's threads when it is first asked for.
+                self._pool = self._pool or ThreadPoolExecutor(self._threads, initializer=torch.get_num_threads)
                 deque(self._pool.map(work, self._buffers_of_threads[:threads]), maxlen=0)  # raises the first error
         return [results[index] for index in range(len(items))]
 
