@@ -22,7 +22,7 @@ from lightning_lora.ops.workspace import Buffers, Workspace
 
 BLOCK = 1 << 15  # words in a block of a checksum: files hold checksums, so it may not change
 WIDTH = 1 << 10  # words in a row of a quick checksum
-ON_CPU = 1 << 17  # elements of a matrix in one step: what is computed with them stays in the cache of a core
+ON_CPU = 1 << 18  # elements of a matrix in one step: what is computed with them stays in the cache of a core
 ON_DEVICE = 1 << 22  # the same on a GPU, where a kernel must take longer than its launch
 SQUARES = (1e-25, 1e30)  # between these numbers fp32 holds a sum of squares
 Operation = Callable[..., Tensor]
