@@ -11,6 +11,7 @@ multiplication and its applications" (doi 10.1007/s11075-011-9478-1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 DIGITS = 53  # bits of an fp64 number
 PRODUCTS = {torch.float32: 1, torch.float64: 3}  # exact products that together are as precise as the dtype
+SMALLEST = 2.0**-400  # where all numbers of a grid are smaller, products of their slices may be no fp64 numbers
 _EXPONENT = 0x7FF0000000000000  # the bits of an fp64 number that hold its exponent
 
 
@@ -98,6 +100,6 @@ def _slices(matrix: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
 
 
 def _power_of_two(numbers: Tensor) -> Tensor:
-    """The largest power of two that is not above each number; 1 for zero, infinity and NaN."""
+    """The largest power of two that is not above each number, or ``SMALLEST``; 1 for infinity and NaN."""
     power = (numbers.view(torch.int64) & _EXPONENT).view(torch.float64)
-    return torch.where(power.isfinite() & (power > 0), power, 1.0)
+    return power.masked_fill_(power == math.inf, 1.0).clamp_(min=SMALLEST)

@@ -140,10 +140,28 @@ def test_zeros_give_zero():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row_and_its_column(bad):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_row_and_its_column(bad, dtype):
     left, right = factors()
+    expected = left.double() @ right.double()
     left[1, 2], right[3, 4] = bad, bad
-    finite = computed(exact_product([(left, right)], torch.float32)).isfinite()
-    expected = torch.ones(7, 6, dtype=torch.bool)
-    expected[1], expected[:, 4] = False, False
-    assert torch.equal(finite, expected)
+    found = computed(exact_product([(left, right)], dtype))
+    assert not found[1].isfinite().any() and not found[:, 4].isfinite().any()
+    rows, columns = [0, 2, 3, 4, 5, 6], [0, 1, 2, 3, 5]
+    torch.testing.assert_close(found[rows][:, columns], expected[rows][:, columns], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e-45, 1e-45), (1e-38, 1e38), (1e38, 1e38), (0.0, 1e38), (1e-45, 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_the_smallest_and_the_largest_fp32_numbers_are_exact(left, right, dtype):
+    pair = tuple(factors())
+    assert_exact(exact_product([(pair[0] * left, pair[1] * right)], dtype))
+    single = exact_product([(torch.full((1, 1), left), torch.full((1, 1), right))], dtype)
+    expected = torch.tensor(left).double() * torch.tensor(right).double()
+    torch.testing.assert_close(computed(single)[0, 0], expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-150, 1e-110, 1e120, 1e150])
+def test_products_of_fp64_numbers_of_any_size_are_exact(size):
+    """Below, they may be zero; they are never partly lost, which would depend on the order."""
+    assert_exact(exact_product([tuple(size * side for side in factors(dtype=torch.float64))], torch.float64))
