@@ -176,6 +176,19 @@ def test_what_is_not_finite_loses_nothing_and_is_found(threads, monkeypatch, bad
     assert squares.lost() == pytest.approx(expected.lost(), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sum_that_is_no_number_has_the_bits_of_one_nan(dtype):
+    """A CPU and a GPU compute NaNs of different bits."""
+    matrix = torch.zeros(4, 2, dtype=dtype)
+    matrix[1, 0], matrix[2, 0] = -math.inf, math.inf
+    exact.as_integers(matrix)[0, 0] = -1  # a NaN with every bit set
+    pairs = [(torch.tensor([[1.0], [math.inf], [1.0], [math.nan]]), torch.ones(1, 2))]
+    for merged in (add(matrix, pairs)[0], merge(matrix, pairs)[0]):
+        assert merged.isnan().any(1).tolist() == [True, True, False, True]
+        numbers = merged[merged.isnan()]
+        assert oracles.same_bits(numbers, torch.full_like(numbers, math.nan))
+
+
 def test_an_overflow_is_found():
     matrix = torch.full((2, 2), 6e4, dtype=torch.float16)
     assert add(matrix, [(torch.ones(2, 1), torch.ones(1, 2))])[1].finite
