@@ -21,6 +21,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.record import forget, is_merged
 from lightning_lora.model.same_config import check_meant, check_same
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.survey import Survey
 
 
@@ -70,7 +71,7 @@ def adapt(model: nn.Module, config: LoRAConfig, journal: Journal, compute: str =
     check_same(survey, config)
     if is_merged(survey):
         reshard(model)
-        unmerge(model, journal)
+        unmerge(model, journal, Workspace())
         survey = Survey(model)
     targets = targets_of(survey, config)
     targets.check()
@@ -103,7 +104,7 @@ def remove_lora(model: nn.Module) -> None:
 def _remove(model: nn.Module, journal: Journal) -> None:
     if is_merged(model):
         reshard(model)
-        unmerge(model, journal)
+        unmerge(model, journal, Workspace())
     _check_not_partitioned(model)
     put_back(model, journal)
     _drop(model)

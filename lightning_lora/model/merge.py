@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import nn
 
 from lightning_lora.arguments import check_flag
-from lightning_lora.distributed.sharded import is_sharded, is_split, local_shard, reshard
+from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import unfreeze
@@ -17,7 +17,6 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
-from lightning_lora.ops.exact_sum import quick_checksum
 from lightning_lora.ops.workspace import Workspace
 
 
@@ -156,19 +155,15 @@ def unmerge_in(model: nn.Module, workspace: Workspace) -> None:
     reshard(model)
     if not is_merged(model) and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
-    all_or_nothing(model, lambda journal: _unmerge(model, journal, workspace))
+    all_or_nothing(model, lambda journal: unmerge(model, journal, workspace))
 
 
-def unmerge(model: nn.Module, journal: Journal) -> None:
+def unmerge(model: nn.Module, journal: Journal, workspace: Workspace) -> None:
     """Unmerge every layer of ``model``, and freeze it again, as a part of a larger change.
 
     Raises:
         ValueError: as :func:`unmerge_lora`.
     """
-    _unmerge(model, journal, Workspace())
-
-
-def _unmerge(model: nn.Module, journal: Journal, workspace: Workspace) -> None:
     unmerge_all(list(merged_layers(model)), journal, workspace)
     for holder, config in holders(model):
         equip(holder, config)
@@ -182,23 +177,13 @@ def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, w
     """
     with workspace:
         for name, module, record in merged:
-            _check_unchanged(name, module, record, workspace)
-        for name, module, record in merged:
-            if not unmerge_layer(module, record, journal, workspace):
+            changed = unmerge_layer(module, record, journal, workspace)
+            if changed is not None:
                 raise ValueError(
-                    f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
+                    f"`{join(name, changed)}` is not what the merge left there: it was changed, cast or loaded since, "
+                    "or its merge record was, so the base cannot be restored. Nothing was changed. To go on from these "
+                    "weights call `merge_lora(model, undo=False)`."
                 )
-
-
-def _check_unchanged(name: str, module: nn.Module, record: Merged, workspace: Workspace) -> None:
-    for key, weight in record.weights.items():
-        present = quick_checksum(local_shard(parameter_of(module, key)), workspace)
-        if present not in (weight.checksum, weight.original):
-            raise ValueError(
-                f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, so the "
-                "base cannot be restored. Nothing was changed. To go on from these weights call "
-                "`merge_lora(model, undo=False)`."
-            )
 
 
 def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal, workspace: Workspace) -> dict[str, float]:

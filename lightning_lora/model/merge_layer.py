@@ -52,7 +52,7 @@ def _merge_into(
         workspace = Workspace()  # the norms of rows have other bits on another device
     merged, record, squares = workspace.compute(partial(_sum, parameter, adapters, after_merge))
     journal.steps.append(MergedStep(parameter, adapters, record))
-    workspace.write(merged, local_shard(parameter))
+    local_shard(parameter).copy_(merged)  # one operation: no interrupt comes between
     return record, squares
 
 
@@ -129,19 +129,20 @@ def deltas_of(adapters: list[Adapter], weight: Tensor, device: torch.device) -> 
     return [exact_product(factors, dtype).part(rows, columns) for factors in zip(*by_adapter, strict=True)]
 
 
-def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace: Workspace) -> bool:
+def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace: Workspace) -> str | None:
     """Restore the weights of ``module`` and make it an adapted layer again.
 
     Returns:
-        Whether that was possible; if not, nothing was changed.
+        ``None``; or the parameter whose value before the merge cannot be computed, and then nothing was changed.
     """
     by_weight = record.adapters.by_weight()
     restored = {
         key: workspace.compute(partial(_restored, parameter_of(module, key), by_weight[key], weight, key))
         for key, weight in record.weights.items()
     }
-    if any(weight is None for weight in restored.values()):
-        return False
+    for key, weight in restored.items():
+        if weight is None:
+            return key
     cls = adapted_class_for(module, [adapter.part for adapter in record.adapters.all_pairs()])
     for key, weight in restored.items():
         shared, parameter = record.weights[key].shared, parameter_of(module, key)
@@ -151,13 +152,13 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
         after_merge = partial(cls.lora_after_merge, module)  # type: ignore[arg-type]
         journal.steps.append(UnmergedStep(parameter, by_weight[key], record.weights[key], after_merge))
         assert weight is not None
-        workspace.write(weight, local_shard(parameter))
+        local_shard(parameter).copy_(weight)
     for key, pairs in by_weight.items():
         for adapter in pairs:
             adapter.to(local_shard(parameter_of(module, key)).device)
     set_adapters(module, cls, record.adapters)
     record_of(module).merged = None
-    return True
+    return None
 
 
 def value_before_merge(module: nn.Module, record: Merged, key: str) -> Tensor | None:
@@ -177,9 +178,12 @@ def _restored(
     if record.shared is not None:
         return record.shared if quick_checksum(local_shard(record.shared), workspace) == record.original else None
     weight = workspace.bring(local_shard(parameter))
+    present = quick_checksum(weight, workspace)
     original = workspace.buffers.like(f"original {key}", weight, weight.dtype)
-    if quick_checksum(weight, workspace) == record.original:  # the base was loaded into the merged layer
+    if present == record.original:  # the base was loaded into the merged layer
         return original.copy_(weight)
+    if present != record.checksum:
+        return None
     matrices, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, parameter, weight.device)
     parts = zip(matrices, deltas, matrices_in(original, matrices), record.patches, strict=True)
     for matrix, delta, out, patch in parts:

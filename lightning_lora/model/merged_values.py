@@ -143,13 +143,14 @@ def _merged_weight(
 ) -> Tensor:
     """What a merge would write in the place of the full weight ``value``, in memory of its own."""
     adapters = [_with_values(adapter, given) for adapter in layer.lora.by_weight()[key]]
-    merged = torch.empty_like(value, memory_format=torch.contiguous_format)
+    weight = workspace.bring(value)
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
     with workspace:
-        originals, deltas = adapters[0].part.matrices(value), deltas_of(adapters, value, value.device)
+        originals, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, value, weight.device)
         for each in zip(originals, deltas, matrices_in(merged, originals), strict=True):
             exact.add_delta(*each, workspace)
     layer.lora_after_merge(merged)
-    return merged
+    return merged.to(value.device)
 
 
 def _with_values(adapter: Adapter, given: Mapping[int, Tensor]) -> Adapter:

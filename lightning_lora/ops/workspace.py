@@ -13,6 +13,7 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+WITHOUT_FP64 = ("mps", "xla", "hpu")  # types of devices
 
 
 class Buffers:
@@ -61,7 +62,6 @@ class Workspace:
         self._threads, self._depth = torch.get_num_threads(), 0
         self._buffers_of_threads = [Buffers() for _ in range(self._threads)]
         self._pool: ThreadPoolExecutor | None = None
-        self._pinned_memory: Tensor | None = None
 
     def __enter__(self) -> Workspace:
         try:
@@ -126,21 +126,6 @@ class Workspace:
         return [results[index] for index in range(len(items))]
 
     def bring(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the device."""
-        if self.device is None:
-            return tensor
-        return (self._pinned(tensor).copy_(tensor) if self._crosses(tensor) else tensor).to(self.device)
-
-    def write(self, values: Tensor, target: Tensor) -> None:
-        """Copy ``values`` into ``target``, in one operation: no interrupt comes between."""
-        target.copy_(self._pinned(target).copy_(values) if self._crosses(target) else values)
-
-    def _crosses(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.device is not None and self.device.type == "cuda"
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """Memory that the GPU reads and writes by itself; the driver would copy other memory in one slow thread."""
-        size = tensor.nbytes
-        if self._pinned_memory is None or self._pinned_memory.numel() < size:
-            self._pinned_memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return self._pinned_memory[:size].view(tensor.dtype).view(tensor.shape)
+        """``tensor`` where it can be computed with: on the device, and on a CPU if that has no fp64 of IEEE 754."""
+        device = self.device or tensor.device
+        return tensor.to("cpu" if device.type in WITHOUT_FP64 else device)

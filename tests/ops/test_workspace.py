@@ -91,6 +91,13 @@ def fail(workspace):
     return "on the device of the tensors"
 
 
+def test_what_a_device_without_fp64_holds_is_computed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("lightning_lora.ops.workspace.WITHOUT_FP64", ("meta",))
+    assert Workspace(torch.device("meta")).bring(torch.ones(2)).device == CPU
+    tensor = torch.ones(2)
+    assert Workspace().bring(tensor) is tensor
+
+
 def test_a_device_that_fails_is_given_up():
     workspace = Workspace(torch.device("meta"))
     assert workspace.bring(torch.ones(2)).is_meta
