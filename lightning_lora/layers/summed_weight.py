@@ -35,7 +35,7 @@ from lightning_lora.torch_internals import (
 )
 
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
-MAX_CHECKPOINTED_WORK = 10**11  # where activation checkpointing computes a forward twice, and packs what it saves
+MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a forward twice, and packs what it saves
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
