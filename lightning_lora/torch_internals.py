@@ -34,11 +34,6 @@ def call_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def backward_reaches(node: Any) -> bool:
-    """Whether the backward pass that runs now goes on to ``node``, a node of the autograd graph."""
-    return bool(torch._C._will_engine_execute_node(node))
-
-
 def saved_tensors_have_hooks() -> bool:
     """Whether tensors saved for backward are packed by hooks: activation checkpointing, or offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

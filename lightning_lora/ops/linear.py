@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
-from lightning_lora.ops.shared_input import ScaledA, SharedInputGroup, linear_from_hidden
+from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
 
 
-class Pair(ScaledA, Protocol):
+class Pair(HasA, Protocol):
     """A and B of one adapter, and what decides how their term is computed.
 
     Calling a pair runs the hooks of its module, which the fused op does not.
     """
 
+    scale: float
     dropout: float
     training: bool
     shared_input: SharedInputGroup | None
@@ -126,13 +127,9 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
     operands = pair.operands()
     if operands is None or not can_fuse(x, weight, bias, *operands):
         return None
-    (A, B), scale, group, p = operands, pair.scale, pair.shared_input, pair.dropout if pair.training else 0.0
-    share = None if p or group is None else group.share(pair, x)
     if any_autocast_enabled():
         dtype = compute_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if share is not None:
-        return linear_from_hidden(share, weight, bias, B)
     if not x.is_contiguous():
         x = x.contiguous()  # once for every product
-    return fused_linear(x, weight, bias, A, B, scale, p)
+    return fused_linear(x, weight, bias, *operands, pair.scale, pair.dropout if pair.training else 0.0)

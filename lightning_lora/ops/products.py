@@ -46,15 +46,6 @@ def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: T
     return y
 
 
-def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left @ right``, in place unless it is differentiated again or gradients are batched."""
-    if total is None:
-        return torch.mm(left, right)
-    if torch.is_grad_enabled() or in_functorch_transform():
-        return torch.addmm(total, left, right)
-    return total.addmm_(left, right)
-
-
 def scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale * matrix`` in ``dtype``, rounded once; ``matrix`` itself if nothing changes."""
     if scale == 1:
