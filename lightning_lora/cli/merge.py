@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -166,8 +167,9 @@ def _write(
     progress: Callable[[int], object],
     workspace: Workspace,
 ) -> None:
+    memory = cycle(("one sum", "the next sum"))  # while one is written, the next is computed, also of the next tensor
     merged = {
-        name: _sums(file.tensors[name], change.pairs[name], report, workspace)
+        name: _sums(file.tensors[name], change.pairs[name], report, workspace, memory)
         for name in file.tensors
         if name in change.pairs
     }
@@ -177,15 +179,17 @@ def _write(
     write_like(file, path, merged | replaced, added, progress)
 
 
-def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport, workspace: Workspace) -> Iterator[Tensor]:
+def _sums(
+    weight: StoredTensor, target: StoredTarget, report: MergeReport, workspace: Workspace, memory: Iterator[str]
+) -> Iterator[Tensor]:
     dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
     B, A = target.pair.read_finite(dtype)
     delta = exact_product([(A.T, B.T) if target.transposed else (B, A)], dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
     squares = exact.Squares()
-    for index, (rows, values) in enumerate(read_ahead(target.start.slabs())):
+    for rows, values in read_ahead(target.start.slabs()):
         matrix = values.to(weight.torch_dtype())
-        total = workspace.buffers.like(f"sum {index % 2}", matrix, matrix.dtype)  # the other one is being written
+        total = workspace.buffers.like(next(memory), matrix, matrix.dtype)
         squares += exact.add_delta(matrix, delta.part(rows), total, workspace)
         if not squares.finite:
             _refuse(weight, matrix)
