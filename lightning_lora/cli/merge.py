@@ -189,7 +189,7 @@ def _sums(
     squares = exact.Squares()
     for rows, values in read_ahead(target.start.slabs()):
         matrix = values.to(weight.torch_dtype())
-        total = workspace.buffers.like(next(memory), matrix, matrix.dtype)
+        total = workspace.memory(next(memory), matrix, matrix.dtype)
         squares += exact.add_delta(matrix, delta.part(rows), total, workspace)
         if not squares.finite:
             _refuse(weight, matrix)

@@ -63,7 +63,7 @@ def _sum(
     """The sum for this rank's part of ``parameter``, in the memory of ``workspace``, and how to undo it."""
     weight = workspace.bring(local_shard(parameter))
     originals, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, parameter, weight.device)
-    merged = workspace.buffers.like("merged", weight, weight.dtype)
+    merged = workspace.memory("merged", weight, weight.dtype)
     matrices = matrices_in(merged, originals)
     parts = [exact.merge_delta(*each, workspace) for each in zip(originals, deltas, matrices, strict=True)]
     patches = [patch for patch, _ in parts]
@@ -179,7 +179,7 @@ def _restored(
         return record.shared if quick_checksum(local_shard(record.shared), workspace) == record.original else None
     weight = workspace.bring(local_shard(parameter))
     present = quick_checksum(weight, workspace)
-    original = workspace.buffers.like(f"original {key}", weight, weight.dtype)
+    original = workspace.memory(f"original {key}", weight, weight.dtype)
     if present == record.original:  # the base was loaded into the merged layer
         return original.copy_(weight)
     if present != record.checksum:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.exact_product import ExactProduct
-from lightning_lora.ops.workspace import Buffers, Workspace
+from lightning_lora.ops.workspace import Workspace
 
 BLOCK = 1 << 15  # words in a block of a checksum: files hold checksums, so it may not change
 WIDTH = 1 << 10  # words in a row of a quick checksum
@@ -61,7 +61,7 @@ def quick_checksum(tensor: Tensor, workspace: Workspace) -> int:
     words = _words(tensor)
     table = words[: words.numel() // WIDTH * WIDTH].view(-1, WIDTH)
 
-    def sums(rows: slice, _: Buffers) -> tuple[Tensor, Tensor]:
+    def sums(rows: slice) -> tuple[Tensor, Tensor]:
         return table[rows].sum(1), table[rows].sum(0)
 
     of_rows = [words[table.numel() :]]
@@ -141,8 +141,8 @@ class Squares:
 def add_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> Squares:
     """Write ``matrix`` plus ``delta`` into ``out``, rounded once to its dtype, which is that of ``matrix``."""
 
-    def add(rows: slice, buffers: Buffers) -> Squares:
-        return _add(matrix[rows], delta.part(rows), out[rows], buffers)[2]
+    def add(rows: slice) -> Squares:
+        return _add(matrix[rows], delta.part(rows), out[rows], workspace)[2]
 
     return sum(workspace.map(add, _blocks(matrix), matrix.device), Squares())
 
@@ -150,9 +150,9 @@ def add_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Works
 def merge_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> tuple[Patch, Squares]:
     """As :func:`add_delta`, with the patch that turns ``out`` minus ``delta`` into ``matrix`` again."""
 
-    def merge(rows: slice, buffers: Buffers) -> tuple[Patch, Squares]:
-        block, total, squares = _add(matrix[rows], delta.part(rows), out[rows], buffers)
-        restored = _round(torch.sub, total, block, buffers.like("restored", matrix[rows], matrix.dtype), buffers)
+    def merge(rows: slice) -> tuple[Patch, Squares]:
+        block, total, squares = _add(matrix[rows], delta.part(rows), out[rows], workspace)
+        restored = _round(torch.sub, total, block, workspace.memory("restored", matrix[rows], matrix.dtype), workspace)
         return _patch(matrix, rows, restored, not squares.finite), squares
 
     parts = workspace.map(merge, _blocks(matrix), matrix.device)
@@ -162,9 +162,9 @@ def merge_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Wor
 def subtract_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> Tensor:
     """Write ``matrix`` minus ``delta`` into ``out``: the original except for a few elements."""
 
-    def subtract(rows: slice, buffers: Buffers) -> None:
-        block = _rows_of(delta.part(rows), matrix[rows], buffers)
-        _round(torch.sub, buffers.cast("original", matrix[rows], block.dtype), block, out[rows], buffers)
+    def subtract(rows: slice) -> None:
+        block = _rows_of(delta.part(rows), matrix[rows], workspace)
+        _round(torch.sub, workspace.cast("original", matrix[rows], block.dtype), block, out[rows], workspace)
 
     workspace.map(subtract, _blocks(matrix), matrix.device)
     return out
@@ -191,33 +191,33 @@ def _blocks(matrix: Tensor) -> list[slice]:
     return [slice(start, min(start + count, height)) for start in range(0, height, count)]
 
 
-def _rows_of(delta: ExactProduct, matrix: Tensor, buffers: Buffers) -> Tensor:
+def _rows_of(delta: ExactProduct, matrix: Tensor, workspace: Workspace) -> Tensor:
     """Rows of ``delta`` in fp32, or in fp64 for a ``matrix`` in fp64."""
-    product = delta.compute(buffers.like("product", matrix, torch.float64))
-    return buffers.cast("delta", product, torch.promote_types(matrix.dtype, torch.float32))
+    product = delta.compute(workspace.memory("product", matrix, torch.float64))
+    return workspace.cast("delta", product, torch.promote_types(matrix.dtype, torch.float32))
 
 
-def _add(matrix: Tensor, delta: ExactProduct, out: Tensor, buffers: Buffers) -> tuple[Tensor, Tensor, Squares]:
+def _add(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor, Squares]:
     """Write the sum into ``out``; return delta and the sum in the dtype of delta, and the norms."""
-    block = _rows_of(delta, matrix, buffers)
-    original = buffers.cast("original", matrix, block.dtype)
-    _round(torch.add, original, block, out, buffers)
-    total = buffers.cast("total", out, block.dtype)
-    squares = _squares(original, block, total, buffers)
+    block = _rows_of(delta, matrix, workspace)
+    original = workspace.cast("original", matrix, block.dtype)
+    _round(torch.add, original, block, out, workspace)
+    total = workspace.cast("total", out, block.dtype)
+    squares = _squares(original, block, total, workspace)
     if not squares.finite:
         out.masked_fill_(out.isnan(), math.nan)  # devices differ in the bits of a NaN that they compute
     return block, total, squares
 
 
-def _round(operation: Operation, first: Tensor, second: Tensor, out: Tensor, buffers: Buffers) -> Tensor:
+def _round(operation: Operation, first: Tensor, second: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
     """Write the result of ``operation``, in the precision of its arguments, into ``out``, rounded to its dtype."""
     if out.dtype == first.dtype:
         return operation(first, second, out=out)
-    return out.copy_(operation(first, second, out=buffers.like("unrounded", first, first.dtype)))
+    return out.copy_(operation(first, second, out=workspace.memory("unrounded", first, first.dtype)))
 
 
-def _squares(original: Tensor, delta: Tensor, total: Tensor, buffers: Buffers) -> Squares:
-    error = torch.sub(total, original, out=buffers.like("error", total, total.dtype)).sub_(delta)
+def _squares(original: Tensor, delta: Tensor, total: Tensor, workspace: Workspace) -> Squares:
+    error = torch.sub(total, original, out=workspace.memory("error", total, total.dtype)).sub_(delta)
     # Much faster than `isfinite`; where the sum is not finite, neither is its error.
     return Squares(_square(original), _square(delta), _square(error), math.isfinite(float(error.sum())))
 

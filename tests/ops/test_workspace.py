@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lightning_lora.ops.workspace import Buffers, Workspace
+from lightning_lora.ops.workspace import Workspace
 
 CPU = torch.device("cpu")
 
@@ -19,21 +19,21 @@ def threads(request):
 
 
 def test_results_are_in_the_order_of_the_items(threads):
-    assert Workspace().map(lambda item, _: item * item, range(50), CPU) == [item * item for item in range(50)]
-    assert Workspace().map(lambda item, _: item, [], CPU) == []
+    assert Workspace().map(lambda item: item * item, range(50), CPU) == [item * item for item in range(50)]
+    assert Workspace().map(lambda item: item, [], CPU) == []
 
 
 def test_on_a_cpu_every_thread_of_torch_works(threads):
     together = threading.Barrier(threads, timeout=60)  # it breaks where fewer come
     workspace = Workspace()
     for _ in range(2):
-        used = workspace.map(lambda *_: (together.wait(), threading.get_ident())[1], range(threads), CPU)
+        used = workspace.map(lambda _: (together.wait(), threading.get_ident())[1], range(threads), CPU)
         assert len(set(used)) == threads
 
 
 def test_within_a_thread_torch_uses_no_others_and_everywhere_else_as_many_as_before(threads):
     workspace, seen = Workspace(), []
-    within = workspace.map(lambda *_: torch.get_num_threads(), range(4 * threads), CPU)
+    within = workspace.map(lambda _: torch.get_num_threads(), range(4 * threads), CPU)
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     later.start()
     later.join()
@@ -43,46 +43,50 @@ def test_within_a_thread_torch_uses_no_others_and_everywhere_else_as_many_as_bef
 
 def test_elsewhere_than_on_a_cpu_nothing_is_called_in_a_thread(threads):
     own = threading.get_ident()
-    assert set(Workspace().map(lambda *_: threading.get_ident(), range(5), torch.device("meta"))) == {own}
+    assert set(Workspace().map(lambda _: threading.get_ident(), range(5), torch.device("meta"))) == {own}
 
 
-def test_no_buffers_are_used_by_two_at_a_time(threads):
-    together = threading.Barrier(threads, timeout=60)
-    used = Workspace().map(lambda _, buffers: (together.wait(), id(buffers))[1], range(threads), CPU)
-    assert len(set(used)) == threads
+def test_no_memory_is_used_by_two_at_a_time(threads):
+    together, workspace = threading.Barrier(threads, timeout=60), Workspace()
+
+    def address(_):
+        together.wait()
+        return workspace.memory("a", torch.empty(3), torch.float64).data_ptr()
+
+    assert len(set(workspace.map(address, range(threads), CPU))) == threads
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_gradients_are_not_recorded_and_inference_mode_is_that_of_the_caller(threads, inference):
     with torch.inference_mode(inference):
-        modes = Workspace().map(lambda *_: (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), range(6), CPU)
+        modes = Workspace().map(lambda _: (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), range(6), CPU)
     assert set(modes) == {(False, inference)}
 
 
 def test_an_error_is_raised_and_the_threads_work_again(threads):
     workspace = Workspace()
     with pytest.raises(ZeroDivisionError):
-        workspace.map(lambda item, _: 1 // item, range(8), CPU)
-    assert workspace.map(lambda item, _: item, range(8), CPU) == list(range(8))
+        workspace.map(lambda item: 1 // item, range(8), CPU)
+    assert workspace.map(lambda item: item, range(8), CPU) == list(range(8))
 
 
 def test_memory_of_a_name_is_used_again():
-    buffers = Buffers()
-    large = buffers.like("a", torch.empty(3, 4), torch.float64)
+    workspace = Workspace()
+    large = workspace.memory("a", torch.empty(3, 4), torch.float64)
     assert (large.shape, large.dtype, large.is_contiguous()) == ((3, 4), torch.float64, True)
     for shape, dtype in [((2, 2), torch.float32), ((5,), torch.int16), ((3, 4), torch.float64)]:
-        again = buffers.like("a", torch.empty(shape), dtype)
+        again = workspace.memory("a", torch.empty(shape), dtype)
         assert (again.shape, again.dtype, again.data_ptr()) == (shape, dtype, large.data_ptr())
-    assert buffers.like("b", torch.empty(3, 4), torch.float64).data_ptr() != large.data_ptr()
-    larger = buffers.like("a", torch.empty(30, 4), torch.float64)
-    small = buffers.like("a", torch.empty(3, 4), torch.float64)
+    assert workspace.memory("b", torch.empty(3, 4), torch.float64).data_ptr() != large.data_ptr()
+    larger = workspace.memory("a", torch.empty(30, 4), torch.float64)
+    small = workspace.memory("a", torch.empty(3, 4), torch.float64)
     assert small.data_ptr() == larger.data_ptr() != large.data_ptr()
 
 
 def test_only_a_cast_copies():
-    tensor, buffers = torch.arange(6.0).view(2, 3), Buffers()
-    assert buffers.cast("a", tensor, torch.float32) is tensor
-    assert buffers.cast("a", tensor, torch.float64).tolist() == tensor.tolist()
+    tensor, workspace = torch.arange(6.0).view(2, 3), Workspace()
+    assert workspace.cast("a", tensor, torch.float32) is tensor
+    assert workspace.cast("a", tensor, torch.float64).tolist() == tensor.tolist()
 
 
 def fail(workspace):
