@@ -6,6 +6,7 @@ This is the only file of the package that names ``torch._C``: a release of torch
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
 in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
+
+GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
 
 
 def backward_id() -> int:
@@ -26,11 +34,6 @@ def call_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def backward_reaches(node: Any) -> bool:
-    """Whether the backward pass that runs now goes on to ``node``, a node of the autograd graph."""
-    return bool(torch._C._will_engine_execute_node(node))
-
-
 def saved_tensors_have_hooks() -> bool:
     """Whether tensors saved for backward are packed by hooks: activation checkpointing, or offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -39,9 +42,9 @@ def saved_tensors_have_hooks() -> bool:
 def versions_of(*tensors: Tensor) -> tuple[int, ...]:
     """:func:`version_of` each of ``tensors``."""
     try:
-        return tuple([tensor._version for tensor in tensors])
+        return tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:
-        return tuple([version_of(tensor) for tensor in tensors])
+        return tuple(map(version_of, tensors))
 
 
 def version_of(tensor: Tensor) -> int:
@@ -64,6 +67,13 @@ def factors_of_product(x: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Whether a hook waits for the gradient of ``tensor``."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether backward computes a batch of gradients at once, of which ``gradient`` may be one."""
+    if torch.compiler.is_compiling():  # which does not know the second question
+        return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -96,4 +106,4 @@ def is_capturing(tensor: Tensor) -> bool:
 def has_module_hooks(module: nn.Module) -> bool:
     """Whether a hook of its own or a global one runs when ``module`` is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(own) or any(GLOBAL_HOOKS)

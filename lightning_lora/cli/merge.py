@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
 from lightning_lora.cli.output import new_output
+from lightning_lora.files.in_turns import read_ahead
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import StoredTensor, TensorFile
 from lightning_lora.files.safetensors_writing import write_like
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.model.fingerprint import other_base, sums_of
 from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.exact_product import exact_product
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.peft_format.provenance import BASE, base_in
 from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, open_adapter
 
@@ -119,7 +123,7 @@ def merge_files(
         >>> load_file(folder / "merged.safetensors")["up.weight"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    weights, stored = open_weights(base), open_adapter(adapter)
+    weights, stored, workspace = open_weights(base), open_adapter(adapter), Workspace()
     change = changes(stored, weights)
     _check_base(stored, change)
     directory = base.is_dir()
@@ -127,14 +131,15 @@ def merge_files(
     report.added = [name for name in change.in_full if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
     sources = [base, adapter]
-    with new_output(
+    output = new_output(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
-    ) as part:
+    )
+    with output as part, workspace:
         for file in weights.files:
             last = file is weights.files[-1]
             added = {name: change.in_full[name].read_finite() for name in report.added} if last else {}
             target = part / file.path.name if directory else part
-            _write(file, target, change, added, report, progress)
+            _write(file, target, change, added, report, progress, workspace)
         if directory:
             report.left_out = _copy_others(weights, part)
             _write_index(weights, part, {name: change.in_full[name] for name in report.added})
@@ -160,9 +165,13 @@ def _write(
     added: dict[str, Tensor],
     report: MergeReport,
     progress: Callable[[int], object],
+    workspace: Workspace,
 ) -> None:
+    memory = cycle(("one sum", "the next sum"))  # while one is written, the next is computed, also of the next tensor
     merged = {
-        name: _sums(file.tensors[name], change.pairs[name], report) for name in file.tensors if name in change.pairs
+        name: _sums(file.tensors[name], change.pairs[name], report, workspace, memory)
+        for name in file.tensors
+        if name in change.pairs
     }
     replaced = {
         name: _cast(file.tensors[name], change.in_full[name]) for name in file.tensors if name in change.in_full
@@ -170,22 +179,22 @@ def _write(
     write_like(file, path, merged | replaced, added, progress)
 
 
-def _sums(weight: StoredTensor, target: StoredTarget, report: MergeReport) -> Iterator[Tensor]:
+def _sums(
+    weight: StoredTensor, target: StoredTarget, report: MergeReport, workspace: Workspace, memory: Iterator[str]
+) -> Iterator[Tensor]:
     dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
     B, A = target.pair.read_finite(dtype)
-    left, right = (A.T, B.T) if target.transposed else (B, A)
+    delta = exact_product([(A.T, B.T) if target.transposed else (B, A)], dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
-    lost = 0.0
-    for rows, values in target.start.slabs():
+    squares = exact.Squares()
+    for rows, values in read_ahead(target.start.slabs()):
         matrix = values.to(weight.torch_dtype())
-        total = exact.add_delta(matrix, [(left[rows], right)])
-        if not bool(total.merged.isfinite().all()):
+        total = workspace.memory(next(memory), matrix, matrix.dtype)
+        squares += exact.add_delta(matrix, delta.part(rows), total, workspace)
+        if not squares.finite:
             _refuse(weight, matrix)
-        lost = math.hypot(lost, total.lost * total.size)
-        layer.delta = math.hypot(layer.delta, total.size)
-        layer.weight = math.hypot(layer.weight, float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
-        yield total.merged
-    layer.lost = lost / layer.delta if layer.delta else 0.0
+        yield total
+    layer.weight, layer.delta, layer.lost = math.sqrt(squares.matrix), math.sqrt(squares.delta), squares.lost()
 
 
 def _refuse(weight: StoredTensor, matrix: Tensor) -> None:

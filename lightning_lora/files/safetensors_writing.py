@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.files.atomic import atomic_write
+from lightning_lora.files.in_turns import write_behind
 from lightning_lora.files.safetensors import DTYPES, METADATA, StoredTensor, TensorFile
 
 ENTRY = 256  # bytes of the header that one tensor needs in addition to its name, at most
@@ -95,7 +96,8 @@ def write_like(
     Args:
         source: the file to copy.
         path: file to write, not atomically.
-        changed: new values of some tensors, a few rows at a time and in order; read one tensor after the other.
+        changed: new values of some tensors, a few rows at a time and in order; read one tensor after the other. While
+            one piece is computed, the piece before it is written, and those before that may be overwritten.
         added: tensors that ``source`` lacks, written after its own.
         progress: called with a number of bytes each time some were written.
 
@@ -106,14 +108,15 @@ def write_like(
     sizes += [_size(name, tensor) for name, tensor in added.items()]
     header = _header(sizes, source.metadata)
     with path.open("wb") as file, source.path.open("rb") as old:
-        file.write(header)
-        for name, tensor in source.tensors.items():
-            pieces = changed.get(name)
-            for piece in _copied(old, tensor) if pieces is None else map(_raw_bytes, pieces):
-                file.write(piece)
-                progress(len(piece))
-        for value in added.values():
-            file.write(_raw_bytes(value))
+        with write_behind(file) as writer:
+            writer.write(header)
+            for name, tensor in source.tensors.items():
+                pieces = changed.get(name)
+                for piece in _copied(old, tensor) if pieces is None else map(_raw_bytes, pieces):
+                    writer.write(piece)
+                    progress(len(piece))
+            for value in added.values():
+                writer.write(_raw_bytes(value))
         if file.tell() != len(header) + sum(size for *_, size in sizes):
             raise ValueError(f"`{source.path}` was changed while it was read: {path.name} came out of another size.")
 

@@ -17,6 +17,7 @@ from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.foreign import SEED_VARIABLE
 from lightning_lora.layers.adapted import keep_dtype
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.torch_internals import has_module_hooks
 
 
 def default_seed() -> int:
@@ -118,8 +119,13 @@ class Adapter(nn.Module):
         """Dropout on ``x``, the input of A."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """A and B for an op that does not call ``forward``."""
+    def operands(self) -> tuple[Tensor, Tensor] | None:
+        """A and B for an op that does not call this module.
+
+        ``None`` if a hook expects calls, or only some rows of W0 are adapted.
+        """
+        if self.part.rows is not None or has_module_hooks(self):
+            return None
         parameters = self._parameters  # reading attributes of a module takes longer
         A, B = parameters.get("A"), parameters.get("B")
         return (self.A, self.B) if A is None or B is None else (A, B)
@@ -193,12 +199,19 @@ class Adapters(nn.ModuleDict):
         """The pairs of every adapter."""
         pairs: list[Adapter] = []
         for module in self._modules.values():
-            pairs += [pair for _, pair in module.items()] if isinstance(module, Pairs) else [module]  # type: ignore[list-item]
+            pairs += module._modules.values() if isinstance(module, Pairs) else (module,)  # type: ignore[arg-type]
         return pairs
 
     def active_pairs(self) -> list[Adapter]:
         """The pairs that act now: all, or none while disabled."""
-        return self.all_pairs() if self.enabled else []
+        if not self.enabled:
+            return []
+        modules: Any = self._modules
+        if len(modules) == 1:  # as in most forwards
+            (pair,) = modules.values()
+            if type(pair) is not Pairs:
+                return [pair]
+        return self.all_pairs()
 
     def by_weight(self) -> dict[str, list[Adapter]]:
         """All pairs, by the name of the parameter that they adapt."""

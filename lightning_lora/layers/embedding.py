@@ -15,9 +15,8 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import merged_weight
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.ops import fused_linear
+from lightning_lora.ops.fused_embedding import can_fuse_embedding, fused_embedding
 from lightning_lora.ops.linear import add_low_rank_term
-from lightning_lora.torch_internals import has_module_hooks, is_transformed
 
 
 class EmbeddingAdapter(Adapter):
@@ -31,34 +30,6 @@ class EmbeddingAdapter(Adapter):
         """
         hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
         return add_low_rank_term(y, hidden.to(y.dtype), self.B, self.scale)
-
-
-def add_in_place(rows: Tensor, index: Tensor, adapter: EmbeddingAdapter, scale_grad_by_freq: bool) -> Tensor:
-    """``adapter(rows, index, scale_grad_by_freq)``, accumulated onto ``rows``.
-
-    A term of its own would be written to memory, and both read again to be added.
-
-    Args:
-        rows: base output, ``(n, embedding_dim)``, without a graph.
-        index: ``(n,)``.
-        adapter: A, B and the scale.
-        scale_grad_by_freq: as in the plain layer.
-    """
-    A, B = adapter.operands()
-    hidden = F.embedding(index, A.t(), adapter.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (n, r)
-    return rows.addmm_(hidden.to(dtype=rows.dtype), B.to(dtype=rows.dtype).t(), alpha=adapter.scale)
-
-
-def can_add_in_place(weight: Tensor, adapter: EmbeddingAdapter) -> bool:
-    """Whether :func:`add_in_place` can be used: plain tensors on a GPU, computed eagerly."""
-    return (
-        not torch.compiler.is_compiling()
-        and weight.device.type in fused_linear.DEVICES
-        and {type(weight), *map(type, adapter.operands())} <= fused_linear.PLAIN_CLASSES
-        and not weight.requires_grad
-        and not has_module_hooks(adapter)
-        and not is_transformed()
-    )
 
 
 class LoRALookup(LoRALayer):
@@ -94,12 +65,11 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
         pairs = self.lora.active_pairs()
         if self.max_norm is not None:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        elif len(pairs) == 1 and can_add_in_place(self.weight, pairs[0]):  # type: ignore[arg-type]
-            index = input.reshape(-1)
-            rows = add_in_place(super().forward(index), index, pairs[0], self.scale_grad_by_freq)  # type: ignore[arg-type]
-            return rows.view(*input.shape, self.embedding_dim)
         else:
             y = super().forward(input)
+            operands = pairs[0].operands() if len(pairs) == 1 else None
+            if operands is not None and can_fuse_embedding(self.weight, *operands):
+                return fused_embedding(y, input, *operands, pairs[0].scale, self.padding_idx, self.scale_grad_by_freq)
         for adapter in pairs:
             y = adapter(y, input, self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)

@@ -19,7 +19,6 @@ from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import add_pair, base_linear, linear
 from lightning_lora.ops.shared_input import SharedInputGroup
-from lightning_lora.torch_internals import has_module_hooks
 
 
 class LinearAdapter(Adapter):
@@ -35,14 +34,6 @@ class LinearAdapter(Adapter):
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
         return self.part.place_rows(self.B, out_features)
 
-    def dropout_probability(self) -> float:
-        """The probability of dropping an element of the input of A in this call."""
-        return self.dropout if self.training else 0.0
-
-    def is_hooked(self) -> bool:
-        """Whether a hook expects calls of this module; the fused op makes none."""
-        return has_module_hooks(self)
-
 
 class LoRALinear(LoRALayer, nn.Linear):
     """An ``nn.Linear`` with adapters: ``W0 x + b + scale * B A x``."""
@@ -52,10 +43,11 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        weight = summed_weight(self, input)
+        adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
+        weight = summed_weight(self, input) if adapters.sums else None
         if weight is not None:
             return base_linear(input, weight, self.bias)
-        return linear(input, self.weight, self.bias, self.lora.active_pairs())  # type: ignore[arg-type]
+        return linear(input, self.weight, self.bias, adapters.active_pairs())
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):

@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
-from lightning_lora.torch_internals import call_after_backward, cuda_stream_id, is_capturing
+from lightning_lora.torch_internals import any_autocast_enabled, call_after_backward, cuda_stream_id, is_capturing
+
+PLAIN = {Tensor, nn.Parameter}  # not sharded, not quantized
 
 
 class Member(Protocol):
@@ -26,6 +28,7 @@ class Member(Protocol):
     has_watched_factors: bool
     pairs: Sequence[Adapter]
     sources: Sequence[tuple[dict[str, Any], str]]
+    is_whole: bool
     layer: weakref.ref[LoRALayer]
 
     def is_live(self, layer: LoRALayer | None) -> bool:
@@ -34,8 +37,8 @@ class Member(Protocol):
     def can_be_summed(self, first: Any) -> bool:
         """Whether it can be summed together with the weight ``first``."""
 
-    def is_whole(self) -> bool:
-        """Whether A and B of one pair are its factors as they are."""
+    def is_called_alone(self, grad: bool) -> bool:
+        """Whether its weight trains, or a hook expects a call of its pairs."""
 
     def is_watched(self) -> bool:
         """Whether a hook waits for the gradient of A or B."""
@@ -52,10 +55,10 @@ class Member(Protocol):
 
 def place_now(weight: Tensor) -> tuple[object, ...]:
     """The dtype of a sum with ``weight``, the stream that computes it, and whether it is an inference tensor."""
-    dtype, on_gpu = weight.dtype, weight.is_cuda
-    if torch.is_autocast_enabled("cuda" if on_gpu else weight.device.type) and dtype != torch.float64:
+    dtype = weight.dtype
+    if any_autocast_enabled() and torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(weight.device.type)
-    return dtype, on_gpu and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
+    return dtype, weight.is_cuda and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
 
 
 class SumGroup:
@@ -63,6 +66,8 @@ class SumGroup:
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
+        self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
+        self.usable: list[bool] = []  # whether each live member can be summed
         self.addresses: list[int] = []  # of the tensors that `kinds` and `plan` are of
         self.kinds: list[list[int]] = []
         self.plan: SumPlan | None = None
@@ -77,8 +82,7 @@ class SumGroup:
     def sum(self, first: Tensor, grad: bool) -> None:
         """Sum the weights of all layers that are adapted now, and can be summed together with the weight ``first``."""
         self.forget()
-        held = [member for reference in self.members if (member := reference()) is not None]
-        members = [member for member in held if member.is_live(member.layer()) and member.can_be_summed(first)]
+        members = self._summed_now(first, grad)
         for index, member in enumerate(members):
             member.index, member.has_watched_factors = index, grad and member.is_watched()
         place = place_now(first)
@@ -89,14 +93,28 @@ class SumGroup:
             member.facts, member.value = member.facts_now(), value
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
+    def _summed_now(self, first: Tensor, grad: bool) -> list[Member]:
+        """The members that are summed together with the weight ``first``."""
+        held = [member for reference in self.members if (member := reference()) is not None]
+        live = [member for member in held if member.is_live(member.layer())]
+        tensors: list[Any] = [parameters.get(key) for member in live for parameters, key in member.sources]
+        if not set(map(type, tensors)) <= PLAIN:
+            self.checked = []
+            return [member for member in live if member.can_be_summed(first) and not member.is_called_alone(grad)]
+        checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
+        if checked != self.checked:
+            self.usable, self.checked = [member.can_be_summed(first) for member in live], checked
+        usable = [member for member, can_be in zip(live, self.usable, strict=True) if can_be]
+        return [member for member in usable if not member.is_called_alone(grad)]
+
     def _sums_of(self, members: list[Member], scale: float, dtype: Any) -> WeightSums:
         lefts, rights = zip(*[member.factors_in_group(scale) for member in members], strict=True)
-        tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
-        addresses = [tensor.data_ptr() for tensor in tensors]
         weights = [parameters[key] for parameters, key in [member.sources[0] for member in members]]
+        tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
+        addresses = list(map(Tensor.data_ptr, tensors))
         if addresses != self.addresses:
             self.kinds, self.plan, self.addresses = _kinds(weights, lefts), None, addresses
-            is_whole = all(member.is_whole() for member in members) and not is_capturing(weights[0])
+            is_whole = all(member.is_whole for member in members) and not is_capturing(weights[0])
             if is_whole and SumPlan.can_be_used(weights, lefts, rights):
                 self.plan = SumPlan(weights, lefts, rights)
         has_one_scale = all(member.pairs[0].scale == scale for member in members)

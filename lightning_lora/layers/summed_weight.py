@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.sum_group import SumGroup, place_now
+from lightning_lora.layers.sum_group import PLAIN, SumGroup, place_now
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.weight_batch import is_dense
@@ -34,8 +34,8 @@ from lightning_lora.torch_internals import (
     saved_tensors_have_hooks,
 )
 
-PLAIN = (Tensor, nn.Parameter)  # not sharded, not quantized
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
+MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a forward twice, and packs what it saves
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
@@ -54,10 +54,10 @@ class SummedWeight:
     value: Tensor | None = None
     index = 0  # in the group
     facts: Sequence[object] = ()
-    checked: Sequence[object] = ()  # the tensors that were found to be plain, by their addresses
     known: Sequence[object] = ()  # the adapters that `pairs` and `sources` are of
     pairs: Sequence[Adapter] = ()
     sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
+    is_whole = False  # A and B of one pair are the factors as they are
     was_read = False
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
@@ -85,12 +85,9 @@ class SummedWeight:
             self.pairs = adapters.by_weight().get(self.key, ())
             matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
             self.sources = [(layer._parameters, self.key), *matrices]  # type: ignore[union-attr]
+            self.is_whole = len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
             self.known = present
         return bool(self.pairs)
-
-    def is_whole(self) -> bool:
-        """Whether A and B of one pair are the factors as they are."""
-        return len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
 
     def read(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """The sum, or ``None`` where the layer must compute on the side of the activations.
@@ -111,7 +108,7 @@ class SummedWeight:
         grad, recomputes = torch.is_grad_enabled(), backward_id() >= 0
         is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
         if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
-            if not self.can_be_summed(weight):
+            if not self.can_be_summed(weight) or self.is_called_alone(grad):
                 return None
             group.sum(weight, grad)  # type: ignore[arg-type]
         self.was_read = True
@@ -120,13 +117,16 @@ class SummedWeight:
         value, sums = self.value, group.sums
         if value is None or sums is None:  # another thread computes with the model, too
             return None
-        if grad and (self.has_watched_factors or _needs_own_graph(value, recomputes)):
+        if grad and (self.has_watched_factors or not value.requires_grad or (recomputes and _needs_own_graph())):
             left, right = self.factors(sums.scale)
             return with_graph(sums, [self.index], [left], [right])[0]
         return value
 
     def _is_faster(self, x: Tensor) -> bool:
-        if self.size > MAX_ELEMENTS or x.numel() // self.width * self.size > MAX_WORK:
+        work = x.numel() // self.width * self.size
+        if self.size > MAX_ELEMENTS or work > MAX_CHECKPOINTED_WORK:
+            return False
+        if work > MAX_WORK and not saved_tensors_have_hooks():
             return False
         return x.is_cuda or x.device.type in dispatch.DEVICES
 
@@ -142,19 +142,14 @@ class SummedWeight:
         return facts
 
     def can_be_summed(self, first: Any) -> bool:
-        """Whether W0 needs no gradient, and W0, A and B are plain tensors on the device of the weight ``first``.
-
-        They are not where they are sharded or computed. A hook on a pair expects a call of it.
-        """
+        """Whether W0, A and B are plain tensors on the device of the weight ``first``, neither sharded nor computed."""
         tensors: list[Any] = [parameters.get(key) for parameters, key in self.sources]
-        for tensor in tensors:
-            if type(tensor) not in PLAIN:
-                return False
-        checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
-        if checked != self.checked:
-            self.checked = checked if _are_alike(first, tensors) else ()
-        needs_gradient = tensors[0].requires_grad and torch.is_grad_enabled()
-        return bool(self.checked) and not needs_gradient and not any(map(has_module_hooks, self.pairs))
+        return set(map(type, tensors)) <= PLAIN and _are_alike(first, tensors)
+
+    def is_called_alone(self, grad: bool) -> bool:
+        """Whether W0 needs a gradient itself, or a hook on a pair expects a call of it."""
+        weights, key = self.sources[0]
+        return (grad and weights[key].requires_grad) or any(map(has_module_hooks, self.pairs))
 
     def is_watched(self) -> bool:
         """Whether a hook waits for the gradient of A or B."""
@@ -167,7 +162,7 @@ class SummedWeight:
 
     def factors(self, scale: float) -> tuple[Tensor, Tensor]:
         """The left factor ``(rows, r)`` and the right factor ``(r, columns)`` of delta / scale; differentiable."""
-        if self.is_whole() and self.pairs[0].scale == scale:
+        if self.is_whole and self.pairs[0].scale == scale:
             matrices: Any = self.pairs[0]._parameters
             return matrices["B"], matrices["A"]
         weights, key = self.sources[0]
@@ -191,9 +186,13 @@ class SummedWeight:
 
 def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
-    summed: SummedWeight | None = layer.lora.sums.get(key)
+    adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
+    summed: SummedWeight | None = adapters.sums.get(key)
     if summed is None:
         return None
+    for pair in summed.pairs:
+        if pair.dropout and pair.training:
+            return None
     if torch.compiler.is_compiling():
         return _traced(layer, key) if summed.always else None
     return summed.read(layer, x)
@@ -211,13 +210,13 @@ def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:
     )
 
 
-def _needs_own_graph(value: Tensor, recomputes: bool) -> bool:
-    """Whether a call with gradients needs another graph than that of the sums.
+def _needs_own_graph() -> bool:
+    """Whether a recomputation needs another graph than that of the sums.
 
     The first pass under reentrant checkpointing has no graph, and each part of the second pass has its own. Without
     reentry a recomputation has the graph of its forward pass, unless a pass without gradients came in between.
     """
-    return not value.requires_grad or (recomputes and not saved_tensors_have_hooks())
+    return not saved_tensors_have_hooks()
 
 
 def _traced(layer: LoRALayer, key: str) -> Tensor | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -98,6 +97,6 @@ class WeightPart:
         return experts, rows, slice(0, math.prod(sizes[1:]))
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
-        """Contiguous copies of the matrices in ``weight``, for any memory format."""
+        """The matrices in ``weight``, contiguous for any memory format: the same memory where it is so already."""
         matrices = weight.flatten(2) if self.stacked else weight.flatten(1).unsqueeze(0)
-        return [matrix.clone(memory_format=torch.contiguous_format) for matrix in matrices]
+        return [matrix.contiguous() for matrix in matrices]

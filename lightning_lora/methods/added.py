@@ -16,11 +16,10 @@ from lightning_lora.layers.adapted import Adapted, adapted_modules, added_to, ha
 from lightning_lora.layers.adapter import seed_of
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.added_config import AddedConfig
-from lightning_lora.methods.base import Method, Watched
+from lightning_lora.methods.base import Watched
+from lightning_lora.methods.recorded import RecordedMethod
 from lightning_lora.model.adapter_loading import accept_adapters
-from lightning_lora.model.apply import drop_added, remove
-from lightning_lora.model.copies import has_copies, make_base, make_plain
-from lightning_lora.model.freeze import freeze, trained_parameters, trains, unfreeze
+from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.initial_values import is_trained, remember, remember_added
 from lightning_lora.model.journal import Journal, all_or_nothing
@@ -30,9 +29,6 @@ from lightning_lora.model.report.summary import describe_added
 from lightning_lora.model.same_config import check_method, configs_of
 from lightning_lora.model.state import (
     added_parameters,
-    base_names,
-    frozen_names,
-    needed_names,
     trained_state,
 )
 from lightning_lora.model.twins import Agree, own_answer
@@ -41,7 +37,7 @@ from lightning_lora.targets.resolve import useless_patterns
 from lightning_lora.targets.survey import Survey
 
 
-class AddedMethod(Method):
+class AddedMethod(RecordedMethod):
     """Base of the methods: a sub-class says where something is added, and what.
 
     What is added stays a child of the module that it was added to, under the method's key. It is no sub-class's task to
@@ -86,6 +82,13 @@ class AddedMethod(Method):
         """
         return {}
 
+    def children(self, survey: Survey, fresh: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """What is added to each of the ``fresh`` modules, by name. Override it where one child depends on others."""
+        return {name: self.new(name, site, self.seed_of(name)) for name, site in fresh.items()}
+
+    def connect(self, survey: Survey) -> None:
+        """Called when all modules are adapted: what their children hold in common is set here."""
+
     def in_base(self, survey: Survey) -> Iterable[tuple[nn.Module, str]]:
         """Parameters of the base that train, each as a module and the key in it, but for those the config names.
 
@@ -125,10 +128,6 @@ class AddedMethod(Method):
                 )
 
     @override
-    def present(self, model: nn.Module) -> MethodConfig | None:
-        return config_of(model)
-
-    @override
     def is_adapted(self, model: nn.Module) -> bool:
         return config_of(model) is not None
 
@@ -143,7 +142,7 @@ class AddedMethod(Method):
     def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
         return all_or_nothing(model, lambda journal: self._complete(model))
 
-    def _checked_sites(self, survey: Survey) -> tuple[dict[str, nn.Module], list[tuple[nn.Module, str]]]:
+    def checked_sites(self, survey: Survey) -> tuple[dict[str, nn.Module], list[tuple[nn.Module, str]]]:
         """The sites, and the parameters of the base that train; what cannot work is refused here."""
         self.check(survey.model)
         useless = useless_patterns(survey, self.config)
@@ -155,27 +154,11 @@ class AddedMethod(Method):
         raise_refusals({name: not_swappable(site, self.key) for name, site in fresh})
         return sites, [(module, key) for module, key in self.in_base(survey) if not is_plain_copy(module)]
 
-    def would_train(self, survey: Survey) -> tuple[dict[str, int], dict[str, int]]:
-        """The number of parameters that each site has or would get, and the sizes of those of the base that train."""
-        sites, in_base = self._checked_sites(survey)
-        added = {
-            name: added_to(site) if isinstance(site, Adapted) else self.new(name, site, self._seed(name))
-            for name, site in sites.items()
-        }
-        asked = {
-            id(site.module._parameters[key])
-            for name, site in survey.sites.items()
-            for key in site.module._parameters
-            if trains(site, key, name in sites, self.config)
-        } | {id(module._parameters[key]) for module, key in in_base}
-        sizes = {name: sum(parameter.numel() for parameter in child.parameters()) for name, child in added.items()}
-        return sizes, {name: p.numel() for name, p in survey.parameters() if id(p) in asked}
-
     def _complete(self, model: nn.Module) -> list[str]:
         survey = Survey(model)
-        sites, in_base = self._checked_sites(survey)
+        sites, in_base = self.checked_sites(survey)
         fresh = {name: site for name, site in sites.items() if not isinstance(site, Adapted)}
-        children = {name: self.new(name, site, self._seed(name)) for name, site in fresh.items()}
+        children = self.children(survey, fresh)
         for module, key in in_base:
             record_of(module).trained.add(key)
             record_of(module).adapted_by = self.config
@@ -185,6 +168,7 @@ class AddedMethod(Method):
         for name, (mixin, child) in self.hosts(survey).items():
             if not isinstance(survey.by_name[name], Adapted):
                 swap_in(survey.by_name[name], mixin, child)
+        self.connect(survey)
         record_of(model).config = self.config
         survey = Survey(model)
         equip(survey, self.config)
@@ -204,7 +188,8 @@ class AddedMethod(Method):
                 "a part of another model. To take it off call `remove_adapted` with that module."
             )
 
-    def _seed(self, name: str) -> int:
+    def seed_of(self, name: str) -> int:
+        """The seed of what is added to the site ``name``."""
         return seed_of(self.config.seed, name, self.key)
 
     @staticmethod
@@ -213,30 +198,9 @@ class AddedMethod(Method):
         return [name for name, site in survey.sites.items() if id(site.module) in trained]
 
     @override
-    def make_plain(self, model: nn.Module, known: Iterable[nn.Module]) -> list[str]:
-        return make_plain(model, known, mark=True) if has_copies(model, known) else []
-
-    @override
-    def make_plain_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
-        if has_copies(model, known):
-            make_plain(model, known, self._meant(model))
-
-    @override
-    def make_base_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
-        if has_copies(model, known):
-            make_base(model, known, self._meant(model))
-
-    def _meant(self, model: nn.Module) -> set[int]:
+    def meant(self, model: nn.Module) -> set[int]:
         survey = Survey(model)
         return {*map(id, self.sites(survey).values()), *(id(module) for module, _ in self.in_base(survey))}
-
-    @override
-    def drop(self, model: nn.Module) -> None:
-        drop_added(model)
-
-    @override
-    def remove(self, model: nn.Module) -> None:
-        all_or_nothing(model, lambda journal: remove(model, journal))
 
     @override
     def describe(self, model: nn.Module, save: str = "adapter") -> str:
@@ -249,16 +213,8 @@ class AddedMethod(Method):
         return added_parameters(model)
 
     @override
-    def trained_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        return trained_parameters(model)
-
-    @override
     def adapted_weights(self, model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]:
         return {}
-
-    @override
-    def freeze(self, model: nn.Module) -> None:
-        freeze(model, self.config)
 
     @override
     def as_found(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -293,18 +249,6 @@ class AddedMethod(Method):
             load_trained_state(model, state, journal)
 
         all_or_nothing(model, change)
-
-    @override
-    def needed_names(self, model: nn.Module) -> list[str]:
-        return needed_names(model)
-
-    @override
-    def frozen_names(self, model: nn.Module) -> set[str]:
-        return frozen_names(model)
-
-    @override
-    def base_names(self, model: nn.Module) -> set[str]:
-        return base_names(model)
 
     @override
     def never_merges(self, model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import MethodConfig
@@ -245,8 +246,12 @@ class Method(ABC):
         """Why the weights cannot take the update where they are, though a file of merged weights could be written."""
         return None
 
-    def merge(self, model: nn.Module) -> dict[str, float]:
+    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
         """Put the update into the base's weights; :meth:`unmerge` takes it out bit for bit.
+
+        Args:
+            model: any module; its weights stay where they are.
+            device: where to compute, one weight at a time; the bits are the same on each.
 
         Returns:
             For each site the share of the update's norm that rounding to the weight's dtype lost.
@@ -256,8 +261,8 @@ class Method(ABC):
         """
         raise ValueError(f"`{self.key}` cannot be merged into the weights: leave it on the model.")
 
-    def unmerge(self, model: nn.Module) -> None:
-        """Take a merged update out of the weights: the method acts again.
+    def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
+        """Take a merged update out of the weights: the method acts again. For the arguments see :meth:`merge`.
 
         Raises:
             ValueError: if ``model`` is not merged, or its weights were changed since.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,33 +15,31 @@ from lightning_lora.config import LoRAConfig, MethodConfig, check_compute
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
-from lightning_lora.methods.base import Method, Watched
+from lightning_lora.methods.base import Watched
+from lightning_lora.methods.recorded import RecordedMethod
 from lightning_lora.model.adapter_loading import mark_merged
-from lightning_lora.model.apply import drop_added, remove_lora
-from lightning_lora.model.copies import has_copies, make_base, make_plain, targets_of
-from lightning_lora.model.freeze import freeze, trained_parameters, unfreeze
+from lightning_lora.model.copies import targets_of
+from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject
 from lightning_lora.model.journal import all_or_nothing
 from lightning_lora.model.loading import load_lora_state_dict
-from lightning_lora.model.merge import merge_lora, quantized_layers, unmerge_lora, unwritable
+from lightning_lora.model.merge import merge_in, quantized_layers, unmerge_in, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
-from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.record import is_merged
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
 from lightning_lora.model.same_config import check_meant, check_same, difference
 from lightning_lora.model.state import (
-    base_names,
-    frozen_names,
     lora_parameters,
     lora_state_dict,
-    needed_names,
 )
 from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
+from lightning_lora.ops.workspace import Workspace
 
 
-class LoRAMethod(Method):
+class LoRAMethod(RecordedMethod):
     """``W0 x + scale * B A x`` (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
@@ -77,10 +76,6 @@ class LoRAMethod(Method):
         check_same(model, self.config)
 
     @override
-    def present(self, model: nn.Module) -> MethodConfig | None:
-        return config_of(model)
-
-    @override
     def is_adapted(self, model: nn.Module) -> bool:
         return is_adapted(model)
 
@@ -101,29 +96,8 @@ class LoRAMethod(Method):
         return targets.names()
 
     @override
-    def make_plain(self, model: nn.Module, known: Iterable[nn.Module]) -> list[str]:
-        return make_plain(model, known, mark=True) if has_copies(model, known) else []
-
-    @override
-    def make_plain_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
-        if has_copies(model, known):
-            make_plain(model, known, self._meant(model))
-
-    @override
-    def make_base_unless_meant(self, model: nn.Module, known: Iterable[nn.Module]) -> None:
-        if has_copies(model, known):
-            make_base(model, known, self._meant(model))
-
-    def _meant(self, model: nn.Module) -> set[int]:
+    def meant(self, model: nn.Module) -> set[int]:
         return {id(site.module) for site in targets_of(model, self.config).sites}
-
-    @override
-    def drop(self, model: nn.Module) -> None:
-        drop_added(model)
-
-    @override
-    def remove(self, model: nn.Module) -> None:
-        remove_lora(model)
 
     @override
     def describe(self, model: nn.Module, save: str = "adapter") -> str:
@@ -139,10 +113,6 @@ class LoRAMethod(Method):
         return lora_parameters(model)
 
     @override
-    def trained_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        return trained_parameters(model)
-
-    @override
     def adapted_weights(self, model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]:
         return {
             id(parameter): (join(name, adapter.part.key), parameter_of(layer, adapter.part.key))
@@ -150,10 +120,6 @@ class LoRAMethod(Method):
             for adapter in layer.lora.all_pairs()
             for parameter in adapter.parameters()
         }
-
-    @override
-    def freeze(self, model: nn.Module) -> None:
-        freeze(model, self.config)
 
     @override
     def as_found(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -198,18 +164,6 @@ class LoRAMethod(Method):
         load_lora_state_dict(model, state)
 
     @override
-    def needed_names(self, model: nn.Module) -> list[str]:
-        return needed_names(model)
-
-    @override
-    def frozen_names(self, model: nn.Module) -> set[str]:
-        return frozen_names(model)
-
-    @override
-    def base_names(self, model: nn.Module) -> set[str]:
-        return base_names(model)
-
-    @override
     def is_merged(self, model: nn.Module) -> bool:
         return is_merged(model)
 
@@ -227,12 +181,12 @@ class LoRAMethod(Method):
         return unwritable(model)
 
     @override
-    def merge(self, model: nn.Module) -> dict[str, float]:
-        return merge_lora(model)
+    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
+        return merge_in(model, Workspace(device))
 
     @override
-    def unmerge(self, model: nn.Module) -> None:
-        unmerge_lora(model)
+    def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
+        unmerge_in(model, Workspace(device))
 
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoRAConfig, MethodConfig
+from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.registry import original_class
 from lightning_lora.methods.added import AddedMethod
 from lightning_lora.methods.known import method_of
-from lightning_lora.model.freeze import adapter_parameters
+from lightning_lora.model.freeze import adapter_parameters, trains
 from lightning_lora.model.report.plan import Plan, plan_lora
 from lightning_lora.model.report.table import bytes_text, trained_in_full
 from lightning_lora.names import counted, folded
@@ -85,8 +86,24 @@ def plan(model: nn.Module, config: Any) -> Plan | MethodPlan:
     assert isinstance(method, AddedMethod)
     method.check_same(model)
     survey = Survey(model)
-    added, in_full = method.would_train(survey)
+    added, in_full = would_train(method, survey)
     present = adapter_parameters(survey)
     base = sum(parameter.numel() for _, parameter in survey.parameters() if id(parameter) not in present)
     kinds = {name: original_class(survey.by_name[name]).__name__ for name in added}
     return MethodPlan(method.key, added, kinds, in_full, base)
+
+
+def would_train(method: AddedMethod, survey: Survey) -> tuple[dict[str, int], dict[str, int]]:
+    """The number of parameters that each site has or would get, and the sizes of those of the base that train."""
+    sites, in_base = method.checked_sites(survey)
+    fresh = {name: site for name, site in sites.items() if not isinstance(site, Adapted)}
+    present = {name: added_to(site) for name, site in sites.items() if isinstance(site, Adapted)}
+    children = {**present, **method.children(survey, fresh)}
+    added = {name: sum(parameter.numel() for parameter in children[name].parameters()) for name in sites}
+    asked = {id(module._parameters[key]) for module, key in in_base} | {
+        id(site.module._parameters[key])
+        for name, site in survey.sites.items()
+        for key in site.module._parameters
+        if trains(site, key, name in sites, method.config)
+    }
+    return added, {name: parameter.numel() for name, parameter in survey.parameters() if id(parameter) in asked}

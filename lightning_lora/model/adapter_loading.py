@@ -32,6 +32,7 @@ from lightning_lora.model.state import (
     own_state,
 )
 from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.survey import Survey, survey_of
 
 MARK = "lightning_lora"  # in the metadata that torch keeps with a state dict, among that of the module itself
@@ -119,11 +120,11 @@ def _load(
     """Load into live or merged adapters; those that were merged are merged again, after ``check``."""
     check_state(module, adapter)
     reshard(module)
-    merged = list(merged_layers(module))
-    unmerge_all(merged, journal)
+    merged, workspace = list(merged_layers(module)), Workspace()
+    unmerge_all(merged, journal, workspace)
     load_trained_state(module, adapter, journal)
     check()
-    merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal)
+    merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal, workspace)
 
 
 def _with_sums(base: Mapping[str, Any], sums: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Any]]:

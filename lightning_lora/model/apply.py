@@ -22,6 +22,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.record import config_of, forget, is_merged
 from lightning_lora.model.same_config import check_meant, check_same
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.survey import Survey
 
 
@@ -71,7 +72,7 @@ def adapt(model: nn.Module, config: LoRAConfig, journal: Journal, compute: str =
     check_same(survey, config)
     if is_merged(survey):
         reshard(model)
-        unmerge(model, journal)
+        unmerge(model, journal, Workspace())
         survey = Survey(model)
     targets = targets_of(survey, config)
     targets.check()
@@ -107,7 +108,7 @@ def remove(model: nn.Module, journal: Journal) -> None:
     """:func:`remove_lora` for any method, as a part of a larger change."""
     if is_merged(model):
         reshard(model)
-        unmerge(model, journal)
+        unmerge(model, journal, Workspace())
     _check_not_partitioned(model)
     put_back(model, journal)
     _drop(model)

@@ -20,6 +20,7 @@ from lightning_lora.model.initial_values import is_trained, put_back_own, rememb
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import is_merged_layer, is_plain_copy, is_tuned, prune, record_of, release
+from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.resolve import Targets, find_targets
 from lightning_lora.targets.survey import Survey
 
@@ -135,13 +136,13 @@ def _leave_update(layer: nn.Module, journal: Journal) -> None:
     if not _is_trained(layer):
         pop_adapters(layer)
     elif not is_quantized_class(type(layer)):  # which cannot hold the sum
-        merge_layer(layer, journal)
+        merge_layer(layer, journal, Workspace())
 
 
 def _take_update_out(layer: nn.Module, journal: Journal) -> None:
     merged = None if isinstance(layer, LoRALayer) else record_of(layer).merged
     if merged is not None:
-        unmerge_layer(layer, merged, journal)
+        unmerge_layer(layer, merged, journal, Workspace())
     if isinstance(layer, Adapted):
         swap_out(layer)
     elif is_tuned(layer):

@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import nn
 
 from lightning_lora.arguments import check_flag
-from lightning_lora.distributed.sharded import is_sharded, is_split, local_shard, reshard
+from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import unfreeze
@@ -17,7 +17,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
-from lightning_lora.ops.exact_sum import checksum
+from lightning_lora.ops.workspace import Workspace
 
 
 def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dict[str, float]:
@@ -52,6 +52,11 @@ def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dic
     """
     _check_by_name(*misplaced)
     check_flag("undo", undo)
+    return merge_in(model, Workspace(), undo)
+
+
+def merge_in(model: nn.Module, workspace: Workspace, undo: bool = True) -> dict[str, float]:
+    """As :func:`merge_lora`; the sums are computed in ``workspace``, and have the same bits on every device."""
     complete_undo(model)
     reshard(model)
     layers = list(adapted_layers(model))
@@ -59,7 +64,7 @@ def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dic
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
     _check_mergeable(model, layers)
     _warn_of_shared(layers)
-    return all_or_nothing(model, lambda journal: _merge(model, layers, undo, journal))
+    return all_or_nothing(model, lambda journal: _merge(model, layers, undo, journal, workspace))
 
 
 def _check_by_name(*misplaced: object) -> None:
@@ -74,8 +79,10 @@ def _check_by_name(*misplaced: object) -> None:
     )
 
 
-def _merge(model: nn.Module, layers: list[tuple[str, LoRALayer]], undo: bool, journal: Journal) -> dict[str, float]:
-    lost = merge_all(layers, journal)
+def _merge(
+    model: nn.Module, layers: list[tuple[str, LoRALayer]], undo: bool, journal: Journal, workspace: Workspace
+) -> dict[str, float]:
+    lost = merge_all(layers, journal, workspace)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # none where `model` is a part of an adapted model: it stays frozen with that
         strip(holder)
@@ -139,48 +146,50 @@ def unmerge_lora(model: nn.Module) -> None:
         >>> torch.equal(model.weight, before)
         True
     """
+    unmerge_in(model, Workspace())
+
+
+def unmerge_in(model: nn.Module, workspace: Workspace) -> None:
+    """As :func:`unmerge_lora`; the differences are computed in ``workspace``."""
     complete_undo(model)
     reshard(model)
     if not is_merged(model) and not is_adapted(model):
         raise ValueError("The model has no merged adapters: it was never merged, or with `undo=False`.")
-    all_or_nothing(model, lambda journal: unmerge(model, journal))
+    all_or_nothing(model, lambda journal: unmerge(model, journal, workspace))
 
 
-def unmerge(model: nn.Module, journal: Journal) -> None:
+def unmerge(model: nn.Module, journal: Journal, workspace: Workspace) -> None:
     """Unmerge every layer of ``model``, and freeze it again, as a part of a larger change.
 
     Raises:
         ValueError: as :func:`unmerge_lora`.
     """
-    unmerge_all(list(merged_layers(model)), journal)
+    unmerge_all(list(merged_layers(model)), journal, workspace)
     for holder, config in holders(model):
         equip(holder, config)
 
 
-def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal) -> None:
+def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, workspace: Workspace) -> None:
     """Unmerge these layers.
 
     Raises:
         ValueError: if a merged weight was changed since.
     """
-    for name, module, record in merged:
-        for key, weight in record.weights.items():
-            if checksum(local_shard(parameter_of(module, key))) not in (weight.checksum, weight.original):
+    with workspace:
+        for name, module, record in merged:
+            changed = unmerge_layer(module, record, journal, workspace)
+            if changed is not None:
                 raise ValueError(
-                    f"`{join(name, key)}` is not what the merge left there: it was changed, cast or loaded since, "
-                    "so the base cannot be restored. Nothing was changed. To go on from these weights call "
-                    "`merge_lora(model, undo=False)`."
+                    f"`{join(name, changed)}` is not what the merge left there: it was changed, cast or loaded since, "
+                    "or its merge record was, so the base cannot be restored. Nothing was changed. To go on from these "
+                    "weights call `merge_lora(model, undo=False)`."
                 )
-    for name, module, record in merged:
-        if not unmerge_layer(module, record, journal):
-            raise ValueError(
-                f"`{join(name, next(iter(record.weights)))}` does not fit its merge record. Nothing was changed."
-            )
 
 
-def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal) -> dict[str, float]:
+def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal, workspace: Workspace) -> dict[str, float]:
     """Merge these layers; for each the share of delta's norm that rounding lost."""
-    return {name: merge_layer(layer, journal) for name, layer in layers}
+    with workspace:
+        return {name: merge_layer(layer, journal, workspace) for name, layer in layers}
 
 
 def _warn_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +16,12 @@ from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import Merged, MergedWeight, record_of
 from lightning_lora.ops import exact_sum as exact
-from lightning_lora.ops.exact_sum import checksum
+from lightning_lora.ops.exact_product import ExactProduct, exact_product
+from lightning_lora.ops.exact_sum import quick_checksum
+from lightning_lora.ops.workspace import Workspace
 
 
-def merge_layer(layer: LoRALayer, journal: Journal) -> float:
+def merge_layer(layer: LoRALayer, journal: Journal, workspace: Workspace) -> float:
     """Merge all adapters of ``layer``, and give it its plain class back.
 
     A parameter that other modules have too stays as it is: the layer gets one of its own for the sum.
@@ -29,47 +30,51 @@ def merge_layer(layer: LoRALayer, journal: Journal) -> float:
         The share of delta's norm that rounding lost.
     """
     merged: dict[str, MergedWeight] = {}
-    sums: list[exact.MergedMatrix] = []
+    norms = exact.Squares()
     for key, adapters in layer.lora.by_weight().items():
         parameter = parameter_of(layer, key)
         shared = parameter if key in record_of(layer).shared else None
         if shared is not None:
             setattr(layer, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-        merged[key], weight_sums = _merge_into(layer, key, adapters, journal)
+        merged[key], squares = _merge_into(layer, key, adapters, journal, workspace)
         merged[key].shared = shared
-        sums += weight_sums
+        norms += squares
     record_of(layer).merged = Merged(pop_adapters(layer), merged)
-    size = math.hypot(*(each.size for each in sums))
-    return math.hypot(*(each.lost * each.size for each in sums)) / size if size else 0.0
+    return norms.lost()
 
 
 @torch.no_grad()
 def _merge_into(
-    layer: LoRALayer, key: str, adapters: list[Adapter], journal: Journal
-) -> tuple[MergedWeight, list[exact.MergedMatrix]]:
-    parameter = parameter_of(layer, key)
-    weight = local_shard(parameter)
-    merged, patches, sums = _sum(parameter, adapters, layer.lora_after_merge)
-    record = MergedWeight(patches, checksum(merged), checksum(weight))
+    layer: LoRALayer, key: str, adapters: list[Adapter], journal: Journal, workspace: Workspace
+) -> tuple[MergedWeight, exact.Squares]:
+    parameter, after_merge = parameter_of(layer, key), layer.lora_after_merge
+    if getattr(layer, "max_norm", None) is not None:
+        workspace = Workspace()  # the norms of rows have other bits on another device
+    merged, record, squares = workspace.compute(partial(_sum, parameter, adapters, after_merge))
     journal.steps.append(MergedStep(parameter, adapters, record))
-    weight.copy_(merged)
-    return record, sums
+    local_shard(parameter).copy_(merged)  # one operation: no interrupt comes between
+    return record, squares
 
 
 @torch.no_grad()
 def _sum(
-    parameter: Tensor, adapters: list[Adapter], after_merge: Callable[[Tensor], bool]
-) -> tuple[Tensor, list[exact.Patch], list[exact.MergedMatrix]]:
-    """The sum for this rank's part of ``parameter``, and what turns it into the original again."""
-    weight, matrices_of = local_shard(parameter), adapters[0].part.matrices
-    originals, factors = matrices_of(weight), factors_of(adapters, parameter)
-    sums = [exact.add_delta(*pair) for pair in zip(originals, factors, strict=True)]
-    merged = _as_weight([each.merged for each in sums], weight)
+    parameter: Tensor, adapters: list[Adapter], after_merge: Callable[[Tensor], bool], workspace: Workspace
+) -> tuple[Tensor, MergedWeight, exact.Squares]:
+    """The sum for this rank's part of ``parameter``, in the memory of ``workspace``, and how to undo it."""
+    weight = workspace.bring(local_shard(parameter))
+    originals, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, parameter, weight.device)
+    merged = workspace.memory("merged", weight, weight.dtype)
+    matrices = matrices_in(merged, originals)
+    parts = [exact.merge_delta(*each, workspace) for each in zip(originals, deltas, matrices, strict=True)]
+    patches = [patch for patch, _ in parts]
     if after_merge(merged):
-        for each, matrix, pairs in zip(sums, matrices_of(merged), factors, strict=True):
-            each.roundtrip = exact.subtract_delta(matrix, pairs)
-    patches = [exact.patch_for(matrix, each.roundtrip) for matrix, each in zip(originals, sums, strict=True)]
-    return merged, patches, sums
+        restored = [
+            exact.subtract_delta(matrix, delta, torch.empty_like(matrix), workspace)
+            for matrix, delta in zip(matrices, deltas, strict=True)
+        ]
+        patches = [exact.patch_for(*each) for each in zip(originals, restored, strict=True)]
+    record = MergedWeight(patches, quick_checksum(merged, workspace), quick_checksum(weight, workspace))
+    return merged, record, sum((squares for _, squares in parts), exact.Squares())
 
 
 @dataclass
@@ -83,7 +88,7 @@ class MergedStep:
     @torch.no_grad()
     def undo(self) -> None:
         """Write the original, whether the sum was written or not."""
-        original = _restored(self.parameter, self.adapters, self.record)
+        original = _restored(self.parameter, self.adapters, self.record, "", Workspace())
         assert original is not None  # A, B and the weight are those of the merge
         local_shard(self.parameter).copy_(original)
 
@@ -100,47 +105,45 @@ class UnmergedStep:
     @torch.no_grad()
     def undo(self) -> None:
         """Write the sum again, if the original was written."""
-        if checksum(local_shard(self.parameter)) != self.record.checksum:
-            local_shard(self.parameter).copy_(_sum(self.parameter, self.adapters, self.after_merge)[0])
+        if quick_checksum(local_shard(self.parameter), Workspace()) != self.record.checksum:
+            local_shard(self.parameter).copy_(_sum(self.parameter, self.adapters, self.after_merge, Workspace())[0])
 
 
-def _as_weight(matrices: list[Tensor], weight: Tensor) -> Tensor:
-    """The matrices as one tensor like ``weight``. This rank may hold none of a stack of experts."""
-    if len(matrices) == 1:
-        return matrices[0].view(weight.shape)
-    return torch.stack(matrices).view(weight.shape) if matrices else weight.clone()
+def matrices_in(weight: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The memory of ``weight`` as matrices of these shapes; this rank may hold none of a stack of experts."""
+    return [part.view(matrix.shape) for part, matrix in zip(weight.view(max(1, len(like)), -1), like, strict=False)]
 
 
-def factors_of(adapters: list[Adapter], weight: Tensor) -> list[exact.Factors]:
-    """The factors of every adapter's delta, in fp32 or better, for each matrix in this rank's part of ``weight``."""
-    dtype, device = torch.promote_types(weight.dtype, torch.float32), local_shard(weight).device
+def deltas_of(adapters: list[Adapter], weight: Tensor, device: torch.device) -> list[ExactProduct]:
+    """The sum of every adapter's delta on ``device``, for each matrix in this rank's part of ``weight``."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    experts, rows, columns = adapters[0].part.region(weight)
     by_adapter: list[list[tuple[Tensor, Tensor]]] = []
     for adapter in adapters:
         A, B = (full_tensor(matrix).detach().to(device, dtype) for matrix in (adapter.A, adapter.B))
         left, right = (
-            side if side.dim() == 3 else side.unsqueeze(0)
+            side[experts] if side.dim() == 3 else side.unsqueeze(0)
             for side in adapter.part.factors(A, adapter.scale * B, weight)
         )
-        experts, rows, columns = adapter.part.region(weight)
-        pairs = zip(left[experts], right[experts], strict=True)
-        by_adapter.append([(b[rows], a[:, columns]) for b, a in pairs])
-    return [list(factors) for factors in zip(*by_adapter, strict=True)]
+        by_adapter.append(list(zip(left, right, strict=True)))
+    return [exact_product(factors, dtype).part(rows, columns) for factors in zip(*by_adapter, strict=True)]
 
 
-def unmerge_layer(module: nn.Module, record: Merged, journal: Journal) -> bool:
+def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace: Workspace) -> str | None:
     """Restore the weights of ``module`` and make it an adapted layer again.
 
     Returns:
-        Whether that was possible; if not, nothing was changed.
+        ``None``; or the parameter whose value before the merge cannot be computed, and then nothing was changed.
     """
-    adapters = record.adapters
-    by_weight = adapters.by_weight()
+    by_weight = record.adapters.by_weight()
     restored = {
-        key: _restored(parameter_of(module, key), by_weight[key], weight) for key, weight in record.weights.items()
+        key: workspace.compute(partial(_restored, parameter_of(module, key), by_weight[key], weight, key))
+        for key, weight in record.weights.items()
     }
-    if any(weight is None for weight in restored.values()):
-        return False
-    cls = adapted_class_for(module, [adapter.part for adapter in adapters.all_pairs()])
+    for key, weight in restored.items():
+        if weight is None:
+            return key
+    cls = adapted_class_for(module, [adapter.part for adapter in record.adapters.all_pairs()])
     for key, weight in restored.items():
         shared, parameter = record.weights[key].shared, parameter_of(module, key)
         if shared is not None:
@@ -148,35 +151,41 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal) -> bool:
             continue
         after_merge = partial(cls.lora_after_merge, module)  # type: ignore[arg-type]
         journal.steps.append(UnmergedStep(parameter, by_weight[key], record.weights[key], after_merge))
-        _write(parameter, weight)
+        assert weight is not None
+        local_shard(parameter).copy_(weight)
     for key, pairs in by_weight.items():
         for adapter in pairs:
             adapter.to(local_shard(parameter_of(module, key)).device)
-    set_adapters(module, cls, adapters)
+    set_adapters(module, cls, record.adapters)
     record_of(module).merged = None
-    return True
+    return None
 
 
 def value_before_merge(module: nn.Module, record: Merged, key: str) -> Tensor | None:
     """This rank's part of the parameter ``key`` of ``module`` before the merge; ``None`` if it cannot be computed."""
-    return _restored(parameter_of(module, key), record.adapters.by_weight()[key], record.weights[key])
+    adapters = record.adapters.by_weight()[key]
+    return _restored(parameter_of(module, key), adapters, record.weights[key], key, Workspace())
 
 
 @torch.no_grad()
-def _write(parameter: nn.Parameter, value: Tensor | None) -> None:
-    assert value is not None
-    local_shard(parameter).copy_(value)
+def _restored(
+    parameter: nn.Parameter, adapters: list[Adapter], record: MergedWeight, key: str, workspace: Workspace
+) -> Tensor | None:
+    """The value of ``parameter`` before the merge, or ``None`` if it cannot be computed.
 
-
-@torch.no_grad()
-def _restored(parameter: nn.Parameter, adapters: list[Adapter], record: MergedWeight) -> Tensor | None:
-    """The value of ``parameter`` before the merge, or ``None`` if it cannot be computed."""
-    weight = local_shard(parameter)
+    It is in the memory of ``workspace`` for ``key``.
+    """
     if record.shared is not None:
-        return record.shared if checksum(local_shard(record.shared)) == record.original else None
-    if checksum(weight) == record.original:  # the base was loaded into the merged layer
-        return weight.clone()
-    pairs = zip(adapters[0].part.matrices(weight), factors_of(adapters, parameter), record.patches, strict=True)
-    matrices = [exact.apply_patch(exact.subtract_delta(matrix, factors), patch) for matrix, factors, patch in pairs]
-    original = _as_weight(matrices, weight)
-    return original if checksum(original) == record.original else None
+        return record.shared if quick_checksum(local_shard(record.shared), workspace) == record.original else None
+    weight = workspace.bring(local_shard(parameter))
+    present = quick_checksum(weight, workspace)
+    original = workspace.memory(f"original {key}", weight, weight.dtype)
+    if present == record.original:  # the base was loaded into the merged layer
+        return original.copy_(weight)
+    if present != record.checksum:
+        return None
+    matrices, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, parameter, weight.device)
+    parts = zip(matrices, deltas, matrices_in(original, matrices), record.patches, strict=True)
+    for matrix, delta, out, patch in parts:
+        exact.apply_patch(exact.subtract_delta(matrix, delta, out, workspace), patch)
+    return original if quick_checksum(original, workspace) == record.original else None

@@ -14,10 +14,11 @@ from lightning_lora.distributed.sharded import fsdp1_units, full_parameters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.merge import quantized_layers
-from lightning_lora.model.merge_layer import factors_of
+from lightning_lora.model.merge_layer import deltas_of, matrices_in
 from lightning_lora.model.state import full_detached, has_adapters, lora_parameters, own_state
 from lightning_lora.names import clean, join, named_modules, named_parameters
 from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.workspace import Workspace
 
 
 def merged_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
@@ -106,10 +107,11 @@ def merged_weights(model: nn.Module, adapter: Mapping[str, Any]) -> Iterator[tup
         adapter: the values of A and B by name, which may be others than those in ``model``, such as an average.
     """
     given = {id(parameter): adapter[name] for name, parameter in lora_parameters(model) if name in adapter}
+    workspace = Workspace()
     for name, layer in named_modules(model):
         if isinstance(layer, LoRALayer):
             for key in layer.lora.by_weight():
-                yield join(name, key), _merged_weight(layer, key, parameter_of(layer, key), given).cpu()
+                yield join(name, key), _merged_weight(layer, key, parameter_of(layer, key), given, workspace).cpu()
 
 
 @torch.no_grad()
@@ -122,11 +124,12 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append((join(name, key), module, key))
+    workspace = Workspace()
     of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
         for name, module, key in of_name[first]:
             if isinstance(module, LoRALayer) and key in module.lora.by_weight():
-                yield name, _merged_weight(module, key, value, {})
+                yield name, _merged_weight(module, key, value, {}, workspace)
             elif not isinstance(module, Adapter):
                 yield name, value
     for name, module in named_modules(model):
@@ -135,13 +138,19 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield join(name, key), buffer
 
 
-def _merged_weight(layer: LoRALayer, key: str, value: Tensor, given: Mapping[int, Tensor]) -> Tensor:
-    """What a merge would write in the place of the full weight ``value``."""
+def _merged_weight(
+    layer: LoRALayer, key: str, value: Tensor, given: Mapping[int, Tensor], workspace: Workspace
+) -> Tensor:
+    """What a merge would write in the place of the full weight ``value``, in memory of its own."""
     adapters = [_with_values(adapter, given) for adapter in layer.lora.by_weight()[key]]
-    pairs = zip(adapters[0].part.matrices(value), factors_of(adapters, value), strict=True)
-    merged = torch.stack([exact.merged_matrix(matrix, factors) for matrix, factors in pairs]).view(value.shape)
+    weight = workspace.bring(value)
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    with workspace:
+        originals, deltas = adapters[0].part.matrices(weight), deltas_of(adapters, value, weight.device)
+        for each in zip(originals, deltas, matrices_in(merged, originals), strict=True):
+            exact.add_delta(*each, workspace)
     layer.lora_after_merge(merged)
-    return merged
+    return merged.to(value.device)
 
 
 def _with_values(adapter: Adapter, given: Mapping[int, Tensor]) -> Adapter:

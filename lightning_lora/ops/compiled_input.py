@@ -1,4 +1,4 @@
-"""Layers that share an input, under a compiler: one product with the stacked A of all, as in eager mode.
+"""Layers that share an input, under a compiler: one product with the stacked A of all.
 
 A compiler merges equal products by itself, but neither the products of several A with one input nor their gradients.
 The cache exists only while a graph is traced; a compiled graph does not use it.

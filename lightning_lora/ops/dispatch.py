@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.products import HALF_DTYPES
-from lightning_lora.torch_internals import any_autocast_enabled, in_functorch_transform, version_of
+from lightning_lora.torch_internals import any_autocast_enabled, is_batched, version_of
 
 # The kernels were measured on Hopper GPUs with ranks of at most 32.
 MIN_SHARED_MEMORY = 200 * 1024  # bytes per program
@@ -41,7 +41,7 @@ def check_unmodified(tensor: Tensor, version: int) -> Tensor:
     Raises:
         RuntimeError: if it was modified in place since, as torch raises for tensors that it saved itself.
     """
-    if version_of(tensor) != version:
+    if tensor._version != version if version >= 0 else not tensor.is_inference():
         raise RuntimeError(
             "A, B or W0 of a LoRA layer, needed for gradient computation, has been modified by an inplace operation: "
             f"it is at version {version_of(tensor)}; expected version {version}. Call backward before a step."
@@ -55,7 +55,7 @@ def can_use_kernels(tensor: Tensor) -> bool:
         tensor.is_cuda
         and tensor.dtype in HALF_DTYPES
         and not torch.is_grad_enabled()
-        and not in_functorch_transform()
+        and not is_batched(tensor)
         and supports_kernels(tensor.get_device())
     )
 

@@ -1,9 +1,9 @@
 """Merge ``W = W0 + scale * B A`` so that W0 can be restored bit for bit.
 
 ``(W0 + delta) - delta`` is not ``W0`` in floating point. But where delta is small against W0, most elements round back
-to W0, so it is enough to keep the others. Both times delta must have the same bits. So it is computed by elementwise
-products and sums in a fixed order: the bits of a matrix product depend on the library, the number of threads, autocast
-and the precision setting.
+to W0, so it is enough to keep the others. Both times delta must have the same bits, wherever it is computed. So it is
+an exact product (:mod:`lightning_lora.ops.exact_product`), rounded to fp32 unless the matrix is in fp64. The rest is
+elementwise, one operation at a time, as a fused one would round differently; IEEE 754 leaves no choice in any of them.
 
 Tensors are compared by their bits: -0 differs from 0, and a NaN equals itself.
 """
@@ -11,13 +11,22 @@ Tensors are compared by their bits: -0 differs from 0, and a NaN equals itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15  # elements per step on a CPU: they fit into its cache, and torch uses one thread for them
+from lightning_lora.ops.exact_product import ExactProduct
+from lightning_lora.ops.workspace import Workspace
+
+BLOCK = 1 << 15  # words in a block of a checksum: files hold checksums, so it may not change
+WIDTH = 1 << 10  # words in a row of a quick checksum
+ON_CPU = 1 << 18  # elements of a matrix in one step: what is computed with them stays in the cache of a core
+ON_DEVICE = 1 << 22  # the same on a GPU, where a kernel must take longer than its launch
+SQUARES = (1e-25, 1e30)  # between these numbers fp32 holds a sum of squares
+Operation = Callable[..., Tensor]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer; multiplying by an odd number is reversible
 
@@ -37,16 +46,38 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of words and positions, equal on every device; a change of any single word changes it."""
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
-    words = raw.view(torch.int64)
+    words = _words(tensor)
     factors = _odd_numbers(min(BLOCK, words.numel()), words.device) * _ODD
-    rows = 1 if words.device.type == "cpu" else 128
+    rows = 4 if words.device.type == "cpu" else 128
     sums = [_weighted(words[start : start + rows * BLOCK], factors) for start in range(0, words.numel(), rows * BLOCK)]
     total = torch.cat(sums) if sums else words.new_zeros(0)
     count = total.numel()
     of_sums = factors[:count] if count <= len(factors) else _odd_numbers(count, words.device) * _ODD
     return int(_mixed(total, of_sums).sum())
+
+
+def quick_checksum(tensor: Tensor, workspace: Workspace) -> int:
+    """A 64-bit checksum of the sums of rows and of columns of words, in a fraction of the time of :func:`checksum`."""
+    words = _words(tensor)
+    table = words[: words.numel() // WIDTH * WIDTH].view(-1, WIDTH)
+
+    def sums(rows: slice) -> tuple[Tensor, Tensor]:
+        return table[rows].sum(1), table[rows].sum(0)
+
+    of_rows = [words[table.numel() :]]
+    of_columns = torch.zeros_like(words[:WIDTH])
+    for rows, columns in workspace.map(sums, _blocks(table), table.device):
+        of_rows.append(rows)
+        of_columns += columns
+    content = torch.cat([of_columns, *of_rows]).cpu().numpy().data
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bytes of ``tensor`` as 64-bit words, padded with zeros."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)) if raw.numel() % 8 else raw
+    return raw.view(torch.int64)
 
 
 def _odd_numbers(count: int, device: torch.device) -> Tensor:
@@ -65,10 +96,8 @@ def _weighted(words: Tensor, factors: Tensor) -> Tensor:
 def _mixed(words: Tensor, factors: Tensor) -> Tensor:
     """Products, their upper half folded onto the lower: without it, swapping two words of opposite sign is not seen."""
     products = words * factors
-    return products ^ (products >> 32)
-
-
-Factors = Sequence[tuple[Tensor, Tensor]]
+    products ^= products >> 32
+    return products
 
 
 @dataclass
@@ -84,95 +113,149 @@ class Patch:
 
 
 @dataclass
-class MergedMatrix:
-    """The result of adding delta to a matrix.
+class Squares:
+    """Squared Frobenius norms of a sum's parts, in which NaNs and infinities count as zero.
 
     Args:
-        merged: the sum, rounded once to the dtype of the matrix.
-        roundtrip: ``merged - delta``, rounded: equal to the matrix except for a few elements.
-        lost: the norm of the rounding error of ``merged``, divided by the norm of delta.
-        size: the Frobenius norm of delta.
+        matrix: of the matrix.
+        delta: of what was added.
+        error: of what rounding lost.
+        finite: whether the sum holds neither NaN nor infinity.
     """
 
-    merged: Tensor
-    roundtrip: Tensor
-    lost: float
-    size: float
+    matrix: float = 0.0
+    delta: float = 0.0
+    error: float = 0.0
+    finite: bool = True
+
+    def __add__(self, other: Squares) -> Squares:
+        return Squares(
+            self.matrix + other.matrix, self.delta + other.delta, self.error + other.error, self.finite and other.finite
+        )
+
+    def lost(self) -> float:
+        """The norm of the rounding error, divided by the norm of delta."""
+        return math.sqrt(self.error / self.delta) if self.delta else 0.0
 
 
-def delta_blocks(matrix: Tensor, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
-    """Iterate over delta, the sum of ``left @ right`` over ``factors``, in blocks of rows, in fp32 or fp64.
+def add_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> Squares:
+    """Write ``matrix`` plus ``delta`` into ``out``, rounded once to its dtype, which is that of ``matrix``."""
 
-    Blocks fit into the cache of a CPU. They share one buffer: each is overwritten by the next.
-    """
-    height, width = matrix.shape
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    pairs = [(left.to(matrix.device, dtype), right.to(matrix.device, dtype)) for left, right in factors]
-    rows = max(1, (BLOCK if matrix.device.type == "cpu" else BLOCK * 128) // max(1, width))
-    total, product = (torch.empty(rows, width, dtype=dtype, device=matrix.device) for _ in range(2))
-    for start in range(0, height, rows):
-        block = slice(start, min(start + rows, height))
-        count = block.stop - start
-        total.zero_()
-        for left, right in pairs:
-            for k in range(len(right)):
-                torch.mul(left[block, k : k + 1], right[k : k + 1], out=product[:count])
-                total[:count] += product[:count]
-        yield block, total[:count]
+    def add(rows: slice) -> Squares:
+        return _add(matrix[rows], delta.part(rows), out[rows], workspace)[2]
+
+    return sum(workspace.map(add, _blocks(matrix), matrix.device), Squares())
 
 
-@torch.no_grad()
-def add_delta(matrix: Tensor, factors: Factors) -> MergedMatrix:
-    """``matrix`` plus the sum of ``left @ right`` over ``factors``."""
-    merged, roundtrip = torch.empty_like(matrix), torch.empty_like(matrix)
-    error = squares = 0.0
-    for rows, delta in delta_blocks(matrix, factors):
-        exact = matrix[rows].to(delta.dtype) + delta
-        merged[rows] = exact
-        roundtrip[rows] = merged[rows].to(delta.dtype) - delta
-        rounding = merged[rows].double() - matrix[rows].double() - delta.double()
-        error += _squares(rounding.nan_to_num_(0, 0, 0))  # a NaN or infinite weight loses nothing
-        squares += _squares(delta)
-    return MergedMatrix(merged, roundtrip, math.sqrt(error / squares) if squares else 0.0, math.sqrt(squares))
+def merge_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> tuple[Patch, Squares]:
+    """As :func:`add_delta`, with the patch that turns ``out`` minus ``delta`` into ``matrix`` again."""
+
+    def merge(rows: slice) -> tuple[Patch, Squares]:
+        block, total, squares = _add(matrix[rows], delta.part(rows), out[rows], workspace)
+        restored = _round(torch.sub, total, block, workspace.memory("restored", matrix[rows], matrix.dtype), workspace)
+        return _patch(matrix, rows, restored, not squares.finite), squares
+
+    parts = workspace.map(merge, _blocks(matrix), matrix.device)
+    return _joined([patch for patch, _ in parts], matrix), sum((squares for _, squares in parts), Squares())
 
 
-@torch.no_grad()
-def merged_matrix(matrix: Tensor, factors: Factors) -> Tensor:
-    """The sum that :func:`add_delta` computes, without the numbers that a merge records."""
-    result = torch.empty_like(matrix)
-    for rows, delta in delta_blocks(matrix, factors):
-        result[rows] = matrix[rows].to(delta.dtype) + delta
-    return result
+def subtract_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> Tensor:
+    """Write ``matrix`` minus ``delta`` into ``out``: the original except for a few elements."""
+
+    def subtract(rows: slice) -> None:
+        block = _rows_of(delta.part(rows), matrix[rows], workspace)
+        _round(torch.sub, workspace.cast("original", matrix[rows], block.dtype), block, out[rows], workspace)
+
+    workspace.map(subtract, _blocks(matrix), matrix.device)
+    return out
 
 
-@torch.no_grad()
-def subtract_delta(matrix: Tensor, factors: Factors) -> Tensor:
-    """``matrix`` minus the sum of ``left @ right`` over ``factors``: the original except for a few elements."""
-    result = torch.empty_like(matrix)
-    for rows, delta in delta_blocks(matrix, factors):
-        result[rows] = matrix[rows].to(delta.dtype) - delta
-    return result
-
-
-def _squares(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+def patch_for(original: Tensor, restored: Tensor) -> Patch:
+    """The patch that turns ``restored``, which is overwritten, into ``original``."""
+    return _joined([_patch(original, slice(0, len(original)), restored, True)], original)
 
 
 @torch.no_grad()
-def patch_for(original: Tensor, roundtrip: Tensor) -> Patch:
-    """The patch that turns ``roundtrip`` into ``original``: the differing elements, or a copy where that is smaller."""
-    differing = (as_integers(original) != as_integers(roundtrip)).flatten().nonzero().flatten()
-    index = differing.to(torch.int32 if original.numel() < 2**31 else torch.int64)
-    sparse = Patch(original.flatten()[differing].cpu(), index.cpu())
-    return sparse if sparse.nbytes() < original.nbytes else Patch(original.to("cpu", copy=True))
-
-
-@torch.no_grad()
-def apply_patch(roundtrip: Tensor, patch: Patch) -> Tensor:
-    """``roundtrip`` with the elements of ``patch`` replaced: the original, bit for bit."""
-    values = patch.values.to(roundtrip.device)
+def apply_patch(restored: Tensor, patch: Patch) -> Tensor:
+    """Write the elements of ``patch`` into ``restored``, a contiguous matrix: the original, bit for bit."""
+    values = patch.values.to(restored.device)
     if patch.index is None:
-        return values
-    flat = roundtrip.flatten()
-    flat[patch.index.to(roundtrip.device, torch.int64)] = values
-    return flat.view_as(roundtrip)
+        return restored.copy_(values)
+    restored.view(-1)[patch.index.to(restored.device, torch.int64)] = values
+    return restored
+
+
+def _blocks(matrix: Tensor) -> list[slice]:
+    height, width = matrix.shape
+    count = max(1, (ON_CPU if matrix.device.type == "cpu" else ON_DEVICE) // max(1, width))
+    return [slice(start, min(start + count, height)) for start in range(0, height, count)]
+
+
+def _rows_of(delta: ExactProduct, matrix: Tensor, workspace: Workspace) -> Tensor:
+    """Rows of ``delta`` in fp32, or in fp64 for a ``matrix`` in fp64."""
+    product = delta.compute(workspace.memory("product", matrix, torch.float64))
+    return workspace.cast("delta", product, torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _add(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor, Squares]:
+    """Write the sum into ``out``; return delta and the sum in the dtype of delta, and the norms."""
+    block = _rows_of(delta, matrix, workspace)
+    original = workspace.cast("original", matrix, block.dtype)
+    _round(torch.add, original, block, out, workspace)
+    total = workspace.cast("total", out, block.dtype)
+    squares = _squares(original, block, total, workspace)
+    if not squares.finite:
+        out.masked_fill_(out.isnan(), math.nan)  # devices differ in the bits of a NaN that they compute
+    return block, total, squares
+
+
+def _round(operation: Operation, first: Tensor, second: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
+    """Write the result of ``operation``, in the precision of its arguments, into ``out``, rounded to its dtype."""
+    if out.dtype == first.dtype:
+        return operation(first, second, out=out)
+    return out.copy_(operation(first, second, out=workspace.memory("unrounded", first, first.dtype)))
+
+
+def _squares(original: Tensor, delta: Tensor, total: Tensor, workspace: Workspace) -> Squares:
+    error = torch.sub(total, original, out=workspace.memory("error", total, total.dtype)).sub_(delta)
+    # Much faster than `isfinite`; where the sum is not finite, neither is its error.
+    return Squares(_square(original), _square(delta), _square(error), math.isfinite(float(error.sum())))
+
+
+def _square(matrix: Tensor) -> float:
+    """The squared norm of a matrix in fp32 or fp64, without its NaNs and infinities."""
+    numbers = matrix.flatten()
+    square = float(torch.dot(numbers, numbers))
+    if not SQUARES[0] < square < SQUARES[1]:
+        numbers = numbers.double().nan_to_num(0, 0, 0)  # a copy: fp64 numbers are those of the weight itself
+        square = float(torch.dot(numbers, numbers))
+    return square
+
+
+def _patch(matrix: Tensor, rows: slice, restored: Tensor, nan: bool) -> Patch:
+    """The elements in some rows of ``matrix`` that are others in ``restored``, which is overwritten.
+
+    With ``nan`` every NaN counts as different: the bits of a NaN that takes part in a sum depend on the device.
+    """
+    original = matrix[rows]
+    if nan:
+        as_integers(restored).masked_fill_(original.isnan(), 0)
+    index = _differing(as_integers(original), as_integers(restored))
+    values = original.flatten().index_select(0, index)
+    index += rows.start * matrix.shape[1]
+    return Patch(values, index.to(torch.int32 if matrix.numel() < 2**31 else torch.int64))
+
+
+def _differing(first: Tensor, second: Tensor) -> Tensor:
+    """The indices, in the flattened matrix, of the integers that are not equal."""
+    if first.device.type == "cpu":  # numpy takes a fraction of torch's time
+        return torch.from_numpy((first.numpy() != second.numpy()).ravel().nonzero()[0])
+    return (first != second).flatten().nonzero().flatten()
+
+
+def _joined(patches: Sequence[Patch], matrix: Tensor) -> Patch:
+    """One patch on the CPU of those of all rows, or a copy of ``matrix`` where that is smaller."""
+    if not patches or sum(patch.nbytes() for patch in patches) >= matrix.nbytes:
+        return Patch(matrix.to("cpu", copy=True))
+    values, index = zip(*((patch.values, patch.index) for patch in patches), strict=True)
+    return Patch(torch.cat(values).cpu(), torch.cat(index).cpu())

@@ -19,7 +19,7 @@ from lightning_lora.ops.products import as_matrix, base_plus_low_rank, different
 from lightning_lora.torch_internals import (
     any_autocast_enabled,
     apply_of,
-    in_functorch_transform,
+    is_batched,
     is_transformed,
     saved_tensors_have_hooks,
     versions_of,
@@ -42,9 +42,8 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tenso
         and type(A) in PLAIN_CLASSES
         and type(B) in PLAIN_CLASSES
         and (compute_dtype(x) == compute_dtype(weight) if any_autocast_enabled() else x.dtype == weight.dtype)
-        and not is_transformed()  # in a trace, sizes are tensors
-        and B.size(0) == weight.size(0)
         and not (weight.requires_grad and torch.is_grad_enabled())
+        and not is_transformed()  # in a trace, sizes are tensors
         and x.numel() > 0
     )
 
@@ -57,79 +56,87 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class FusedLinear(torch.autograd.Function):
-    """``W0 x + b + scale * B A x``: one product accumulates onto the other, so no sum is written and read again.
+    """``W0 x + b + scale * B A dropout(x)``: one product accumulates onto the other, and no sum is read again.
 
-    Saved for backward are ``x`` (or its two factors, where autograd keeps those anyway) and ``A x``. While hooks pack
-    saved tensors (activation checkpointing, offloading), which takes longer than a small product, it is ``x`` alone.
-    W0, and A and B as they were cast, are kept without being packed: they are no activations.
+    Saved for backward are ``x`` (or its two factors, where autograd keeps those anyway) and ``A x``; with dropout the
+    dropped input and its mask. While hooks pack saved tensors (activation checkpointing, offloading), which takes
+    longer than a small product, ``A x`` is computed again. W0, and A and B as they were cast, are kept without being
+    packed: they are no activations.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        constants: tuple[Tensor, float, Factors],
-    ) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``.
+        constants: tuple[Tensor, float, Factors, float],
+    ) -> Any:
+        """``(..., in_features)`` to ``(..., out_features)``, with dropout in a pair with the dropped input.
+
+        The dropped input is an output, as a second derivative goes through it.
 
         Args:
             ctx: the node.
             x: in the dtype of W0.
-            dropped: the input of A with dropout; ``None`` if it is ``x``.
             bias: ``(out_features,)``.
             A: is cast to the dtype of ``x``.
             B: is cast likewise.
-            constants: W0, the scale, and the factors of ``x``; every argument takes time.
+            constants: W0, the scale, the factors of ``x``, and the probability of dropout; every argument takes time.
         """
-        weight, scale, factors = constants
-        cast_A, cast_B = scaled(A, scale, x.dtype), B.to(dtype=x.dtype)
-        x_of_A = x if dropped is None else dropped
+        weight, scale, factors, p = constants
+        dtype = x.dtype
+        cast_A, cast_B = A.to(dtype=dtype) if scale == 1 else scaled(A, scale, dtype), B.to(dtype=dtype)
+        x_of_A, mask = torch.native_dropout(x, p, True) if p else (x, None)
         hidden = F.linear(x_of_A, cast_A)  # (..., r)
-        if saved_tensors_have_hooks():
-            ctx.save_for_backward(x_of_A, None, None)
-        elif factors is None:
-            ctx.save_for_backward(x_of_A, None, hidden)
+        kept = None if saved_tensors_have_hooks() else hidden
+        if factors is None or kept is None:
+            ctx.save_for_backward(x_of_A, mask, kept)
         else:
-            ctx.save_for_backward(*factors, hidden)
+            ctx.save_for_backward(*factors, kept)
             ctx.x = weakref.ref(x)
-        ctx.constants = A, B, weight, versions_of(A, B, weight), cast_A, cast_B, scale
-        return base_plus_low_rank(x, weight, bias, hidden, cast_B)
+        ctx.constants = A, B, weight, versions_of(A, B, weight), cast_A, cast_B, scale, p
+        y = base_plus_low_rank(x, weight, bias, hidden, cast_B)
+        if not p:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, x_of_A
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, d_dropped: Tensor | None = None) -> Any:
         """The gradients of the inputs; those of A and B in their own dtype, summed in fp32 on a GPU."""
+        if dy is None:  # only a second derivative goes this way
+            dx = None if d_dropped is None else undropped(d_dropped, ctx.saved_tensors[1], ctx.constants[-1])
+            return dx, None, None, None, None
         x, gate, hidden = ctx.saved_tensors
-        A, B, weight, versions, cast_A, cast_B, scale = ctx.constants
-        needs_dx, needs_dropped, needs_db, needs_dA, needs_dB, _ = ctx.needs_input_grad
+        A, B, weight, versions, cast_A, cast_B, scale, p = ctx.constants
+        mask, gate = (gate, None) if p else (None, gate)
+        needs_dx, needs_db, needs_dA, needs_dB, _ = ctx.needs_input_grad
         if needs_dx:
             check_unmodified(weight, versions[2])
         again = torch.is_grad_enabled()  # this backward is differentiated again
         if again or cast_A is A or cast_B is B:
             check_unmodified(A, versions[0])
             check_unmodified(B, versions[1])
-        if again or in_functorch_transform():
+        if again or is_batched(dy):
             x = x if gate is None else input_or_product(ctx.x(), x, gate)
             base, low, dA, dB = differentiable_gradients(dy, x, weight, A, B, scale)
-            dx_and_dropped = (base, low) if needs_dropped else (base + low, None)
-            return *dx_and_dropped, as_matrix(dy).sum(0) if needs_db else None, dA, dB, None
+            low = low if d_dropped is None else low + d_dropped
+            dx = base + (low if mask is None else undropped(low, mask, p))
+            return dx, as_matrix(dy).sum(0) if needs_db else None, dA, dB, None
         dy = as_matrix(dy)
         d_hidden = torch.mm(dy, cast_B)  # (n, r)
-        dx: Tensor | None = None
-        d_dropped: Tensor | None = None
-        if needs_dropped:
-            d_dropped, dx = like(torch.mm(d_hidden, cast_A), x), like(torch.mm(dy, weight), x)
-        elif needs_dx:
-            dx = like(torch.mm(d_hidden, cast_A).addmm_(dy, weight), x)
+        dx = None
+        if needs_dx:
+            low = torch.mm(d_hidden, cast_A)
+            low = low if mask is None else undropped(low, as_matrix(mask), p)
+            dx = like(low.addmm_(dy, weight), x)
         if needs_dB and hidden is None:
             hidden = F.linear(x, cast_A)
         return (
             dx,
-            d_dropped,
             dy.sum(0) if needs_db else None,
             gradient_of_A(d_hidden, x, gate, scale, A.dtype) if needs_dA else None,
             matmul(dy.t(), as_matrix(hidden), B.dtype) if needs_dB else None,
@@ -137,13 +144,22 @@ class FusedLinear(torch.autograd.Function):
         )
 
 
+def undropped(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The gradient of what ``torch.native_dropout`` dropped, by that of its result."""
+    return gradient * mask * (1 / (1 - p)) if is_batched(gradient) else _undrop(gradient, mask, 1 / (1 - p))
+
+
+_undrop = torch.ops.aten.native_dropout_backward.default
 _apply = apply_of(FusedLinear)
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0
 ) -> Tensor:
-    """The output of :class:`FusedLinear`."""
-    factors = large_saved_factors(x) if dropped is None and A.size(0) <= MAX_R else None
-    y: Tensor = _apply(x, dropped, bias, A, B, (weight, scale, factors))
-    return y
+    """The output of :class:`FusedLinear`, with dropout of probability ``p`` on the input of A."""
+    factors = None if p else large_saved_factors(x)
+    if factors is not None and A.size(0) > MAX_R:
+        factors = None
+    y: Any = _apply(x, bias, A, B, (weight, scale, factors, p))
+    output: Tensor = y[0] if p else y
+    return output

@@ -12,26 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 512  # a few per multiprocessor of a large GPU
-ELEMENTS = 1024  # that one program sums
-
-
-@triton.jit
-def _sum_partials(partials, total, size, scale, COUNT: tl.constexpr, ELEMENTS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    inside = at < size
-    accumulated = tl.zeros((ELEMENTS,), tl.float32)
-    for _ in range(COUNT):
-        accumulated += tl.load(partials + at, mask=inside, other=0.0)
-        partials += size
-    tl.store(total + at, (accumulated * scale).to(total.dtype.element_ty), mask=inside)
-
-
-def sum_partials(partials: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale`` times the sum over the first dimension, computed in fp32 and rounded to ``dtype``."""
-    total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    size = total.numel()
-    _sum_partials[(triton.cdiv(size, ELEMENTS),)](partials, total, size, scale, len(partials), ELEMENTS)
-    return total
 
 
 def padded_rank(r: int) -> int:
@@ -46,7 +26,7 @@ def panel_rows(n: int, blocks: int, rows: int) -> int:
 
 @triton.jit
 def _gated_gradient(
-    gate, up, d_hidden, dA_partials, n, width, r,
+    gate, up, d_hidden, dA_partials, n, width, r, scale,
     PANEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     panel, block = tl.program_id(0), tl.program_id(1)
@@ -62,7 +42,7 @@ def _gated_gradient(
         g = tl.load(d_hidden + rows[:, None] * r + ranks[None, :], mask=here & (ranks < r)[None, :], other=0.0)
         dA = tl.dot(tl.trans(g), tile, dA)
     at = (panel.to(tl.int64) * r + ranks[:, None]) * width + columns[None, :]
-    tl.store(dA_partials + at, dA, mask=(ranks < r)[:, None] & inside)
+    tl.store(dA_partials + at, dA * scale, mask=(ranks < r)[:, None] & inside)
 
 
 def gated_gradient(d_hidden: Tensor, gate: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -83,6 +63,6 @@ def gated_gradient(d_hidden: Tensor, gate: Tensor, up: Tensor, scale: float, dty
     panel = panel_rows(n, blocks, 2 * BM)
     partials = torch.empty(triton.cdiv(n, panel), r, width, device=gate.device)
     _gated_gradient[(len(partials), blocks)](
-        gate, up, d_hidden, partials, n, width, r, panel, BM, BN, padded_rank(r), num_warps=4, num_stages=4
+        gate, up, d_hidden, partials, n, width, r, scale, panel, BM, BN, padded_rank(r), num_warps=4, num_stages=4
     )
-    return sum_partials(partials, scale, dtype)
+    return partials.sum(0, dtype=dtype)

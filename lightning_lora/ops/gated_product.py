@@ -62,7 +62,7 @@ def gradient_of_A(d_hidden: Tensor, x: Tensor, gate: Tensor | None, scale: float
         scale: in front of ``B A``.
         dtype: of the result, ``(r, in_features)``.
     """
-    if gate is not None and can_use_kernels(x):
+    if gate is not None and can_use_kernels(d_hidden):
         from lightning_lora.ops import gated_kernels as kernels
 
         return kernels.gated_gradient(d_hidden, as_matrix(x), as_matrix(gate), scale, dtype)

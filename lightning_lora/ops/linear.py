@@ -13,32 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.fused_dropout import can_fuse_dropout, fused_dropout_linear
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
-from lightning_lora.ops.shared_input import ScaledA, SharedInputGroup, linear_from_hidden
+from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
 
 
-class Pair(ScaledA, Protocol):
+class Pair(HasA, Protocol):
     """A and B of one adapter, and what decides how their term is computed.
 
     Calling a pair runs the hooks of its module, which the fused op does not.
     """
 
+    scale: float
+    dropout: float
+    training: bool
     shared_input: SharedInputGroup | None
 
     @property
     def B(self) -> Tensor:
         """``(out_features, r)``, or fewer rows where only some rows of W0 are adapted."""
 
-    def dropout_probability(self) -> float:
-        """The probability of dropping an element of the input of A in this call."""
+    def operands(self) -> tuple[Tensor, Tensor] | None:
+        """A and B for the fused op, which does not call the pair.
 
-    def is_hooked(self) -> bool:
-        """Whether a hook expects calls of the pair."""
-
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """A and B for the fused op, which does not call the pair."""
+        ``None`` if a hook expects calls, or only some rows of W0 are adapted.
+        """
 
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
@@ -64,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         >>> linear(torch.tensor([1.0, 2.0]), torch.eye(2), None, [])
         tensor([1., 2.])
     """
-    if len(pairs) == 1 and not torch.compiler.is_compiling():  # a compiler fuses the plain formula better
+    if len(pairs) == 1 and not torch.compiler.is_dynamo_compiling():  # a compiler fuses the plain formula better
         fused = _fused(x, weight, bias, pairs[0])
         if fused is not None:
             return fused
@@ -102,7 +101,7 @@ def add_pair(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
         x: input of the layer, ``(..., in_features)``.
         pair: A and B.
     """
-    B, p = pair.placed_B(y.shape[-1]), pair.dropout_probability()
+    B, p = pair.placed_B(y.shape[-1]), pair.dropout if pair.training else 0.0
     group = pair.shared_input if torch.compiler.is_compiling() and not p else None
     if group is not None and group.can_share(pair, x):
         return add_low_rank_term(y, group.hidden_while_compiling(pair, x), B, pair.scale)
@@ -125,22 +124,12 @@ def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Ten
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:
     """The sum as one node of autograd; ``None`` where that is not possible."""
-    if pair.is_hooked():
+    operands = pair.operands()
+    if operands is None or not can_fuse(x, weight, bias, *operands):
         return None
-    A, B = pair.operands()
-    if not can_fuse(x, weight, bias, A, B):
-        return None
-    p, scale, group = pair.dropout_probability(), pair.scale, pair.shared_input
-    share = None if p or group is None else group.share(pair, x)
     if any_autocast_enabled():
         dtype = compute_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if share is not None:
-        return linear_from_hidden(share, weight, bias, B)
     if not x.is_contiguous():
         x = x.contiguous()  # once for every product
-    if not p:
-        return fused_linear(x, weight, bias, A, B, scale)
-    if can_fuse_dropout(x, p, A.size(0)):
-        return fused_dropout_linear(x, weight, bias, A, B, scale, p)
-    return fused_linear(x, weight, bias, A, B, scale, torch.dropout(x, p, True))
+    return fused_linear(x, weight, bias, *operands, pair.scale, pair.dropout if pair.training else 0.0)

@@ -40,21 +40,10 @@ def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: T
     if bias is None:
         y = F.linear(hidden, B)
         as_matrix(y).addmm_(as_matrix(x), weight.t())
-    elif x.dim() == 2:
-        y = F.linear(x, weight, bias).addmm_(hidden, B.t())
     else:
-        y = x.new_empty(*x.shape[:-1], B.size(0))
-        torch.addmm(bias, as_matrix(x), weight.t(), out=as_matrix(y)).addmm_(as_matrix(hidden), B.t())
+        y = F.linear(x, weight, bias).data  # of three dimensions, torch returns a view of its product
+        as_matrix(y).addmm_(as_matrix(hidden), B.t())
     return y
-
-
-def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left @ right``, in place unless it is differentiated again or gradients are batched."""
-    if total is None:
-        return torch.mm(left, right)
-    if torch.is_grad_enabled() or in_functorch_transform():
-        return torch.addmm(total, left, right)
-    return total.addmm_(left, right)
 
 
 def scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from lightning_lora.names import counted
 from lightning_lora.trainer.checkpointing.best import load_best
 from lightning_lora.trainer.checkpointing.init_and_export import export
 from lightning_lora.trainer.checkpointing.merged_file import export_merged, write_merged_file
-from lightning_lora.trainer.compatibility import best_checkpoints, is_spawned
+from lightning_lora.trainer.compatibility import best_checkpoints, gpu_of, is_spawned
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.kept_copies import merge_copies
 from lightning_lora.trainer.run import Run
@@ -93,7 +93,7 @@ def merge_into_base(run: Run, which: str) -> str:
     if why_not_here is not None:
         return _merge_into_file(run, why_not_here, which)
     dtypes = {weight.dtype for _, weight in run.method.adapted_weights(run.module).values()}
-    lost = run.method.merge(run.module)
+    lost = run.method.merge(run.module, gpu_of(run.trainer))
     merge_copies(run.trainer, run.module, run.method)
     run.strategy_adapter.after_merge()
     count = counted(len(lost), "layer")

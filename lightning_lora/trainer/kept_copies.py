@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.foreign import AVERAGED_CLASS, AVERAGED_MODEL, is_a
 from lightning_lora.methods.base import Method
+from lightning_lora.trainer.compatibility import gpu_of
 from lightning_lora.trainer.patching import patch_method
 
 
@@ -33,7 +34,7 @@ def merge_copies(trainer: Any, module: nn.Module, method: Method) -> None:
     """Merge the live adapters of the copies."""
     for copy in kept_copies(trainer, module, method):
         if method.is_adapted(copy) and method.never_merges(copy) is None and method.cannot_write(copy) is None:
-            method.merge(copy)
+            method.merge(copy, gpu_of(trainer))
 
 
 def unmerge_copies(trainer: Any, module: nn.Module, method: Method) -> None:
@@ -41,7 +42,7 @@ def unmerge_copies(trainer: Any, module: nn.Module, method: Method) -> None:
     for copy in kept_copies(trainer, module, method):
         if method.is_merged(copy):
             with suppress(ValueError):
-                method.unmerge(copy)
+                method.unmerge(copy, gpu_of(trainer))
 
 
 def keep_averages_exact(trainer: Any, module: nn.Module, stack: ExitStack) -> None:

@@ -23,7 +23,7 @@ from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.checkpointing.files_at_end import check_files
 from lightning_lora.trainer.checkpointing.init_and_export import start_from
 from lightning_lora.trainer.checkpointing.late_saves import save_adapters_until_the_end
-from lightning_lora.trainer.compatibility import overrides
+from lightning_lora.trainer.compatibility import gpu_of, overrides
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
 from lightning_lora.trainer.lr_scale import scale_rates
@@ -117,7 +117,7 @@ class Run:
         """Take a merge out, and keep what is needed to put it back."""
         if self.method.is_merged(self.module):
             self.snapshot = deepcopy(self.method.state(self.module))
-            self.method.unmerge(self.module)
+            self.method.unmerge(self.module, gpu_of(self.trainer))
             unmerge_copies(self.trainer, self.module, self.method)
 
     def complete(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +286,7 @@ class Run:
             state = self.method.state(self.module)  # a head that `setup` built anew is in this alone, and stays
             needed = {key: state[key] for key in self.method.needed_names(self.module)}
             self.method.load(self.module, {**needed, **self.snapshot})
-            self.method.merge(self.module)
+            self.method.merge(self.module, gpu_of(self.trainer))
             merge_copies(self.trainer, self.module, self.method)
         elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
             self.method.drop(self.module)

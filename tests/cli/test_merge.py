@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,37 @@ def test_slabs_join(tmp_path, monkeypatch):
     whole = merge_files(base, adapter, tmp_path / "whole")
     assert (tmp_path / "some/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert some.lost() == pytest.approx(whole.lost())
+
+
+class LateWriter:
+    """Writes a piece when the next one comes, as a slow disk may."""
+
+    def __init__(self, file):
+        self.file, self.piece = file, b""
+
+    def write(self, piece):
+        self.file.write(self.piece)
+        self.piece = piece
+
+
+@contextmanager
+def written_late(file):
+    writer = LateWriter(file)
+    yield writer
+    writer.write(b"")
+
+
+@pytest.mark.parametrize("slab", [10**6, 17, 100])
+def test_no_sum_changes_before_it_is_written(tmp_path, monkeypatch, slab):
+    """Neighbours of one, an odd and an even number of slabs."""
+    save_file({f"{name}.weight": torch.randn(15, 10) for name in "abcd"}, tmp_path / "base.safetensors")
+    adapter = write_adapter(tmp_path / "adapter", {name: pair(15, 10, seed=seed) for seed, name in enumerate("abcd")})
+    merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "whole.safetensors")
+    monkeypatch.setattr("lightning_lora.files.safetensors.SLAB", slab)
+    monkeypatch.setattr("lightning_lora.files.safetensors_writing.write_behind", written_late)
+    merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "late.safetensors")
+    whole, late = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "late"))
+    assert all(same_bits(late[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(

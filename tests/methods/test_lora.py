@@ -110,6 +110,19 @@ def test_watched_modules_run_and_learn():
         assert any(hasattr(each.module, call) for call in each.calls)
 
 
+def test_on_a_device_that_fails_a_merge_and_an_unmerge_have_the_same_bits():
+    """On the meta device every sum fails; a GPU has its tests in tests/model/test_merge.py."""
+    method, own, expected = LoRAMethod(CONFIG), model(), model()
+    for each in (own, expected):
+        apply_lora(each, CONFIG)
+        train_B(each)
+    before = facts(own)
+    assert method.merge(own, torch.device("meta")) == merge_lora(expected)
+    assert same(facts(own), facts(expected))
+    method.unmerge(own, torch.device("meta"))
+    assert same(facts(own), before)
+
+
 def test_merge_unmerge_drop_and_remove():
     method, own, expected = LoRAMethod(CONFIG), model(), model()
     before = facts(own)

@@ -53,6 +53,15 @@ def test_auto_takes_the_weights_of_small_layers_and_short_inputs(on_cpu):
     )  # its products take longer than a launch
 
 
+def test_auto_takes_the_weights_of_longer_inputs_under_checkpointing(on_cpu):
+    model = adapted(nn.Sequential(nn.Linear(2048, 2048, bias=False)), "auto")
+    x = torch.zeros(1).expand(12_000, 2048)
+    assert side_of(model[0], x) == "activations"
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert side_of(model[0], x) == "weights"
+        assert side_of(model[0], torch.zeros(1).expand(40_000, 2048)) == "activations"
+
+
 def test_an_unknown_side_is_refused():
     with pytest.raises(ValueError, match="`compute` must be one of 'auto', 'activations', 'weights'"):
         apply_lora(Tower(), LoRAConfig(), compute="both")

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from lightning_lora.model.merge import merge_in, unmerge_in
 from lightning_lora.model.record import merged_layers
 from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.workspace import Workspace
 from tests.helpers import oracles
 from tests.helpers.oracles import any_bits, assert_same_values, same_bits, snapshot
 
@@ -143,6 +145,26 @@ def test_settings_that_change_between_merge_and_unmerge_change_no_bit(dtype, oth
         unmerge_lora(twin)
     assert_same_values(model, before)
     assert_same_values(twin, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_on_a_gpu_a_merge_has_the_bits_of_a_cpu_and_the_weights_stay_where_they_are(dtype):
+    gpu = torch.device("cuda", 0)
+    model = adapted(300, 257, 40, dtype=dtype, r=8)
+    before, there, moved = snapshot(model), copy.deepcopy(model), copy.deepcopy(model).to(gpu)
+    lost = merge_lora(model)
+    assert merge_in(there, Workspace(gpu)) == pytest.approx(lost, rel=1e-3)
+    merge_lora(moved)
+    assert there[0].weight.device.type == "cpu"
+    for index in range(2):
+        assert same_bits(there[index].weight, model[index].weight)
+        assert same_bits(moved[index].weight.cpu(), model[index].weight)
+    unmerge_lora(there)  # each undone elsewhere than it was made
+    unmerge_in(model, Workspace(gpu))
+    unmerge_lora(moved.cpu())
+    for each in (there, model, moved):
+        assert_same_values(each, before)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -372,7 +394,7 @@ def test_a_record_that_does_not_fit_is_named_and_nothing_is_unmerged(index):
     model = adapted(5, 4, 4, 3)
     merge_lora(model)
     records(model)[index].adapters["default"].A.data.add_(1)
-    refuse_to_unmerge(model, rf"`{index}\.weight` does not fit its merge record\. Nothing was changed\.")
+    refuse_to_unmerge(model, rf"`{index}\.weight` is not what .* or its merge record was, .* Nothing was changed\.")
 
 
 def test_a_refused_unmerge_can_be_repaired():
@@ -446,15 +468,15 @@ def test_a_merge_that_is_interrupted_leaves_everything_as_it_was(after, monkeypa
     apply_lora(model, LoRAConfig(r=2, targets=["0", "1"]))
     oracles.train_by_hand(model)
     before, calls = snapshot(model), []
-    patch_for = exact.patch_for
+    merge_delta = exact.merge_delta
 
-    def interrupted(*pair):
-        calls.append(pair)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return patch_for(*pair)
+        return merge_delta(*arguments)
 
-    monkeypatch.setattr(exact, "patch_for", interrupted)
+    monkeypatch.setattr(exact, "merge_delta", interrupted)
     if after < 3:
         with pytest.raises(KeyboardInterrupt):
             merge_lora(model)

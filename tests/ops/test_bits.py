@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lora.ops import exact_sum as module
-from lightning_lora.ops.exact_sum import as_integers, checksum, same_bits
+from lightning_lora.ops.exact_sum import as_integers, checksum, quick_checksum, same_bits
+from lightning_lora.ops.workspace import Workspace
 from tests.helpers import oracles
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -106,3 +107,49 @@ def test_a_parameter_has_the_checksum_of_its_values():
     parameter = torch.nn.Parameter(torch.randn(3, 3))
     assert checksum(parameter) == checksum(parameter.detach().clone())
     assert same_bits(parameter, parameter.detach().clone())
+
+
+def quick(tensor):
+    return quick_checksum(tensor, Workspace())
+
+
+@few
+@given(shapes, st.sampled_from([*FLOATS, torch.uint8, torch.int64]), st.integers(0, 2**31), st.integers(1, 3))
+def test_the_quick_checksum_is_of_the_bits_in_their_order_alone(shape, dtype, seed, threads):
+    tensor, before = oracles.any_bits(shape, dtype, seed), torch.get_num_threads()
+    total = quick(tensor)
+    torch.set_num_threads(threads)
+    assert total == quick(tensor.clone()) == quick(tensor.flatten()) == quick(tensor.flatten().view(torch.uint8))
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 8, 11, 40])
+def test_the_quick_checksum_sees_any_changed_bit(monkeypatch, count):
+    monkeypatch.setattr(module, "WIDTH", 4)
+    monkeypatch.setattr(module, "ON_CPU", 8)
+    tensor = oracles.any_bits((count,), torch.float64)
+    seen = {quick(tensor)}
+    for place in range(count):
+        for bit in (0, 31, 63):
+            changed = tensor.clone()
+            changed.view(torch.int64)[place] ^= 1 << bit if bit < 63 else -(1 << 63)
+            seen.add(quick(changed))
+    assert len(seen) == 1 + 3 * count
+
+
+@pytest.mark.parametrize("count", [5, 16, 19])
+def test_the_quick_checksum_sees_any_two_elements_that_change_places(monkeypatch, count):
+    monkeypatch.setattr(module, "WIDTH", 4)
+    monkeypatch.setattr(module, "ON_CPU", 8)
+    tensor = torch.arange(1, count + 1) ** 3
+    for one, other in combinations(range(count), 2):
+        swapped = tensor.clone()
+        swapped[[one, other]] = tensor[[other, one]]
+        assert quick(swapped) != quick(tensor)
+
+
+def test_the_quick_checksum_sees_rows_and_columns_that_change_places():
+    tensor = torch.randn(2048, 2048)
+    changes = [tensor.flip(0), tensor.flip(1), tensor.t().contiguous(), tensor.roll(1, 0), tensor.roll(1, 1)]
+    assert len({quick(each) for each in (tensor, *changes)}) == 6
+    assert quick(tensor.t()) == quick(tensor.t().contiguous())

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.exact_product import exact_product
+from lightning_lora.ops.workspace import Workspace
 from tests.helpers import oracles
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -25,8 +27,27 @@ def noise(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(9))
 
 
-def whole_delta(matrix, pairs):
-    return torch.cat([block.clone() for _, block in exact.delta_blocks(matrix, pairs)])
+def inner(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def delta_for(matrix, pairs):
+    return exact_product(pairs, inner(matrix.dtype))
+
+
+def add(matrix, pairs, workspace=None):
+    out = torch.empty_like(matrix)
+    return out, exact.add_delta(matrix, delta_for(matrix, pairs), out, workspace or Workspace())
+
+
+def merge(matrix, pairs, workspace=None):
+    out = torch.empty_like(matrix)
+    patch, squares = exact.merge_delta(matrix, delta_for(matrix, pairs), out, workspace or Workspace())
+    return out, patch, squares
+
+
+def subtract(matrix, pairs, workspace=None):
+    return exact.subtract_delta(matrix, delta_for(matrix, pairs), torch.empty_like(matrix), workspace or Workspace())
 
 
 def summed(pairs):
@@ -34,53 +55,79 @@ def summed(pairs):
     return sum(left.double() @ right.double() for left, right in pairs)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "inner"), [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in FLOATS], ids=str
-)
-def test_delta_is_the_scaled_product_in_fp32_or_better(dtype, inner):
-    pairs = [factors(5, 7), factors(5, 7, r=1, scale=-2.0, seed=4)]
-    delta = whole_delta(torch.zeros(5, 7, dtype=dtype), pairs)
-    assert delta.dtype == inner
-    oracles.assert_close(delta, summed(pairs), inner)
+def written_out(matrix, pairs, sign=1):
+    """The sum, element by element: delta rounded to fp32 or fp64, added, and rounded."""
+    delta = sum(left @ right for left, right in delta_for(matrix, pairs).terms).to(inner(matrix.dtype))
+    return (matrix.to(delta.dtype) + sign * delta).to(matrix.dtype)
 
 
-def test_no_adapter_adds_nothing():
-    assert oracles.same_bits(whole_delta(torch.ones(2, 3), []), torch.zeros(2, 3))
+PAIRS = [factors(5, 7), factors(5, 7, r=1, scale=-2.0, seed=4)]
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_delta_is_the_scaled_product_in_fp32_or_better(dtype):
+    zeros = torch.zeros(5, 7, dtype=inner(dtype))
+    oracles.assert_close(add(zeros, PAIRS)[0], summed(PAIRS), inner(dtype))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("block", [1, 7, 8, 20, 35, 10**6])
-def test_blocks_cover_every_row_once_and_change_no_bit(monkeypatch, block):
-    pairs, matrix = [factors(5, 7)], torch.zeros(5, 7)
-    expected = whole_delta(matrix, pairs)
-    monkeypatch.setattr(exact, "BLOCK", block)
-    pieces = [(rows, delta.clone()) for rows, delta in exact.delta_blocks(matrix, pairs)]
-    assert [row for rows, _ in pieces for row in range(rows.start, rows.stop)] == [0, 1, 2, 3, 4]
-    assert len(pieces) == math.ceil(5 / max(1, block // 7))
-    assert oracles.same_bits(torch.cat([delta for _, delta in pieces]), expected)
+def test_neither_blocks_nor_threads_change_a_bit(monkeypatch, threads, block, dtype):
+    matrix = noise(5, 7).to(dtype)
+    monkeypatch.setattr(exact, "ON_CPU", block)
+    merged, patch, squares = merge(matrix, PAIRS)
+    assert oracles.same_bits(merged, written_out(matrix, PAIRS))
+    assert oracles.same_bits(add(matrix, PAIRS)[0], merged)
+    restored = subtract(merged, PAIRS)
+    assert oracles.same_bits(restored, written_out(merged, PAIRS, sign=-1))
+    whole = exact.patch_for(matrix, restored)
+    assert oracles.same_bits(patch.values, whole.values)
+    assert (patch.index is None) == (whole.index is None)
+    assert patch.index is None or torch.equal(patch.index, whole.index)
+    assert math.sqrt(squares.delta) == pytest.approx(float(summed(PAIRS).norm()), rel=1e-5)
 
 
-def test_delta_has_the_same_bits_under_any_setting():
-    pairs, matrix = [factors(300, 200, r=8)], torch.zeros(300, 200)
-    expected, threads = whole_delta(matrix, pairs), torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
+def test_the_sum_has_the_same_bits_under_any_setting(threads):
+    pairs, matrix = [factors(300, 200, r=8)], noise(300, 200)
+    expected, precision = written_out(matrix, pairs), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert oracles.same_bits(whole_delta(matrix, pairs), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert oracles.same_bits(add(matrix, pairs)[0], expected)
+        with torch.inference_mode():
+            assert oracles.same_bits(add(matrix, pairs)[0], expected)
     finally:
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gpu_computes_the_same_bits(monkeypatch, dtype):
+    monkeypatch.setattr(exact, "ON_DEVICE", 1000)
+    pairs, matrix = [factors(300, 200, r=8)], noise(300, 200).to(dtype)
+    merged, patch, _ = merge(matrix, pairs)
+    on_gpu = [(left.cuda(), right.cuda()) for left, right in pairs]
+    merged_there, patch_there, _ = merge(matrix.cuda(), on_gpu)
+    assert oracles.same_bits(merged_there.cpu(), merged)
+    assert oracles.same_bits(patch_there.values, patch.values)
+    assert torch.equal(patch_there.index, patch.index)
+    assert oracles.same_bits(exact.apply_patch(subtract(merged_there, on_gpu), patch).cpu(), matrix)
+    assert oracles.same_bits(exact.apply_patch(subtract(merged, pairs), patch_there), matrix)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_sum_is_rounded_once(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30, size=0.3)]
-    expected = matrix.double() + summed(pairs)
-    merged = exact.add_delta(matrix, pairs).merged
-    inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    once = torch.finfo(dtype).eps / 2 * expected.abs() + 8 * inner
+    expected, (merged, _) = matrix.double() + summed(pairs), add(matrix, pairs)
+    once = torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(inner(dtype)).eps
     assert merged.dtype == dtype
     assert ((merged.double() - expected).abs() <= once).all()
 
@@ -88,38 +135,86 @@ def test_the_sum_is_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_share_of_delta_that_rounding_lost_is_told(dtype):
     matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30, size=1e-2)]
-    result, delta = exact.add_delta(matrix, pairs), summed(pairs)
-    expected = (result.merged.double() - (matrix.double() + delta)).norm() / delta.norm()
+    (merged, squares), delta = add(matrix, pairs), summed(pairs)
+    expected = (merged.double() - (matrix.double() + delta)).norm() / delta.norm()
+    assert merge(matrix, pairs)[2] == squares
     if dtype == torch.float64:
-        assert result.lost < 1e-13
+        assert squares.lost() < 1e-13
     else:
-        assert result.lost == pytest.approx(float(expected), rel=0.02)
+        assert squares.lost() == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18], ids=["squares below fp32", "squares above fp32"])
+def test_the_share_is_right_where_fp32_cannot_hold_the_squares(size):
+    left, right = factors(40, 30)
+    pairs = [(left * size, right)]
+    _, squares = add(noise(40, 30) * size, pairs)
+    assert squares.lost() == pytest.approx(add(noise(40, 30), [(left, right)])[1].lost(), rel=0.05)
+    assert math.sqrt(squares.delta) == pytest.approx(float(summed(pairs).norm()), rel=1e-5)
 
 
 def test_a_delta_far_below_the_last_place_of_an_fp32_weight_is_told_as_lost():
-    assert exact.add_delta(noise(40, 30) + 4, [factors(40, 30, size=1e-9)]).lost > 0.9
+    assert add(noise(40, 30) + 4, [factors(40, 30, size=1e-9)])[1].lost() > 0.9
 
 
 def test_nothing_is_lost_of_nothing():
-    result = exact.add_delta(noise(2, 3), [factors(2, 3, size=0.0)])
-    assert result.lost == 0.0
-    assert oracles.same_bits(result.merged, noise(2, 3))
+    merged, squares = add(noise(2, 3), [factors(2, 3, size=0.0)])
+    assert squares.lost() == 0.0
+    assert oracles.same_bits(merged, noise(2, 3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_loses_nothing_and_is_found(threads, monkeypatch, bad):
+    monkeypatch.setattr(exact, "ON_CPU", 100)
+    matrix, pairs = noise(40, 30), [factors(40, 30)]
+    _, expected = add(matrix, pairs)
+    assert expected.finite
+    assert math.sqrt(expected.matrix) == pytest.approx(float(matrix.double().norm()), rel=1e-6)
+    matrix[17, 3] = bad
+    _, squares = add(matrix, pairs)
+    assert not squares.finite
+    assert squares.lost() == pytest.approx(expected.lost(), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_matrix_itself_stays_and_nearly_is_what_subtracting_gives(dtype):
-    matrix, pairs = noise(40, 30).to(dtype), [factors(40, 30)]
-    result = exact.add_delta(matrix, pairs)
+def test_a_sum_that_is_no_number_has_the_bits_of_one_nan(dtype):
+    """A CPU and a GPU compute NaNs of different bits."""
+    matrix = torch.zeros(4, 2, dtype=dtype)
+    matrix[1, 0], matrix[2, 0] = -math.inf, math.inf
+    exact.as_integers(matrix)[0, 0] = -1  # a NaN with every bit set
+    pairs = [(torch.tensor([[1.0], [math.inf], [1.0], [math.nan]]), torch.ones(1, 2))]
+    for merged in (add(matrix, pairs)[0], merge(matrix, pairs)[0]):
+        assert merged.isnan().any(1).tolist() == [True, True, False, True]
+        numbers = merged[merged.isnan()]
+        assert oracles.same_bits(numbers, torch.full_like(numbers, math.nan))
+
+
+def test_an_overflow_is_found():
+    matrix = torch.full((2, 2), 6e4, dtype=torch.float16)
+    assert add(matrix, [(torch.ones(2, 1), torch.ones(1, 2))])[1].finite
+    assert not add(matrix, [(torch.ones(2, 1), torch.full((1, 2), 6e4))])[1].finite
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_matrix_itself_stays(dtype):
+    matrix = noise(40, 30).to(dtype)
+    merged, _, _ = merge(matrix, [factors(40, 30)])
     assert oracles.same_bits(matrix, noise(40, 30).to(dtype))
-    assert oracles.same_bits(result.roundtrip, exact.subtract_delta(result.merged, pairs))
-    assert not oracles.same_bits(result.merged, matrix)
+    assert not oracles.same_bits(merged, matrix)
+
+
+def test_the_memory_of_a_workspace_may_be_used_again_and_again():
+    workspace, cases = Workspace(), [(noise(40, 30), [factors(40, 30)]), (noise(9, 70).half(), [factors(9, 70)])]
+    merged = [merge(*case, workspace) for case in cases]
+    for (matrix, pairs), (total, patch, _) in zip(cases, merged, strict=True):
+        assert oracles.same_bits(total, written_out(matrix, pairs))
+        assert oracles.same_bits(exact.apply_patch(subtract(total, pairs, workspace), patch), matrix)
 
 
 def there_and_back(original, pairs):
     """What a merge and an unmerge do to a matrix; the patch between them."""
-    result = exact.add_delta(original, pairs)
-    patch = exact.patch_for(original, result.roundtrip)
-    return exact.apply_patch(exact.subtract_delta(result.merged, pairs), patch), patch
+    merged, patch, _ = merge(original, pairs)
+    return exact.apply_patch(subtract(merged, pairs), patch), patch
 
 
 @few
@@ -179,10 +274,10 @@ def test_a_plain_copy_is_kept_where_delta_is_large():
 def test_patch_holds_exactly_the_elements_whose_bits_differ():
     original = torch.tensor([[0.0, 1.0, math.nan], [3.0, -0.0, 5.0], [6.0, 7.0, 8.0]])
     nearly = torch.tensor([[0.0, 1.5, math.nan], [3.0, 0.0, 5.0], [6.0, 7.0, 8.0]])
-    patch = exact.patch_for(original, nearly)
-    assert patch.index.tolist() == [1, 4]
-    assert oracles.same_bits(patch.values, torch.tensor([1.0, -0.0]))
-    assert patch.nbytes() == 16
+    patch = exact.patch_for(original, nearly.clone())
+    assert patch.index.tolist() == [1, 2, 4]  # a NaN too: another device may compute another one
+    assert oracles.same_bits(patch.values, torch.tensor([1.0, math.nan, -0.0]))
+    assert patch.nbytes() == 24
     assert oracles.same_bits(exact.apply_patch(nearly, patch), original)
 
 
@@ -194,6 +289,6 @@ def test_patch_of_equal_matrices_is_empty():
 
 def test_a_patch_shares_no_memory_with_the_matrix():
     original, nearly = torch.ones(2, 2), torch.zeros(2, 2)
-    patch = exact.patch_for(original, nearly)
+    patch = exact.patch_for(original, nearly.clone())
     original.zero_()
     assert patch.values.tolist() == [[1, 1], [1, 1]]

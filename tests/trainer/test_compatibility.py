@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_lora import LoRACallback, lora_parameters
+from lightning_lora.trainer.compatibility import gpu_of
 from tests.helpers.models import BuiltInConfigureModel, Lit, data, net, trainer
 
 
@@ -34,6 +35,13 @@ def refused(words: str, *callbacks: object, error=MisconfigurationException, **k
     assert all(
         torch.equal(module.net.get_parameter(name), p) and p.requires_grad for name, p in net().named_parameters()
     )
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", torch.device("cuda", 1)), ("cpu", None), ("mps", None)])
+def test_sums_are_computed_on_the_gpu_of_the_rank(device, expected):
+    own = trainer()
+    own.strategy._root_device = torch.device(device)
+    assert gpu_of(own) == expected
 
 
 def test_two_callbacks():

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from lightning_lora import LoRACallback, lora_parameters
+from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.model.record import is_merged
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 
@@ -67,3 +69,27 @@ def test_a_best_file_that_is_gone_leaves_the_module_with_its_adapters(tmp_path, 
     assert torch.equal(module.net.layers[0].q.weight, Lit().net.layers[0].q.weight)
     assert not (tmp_path / "peft").exists() and not (tmp_path / "model").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_every_merge_of_a_run_is_computed_on_its_gpu(monkeypatch, tmp_path):
+    """The meta device stands for a GPU; as it cannot compute, the sums are those of the CPU."""
+    devices, gpu = [], torch.device("meta")
+
+    def watched(verb):
+        def called(method, model, device=None):
+            devices.append(device)
+            return verb(method, model, device)
+
+        return called
+
+    monkeypatch.setattr(LoRAMethod, "merge", watched(LoRAMethod.merge))
+    monkeypatch.setattr(LoRAMethod, "unmerge", watched(LoRAMethod.unmerge))
+    for place in ("end_of_fit", "kept_copies", "run"):
+        monkeypatch.setattr(f"lightning_lora.trainer.{place}.gpu_of", lambda trainer: gpu)
+    module, files = Lit(), checkpoints(tmp_path)
+    fitting = trainer(LoRACallback(r=4), files, WeightAveraging())
+    fitting.fit(module, data(), data(1))
+    assert devices == [gpu, gpu]  # the module, and its average
+    fitting.test(module, data(1), ckpt_path="best")  # unmerged and merged again
+    assert devices == [gpu] * 6
+    assert is_merged(module)

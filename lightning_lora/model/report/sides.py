@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import adapted_class_for
-from lightning_lora.layers.summed_weight import MAX_ELEMENTS, MAX_WORK
+from lightning_lora.layers.summed_weight import MAX_CHECKPOINTED_WORK, MAX_ELEMENTS, MAX_WORK
 from lightning_lora.model.sum_groups import has_weight_side
 from lightning_lora.targets.survey import Site
 
@@ -29,8 +29,9 @@ def side_remark(sites: Sequence[Site], compute: str, dropout: float) -> str:
     if not rows or not rows[-1]:
         return f"Layers compute {ACTIVATIONS}.{others}"
     more = "" if len(rows) == 1 else f" ({rows[-1]:,} for the smallest weight)"
-    limit = f"for inputs of up to {rows[0]:,} rows{more},"
-    return f"On a GPU layers compute {WEIGHTS} {limit}\notherwise {ACTIVATIONS}.{others}"
+    factor = MAX_CHECKPOINTED_WORK / MAX_WORK
+    limit = f"for inputs of up to {rows[0]:,} rows{more},\n{factor:g} times as many under activation checkpointing,"
+    return f"On a GPU layers compute {WEIGHTS} {limit} otherwise {ACTIVATIONS}.{others}"
 
 
 def _size(site: Site) -> int:

@@ -1,0 +1,108 @@
+"""Where large sums are computed: on which device, in which threads, and in which memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+WITHOUT_FP64 = ("mps", "xla", "hpu")  # types of devices
+
+
+class _Kept(threading.local):
+    """The memory of one thread."""
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.device], Tensor] = {}
+
+
+class Workspace:
+    """A device, threads and memory for large sums.
+
+    torch starts and joins its threads in every operation, and they wait for each other in a loop. Many short operations
+    spend most of their time there, all the more where other processes use the same cores. So within ``with workspace:``
+    torch uses one thread, and blocks are computed in as many threads of our own as torch had.
+
+    Args:
+        device: where to compute; ``None`` for the device of each tensor.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self._threads, self._depth = torch.get_num_threads(), 0
+        self._kept = _Kept()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Workspace:
+        try:
+            self._depth += 1
+            torch.set_num_threads(1)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth <= 0:
+            self._depth = 0
+            torch.set_num_threads(self._threads)
+
+    def compute(self, function: Callable[[Workspace], Result]) -> Result:
+        """The result of ``function`` in this workspace; if the device fails, on the tensors' own device.
+
+        The device may have too little memory left, or an error of the user's code may have made it unusable.
+        """
+        if self.device is not None:
+            try:
+                return function(self)
+            except RuntimeError:
+                self.device, self._kept = None, _Kept()
+        return function(self)
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+        """The results of ``function`` for each of ``items``, in their order; gradients are never recorded.
+
+        Args:
+            function: it gets one item.
+            items: such as blocks of rows.
+            device: of the tensors that ``function`` works on; only on a CPU it is called in several threads.
+        """
+        inference = torch.is_inference_mode_enabled()
+
+        def call(item: Item) -> Result:
+            with torch.inference_mode(inference), torch.no_grad():
+                return function(item)
+
+        with self:
+            if device.type != "cpu" or min(self._threads, len(items)) <= 1:
+                return [call(item) for item in items]
+            # A new thread of Python takes the number of torch's threads when it is first asked for.
+            self._pool = self._pool or ThreadPoolExecutor(self._threads, initializer=torch.get_num_threads)
+            return list(self._pool.map(call, items))
+
+    def bring(self, tensor: Tensor) -> Tensor:
+        """``tensor`` where it can be computed with: on the device, and on a CPU if that has no fp64 of IEEE 754."""
+        device = self.device or tensor.device
+        return tensor.to("cpu" if device.type in WITHOUT_FP64 else device)
+
+    def memory(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of the shape and on the device of ``like``, with any values.
+
+        It shares its memory with every tensor that had this name in this thread before. On a CPU the system clears
+        fresh memory page by page, which takes longer than to compute what is written into it.
+        """
+        key, size, memory = (name, like.device), like.numel() * dtype.itemsize, self._kept.memory
+        if key not in memory or memory[key].numel() < size:
+            memory[key] = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return memory[key][:size].view(dtype).view(like.shape)
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """``tensor`` itself if it has this dtype, else a copy in the memory of ``name``."""
+        return tensor if tensor.dtype == dtype else self.memory(name, tensor, dtype).copy_(tensor)
