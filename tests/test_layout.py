@@ -36,6 +36,7 @@ ELSEWHERE = {
     "files/safetensors_writing": ("trainer/strategies/test_sharded_edges", "it writes what no process holds whole"),
     "files/pickle_values": ("files/test_torch_files", "a pickle comes in a file of torch.save"),
     "files/pickles": ("files/test_torch_files", "a pickle comes in a file of torch.save"),
+    "layers/attention_formula": ("layers/test_attention", "it must equal torch's layer, case by case"),
     "layers/base": ("layers/test_protocol", "it is what all adapted layers have in common"),
     "layers/merged_forward": ("layers/test_protocol", "it is how layers run that read their own weight"),
     "layers/restoring": ("model/test_journal", "it is interrupted with the verbs"),
