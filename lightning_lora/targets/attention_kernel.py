@@ -31,6 +31,7 @@ ABSENT = ("mask", "past", "cache")  # words in the names of arguments that may b
 POSITIONS = ("position_embeddings", "rotary", "freqs")
 LENGTHS = ("seqlens", "lengths")
 STATES = ("states", "context", "memory")
+WITHOUT_KERNEL = "computes attention without `F.scaled_dot_product_attention`"
 
 
 @dataclass(frozen=True)
@@ -119,33 +120,40 @@ class Unchanged(nn.Module):
         return x
 
 
-def kernel_sizes(block: nn.Module) -> KernelSizes | Exception | None:
-    """The sizes in the first call of the kernel by ``block``.
+def kernel_sizes(block: nn.Module, **attributes: Any) -> KernelSizes | str:
+    """The sizes in the first call of the kernel by ``block``, which is not changed.
+
+    Args:
+        block: any module.
+        attributes: values that its attributes would have, to see what it would do then.
 
     Returns:
-        The sizes; ``None`` if the block computed its output without the kernel; the first error if it did not run
-        alone, because nothing is known of the arguments that its forward takes.
+        The sizes, or why they are not known, as the end of a sentence about the block. A block may not run alone:
+        nothing but names is known of the arguments that its forward takes.
     """
-    errors = []
+    errors: list[Exception] = []
     for arguments, keep in product(_attempts(block), (True, False)):
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 with StopAtKernel():
-                    type(block).forward(_stand_in(block, keep), **arguments)
-                return None
+                    type(block).forward(_stand_in(block, keep, attributes), **arguments)
+                return WITHOUT_KERNEL
             except Reached as reached:
                 return _sizes(*reached.args)
             except Exception as error:  # any: the code is the user's, and the arguments are guesses
                 errors.append(error)
-    return errors[0] if errors else ValueError("it has no linear layer")
+    why = f" ({type(errors[0]).__name__}: {errors[0]!s:.200})" if errors else ""
+    return f"could not be run alone, so the sizes of its heads are not known{why}"
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor) -> KernelSizes | Exception:
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> KernelSizes | str:
     """The sizes, from tensors of shape ``(batch, heads, length, features)`` or ``(batch, length, features)``."""
     if key.dim() != 4 and tuple(key.shape[:-1]) != (BATCH, LENGTH):
-        shape = tuple(key.shape)
-        return ValueError(f"it calls the kernel with keys of shape {shape}, not (batch, heads, length, features)")
+        return (
+            f"gives `F.scaled_dot_product_attention` keys of shape {tuple(key.shape)}, where (batch, heads, length, "
+            "features) is needed"
+        )
     heads = key.shape[-3] if key.dim() > 3 else 1
     copies = next(count for count in range(heads, 0, -1) if heads % count == 0 and _are_copies(key, count))
     return KernelSizes(heads // copies, key.shape[-1], value.shape[-1])
@@ -159,7 +167,7 @@ def _are_copies(key: Tensor, count: int) -> bool:
     return bool((groups == groups[..., :1, :, :]).all())
 
 
-def _stand_in(block: nn.Module, keep: bool) -> nn.Module:
+def _stand_in(block: nn.Module, keep: bool, attributes: Mapping[str, Any]) -> nn.Module:
     """A replica of ``block`` with random projections; other modules are copies, or do nothing unless ``keep``."""
     inside: dict[str, nn.Module | None] = {}
     for name, module in block._modules.items():
@@ -167,7 +175,9 @@ def _stand_in(block: nn.Module, keep: bool) -> nn.Module:
             inside[name] = RandomProjection(*parts_of(module)[0].full_features(parameter_of(module)))
         else:
             inside[name] = copy.deepcopy(module).eval() if keep and module is not None else Unchanged()
-    return replica(block, inside)
+    stand_in = replica(block, inside)
+    stand_in.__dict__.update(attributes)
+    return stand_in
 
 
 def _attempts(block: nn.Module) -> Iterator[dict[str, Any]]:

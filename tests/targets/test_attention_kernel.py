@@ -39,13 +39,18 @@ def test_one_head_without_a_dimension_of_heads():
 
 
 def test_a_block_without_the_kernel():
-    assert kernel_sizes(Attention()) is None
+    assert kernel_sizes(Attention()) == "computes attention without `F.scaled_dot_product_attention`"
 
 
 class HeadsInBatch(FusedBlock):
     def forward(self, x):
         q, k, v = (y.reshape(-1, 2, 2).transpose(0, 1) for y in self.qkv(x).chunk(3, -1))
         return F.scaled_dot_product_attention(q, k, v)
+
+
+class Broken(FusedBlock):
+    def forward(self, x):
+        raise KeyError("no such key")
 
 
 class ReadsWeight(FusedBlock):
@@ -59,8 +64,13 @@ def test_a_weight_that_is_read():
 
 
 def test_what_cannot_be_known():
-    assert "keys of shape (2, 128, 2), not (batch, heads, length, features)" in str(kernel_sizes(HeadsInBatch(4)))
-    assert isinstance(kernel_sizes(nn.Identity()), ValueError)
+    assert kernel_sizes(HeadsInBatch(4)) == (
+        "gives `F.scaled_dot_product_attention` keys of shape (2, 128, 2), where (batch, heads, length, features) is "
+        "needed"
+    )
+    assert kernel_sizes(nn.Identity()) == "could not be run alone, so the sizes of its heads are not known"
+    with_error = kernel_sizes(Broken(4))
+    assert with_error == "could not be run alone, so the sizes of its heads are not known (KeyError: 'no such key')"
 
 
 def test_the_trial_changes_nothing():
