@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -9,9 +10,10 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapted import Adapted
 from lightning_lora.methods.added import AddedMethod
+from lightning_lora.methods.fast_paths import Host, fast_path_hosts
 from lightning_lora.methods.prefix.config import PrefixConfig
 from lightning_lora.methods.prefix.layer import Prefix, PrefixAttention
-from lightning_lora.methods.prefix.multihead import PrefixMultiheadAttention
+from lightning_lora.methods.prefix.multihead import PrefixEncoder, PrefixEncoderLayer, PrefixMultiheadAttention
 from lightning_lora.methods.prefix.sites import find_sites, is_plain_multihead
 from lightning_lora.targets.attention_kernel import KernelSizes
 from lightning_lora.targets.survey import Survey
@@ -62,3 +64,7 @@ class PrefixMethod(AddedMethod):
             seed=seed,
             device=next(module.parameters()).device,
         )
+
+    @override
+    def hosts(self, survey: Survey) -> Mapping[str, Host]:
+        return fast_path_hosts(survey, self._sizes, PrefixEncoderLayer, PrefixEncoder)

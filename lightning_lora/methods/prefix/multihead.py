@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.adapted import Adapted
 from lightning_lora.layers.attention_formula import attention, base_projections
+from lightning_lora.layers.transformer import WithoutFastPath, WithoutNestedTensors
 from lightning_lora.methods.prefix.layer import Prefix, check_not_nested
 
 
@@ -48,3 +49,15 @@ class PrefixMultiheadAttention(Adapted, nn.MultiheadAttention):
     def _extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         extended: tuple[Tensor, Tensor] = self.prefix(key, value, self.num_heads)
         return extended
+
+
+class PrefixEncoderLayer(WithoutFastPath):
+    """An ``nn.TransformerEncoderLayer`` with a prefix in its attention."""
+
+    method_key: ClassVar[str] = "prefix"
+
+
+class PrefixEncoder(WithoutNestedTensors):
+    """An ``nn.TransformerEncoder`` with prefixes in its layers."""
+
+    method_key: ClassVar[str] = "prefix"

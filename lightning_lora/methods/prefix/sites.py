@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.foreign import ATTENTION_SWITCH, FUSED_SWITCH, SDPA, SUPPORTS_SDPA
-from lightning_lora.layers.adapted import Adapted
+from lightning_lora.layers.adapted import Adapted, not_swappable
 from lightning_lora.methods.prefix.config import ATTENTION, PrefixConfig
 from lightning_lora.names import covers, nearest
 from lightning_lora.targets.attention_kernel import WITHOUT_KERNEL, KernelSizes, kernel_sizes
-from lightning_lora.targets.problems import refused
+from lightning_lora.targets.problems import raise_refusals
 from lightning_lora.targets.role_names import around
 from lightning_lora.targets.roles import attention_blocks
 from lightning_lora.targets.survey import Survey
@@ -28,12 +28,7 @@ def find_sites(survey: Survey, config: PrefixConfig) -> dict[str, KernelSizes | 
     sites = _chosen(survey, config)
     found = {name: _sizes(name, survey) for name in sites}
     sizes = {name: result for name, result in found.items() if not isinstance(result, str)}
-    problems: dict[str, list[str]] = {}
-    for name, result in found.items():
-        if isinstance(result, str):
-            problems.setdefault(result, []).append(name)
-    if problems:
-        raise ValueError("\n".join(refused(reason, names, bool(sizes)) for reason, names in problems.items()))
+    raise_refusals({name: result if isinstance(result, str) else None for name, result in found.items()})
     return sizes
 
 
@@ -80,10 +75,9 @@ def _sizes(name: str, survey: Survey) -> KernelSizes | str | None:
     block = survey.by_name[name]
     if isinstance(block, Adapted):
         return None
-    if "forward" in vars(block):
-        return "has a `forward` set on the instance, which would bypass the prefix"
-    if hasattr(block, "prefix"):
-        return "has an attribute `prefix` of its own, where the prefix would go"
+    reason = not_swappable(block, "prefix")
+    if reason is not None:
+        return reason
     if is_plain_multihead(block):
         assert isinstance(block, nn.MultiheadAttention)
         heads, features = int(block.num_heads), int(block.head_dim)

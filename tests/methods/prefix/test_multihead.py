@@ -115,3 +115,22 @@ class Own(nn.MultiheadAttention):
 def test_a_sub_class_with_a_forward_of_its_own_is_refused():
     with pytest.raises(ValueError, match=r"`0` computes attention without `F.scaled_dot_product_attention`"):
         PrefixMethod(PrefixConfig()).complete(nn.ModuleList([Own(D, HEADS)]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_of_torch_takes_no_fast_path(padded):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    PrefixMethod(PrefixConfig(length=LENGTH)).complete(encoder)
+    padding = HIDDEN if padded else None
+    tokens = ~HIDDEN if padded else torch.ones_like(HIDDEN)
+    with_gradients = encoder(STATES, src_key_padding_mask=padding)[tokens]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(STATES, src_key_padding_mask=padding)[tokens], with_gradients)
+    with_gradients.square().sum().backward()
+    assert all(layer.self_attn.prefix.K.grad.any() for layer in encoder.layers)
+    PrefixMethod(PrefixConfig()).remove(encoder)
+    assert {type(module).__name__ for module in encoder.modules()} == {type(m).__name__ for m in layer.modules()} | {
+        *("TransformerEncoder", "ModuleList")
+    }

@@ -130,8 +130,8 @@ def test_what_would_bypass_the_prefix():
     blocks[0].forward = blocks[0].forward
     blocks[1].prefix = "text"
     first, second = error_of(blocks).splitlines()
-    assert first.startswith("`0` has a `forward` set on the instance, which would bypass the prefix.")
-    assert second.startswith("`1` has an attribute `prefix` of its own, where the prefix would go.")
+    assert first.startswith("`0` has a `forward` set on the instance, which would bypass the adapter.")
+    assert second.startswith("`1` has an attribute `prefix` of its own, where the adapter would go.")
 
 
 def test_first_values_depend_on_the_name_and_the_seed_alone():
