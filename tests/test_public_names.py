@@ -19,6 +19,10 @@ from tests.helpers.signatures import signatures
 NAMES = [
     "LoRACallback",
     "LoRAConfig",
+    "PrefixCallback",
+    "PrefixConfig",
+    "PromptCallback",
+    "PromptConfig",
     "TuneCallback",
     "TuneConfig",
     "adapt",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, TuneCallback
+from lightning_lora import LoRACallback, PrefixCallback, PromptCallback, TuneCallback
 from lightning_lora.trainer.method_callback import MethodCallback
 from tests.helpers.models import LitEncoder
 
@@ -66,6 +66,28 @@ CASES = [
         skipped="'net.layers.1.attn.q_proj.weight'",
         other=lambda: LoRACallback(r=3, also_train=["head"]),
     ),
+    MethodCase(
+        "prefix",
+        lambda **shared: PrefixCallback(length=3, also_train=["head"], **shared),
+        {f"net.layers.{n}.attn.prefix.{x}" for n in (0, 1) for x in "KV"} | HEAD,
+        bare=False,
+        other=lambda: PrefixCallback(length=4, also_train=["head"]),
+    ),
+    MethodCase(
+        "prompt",
+        lambda **shared: PromptCallback(length=3, **shared),
+        {"net.layers.0.prompt.vectors"},
+        bare=False,
+        skipped="",
+        other=lambda: PromptCallback(length=3, deep=True),
+    ),
+    MethodCase(
+        "prompt-deep",
+        lambda **shared: PromptCallback(length=3, deep=True, **shared),
+        {f"net.layers.{n}.prompt.vectors" for n in (0, 1)},
+        bare=False,
+        other=lambda: PromptCallback(length=2, deep=True),
+    ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
     tune("norm", NORMS | BATCH_NORM),
     tune("head", HEAD, skipped=""),
@@ -78,7 +100,8 @@ CASES = [
 ]
 
 
-FAST = [case for case in CASES if not case.name.startswith("tune") or case.name in ("tune-bias", "tune-all")]
+SLOW = {"tune-norm", "tune-head", "tune-patterns", "prompt-deep"}  # other cases of the same callbacks are fast
+FAST = [case for case in CASES if case.name not in SLOW]
 
 
 def module(**kwargs: object) -> LitEncoder:

@@ -40,9 +40,7 @@ def _chosen(survey: Survey, config: PrefixConfig) -> list[str]:
             "LoRACallback(targets='all') adapts the linear layers of any model."
         )
     names = {name: survey.sites[name].names for name in blocks}
-    for argument in ("targets", "exclude"):
-        patterns = getattr(config, argument)
-        _check_matched(argument, [] if patterns == ATTENTION else patterns or [], names)
+    _check_matched([] if config.targets == ATTENTION else config.targets, names)
     left_out = [*(config.exclude or ()), *(config.also_train or ())]
     chosen = [
         name
@@ -56,12 +54,12 @@ def _chosen(survey: Survey, config: PrefixConfig) -> list[str]:
     return chosen
 
 
-def _check_matched(argument: str, patterns: Iterable[str], names: Mapping[str, list[str]]) -> None:
+def _check_matched(patterns: Iterable[str], names: Mapping[str, list[str]]) -> None:
     for pattern in patterns:
         if not any(_covered(aliases, [pattern]) for aliases in names.values()):
             close = ", ".join(f"`{name}`" for name in nearest(pattern, names))
             raise ValueError(
-                f"`{argument}` has {pattern!r}, which matches no attention block and no module around one. The nearest "
+                f"`targets` has {pattern!r}, which matches no attention block and no module around one. The nearest "
                 f"blocks are {close}."
             )
 

@@ -56,7 +56,7 @@ def test_names_that_choose_nothing():
         "`targets` has 'encodr', which matches no attention block and no module around one. The nearest blocks are "
         "`encoder.*`, `decoder.*`."
     )
-    assert "`exclude` has 'head', which matches no attention block" in error_of(stack(), exclude=["head"])
+    assert "`exclude` has 'head', which matches no module" in error_of(stack(), exclude=["head"])
     assert error_of(stack(), exclude=["encoder", "decoder"]) == (
         "`targets='attn'` finds only blocks that `exclude=['encoder', 'decoder']` leave out."
     )
