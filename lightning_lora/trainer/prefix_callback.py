@@ -24,7 +24,7 @@ class PrefixCallback(MethodCallback):
 
     The blocks must compute by ``F.scaled_dot_product_attention`` or be ``nn.MultiheadAttention``; a trial run of each
     block alone shows whether they do, and the sizes of its heads. What computes otherwise is an error before the first
-    step. In transformers the switch is attn_implementation="sdpa", without output_attentions.
+    step. In transformers the switch is attn_implementation="sdpa".
 
     Tokens keep their positions 0, 1, ..., and a cache for generation never holds the prefix. So the output is that of a
     cache that holds the prefix, if that is given position_ids from 0 on; peft lets the prefix shift the positions. A

@@ -110,7 +110,7 @@ class PrefixAttention(Adapted):
         if not mode.reached:
             raise RuntimeError(
                 f"`{self.prefix.site}` computed its output without `F.scaled_dot_product_attention`, so its prefix "
-                "did not act. Switch that on (transformers: attn_implementation='sdpa', without output_attentions; "
+                "did not act. Switch that on (transformers: attn_implementation='sdpa'; "
                 f"timm: fused_attn=True), or leave the block out: exclude=[{self.prefix.site!r}]."
             )
         return output
