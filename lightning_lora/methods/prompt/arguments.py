@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 OTHER_SEQUENCE = ("encoder", "memory", "cross")  # starts of the names of arguments about another sequence
 MASK, POSITIONS, ROTATIONS = "mask", "position_ids", "position_embeddings"
+# Names of what depends on positions, of modules and tensors in a block or of its arguments.
+OF_POSITIONS = re.compile(r"rotary|rope|relative|rel_?(?:pos|att)|pos(?:ition)?_?(?:bias|emb)|alibi", re.IGNORECASE)
 SQUARE_MASKS = ("attn_mask", "causal_mask", "src_mask", "tgt_mask")  # of two dimensions: queries and keys
 CROSS_MASK = "memory_mask"  # of `nn.TransformerDecoderLayer`, two dimensions
 
@@ -50,12 +53,12 @@ def extended(name: str, value: Any, sizes: Sizes) -> Any:
         return _rotations(value, sizes)
     if not isinstance(value, Tensor):
         inner = value if isinstance(value, (list, tuple)) else ()
-        if any(_is_per_token(each, sizes.tokens) for each in inner) or _is_length(word, value, sizes.tokens):
+        if any(_is_per_token(word, each, sizes) for each in inner) or _is_length(word, value, sizes.tokens):
             raise _unknown(name, sizes)
         return value
     if MASK in word and (mask := _mask(word, value, sizes)) is not None:
         return mask
-    if not _is_per_token(value, sizes.tokens):
+    if not _is_per_token(word, value, sizes):
         return value
     if word == POSITIONS and value.shape[-1] == sizes.tokens:
         return F.pad(value, (sizes.length, 0))
@@ -70,9 +73,12 @@ def _of_other_sequence(word: str, value: Any, sizes: Sizes) -> Any:
     return with_more_queries(value, sizes) if value.shape[-2] == sizes.tokens else value
 
 
-def _is_per_token(value: Any, tokens: int) -> bool:
-    """Whether ``value`` seems to have a dimension of tokens; the first one of several is that of the batch."""
-    return isinstance(value, Tensor) and (tokens in value.shape[1:] or tuple(value.shape) == (tokens,))
+def _is_per_token(word: str, value: Any, sizes: Sizes) -> bool:
+    """Whether ``value`` seems to depend on the tokens: by its name, or by a dimension that is not that of the batch."""
+    if not isinstance(value, Tensor):
+        return False
+    by_shape = sizes.tokens in value.shape[1:] or tuple(value.shape) == (sizes.tokens,)
+    return by_shape or bool(OF_POSITIONS.search(word))
 
 
 def _is_length(word: str, value: Any, tokens: int) -> bool:

@@ -171,7 +171,16 @@ class PromptBlock(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain block, with the prompt before the tokens."""
         positional, named, length = self.prompt.begin(args, kwargs)
-        return self.prompt.end(super().forward(*positional, **named), length)
+        try:
+            output = super().forward(*positional, **named)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # code that needs the number of tokens, such as windows
+            raise RuntimeError(
+                f"`{self.prompt.site}` fails with a prompt before its tokens, though it may run without one ({error}). "
+                f"If the model has other blocks, leave these out: exclude=[{self.prompt.stack!r}]."
+            ) from error
+        return self.prompt.end(output, length)
 
 
 class PromptEncoder(WithoutNestedTensors):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from lightning_lora.layers.adapted import Adapted, not_swappable
 from lightning_lora.layers.registry import is_convolution, is_pointwise
+from lightning_lora.methods.prompt.arguments import OF_POSITIONS
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.names import covers, join
 from lightning_lora.targets.attention_kernel import KernelSizes, kernel_sizes
@@ -20,9 +20,6 @@ from lightning_lora.targets.problems import raise_refusals
 from lightning_lora.targets.role_names import around, parent
 from lightning_lora.targets.roles import attention_blocks
 from lightning_lora.targets.survey import Survey
-
-# Names of what computes positions inside a block, from the length of its input.
-INNER_POSITIONS = re.compile(r"rotary|rope|relative|rel_?(?:pos|att)|pos(?:ition)?_?(?:bias|emb)|alibi", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -135,10 +132,10 @@ def _positions_by_stack(places: Iterable[str], survey: Survey) -> dict[str, str 
 
 def _inner_positions(block: nn.Module) -> Iterator[str]:
     for name, module in block.named_modules():
-        if INNER_POSITIONS.search(name.rpartition(".")[2]) or (name and INNER_POSITIONS.search(type(module).__name__)):
+        if OF_POSITIONS.search(name.rpartition(".")[2]) or (name and OF_POSITIONS.search(type(module).__name__)):
             yield name
         for key in (*module._parameters, *module._buffers):
-            if INNER_POSITIONS.search(key):
+            if OF_POSITIONS.search(key):
                 yield f"{name}.{key}".lstrip(".")
 
 

@@ -153,6 +153,19 @@ def an_input_of_other_features(message: Expected, folder: Path) -> None:
     assert learns(model, model.other[0](model.first[0](X)[..., :8]))
 
 
+class Windows(EncoderBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, 5, 16)).view(x.shape)
+
+
+@remedy(PROMPT, "`{}` fails with a prompt before its tokens", "`other.0`", "shape '[-1, 5, 16]'", "exclude=['other']")
+def windows_of_tokens(message: Expected, folder: Path) -> None:
+    with message:
+        with_prompts(Windows())(X)
+    model = with_prompts(Windows(), exclude=["other"])
+    assert learns(model, model(X))
+
+
 class Pooling(EncoderBlock):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).mean(1)

@@ -62,6 +62,7 @@ def test_what_does_not_depend_on_the_tokens_stays():
     ("name", "value"),
     [
         ("alibi", torch.ones(2, 1, 3)),
+        ("rope", torch.ones(2, 4)),  # of all tokens but the first
         ("cache_position", torch.arange(3)),
         ("tables", [torch.ones(1, 3)]),
         ("query_length", 3),

@@ -28,6 +28,7 @@ REFUSED = {
     "mpt": "gets `attention_mask`, which depends on the 8 tokens",
     "deberta_v2": "gets `relative_pos`, which depends on the 8 tokens",
     "detr": "gets `spatial_position_embeddings`, which depends on the 16 tokens",
+    "timesformer": "fails with a prompt before its tokens, though it may run without one (shape",
     "patchtst": "must get a sequence of shape (batch, length, features) for a prompt",
 }
 FAST = ["gpt2", "llama", "bert_cross", "t5", "mamba", "falcon_rw"]
