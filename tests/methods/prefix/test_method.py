@@ -41,6 +41,18 @@ REFUSED = {
     "deformable_detr": "could not be run alone, so the sizes of its heads are not known",
     "mamba": "A prefix needs attention blocks, and none was found in MambaForCausalLM",
 }
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+# By name of timm: arguments, and the words of the refusal.
+TIMM = {
+    "vit_tiny_patch16_224": (SMALL, ""),
+    "deit3_small_patch16_224": (SMALL, ""),
+    "eva02_tiny_patch14_224": (SMALL, ""),
+    "beit_base_patch16_224": (SMALL, ""),
+    "swin_tiny_patch4_window7_224": (WINDOWS, "cannot act: set its attribute `fused_attn` to True"),
+    "cait_xxs24_224": (SMALL, "computes attention without `F.scaled_dot_product_attention`"),
+    "resnet18": ({}, "A prefix needs attention blocks, and none was found in ResNet"),
+}
 FAST = ["gpt2", "llama", "bert_cross", "gptj", "mamba"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
 
@@ -95,6 +107,28 @@ def test_what_cannot_have_a_prefix_is_refused(name):
     with pytest.raises(ValueError) as caught:
         PrefixMethod(PrefixConfig()).complete(model)
     assert REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    timm = pytest.importorskip("timm")
+    arguments, words = TIMM[name]
+    model = timm.create_model(name, **arguments)
+    if words:
+        with pytest.raises(ValueError) as caught:
+            PrefixMethod(PrefixConfig(length=LENGTH)).complete(model)
+        assert words in str(caught.value)
+        blocks = [module for module in model.modules() if getattr(module, "fused_attn", None) is False]
+        if "fused_attn" not in words:
+            return
+        for block in blocks:
+            block.fused_attn = True
+    PrefixMethod(PrefixConfig(length=LENGTH)).complete(model)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert prefixes(model) and all(
+        parameter.grad.any() for prefix in prefixes(model) for parameter in (prefix.K, prefix.V)
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])

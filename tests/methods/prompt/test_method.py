@@ -31,6 +31,18 @@ REFUSED = {
     "timesformer": "fails with a prompt before its tokens, though it may run without one (shape",
     "patchtst": "must get a sequence of shape (batch, length, features) for a prompt",
 }
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+# By name of timm: arguments, and the words of the refusal.
+TIMM = {
+    "vit_tiny_patch16_224": (SMALL, ""),
+    "deit3_small_patch16_224": (SMALL, ""),
+    "deit_tiny_distilled_patch16_224": (SMALL, ""),
+    "eva02_tiny_patch14_224": (SMALL, "gets `rope`, which depends on the 17 tokens"),
+    "beit_base_patch16_224": (SMALL, "gets positions that are computed in a block, by"),
+    "swin_tiny_patch4_window7_224": (WINDOWS, "gets positions that are computed in a block, by"),
+    "resnet18": ({}, "A prompt needs transformer blocks, and none was found in ResNet"),
+}
 FAST = ["gpt2", "llama", "bert_cross", "t5", "mamba", "falcon_rw"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
 
@@ -76,6 +88,24 @@ def test_what_a_prompt_cannot_pass_is_refused(name, deep):
         model, inputs = adapted(name, deep)
         zoo.output(model, inputs)
     assert REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name, deep):
+    timm = pytest.importorskip("timm")
+    arguments, words = TIMM[name]
+    model, method = timm.create_model(name, **arguments), PromptMethod(PromptConfig(length=LENGTH, deep=deep))
+    if words:
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            method.complete(model)
+            model(torch.randn(2, 3, 32, 32))
+        assert words in str(caught.value)
+        return
+    method.complete(model)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert vectors_of(model) and all(vectors.grad.any() for vectors in vectors_of(model))
 
 
 @pytest.mark.parametrize("padded", [False, True])
