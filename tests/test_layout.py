@@ -26,6 +26,7 @@ ELSEWHERE = {
     "trainer/prompt_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
     "trainer/tune_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
     "methods/added_config": ("methods/test_added", "the smallest method shows its arguments"),
+    "methods/bottleneck/places": ("methods/bottleneck/test_layer", "its classes call a bottleneck"),
     "methods/fast_paths": ("methods/bottleneck/test_method", "a method is bypassed there or is not"),
     "model/merge_layer": ("model/test_merge", "the verbs merge layer by layer"),
     "targets/problems": ("targets/test_resolve", "its sentences are the errors of resolving"),

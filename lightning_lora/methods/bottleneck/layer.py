@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.layers.adapted import Adapted, FullPrecision
+from lightning_lora.layers.adapted import FullPrecision
 from lightning_lora.layers.transformer import WithoutFastPath, WithoutNestedTensors
+from lightning_lora.methods.bottleneck.places import AfterMLP, AfterModule, AtSite, MLPEntry
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -20,7 +21,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Bottleneck(FullPrecision):
+class Bottleneck(AtSite, FullPrecision):
     """``y + scale * (W_up act(W_down norm(x) + b_down) + b_up)``; it computes in the dtype of the activations.
 
     Args:
@@ -58,9 +59,9 @@ class Bottleneck(FullPrecision):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.scale, self.channel_dim = activation, scale, channel_dim
-        self.init_std, self.seed, self.site = init_std, seed, site
-        self.passed: PassedInput | None = None
+        self.activation, self.scale = activation, scale
+        self.init_std, self.seed = init_std, seed
+        self.site, self.features, self.channel_dim = site, features, channel_dim
         for name, shape in _shapes(features, size, norm).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
         if not norm:
@@ -83,17 +84,7 @@ class Bottleneck(FullPrecision):
 
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """``y`` and the update for ``x``, which is ``y`` if there is no other input."""
-        features = len(self.up)
-        x = y if x is None else x
-        if y.shape[self.channel_dim] != features or x.shape[self.channel_dim] != features:
-            raise RuntimeError(
-                f"The bottleneck of `{self.site}` acts on {features} features, but its input has shape "
-                f"{tuple(x.shape)} and its output {tuple(y.shape)}. Leave the module out: exclude=[{self.site!r}]."
-            )
-        if self.channel_dim == -1:  # a mixture of experts may return (tokens, features)
-            return y + self.update(x).to(y.dtype).view_as(y)
-        update = self.update(x.movedim(self.channel_dim, -1)).movedim(-1, self.channel_dim)
-        return y + update.to(y.dtype)
+        return self.add(y, y if x is None else x, lambda _, x: self.update(x))
 
     def update(self, x: Tensor) -> Tensor:
         """The update for ``x`` of shape ``(..., features)``."""
@@ -122,80 +113,22 @@ def _shapes(features: int, size: int, norm: bool) -> dict[str, Sequence[int]]:
     return shapes | ({"norm": (features,), "norm_bias": (features,)} if norm else {})
 
 
-class PassedInput:
-    """The input of an MLP on its way to the bottleneck at the MLP's last layer, while the layers between run."""
-
-    value: Tensor | None = None
-    grad_enabled: bool = False
-
-    def put(self, x: Tensor) -> None:
-        """Keep ``x`` until it is taken."""
-        self.value, self.grad_enabled = x, torch.is_grad_enabled()
-
-    def take(self, site: str) -> Tensor:
-        """The input that was put last, for the bottleneck of ``site``."""
-        x, self.value = self.value, None
-        if x is None:
-            raise RuntimeError(
-                f"`{site}` was called, but not the first layer of its MLP, whose input its bottleneck reads. Take "
-                "placement='pfeiffer', which reads the output."
-            )
-        if self.grad_enabled != torch.is_grad_enabled():
-            raise RuntimeError(
-                f"A part of the MLP that ends in `{site}` is checkpointed without the rest, so gradients of its input "
-                "would be lost. Checkpoint the whole block, or take placement='pfeiffer'."
-            )
-        return x
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold no activations."""
-        return {}
-
-
-class Entry(nn.Module):
-    """What is added to the first layer of an MLP: it has no parameters, and passes the input on.
-
-    Args:
-        passed: where the input goes.
-    """
-
-    def __init__(self, passed: PassedInput) -> None:
-        super().__init__()
-        self.passed = passed
-
-
-class BottleneckLayer(Adapted):
+class BottleneckLayer(AfterModule):
     """A module with a bottleneck after it."""
 
     method_key: ClassVar[str] = "bottleneck"
-    bottleneck: Bottleneck
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the module, or its first element, through the bottleneck."""
-        return on_first(super().forward(*args, **kwargs), self.bottleneck, self.bottleneck.site)
 
 
-class ParallelLayer(BottleneckLayer):
+class ParallelLayer(AfterMLP):
     """The last module of an MLP, or all of it, with a bottleneck that reads the input of the MLP."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the MLP with the update for its input added."""
-        output = super(BottleneckLayer, self).forward(*args, **kwargs)
-        passed, site = self.bottleneck.passed, self.bottleneck.site
-        x = first_argument(args, kwargs) if passed is None else passed.take(site)
-        return on_first(output, lambda y: self.bottleneck(y, x), site)
+    method_key: ClassVar[str] = "bottleneck"
 
 
-class EntryLayer(Adapted):
+class EntryLayer(MLPEntry):
     """The first layer of an MLP, whose last layer has the bottleneck."""
 
     method_key: ClassVar[str] = "bottleneck"
-    bottleneck: Entry
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the layer; its input is passed on."""
-        self.bottleneck.passed.put(first_argument(args, kwargs))
-        return super().forward(*args, **kwargs)
 
 
 class BottleneckEncoderLayer(WithoutFastPath):
@@ -208,21 +141,3 @@ class BottleneckEncoder(WithoutNestedTensors):
     """An ``nn.TransformerEncoder`` with bottlenecks inside."""
 
     method_key: ClassVar[str] = "bottleneck"
-
-
-def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first argument of a call, by position or by name."""
-    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-
-
-def on_first(output: Any, change: Callable[[Tensor], Tensor], site: str) -> Any:
-    """``output`` with ``change`` applied to it, or to the first element of a tuple or list."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        changed = (change(output[0]), *output[1:])
-        return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
-    raise TypeError(
-        f"The output of `{site}` must be a tensor, or a tuple that starts with one, for a bottleneck, but got a "
-        f"{type(output).__name__}. Leave the module out: exclude=[{site!r}]."
-    )

@@ -15,11 +15,10 @@ from lightning_lora.methods.bottleneck.layer import (
     BottleneckEncoder,
     BottleneckEncoderLayer,
     BottleneckLayer,
-    Entry,
     EntryLayer,
     ParallelLayer,
-    PassedInput,
 )
+from lightning_lora.methods.bottleneck.places import AtSite, Entry, PassedInput
 from lightning_lora.methods.bottleneck.sites import find_sites
 from lightning_lora.methods.fast_paths import Host, fast_path_hosts
 from lightning_lora.targets.blocks import Sublayer
@@ -80,9 +79,9 @@ class BottleneckMethod(AddedMethod):
     def _entries(self, survey: Survey) -> dict[str, Host]:
         entries: dict[str, Host] = {}
         for name, sublayer in self._sublayers.items():
-            site = survey.by_name[name]
-            assert isinstance(site, BottleneckLayer)
-            if sublayer.input != name and site.bottleneck.passed is None:
-                site.bottleneck.passed = PassedInput()
-                entries[sublayer.input] = EntryLayer, Entry(site.bottleneck.passed)
+            child = survey.by_name[name]._modules[self.key]
+            assert isinstance(child, AtSite)
+            if sublayer.input != name and child.passed is None:
+                child.passed = PassedInput()
+                entries[sublayer.input] = EntryLayer, Entry(child.passed)
         return entries

@@ -17,11 +17,10 @@ from lightning_lora.methods.bottleneck.layer import (
     ACTIVATIONS,
     Bottleneck,
     BottleneckLayer,
-    Entry,
     EntryLayer,
     ParallelLayer,
-    PassedInput,
 )
+from lightning_lora.methods.bottleneck.places import Entry, PassedInput
 
 
 def random_bottleneck(features=6, size=3, **arguments):
@@ -123,7 +122,7 @@ def test_autocast():
 
 def test_another_number_of_features():
     with pytest.raises(
-        RuntimeError, match=r"of `layer` acts on 6 features, but its input has shape \(2, 5\)"
+        RuntimeError, match=r"to `layer` acts on 6 features, but the input has shape \(2, 5\)"
     ) as raised:
         random_bottleneck()(torch.ones(2, 5))
     assert "exclude=['layer']" in str(raised.value)
@@ -173,7 +172,9 @@ def test_the_first_of_several_outputs(make, first):
 def test_an_output_without_a_tensor():
     layer = Returns(lambda x: {"x": x})
     swap_in(layer, BottleneckLayer, random_bottleneck())
-    with pytest.raises(TypeError, match=r"output of `layer` must be a tensor, or a tuple that starts with one.*a dict"):
+    with pytest.raises(
+        TypeError, match=r"output of `layer` must be a tensor, or a tuple that starts with one, but got a dict"
+    ):
         layer(torch.ones(2, 6))
 
 
