@@ -14,7 +14,7 @@ PLACEMENTS = ("houlsby", "pfeiffer", "parallel", "block")
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BottleneckConfig(AddedConfig):
     """The arguments of bottleneck adapters: ``y + scale * (W_up act(W_down x + b_down) + b_up)``.
 
@@ -28,11 +28,9 @@ class BottleneckConfig(AddedConfig):
         init_std: standard deviation of the initial ``W_down``, a normal distribution truncated at two of it. ``W_up``
             and the biases are zero, so the model starts as the base.
         scale: factor on the update. He et al. take 4 for ``"parallel"``.
-        exclude: as of :class:`AddedConfig`, as the next four.
-        also_train: modules or parameters of the base that train.
-        bias: biases of the base that train.
-        seed: of the initial values.
-        name: a word for the run.
+
+    The other arguments are those of :class:`~lightning_lora.methods.added_config.AddedConfig`: ``exclude``,
+    ``also_train``, ``bias``, ``seed`` (of ``W_down``) and ``name``.
 
     Raises:
         ValueError: if a value is out of its range.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapted import FullPrecision
 from lightning_lora.layers.transformer import WithoutFastPath, WithoutNestedTensors
+from lightning_lora.methods.bottleneck.config import BottleneckConfig
 from lightning_lora.methods.bottleneck.places import AfterMLP, AfterModule, AtSite, MLPEntry
+from lightning_lora.targets.blocks import Sublayer
 
+BottleneckType = TypeVar("BottleneckType", bound="Bottleneck")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
@@ -101,6 +104,24 @@ class Bottleneck(AtSite, FullPrecision):
         size, features = self.down.shape
         norm = ", norm" if self.norm is not None else ""
         return f"{features} -> {size} -> {features}, {self.activation}, scale={self.scale:g}{norm}"
+
+
+def new_bottleneck(
+    cls: type[BottleneckType], config: BottleneckConfig, sublayer: Sublayer, device: torch.device, seed: int = 0
+) -> BottleneckType:
+    """The bottleneck that ``config`` means for ``sublayer``."""
+    return cls(
+        sublayer.features,
+        config.size,
+        activation=config.activation,
+        scale=config.scale,
+        norm=config.placement == "block",
+        channel_dim=sublayer.channel_dim,
+        init_std=config.init_std,
+        seed=seed,
+        site=sublayer.output,
+        device=device,
+    )
 
 
 def _shapes(features: int, size: int, norm: bool) -> dict[str, Sequence[int]]:

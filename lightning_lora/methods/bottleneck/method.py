@@ -17,9 +17,9 @@ from lightning_lora.methods.bottleneck.layer import (
     BottleneckLayer,
     EntryLayer,
     ParallelLayer,
+    new_bottleneck,
 )
-from lightning_lora.methods.bottleneck.places import AtSite, Entry, PassedInput
-from lightning_lora.methods.bottleneck.sites import find_sites
+from lightning_lora.methods.bottleneck.sites import entries, find_sites
 from lightning_lora.methods.fast_paths import Host, fast_path_hosts
 from lightning_lora.targets.blocks import Sublayer
 from lightning_lora.targets.survey import Survey
@@ -56,32 +56,10 @@ class BottleneckMethod(AddedMethod):
 
     @override
     def new(self, name: str, module: nn.Module, seed: int) -> nn.Module:
-        config, sublayer = self.config, self._sublayers[name]
-        return Bottleneck(
-            sublayer.features,
-            config.size,
-            activation=config.activation,
-            scale=config.scale,
-            norm=config.placement == "block",
-            channel_dim=sublayer.channel_dim,
-            init_std=config.init_std,
-            seed=seed,
-            site=name,
-            device=next(module.parameters()).device,
-        )
+        return new_bottleneck(Bottleneck, self.config, self._sublayers[name], next(module.parameters()).device, seed)
 
     @override
     def hosts(self, survey: Survey) -> dict[str, Host]:
         """Where torch's fast path would bypass a bottleneck, and the first layers of MLPs in parallel placement."""
-        entries = self._entries(survey) if self.config.placement == "parallel" else {}
-        return {**entries, **fast_path_hosts(survey, self._sublayers, BottleneckEncoderLayer, BottleneckEncoder)}
-
-    def _entries(self, survey: Survey) -> dict[str, Host]:
-        entries: dict[str, Host] = {}
-        for name, sublayer in self._sublayers.items():
-            child = survey.by_name[name]._modules[self.key]
-            assert isinstance(child, AtSite)
-            if sublayer.input != name and child.passed is None:
-                child.passed = PassedInput()
-                entries[sublayer.input] = EntryLayer, Entry(child.passed)
-        return entries
+        first = entries(survey, self._sublayers, self.key, EntryLayer) if self.config.placement == "parallel" else {}
+        return {**first, **fast_path_hosts(survey, self._sublayers, BottleneckEncoderLayer, BottleneckEncoder)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
+from lightning_lora.methods.bottleneck.places import AtSite, Entry, MLPEntry, PassedInput
+from lightning_lora.methods.fast_paths import Host
 from lightning_lora.names import covers
 from lightning_lora.targets.blocks import Sublayer, Sublayers, sublayers_in
 from lightning_lora.targets.problems import raise_refusals
@@ -56,3 +58,24 @@ def _nothing(survey: Survey, config: BottleneckConfig, missing: str) -> str:
         else "LoRACallback(targets='all') adapts any linear layer, whatever it is for."
     )
     return f"`placement={config.placement!r}` found no {missing} in {model}. {advice}"
+
+
+def entries(
+    survey: Survey, sublayers: Mapping[str, Sublayer], key: str, entry_class: type[MLPEntry]
+) -> dict[str, Host]:
+    """The first layers of MLPs whose last layers are adapted in parallel placement, as hosts.
+
+    Args:
+        survey: of the model.
+        sublayers: the MLPs by the name of their last layer, which is adapted already.
+        key: of the method.
+        entry_class: the class for the first layer, with the key of the method.
+    """
+    hosts: dict[str, Host] = {}
+    for name, sublayer in sublayers.items():
+        child = survey.by_name[name]._modules[key]
+        assert isinstance(child, AtSite)
+        if sublayer.input != name and child.passed is None:
+            child.passed = PassedInput()
+            hosts[sublayer.input] = entry_class, Entry(child.passed)
+    return hosts
