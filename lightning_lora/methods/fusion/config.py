@@ -12,6 +12,8 @@ from lightning_lora.arguments import check_path, check_positive, plain_data
 from lightning_lora.methods.added_config import AddedConfig
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
 
+ALIKE = ("placement", "size", "activation", "scale")  # what bottlenecks must have in common to be fused
+
 
 @dataclass(frozen=True)
 class FusionConfig(AddedConfig):
@@ -58,6 +60,21 @@ class FusionConfig(AddedConfig):
         check_positive("init_std", self.init_std)
         if self.bottleneck is not None:
             object.__setattr__(self, "bottleneck", plain_data(BottleneckConfig(**self.bottleneck).to_dict()))
+
+    @override
+    def difference(self, other: AddedConfig) -> str | None:
+        """As of other configurations; paths are no difference, but names and the kind of the bottlenecks are."""
+        difference = super().difference(other)
+        if difference is not None or not isinstance(other, FusionConfig):
+            return difference
+        if isinstance(self.adapters, dict) and isinstance(other.adapters, dict):
+            mine, theirs = list(self.adapters), list(other.adapters)
+            if mine != theirs:
+                return f"`adapters` named {theirs!r:.600} instead of {mine!r:.600}"
+        if self.bottleneck is None or other.bottleneck is None:
+            return None
+        kinds = [BottleneckConfig(**{key: each[key] for key in ALIKE}) for each in (self.bottleneck, other.bottleneck)]
+        return kinds[0].difference(kinds[1])
 
 
 def _check_name(name: Any) -> None:

@@ -13,11 +13,11 @@ from lightning_lora.files.json_files import printable
 from lightning_lora.files.torch_files import read_torch_file
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
 from lightning_lora.methods.bottleneck.layer import Bottleneck
+from lightning_lora.methods.fusion.config import ALIKE
 from lightning_lora.model.fingerprint import Fingerprint, is_fingerprint, other_base
 from lightning_lora.names import clean
 
 KEY = "lightning_lora"  # of what a checkpoint records of its run
-ALIKE = ("placement", "size", "activation", "scale")
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ class FusionMethod(AddedMethod):
 
     @override
     def check(self, model: nn.Module) -> None:
-        if not self._reads_files or (self.config.bottleneck is not None and config_of(model) is not None):
+        is_adapted = config_of(model) is not None
+        if not self._reads_files or (self.config.bottleneck is not None and is_adapted):
             return
         self._trained = read_all(self.config.adapters)
-        present = fingerprint(model)
-        for trained in self._trained.values():
+        present = None if is_adapted else fingerprint(model)  # what trains since then is another base's
+        for trained in self._trained.values() if present is not None else ():
             trained.check_base(present)
         self.config = replace(
             self.config,

@@ -34,3 +34,14 @@ def test_plain_data_there_and_back():
     config = FusionConfig({"fr": Path("fr.ckpt")}, bottleneck={"size": 3})
     assert config.adapters == {"fr": "fr.ckpt"}
     assert FusionConfig.from_file(config.to_dict()) == config
+
+
+def test_paths_are_no_difference_but_names_and_kinds_are():
+    config = FusionConfig({"fr": "a.ckpt"}, bottleneck={"size": 3})
+    assert config.difference(FusionConfig({"fr": "b.ckpt"}, bottleneck={"size": 3, "seed": 1})) is None
+    assert config.difference(FusionConfig(["b.ckpt"])) is None
+    named = "`adapters` named ['de'] instead of ['fr']"
+    assert config.difference(FusionConfig({"de": "a.ckpt"}, bottleneck={"size": 3})) == named
+    other = FusionConfig({"fr": "a.ckpt"}, bottleneck={"size": 4})
+    assert config.difference(other) == "`size=4` instead of `size=3`"
+    assert config.difference(FusionConfig({"fr": "a.ckpt"}, also_train=["head"])) is not None
