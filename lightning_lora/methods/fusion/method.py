@@ -25,7 +25,7 @@ from lightning_lora.methods.fusion.layer import (
     FusionLayer,
     ParallelFusionLayer,
 )
-from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.record import config_of
 from lightning_lora.targets.blocks import Sublayer
 from lightning_lora.targets.survey import Survey
@@ -52,12 +52,15 @@ class FusionMethod(AddedMethod):
     @override
     def check(self, model: nn.Module) -> None:
         is_adapted = config_of(model) is not None
-        if not self._reads_files or (self.config.bottleneck is not None and is_adapted):
-            return
+        if self._reads_files and (self.config.bottleneck is None or not is_adapted):
+            self._read(None if is_adapted else fingerprint(model))  # what trains is no base any more
+
+    def _read(self, base: Fingerprint | None) -> None:
+        """Read the files, which must be of ``base`` if it is given, and complete the configuration by them."""
         self._trained = read_all(self.config.adapters)
-        present = None if is_adapted else fingerprint(model)  # what trains since then is another base's
-        for trained in self._trained.values() if present is not None else ():
-            trained.check_base(present)
+        for trained in self._trained.values():
+            if base is not None:
+                trained.check_base(base)
         self.config = replace(
             self.config,
             adapters={name: str(trained.path) for name, trained in self._trained.items()},
