@@ -25,12 +25,14 @@ from lightning_lora.model.freeze import is_frozen, unfreeze
 from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean, counted
+from lightning_lora.trainer.adapter_callback import AdapterCallback
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpointing import contents, reading
 from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.checkpointing.checks import check_room
 from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.compatibility import overrides
+from lightning_lora.trainer.fusion_callback import FusionCallback
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.prefix_callback import PrefixCallback
 from lightning_lora.trainer.prompt_callback import PromptCallback
@@ -39,7 +41,14 @@ from lightning_lora.trainer.tune_callback import TuneCallback
 from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
 Module = TypeVar("Module", bound=nn.Module)
-CALLBACKS: tuple[type, ...] = (LoRACallback, PrefixCallback, PromptCallback, TuneCallback)
+CALLBACKS: tuple[type, ...] = (
+    LoRACallback,
+    AdapterCallback,
+    FusionCallback,
+    PrefixCallback,
+    PromptCallback,
+    TuneCallback,
+)
 OF_LIGHTNING = ("checkpoint_path", "map_location", "hparams_file", "strict", "weights_only")
 
 
