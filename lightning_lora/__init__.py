@@ -35,7 +35,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.methods.adapt import adapt, remove_adapted
+from lightning_lora.methods.bottleneck.config import BottleneckConfig
+from lightning_lora.methods.fusion.config import FusionConfig
 from lightning_lora.methods.plan import plan
+from lightning_lora.methods.prefix.config import PrefixConfig
+from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
@@ -48,13 +52,25 @@ from lightning_lora.peft_format.save import save_adapter
 from lightning_lora.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lightning_lora.trainer.adapter_callback import AdapterCallback
     from lightning_lora.trainer.callback import LoRACallback
     from lightning_lora.trainer.checkpointing.from_checkpoint import load_from_checkpoint
+    from lightning_lora.trainer.fusion_callback import FusionCallback
+    from lightning_lora.trainer.prefix_callback import PrefixCallback
+    from lightning_lora.trainer.prompt_callback import PromptCallback
     from lightning_lora.trainer.tune_callback import TuneCallback
 
 __all__ = [
+    "AdapterCallback",
+    "BottleneckConfig",
+    "FusionCallback",
+    "FusionConfig",
     "LoRACallback",
     "LoRAConfig",
+    "PrefixCallback",
+    "PrefixConfig",
+    "PromptCallback",
+    "PromptConfig",
     "TuneCallback",
     "TuneConfig",
     "adapt",
@@ -76,7 +92,11 @@ __all__ = [
 ]
 
 _NEEDS_LIGHTNING = {
+    "AdapterCallback": "lightning_lora.trainer.adapter_callback",
+    "FusionCallback": "lightning_lora.trainer.fusion_callback",
     "LoRACallback": "lightning_lora.trainer.callback",
+    "PrefixCallback": "lightning_lora.trainer.prefix_callback",
+    "PromptCallback": "lightning_lora.trainer.prompt_callback",
     "TuneCallback": "lightning_lora.trainer.tune_callback",
     "load_from_checkpoint": "lightning_lora.trainer.checkpointing.from_checkpoint",
 }

@@ -86,6 +86,14 @@ def check_rank(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be at least 1, but got {value}. To train no adapter, leave LoRA out.")
 
 
+def check_length(argument: str, value: Any, what: str) -> None:
+    """Raise unless ``value`` is an integer of at least 1: the number of positions of ``what``, such as a prefix."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To add no {what}, leave the callback out.")
+
+
 def check_positive(argument: str, value: Any) -> None:
     """Raise unless ``value`` is a positive, finite number."""
     check_number(argument, value)

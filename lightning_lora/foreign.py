@@ -55,6 +55,12 @@ CONV1D = "Conv1D"
 BASE_NAME = "name_or_path"
 MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
 
+# How attention is computed: torch's kernel, the switch in a configuration, and whether a model has it; timm's switch.
+SDPA = "sdpa"
+ATTENTION_SWITCH = "_attn_implementation_internal"
+SUPPORTS_SDPA = "_supports_sdpa"
+FUSED_SWITCH = "fused_attn"
+
 TRANSFORMERS = "transformers"
 # The ends of the names of its classes, with peft's word for the task.
 TASK_CLASSES = {

@@ -107,3 +107,14 @@ def has_module_hooks(module: nn.Module) -> bool:
     """Whether a hook of its own or a global one runs when ``module`` is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or any(GLOBAL_HOOKS)
+
+
+def checkpoint_of_saved_tensors() -> object:
+    """The activation checkpoint that packs tensors saved for backward now; ``None`` outside of one.
+
+    A reentrant checkpoint packs nothing: it runs without gradients.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

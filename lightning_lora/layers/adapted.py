@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
@@ -174,7 +174,16 @@ class FullPrecision(nn.Module):
 
     ``model.half()`` and Lightning's ``precision="bf16-true"`` cast everything else. In bf16 an update of 1e-3 to a
     value of 1 is lost.
+
+    Attributes:
+        loads: how often a state dict gave it values: what is loaded is meant, what another hook wrote is not.
     """
+
+    loads: int = 0
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.loads += any(f"{prefix}{name}" in state_dict for name in self._parameters)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         apply = super()._apply

@@ -7,12 +7,34 @@ from typing import Any
 
 from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.methods.base import Method
+from lightning_lora.methods.bottleneck.config import BottleneckConfig
+from lightning_lora.methods.bottleneck.method import BottleneckMethod
+from lightning_lora.methods.fusion.config import FusionConfig
+from lightning_lora.methods.fusion.method import FusionMethod
 from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.methods.prefix.config import PrefixConfig
+from lightning_lora.methods.prefix.method import PrefixMethod
+from lightning_lora.methods.prompt.config import PromptConfig
+from lightning_lora.methods.prompt.method import PromptMethod
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.methods.tune.method import TuneMethod
 
-CONFIGS: dict[str, type[Any]] = {"lora": LoRAConfig, "tune": TuneConfig}
-METHODS: dict[type[Any], type[Any]] = {LoRAConfig: LoRAMethod, TuneConfig: TuneMethod}
+CONFIGS: dict[str, type[Any]] = {
+    "lora": LoRAConfig,
+    "bottleneck": BottleneckConfig,
+    "fusion": FusionConfig,
+    "prefix": PrefixConfig,
+    "prompt": PromptConfig,
+    "tune": TuneConfig,
+}
+METHODS: dict[type[Any], type[Any]] = {
+    LoRAConfig: LoRAMethod,
+    BottleneckConfig: BottleneckMethod,
+    FusionConfig: FusionMethod,
+    PrefixConfig: PrefixMethod,
+    PromptConfig: PromptMethod,
+    TuneConfig: TuneMethod,
+}
 
 
 def method_of(config: MethodConfig) -> Method:

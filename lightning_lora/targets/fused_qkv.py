@@ -166,10 +166,7 @@ def _methods(owner: nn.Module, leaf: str) -> list[Callable[..., Any]]:
 
 
 def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> nn.Module:
-    """A copy of ``owner`` with ``numbering`` as its ``leaf``; all other modules are inert unless ``keep`` is true."""
-    replica: nn.Module = object.__new__(type(owner))
-    for key, value in owner.__dict__.items():  # caches are copied, so that no row number stays in them
-        replica.__dict__[key] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+    """A replica of ``owner`` with ``numbering`` as its ``leaf``; other modules are inert unless ``keep`` is true."""
     inside: dict[str, nn.Module | None] = dict(owner._modules)
     for name, module in owner._modules.items():
         if module is not None and is_linear(module):
@@ -178,13 +175,21 @@ def _stand_in(owner: nn.Module, leaf: str, numbering: Numbering, keep: bool) -> 
             inside[name] = Inert(None)
         elif module is not None:
             inside[name] = copy.deepcopy(module).eval()
-    replica.__dict__["_modules"] = {**inside, leaf: numbering}
-    replica.__dict__["training"] = False
-    replica.__dict__["_parameters"] = {
+    return replica(owner, {**inside, leaf: numbering})
+
+
+def replica(owner: nn.Module, inside: Mapping[str, nn.Module | None]) -> nn.Module:
+    """A copy of ``owner`` in eval mode, with the modules ``inside``, for a trial run of its forward."""
+    result: nn.Module = object.__new__(type(owner))
+    for key, value in owner.__dict__.items():  # caches are copied, so that no row number stays in them
+        result.__dict__[key] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+    result.__dict__["_modules"] = dict(inside)
+    result.__dict__["training"] = False
+    result.__dict__["_parameters"] = {
         key: None if p is None else p.detach().clone() for key, p in owner._parameters.items()
     }
-    replica.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
-    return replica
+    result.__dict__["_buffers"] = {key: None if b is None else b.clone() for key, b in owner._buffers.items()}
+    return result
 
 
 def _arguments(method: Callable[..., Any], x: Tensor, given: str) -> dict[str, Any]:

@@ -97,6 +97,16 @@ def roles_in(model: nn.Module | Survey) -> Roles:
     )
 
 
+def attention_blocks(survey: Survey) -> dict[str, nn.Module]:
+    """The modules that own the projections of an attention, and every ``nn.MultiheadAttention``, by name."""
+    modules = survey.by_name
+    layers = [name for name, module in modules.items() if is_linear(module) or is_pointwise(module)]
+    owners = {*_attention_owners(layers, modules)}
+    return {
+        name: module for name, module in modules.items() if name in owners or isinstance(module, nn.MultiheadAttention)
+    }
+
+
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether ``name`` chooses among experts: a gate in the same module as they, or a layer in a router."""
     gates = [name, *around(name)] if ROUTER.fullmatch(parent(name).rpartition(".")[2]) else [name]

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, TuneCallback
+from lightning_lora import (
+    AdapterCallback,
+    FusionCallback,
+    LoRACallback,
+    PrefixCallback,
+    PromptCallback,
+    TuneCallback,
+)
+from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.trainer.method_callback import MethodCallback
 from tests.helpers.models import LitEncoder
 
@@ -30,6 +42,7 @@ class MethodCase:
         skipped: a pattern of the message that names what was not reached where the second block does not run; empty
             where nothing of the method is in a block.
         other: another callback of the same method, whose files do not fit.
+        kept: the names of frozen buffers that files hold too.
     """
 
     name: str
@@ -39,6 +52,7 @@ class MethodCase:
     merges: bool = False
     skipped: str = r"exclude=\['net.layers.1'\]"
     other: Callable[[], MethodCallback] | None = None
+    kept: frozenset[str] | set[str] = frozenset()
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +70,54 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
     )
 
 
+SITES = {
+    "houlsby": [f"net.layers.{n}.{site}" for n in (0, 1) for site in ("attn.o_proj", "mlp.fc2")],
+    "pfeiffer": [f"net.layers.{n}.mlp.fc2" for n in (0, 1)],
+    "parallel": [f"net.layers.{n}.mlp.fc2" for n in (0, 1)],
+    "block": [f"net.layers.{n}" for n in (0, 1)],
+}
+
+
+def bottleneck(placement: str) -> MethodCase:
+    keys = ["down", "down_bias", "up", "up_bias", *(["norm", "norm_bias"] if placement == "block" else [])]
+    return MethodCase(
+        f"bottleneck-{placement}",
+        lambda **shared: AdapterCallback(3, placement, also_train=["head"], **shared),
+        {f"{site}.bottleneck.{key}" for site in SITES[placement] for key in keys} | HEAD,
+        other=lambda: AdapterCallback(4, placement, also_train=["head"]),
+    )
+
+
+@cache
+def trained_bottlenecks(placement: str) -> dict[str, str]:
+    """Checkpoints of two bottlenecks on the module, by name; every process writes the same."""
+    folder = Path(tempfile.gettempdir()) / "bottlenecks-of-tests" / placement
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.ckpt" for name in ("fr", "de")}
+    for by, (name, path) in enumerate(paths.items(), 1):
+        own, callback = module(), AdapterCallback(3, placement, name=name)
+        callback.method.complete(own)
+        move(own, callback, 0.1 * by)
+        facts = {"method": "bottleneck", "config": callback.config.to_dict(), "base": fingerprint(own)}
+        part = path.with_suffix(f".{os.getpid()}")
+        torch.save({"state_dict": callback.method.state(own), "lightning_lora": facts}, part)
+        part.replace(path)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def fusion(placement: str) -> MethodCase:
+    trained = ("query", "query_bias", "key", "key_bias", "value")
+    kept = [f"adapters.{name}.{key}" for name in ("fr", "de") for key in ("down", "down_bias", "up", "up_bias")]
+    return MethodCase(
+        f"fusion-{placement}",
+        lambda **shared: FusionCallback(trained_bottlenecks(placement), also_train=["head"], **shared),
+        {f"{site}.fusion.{key}" for site in SITES[placement] for key in trained} | HEAD,
+        bare=False,
+        kept={f"{site}.fusion.{key}" for site in SITES[placement] for key in kept},
+        other=lambda: FusionCallback({"fr": trained_bottlenecks(placement)["fr"]}, also_train=["head"]),
+    )
+
+
 LORA = {f"net.layers.{n}.attn.{m}_proj.lora.default.{x}" for n in (0, 1) for m in "qkvo" for x in "AB"}
 CASES = [
     MethodCase(
@@ -66,6 +128,28 @@ CASES = [
         skipped="'net.layers.1.attn.q_proj.weight'",
         other=lambda: LoRACallback(r=3, also_train=["head"]),
     ),
+    MethodCase(
+        "prefix",
+        lambda **shared: PrefixCallback(length=3, also_train=["head"], **shared),
+        {f"net.layers.{n}.attn.prefix.{x}" for n in (0, 1) for x in "KV"} | HEAD,
+        bare=False,
+        other=lambda: PrefixCallback(length=4, also_train=["head"]),
+    ),
+    MethodCase(
+        "prompt",
+        lambda **shared: PromptCallback(length=3, **shared),
+        {"net.layers.0.prompt.vectors"},
+        bare=False,
+        skipped="",
+        other=lambda: PromptCallback(length=3, deep=True),
+    ),
+    MethodCase(
+        "prompt-deep",
+        lambda **shared: PromptCallback(length=3, deep=True, **shared),
+        {f"net.layers.{n}.prompt.vectors" for n in (0, 1)},
+        bare=False,
+        other=lambda: PromptCallback(length=2, deep=True),
+    ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
     tune("norm", NORMS | BATCH_NORM),
     tune("head", HEAD, skipped=""),
@@ -75,10 +159,16 @@ CASES = [
         {n for n in ALL if ".layers.1." in n} | {"net.bn.weight"},
         r"exclude=\['net.layers'\]",
     ),
+    *map(bottleneck, SITES),
+    fusion("houlsby"),
+    fusion("parallel"),
 ]
 
 
-FAST = [case for case in CASES if not case.name.startswith("tune") or case.name in ("tune-bias", "tune-all")]
+# Other cases of the same callbacks are fast.
+SLOW = {"tune-norm", "tune-head", "tune-patterns", "prompt-deep", "bottleneck-houlsby", "bottleneck-pfeiffer"}
+SLOW |= {"bottleneck-block", "fusion-houlsby"}
+FAST = [case for case in CASES if case.name not in SLOW]
 
 
 def module(**kwargs: object) -> LitEncoder:

@@ -304,3 +304,26 @@ class LitEncoderLate(LitEncoder):
         if self.net is None:
             self.net = self.made
             del self.made
+
+
+class GroupedAttention(nn.Module):
+    """Attention by torch's kernel: four query heads, two heads of keys and values, which are repeated or are not."""
+
+    def __init__(self, features: int = 16, repeat: bool = False) -> None:
+        super().__init__()
+        self.repeat = repeat
+        self.q_proj, self.o_proj = nn.Linear(features, features), nn.Linear(features, features)
+        self.k_proj, self.v_proj = nn.Linear(features, features // 2), nn.Linear(features, features // 2)
+
+    def forward(
+        self, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        states = x if states is None else states
+        q, k, v = (
+            layer(source).unflatten(-1, (-1, self.q_proj.out_features // 4)).transpose(1, 2)
+            for layer, source in ((self.q_proj, x), (self.k_proj, states), (self.v_proj, states))
+        )
+        if self.repeat:
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=not self.repeat)
+        return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -73,6 +73,14 @@ def test_the_child_follows_the_mode_and_keeps_its_dtype():
     assert torch.equal(layer.toy.down, down) and torch.equal(layer.toy.down.grad, torch.ones_like(down))
 
 
+def test_the_child_counts_what_a_state_dict_gave_it():
+    layer = adapted()
+    layer.load_state_dict({"weight": layer.weight}, strict=False)
+    assert layer.toy.loads == 0
+    layer.load_state_dict({"toy.up": layer.toy.up}, strict=False)
+    assert layer.toy.loads == 1
+
+
 def test_adapted_modules_come_once_by_clean_names():
     layer = adapted()
     model = torch.compile(nn.ModuleDict({"a": layer, "b": layer, "plain": nn.Linear(4, 4)}))

@@ -81,7 +81,7 @@ def test_frozen_weights_stay_and_files_hold_what_trains(case, tmp_path):
     assert spy.same and spy.trains == case.trained
     saved = load(files.last_model_path)
     statistics = {f"net.bn.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
-    assert saved["state_dict"].keys() == case.trained | statistics
+    assert saved["state_dict"].keys() == case.trained | case.kept | statistics
     assert saved["lightning_lora"]["method"] == case.make().method.key
     base = {name for name, _ in module().named_parameters()}
     assert saved["lightning_lora"]["base"].keys() == base - case.trained
@@ -360,10 +360,10 @@ def test_the_configuration_is_logged_under_its_key(case, tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path)
-    trainer(case.make(), max_epochs=1, logger=logger, limit_train_batches=2).fit(module(), data())
     callback = case.make()
+    trainer(callback, max_epochs=1, logger=logger, limit_train_batches=2).fit(module(), data())
     assert logger.experiment.hparams[callback.method.key] == {
-        **callback.config.to_dict(),
+        **callback.method.config.to_dict(),
         **callback.run_config.to_dict(),
     }
     assert callback.state_key == f"{type(callback).__name__}[default]"
@@ -410,7 +410,7 @@ def test_the_callback_travels_as_its_configuration(case):
 @every_method
 def test_a_plain_module_stays_plain_where_nothing_is_asked(case):
     own = nn.Sequential(nn.ReLU())
-    with pytest.raises(ValueError, match=r"`(targets|train)"):
+    with pytest.raises(ValueError, match=r"`(targets|train|also_train|adapters)|needs transformer blocks"):
         adapt(own, case.make().config)
     remove_adapted(own)
     assert state_of(own) == state_of(nn.Sequential(nn.ReLU()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
-from lightning_lora.layers.adapted import adapted_modules, added_to
+from lightning_lora.layers.adapted import adapted_modules, added_to, has_added
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
@@ -42,7 +42,7 @@ def describe_added(model: nn.Module, key: str) -> str:
         key: of the method.
     """
     sizes: dict[tuple[str, str], list[int]] = {}
-    for name, module in adapted_modules(model):
+    for name, module in ((name, module) for name, module in adapted_modules(model) if has_added(module)):
         size = sum(shape_of(parameter).numel() for parameter in added_to(module).parameters())
         sizes.setdefault((names.folded(name), type(module).original_class.__name__), []).append(size)
     lines = [

@@ -25,18 +25,30 @@ from lightning_lora.model.freeze import is_frozen, unfreeze
 from lightning_lora.model.record import config_of, is_merged
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean, counted
+from lightning_lora.trainer.adapter_callback import AdapterCallback
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpointing import contents, reading
 from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.checkpointing.checks import check_room
 from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.compatibility import overrides
+from lightning_lora.trainer.fusion_callback import FusionCallback
 from lightning_lora.trainer.imports import rank_zero_warn
+from lightning_lora.trainer.prefix_callback import PrefixCallback
+from lightning_lora.trainer.prompt_callback import PromptCallback
 from lightning_lora.trainer.replaced_layers import run_hook
 from lightning_lora.trainer.tune_callback import TuneCallback
 from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
 Module = TypeVar("Module", bound=nn.Module)
+CALLBACKS: tuple[type, ...] = (
+    LoRACallback,
+    AdapterCallback,
+    FusionCallback,
+    PrefixCallback,
+    PromptCallback,
+    TuneCallback,
+)
 OF_LIGHTNING = ("checkpoint_path", "map_location", "hparams_file", "strict", "weights_only")
 
 
@@ -89,7 +101,7 @@ def load_from_checkpoint(
     """
     path = _one_path(path, checkpoint_path)
     content = reading.read(reading.on_cpu, path, weights_only is not False, "path")
-    content = with_callbacks(content, {"LoRACallback": LoRACallback, "TuneCallback": TuneCallback})
+    content = with_callbacks(content, {callback.__name__: callback for callback in CALLBACKS})
     file = AdapterFile(path, content, *reading.facts_in(content, path, "path"))
     source = None if base is None else tensors_of(base, weights_only is not False)
     arguments = {**kwargs, **(cls_kwargs or {})}

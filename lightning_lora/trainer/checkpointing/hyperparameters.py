@@ -7,6 +7,7 @@ object in the file would make ``torch.load(weights_only=True)`` refuse all of it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from lightning_lora.foreign import is_a
@@ -42,8 +43,11 @@ def with_callbacks(checkpoint: dict[str, Any], classes: Mapping[str, Callable[..
 def _plain(value: Any) -> Any:
     if not is_a(value, "MethodCallback") or type(value).__module__.partition(".")[0] != "lightning_lora":
         return value
-    arguments = {**value.method.config.to_dict(), **value.run_config.to_dict()}
-    return {CALLBACK: type(value).__name__, ARGUMENTS: arguments}
+    arguments, taken = (
+        {**value.method.config.to_dict(), **value.run_config.to_dict()},
+        signature(type(value)).parameters,
+    )
+    return {CALLBACK: type(value).__name__, ARGUMENTS: {key: arguments[key] for key in arguments if key in taken}}
 
 
 def _replace_in(checkpoint: dict[str, Any], replace: Callable[[Any], Any]) -> dict[str, Any]:
