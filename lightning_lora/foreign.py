@@ -56,7 +56,7 @@ BASE_NAME = "name_or_path"
 MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
 
 # How attention is computed: torch's kernel, the switch in a configuration, and whether a model has it; timm's switch.
-SDPA = "sdpa"
+SDPA, EAGER = "sdpa", "eager"
 ATTENTION_SWITCH = "_attn_implementation_internal"
 SUPPORTS_SDPA = "_supports_sdpa"
 FUSED_SWITCH = "fused_attn"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_lora.layers.base import parameter_of
@@ -131,6 +132,8 @@ def kernel_sizes(block: nn.Module, **attributes: Any) -> KernelSizes | str:
         The sizes, or why they are not known, as the end of a sentence about the block. A block may not run alone:
         nothing but names is known of the arguments that its forward takes.
     """
+    if any(is_lazy(parameter) for parameter in block.parameters()):
+        return "has no shape yet (a lazy module): run one batch through the model first"
     errors: list[Exception] = []
     for arguments, keep in product(_attempts(block), (True, False)):
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -172,7 +175,7 @@ def _stand_in(block: nn.Module, keep: bool, attributes: Mapping[str, Any]) -> nn
     inside: dict[str, nn.Module | None] = {}
     for name, module in block._modules.items():
         if module is not None and is_linear(module):
-            inside[name] = RandomProjection(*parts_of(module)[0].full_features(parameter_of(module)))
+            inside[name] = RandomProjection(*_features(module))
         else:
             inside[name] = copy.deepcopy(module).eval() if keep and module is not None else Unchanged()
     stand_in = replica(block, inside)
@@ -194,7 +197,14 @@ def _attempts(block: nn.Module) -> Iterator[dict[str, Any]]:
 def _in_features(block: nn.Module) -> int:
     layers = (module for module in block.modules() if is_linear(module) or is_pointwise(module))
     first = next(layers, None)
-    return 0 if first is None else parts_of(first)[0].full_features(parameter_of(first))[0]
+    return 0 if first is None else _features(first)[0]
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """The features of the input and the output of a linear layer; the weight of a quantized one has another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return parts_of(layer)[0].full_features(parameter_of(layer))
 
 
 def _argument(parameter: inspect.Parameter, x: Tensor, kind: str) -> Any:

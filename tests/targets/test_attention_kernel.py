@@ -81,6 +81,12 @@ def test_the_trial_changes_nothing():
     assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
 
 
+def test_a_lazy_block():
+    block = GroupedAttention()
+    block.q_proj = nn.LazyLinear(16)
+    assert kernel_sizes(block).startswith("has no shape yet (a lazy module)")
+
+
 def test_weights_on_the_meta_device():
     with torch.device("meta"):
         assert kernel_sizes(GroupedAttention()) == KernelSizes(2, 4, 4)

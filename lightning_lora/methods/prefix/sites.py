@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.foreign import ATTENTION_SWITCH, FUSED_SWITCH, SDPA, SUPPORTS_SDPA
+from lightning_lora.foreign import ATTENTION_SWITCH, EAGER, FUSED_SWITCH, SDPA, SUPPORTS_SDPA
 from lightning_lora.layers.adapted import Adapted, not_swappable
 from lightning_lora.methods.prefix.config import ATTENTION, PrefixConfig
 from lightning_lora.names import covers, nearest
@@ -80,10 +80,17 @@ def _sizes(name: str, survey: Survey) -> KernelSizes | str | None:
         assert isinstance(block, nn.MultiheadAttention)
         heads, features = int(block.num_heads), int(block.head_dim)
         return KernelSizes(heads, features, features)
+    if _implementation(block) not in (None, SDPA, EAGER):  # other kernels need a device or a compiler to run
+        return _remedy(name, survey) or f"{WITHOUT_KERNEL}, where a prefix cannot act"
     sizes = kernel_sizes(block)
     if isinstance(sizes, KernelSizes):
         return sizes
     return _remedy(name, survey) or (f"{sizes}, where a prefix cannot act" if sizes is WITHOUT_KERNEL else sizes)
+
+
+def _implementation(block: nn.Module) -> Any:
+    """The word of transformers for how ``block`` computes attention; ``None`` for other blocks."""
+    return getattr(getattr(block, "config", None), ATTENTION_SWITCH, None)
 
 
 def is_plain_multihead(block: nn.Module) -> bool:
@@ -100,11 +107,10 @@ def _remedy(name: str, survey: Survey) -> str | None:
         return None
     if not getattr(model, SUPPORTS_SDPA):
         return f"lies in a {type(model).__name__}, for which transformers has no attn_implementation={SDPA!r}"
-    config = getattr(block, "config", None)
-    implementation = getattr(config, ATTENTION_SWITCH, None)
+    implementation = _implementation(block)
     if implementation in (None, SDPA):
         return None
-    switched: Any = copy.copy(config)
+    switched: Any = copy.copy(block.config)
     vars(switched)[ATTENTION_SWITCH] = SDPA
     if not _has_sizes(block, config=switched):
         return None

@@ -82,7 +82,7 @@ def _is_per_token(word: str, value: Any, sizes: Sizes) -> bool:
 
 
 def _is_length(word: str, value: Any, tokens: int) -> bool:
-    return isinstance(value, int) and value == tokens and "length" in word
+    return "length" in word and isinstance(value, int) and value == tokens
 
 
 def _unknown(name: str, sizes: Sizes) -> RuntimeError:

@@ -117,6 +117,16 @@ def test_a_switch_of_transformers():
     assert len(complete(model)) == 2
 
 
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_kernels_that_cannot_run_here(implementation):
+    model = llama("sdpa")
+    model.config._attn_implementation_internal = implementation  # flash attention is not installed everywhere
+    message = error_of(model)
+    assert f"computes attention by attn_implementation={implementation!r}, where a prefix cannot act" in message
+    model.set_attn_implementation("sdpa")
+    assert len(complete(model)) == 2
+
+
 def test_an_architecture_of_transformers_without_the_kernel():
     model, _ = zoo.build(zoo.CASES["gptj"])
     assert error_of(model) == (
