@@ -171,6 +171,8 @@ def attention_with_prefix(
         size = (query.shape[-2], prefix.length + key.shape[-2])
         attn_mask, is_causal = torch.ones(size, dtype=torch.bool, device=query.device).tril(prefix.length), False
     key, value = prefix(key, value, query.shape[-3])
+    if attn_mask is not None and kwargs.pop("enable_gqa", False):  # on CUDA only torch's slowest kernel takes both
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     # Not the function of `F`: the mode of an attention block around this one would add that block's prefix.
     kernel = torch.ops.aten.scaled_dot_product_attention
     output: Tensor = kernel(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)

@@ -15,6 +15,7 @@ OTHER_SEQUENCE = ("encoder", "memory", "cross")  # starts of the names of argume
 MASK, POSITIONS, ROTATIONS = "mask", "position_ids", "position_embeddings"
 # Names of what depends on positions, of modules and tensors in a block or of its arguments.
 OF_POSITIONS = re.compile(r"rotary|rope|relative|rel_?(?:pos|att)|pos(?:ition)?_?(?:bias|emb)|alibi", re.IGNORECASE)
+BOUNDARIES = ("seqlen", "seq_len")  # of sequences that are packed into one
 SQUARE_MASKS = ("attn_mask", "causal_mask", "src_mask", "tgt_mask")  # of two dimensions: queries and keys
 CROSS_MASK = "memory_mask"  # of `nn.TransformerDecoderLayer`, two dimensions
 
@@ -53,7 +54,7 @@ def extended(name: str, value: Any, sizes: Sizes) -> Any:
         return _rotations(value, sizes)
     if not isinstance(value, Tensor):
         inner = value if isinstance(value, (list, tuple)) else ()
-        if any(_is_per_token(word, each, sizes) for each in inner) or _is_length(word, value, sizes.tokens):
+        if any(_is_per_token(word, each, sizes) for each in inner) or _needs_length(word, value, sizes.tokens):
             raise _unknown(name, sizes)
         return value
     if MASK in word and (mask := _mask(word, value, sizes)) is not None:
@@ -78,10 +79,13 @@ def _is_per_token(word: str, value: Any, sizes: Sizes) -> bool:
     if not isinstance(value, Tensor):
         return False
     by_shape = sizes.tokens in value.shape[1:] or tuple(value.shape) == (sizes.tokens,)
-    return by_shape or bool(OF_POSITIONS.search(word))
+    return by_shape or bool(OF_POSITIONS.search(word)) or any(each in word for each in BOUNDARIES)
 
 
-def _is_length(word: str, value: Any, tokens: int) -> bool:
+def _needs_length(word: str, value: Any, tokens: int) -> bool:
+    """Whether ``value``, no tensor, is the length of the sequence or a mask in a form of its own."""
+    if MASK in word:
+        return not isinstance(value, (bool, int, float, str, type(None)))
     return "length" in word and isinstance(value, int) and value == tokens
 
 

@@ -153,7 +153,7 @@ def test_it_equals_a_cache_that_holds_the_prefix(name, padded):
     torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", slow_except(["llama"], ["llama", "gpt2", "falcon", "gemma3", "deepseek_v3"]))
 def test_generation_with_a_cache_sees_the_prefix_once(name):
     model, inputs = adapted(name)
     tokens, arguments = inputs["input_ids"], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -162,6 +162,16 @@ def test_generation_with_a_cache_sees_the_prefix_once(name):
     assert torch.equal(cached.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-5)
     assert cached.past_key_values.get_seq_length() == cached.sequences.shape[1] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bart", "t5", "marian"])
+def test_generation_with_a_cache_of_cross_attention(name):
+    model, inputs = adapted(name)
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 1, "do_sample": False}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
+    runs = [model.generate(inputs["input_ids"], **arguments, use_cache=cache) for cache in (True, False)]
+    torch.testing.assert_close(*(torch.stack(run.logits) for run in runs), rtol=1e-4, atol=1e-5)
 
 
 def test_it_equals_peft_where_positions_are_the_same():

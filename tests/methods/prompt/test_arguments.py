@@ -64,6 +64,8 @@ def test_what_does_not_depend_on_the_tokens_stays():
         ("alibi", torch.ones(2, 1, 3)),
         ("rope", torch.ones(2, 4)),  # of all tokens but the first
         ("cache_position", torch.arange(3)),
+        ("cu_seqlens", torch.tensor([0, 2, 3, 9])),
+        ("attention_mask", {"of": "flex_attention"}),
         ("tables", [torch.ones(1, 3)]),
         ("query_length", 3),
         ("attention_mask", torch.ones(1, 1, 3, 1)),
