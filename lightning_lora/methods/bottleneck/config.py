@@ -22,8 +22,9 @@ class BottleneckConfig(AddedConfig):
         size: rows of ``W_down``; a bottleneck on ``d`` features has ``2 * size * d + size + d`` parameters.
         placement: ``"houlsby"`` (Houlsby et al. 2019, arXiv 1902.00751): after each attention and each MLP, ``x = y``.
             ``"pfeiffer"`` (Pfeiffer et al. 2021, arXiv 2005.00247): after each MLP. ``"parallel"`` (He et al. 2022,
-            arXiv 2110.04366): ``x`` is the input of the MLP and ``y`` its output. ``"block"`` (Lin et al. 2020, arXiv
-            2004.03829): after each block, with a LayerNorm before ``W_down``, which has ``2 * d`` more parameters.
+            arXiv 2110.04366): ``x`` is the input of the MLP's first layer (after the norm of a pre-norm block) and
+            ``y`` the output of its last one. ``"block"`` (Lin et al. 2020, arXiv 2004.03829): after each block, with a
+            LayerNorm before ``W_down``, which has ``2 * d`` more parameters.
         activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
         init_std: standard deviation of the initial ``W_down``, a normal distribution truncated at two of it. ``W_up``
             and the biases are zero, so the model starts as the base.

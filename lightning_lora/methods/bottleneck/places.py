@@ -77,8 +77,8 @@ class AtSite(nn.Module):
                 f"{tuple(x.shape)} and the output {tuple(y.shape)}. Leave the module out: exclude=[{self.site!r}]."
             )
         if dim == -1:
-            y_last = y.view(x.shape) if y.shape != x.shape else y  # a mixture of experts may return (tokens, features)
-            return y + update(y_last, x).to(y.dtype).view_as(y)
+            # A mixture of experts may take (batch, length, features) and return (tokens, features).
+            return y + update(y.reshape(x.shape), x).to(y.dtype).reshape(y.shape)
         return y + update(y.movedim(dim, -1), x.movedim(dim, -1)).movedim(-1, dim).to(y.dtype)
 
 

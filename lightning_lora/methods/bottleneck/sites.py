@@ -73,9 +73,8 @@ def entries(
     """
     hosts: dict[str, Host] = {}
     for name, sublayer in sublayers.items():
-        child = survey.by_name[name]._modules[key]
-        assert isinstance(child, AtSite)
-        if sublayer.input != name and child.passed is None:
+        child = survey.by_name[name]._modules.get(key)  # a copy that came in later stays plain
+        if isinstance(child, AtSite) and sublayer.input != name and child.passed is None:
             child.passed = PassedInput()
             hosts[sublayer.input] = entry_class, Entry(child.passed)
     return hosts

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.files.json_files import printable
+from lightning_lora.files.pickles import ObjectRefusedError
 from lightning_lora.files.torch_files import read_torch_file
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
 from lightning_lora.methods.bottleneck.layer import Bottleneck
@@ -18,6 +19,7 @@ from lightning_lora.model.fingerprint import Fingerprint, is_fingerprint, other_
 from lightning_lora.names import clean
 
 KEY = "lightning_lora"  # of what a checkpoint records of its run
+NEEDED = ("state_dict", KEY)
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,7 @@ def read(path: str) -> TrainedBottlenecks:
         ValueError: if it holds no bottlenecks.
     """
     file = _checkpoint_at(Path(path))
-    try:
-        checkpoint = read_torch_file(file, weights_only=True)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"`adapters` names {str(file)!r}, which cannot be read: {printable(str(error))}") from error
+    checkpoint = _open(file)
     try:
         recorded, state = checkpoint[KEY], checkpoint["state_dict"]
         method, base = recorded["method"], recorded["base"]
@@ -135,6 +134,20 @@ def read(path: str) -> TrainedBottlenecks:
             f"`adapters` names {str(file)!r}, which is no checkpoint of AdapterCallback ({printable(str(error))})."
         ) from error
     return TrainedBottlenecks(file, config, base, _bottlenecks(state))
+
+
+def _open(file: Path) -> Any:
+    try:
+        return read_torch_file(file, weights_only=True)
+    except ObjectRefusedError as error:
+        raise ValueError(
+            f"`adapters` names {str(file)!r}, which holds an object of {printable(str(error))}, perhaps a "
+            "hyperparameter, and was not opened: making such an object can run any code. If you trust the file, copy "
+            "what a fusion reads: torch.save({key: torch.load(PATH, weights_only=False)[key] for key in "
+            f"{NEEDED}}}, NEW_PATH)."
+        ) from error
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"`adapters` names {str(file)!r}, which cannot be read: {printable(str(error))}.") from error
 
 
 def _bottlenecks(state: Mapping[str, Any]) -> dict[str, Tensor]:

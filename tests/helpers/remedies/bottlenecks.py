@@ -156,3 +156,17 @@ def a_directory_of_several_checkpoints(message: Expected, folder: Path) -> None:
     with message:
         adapt(LitEncoder(), FusionConfig([str(folder)]))
     adapt(LitEncoder(), FusionConfig([path]))
+
+
+class Note:
+    """An object of the user's own."""
+
+
+@remedy(FILES, "`adapters` names {}, which holds an object of", "Note", "torch.load(PATH, weights_only=False)")
+def a_checkpoint_with_an_object(message: Expected, folder: Path) -> None:
+    path, new_path = write(folder / "a.ckpt"), str(folder / "new.ckpt")
+    torch.save({**torch.load(path), "note": Note()}, path)
+    with message:
+        adapt(LitEncoder(), FusionConfig([path]))
+    torch.save({key: torch.load(path, weights_only=False)[key] for key in ("state_dict", "lightning_lora")}, new_path)
+    adapt(LitEncoder(), FusionConfig([new_path]))

@@ -205,3 +205,15 @@ def test_another_configuration_is_refused():
     model = adapted("houlsby")
     with pytest.raises(ValueError, match=r"asks for `size=3` instead of `size=4`|`size=4` instead of `size=3`"):
         method(size=4).check_same(model)
+
+
+@every_placement
+def test_a_copy_that_comes_in_later_is_made_plain(placement):
+    model = adapted(placement, trained=False)
+    known = list(model.modules())
+    model.teacher = copy.deepcopy(model.layers)
+    assert method(placement).make_plain(model, known) == ["teacher"]
+    assert not list(adapted_modules(model.teacher))
+    method(placement).complete(model)
+    assert not list(adapted_modules(model.teacher))
+    assert torch.equal(model.teacher(X), models.net().layers(X))
