@@ -80,18 +80,19 @@ def check_argument_names(owner: str, names: Iterable[str], own: Iterable[str]) -
 
 def check_rank(argument: str, value: Any) -> None:
     """Raise unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To train no adapter, leave LoRA out.")
+    _check_count(argument, value, "To train no adapter, leave LoRA out.")
 
 
 def check_length(argument: str, value: Any, what: str) -> None:
     """Raise unless ``value`` is an integer of at least 1: the number of positions of ``what``, such as a prefix."""
+    _check_count(argument, value, f"To add no {what}, leave the callback out.")
+
+
+def _check_count(argument: str, value: Any, remedy: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{argument}` must be an integer, but got {value!r}.")
     if value < 1:
-        raise ValueError(f"`{argument}` must be at least 1, but got {value}. To add no {what}, leave the callback out.")
+        raise ValueError(f"`{argument}` must be at least 1, but got {value}. {remedy}")
 
 
 def check_positive(argument: str, value: Any) -> None:
