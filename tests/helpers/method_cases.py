@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class MethodCase:
         skipped: a pattern of the message that names what was not reached where the second block does not run; empty
             where nothing of the method is in a block.
         other: another callback of the same method, whose files do not fit.
+        flags: its arguments on the command line of LightningCLI.
     """
 
     name: str
@@ -39,6 +41,7 @@ class MethodCase:
     merges: bool = False
     skipped: str = r"exclude=\['net.layers.1'\]"
     other: Callable[[], MethodCallback] | None = None
+    flags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +56,7 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
         trained,
         skipped=skipped,
         other=lambda: TuneCallback(other),
+        flags=(f"train={train}" if isinstance(train, str) else f"train={json.dumps(train)}",),
     )
 
 
@@ -65,6 +69,7 @@ CASES = [
         merges=True,
         skipped="'net.layers.1.attn.q_proj.weight'",
         other=lambda: LoRACallback(r=3, also_train=["head"]),
+        flags=("r=2", "dropout=0.1", "also_train=[head]"),
     ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
     tune("norm", NORMS | BATCH_NORM),
