@@ -19,6 +19,7 @@ AVERAGING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
 AVERAGING_IN_SETUP = "StochasticWeightAveraging"  # copies the module before `configure_model`
 AVERAGED_MODEL = "_average_model"  # their attribute
 UNFREEZING_CALLBACK = "BaseFinetuning"
+TUNER_FILES = (".lr_find_", ".scale_batch_size_")  # which a tuner writes before its steps and loads after them
 RATE_FINDER = "LearningRateFinder"
 MIXED_PRECISION = "MixedPrecision"
 QUANTIZING_PRECISION = "BitsandbytesPrecision"

@@ -45,6 +45,6 @@ def check_alike(arguments: Sequence[Mapping[str, Any]]) -> None:
                 values = "" if key in PATHS else f": {first!r} on rank 0 and {of_rank.get(key)!r} on rank {rank}"
                 given = f" is given on one of the ranks 0 and {rank} only" if key in PATHS else " differs between ranks"
                 raise MisconfigurationException(
-                    f"`{key}`{given}{values}. All processes must adapt alike: give LoRACallback the same arguments in "
+                    f"`{key}`{given}{values}. All processes must adapt alike: give the callback the same arguments in "
                     "each, and let none depend on the rank."
                 )

@@ -21,6 +21,9 @@ class TuneCallback(MethodCallback):
     same files. Models without biases, such as Llama, have no "bias". A head of a new task is drawn at random: with
     "bias" or "norm" name it in also_train.
 
+    What trains has the dtype that it has in a plain run: bf16 with precision="bf16-true". FSDPStrategy shards only what
+    is frozen, and is refused where everything trains; ModelParallelStrategy shards all as the module says.
+
     Args:
         train: What trains. "bias" (every bias), "norm" (weights and biases of every normalization layer of whatever
             class), "head" (the output head, if there is exactly one), "all", or a list of these words and of names of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class MethodCase:
             where nothing of the method is in a block.
         other: another callback of the same method, whose files do not fit.
         kept: the names of frozen buffers that files hold too.
+        flags: its arguments on the command line of LightningCLI.
     """
 
     name: str
@@ -53,6 +55,7 @@ class MethodCase:
     skipped: str = r"exclude=\['net.layers.1'\]"
     other: Callable[[], MethodCallback] | None = None
     kept: frozenset[str] | set[str] = frozenset()
+    flags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -67,6 +70,7 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
         trained,
         skipped=skipped,
         other=lambda: TuneCallback(other),
+        flags=(f"train={train}" if isinstance(train, str) else f"train={json.dumps(train)}",),
     )
 
 
@@ -127,6 +131,7 @@ CASES = [
         merges=True,
         skipped="'net.layers.1.attn.q_proj.weight'",
         other=lambda: LoRACallback(r=3, also_train=["head"]),
+        flags=("r=2", "dropout=0.1", "also_train=[head]"),
     ),
     MethodCase(
         "prefix",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, adapt, load_from_checkpoint, plan, remove_adapted
 from lightning_lora.cli.inspect import inspect_files
 from lightning_lora.cli.reports import inspection_data, inspection_text
 from tests.helpers.interrupts import interrupt, lines_in, state_of
 from tests.helpers.method_cases import CASES, FAST, bits, inputs, module, move, same_bits
-from tests.helpers.models import checkpoints, data, trainer
+from tests.helpers.models import LitEncoder, checkpoints, data, trainer
 from tests.helpers.runs import load
 from tests.helpers.selection import slow_except
 
@@ -337,6 +342,28 @@ def test_an_error_before_the_first_step_leaves_the_module_as_it_was(case):
 
 
 @each_run
+@pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
+def test_a_tuner_leaves_the_module_as_it_was(case, tune, tmp_path):
+    class Sized(LitEncoder):
+        batch_size = 8
+
+        def train_dataloader(self):
+            return DataLoader(data().dataset, batch_size=self.batch_size)
+
+        def val_dataloader(self):
+            return data(1)
+
+    own = Sized()
+    runner = trainer(case.make(), max_epochs=1, default_root_dir=tmp_path)
+    if tune == "lr_find":
+        Tuner(runner).lr_find(own, num_training=4, update_attr=False)
+    else:
+        Tuner(runner).scale_batch_size(own, max_trials=2, steps_per_trial=2, init_val=2)
+    assert same_bits(bits(own), bits(module()))
+    assert [type(each) for each in own.net.modules()] == [type(each) for each in module().net.modules()]
+
+
+@each_run
 def test_liveness_names_a_site_that_is_not_reached(case):
     if not case.skipped:
         return
@@ -367,6 +394,31 @@ def test_the_configuration_is_logged_under_its_key(case, tmp_path):
         **callback.run_config.to_dict(),
     }
     assert callback.state_key == f"{type(callback).__name__}[default]"
+
+
+class PlainEncoder(LitEncoder):
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+
+
+@every_method
+def test_the_command_line_knows_it_by_its_short_name(case):
+    name = type(case.make()).__name__
+    flags = [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{flag}" for flag in case.flags)]
+    made = LightningCLI(PlainEncoder, run=False, save_config_callback=None, args=[*flags, "--trainer.logger=false"])
+    (callback,) = (each for each in made.trainer.callbacks if type(each).__name__ == name)
+    assert not case.flags or callback.config == case.make().config
+
+
+@pytest.mark.parametrize("cls", sorted({type(case.make()) for case in CASES}, key=lambda cls: cls.__name__))
+def test_help_comes_from_the_docstring(cls):
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(cls, "method")
+    text = " ".join(parser.format_help().split())
+    assert " ".join(inspect.getdoc(cls).split("\n\n")[0].split()).rstrip(".") in text
+    for argument in inspect.signature(cls).parameters:
+        described = re.search(rf"^    {argument}: (\w+)", inspect.getdoc(cls), re.MULTILINE)
+        assert described is not None and f"--method.{argument}" in text, argument
 
 
 @each_run

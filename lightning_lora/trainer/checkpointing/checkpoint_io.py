@@ -13,7 +13,7 @@ from torch import distributed
 
 from lightning_lora.config import RunConfig
 from lightning_lora.distributed import random_state
-from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, is_a
+from lightning_lora.foreign import PLAIN_CHECKPOINT_IO, SHARDING_STRATEGIES, TUNER_FILES, is_a
 from lightning_lora.methods.base import Method
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint, other_base
 from lightning_lora.model.written import set_written, written_parameters
@@ -151,7 +151,9 @@ class CheckpointFiles:
             self._check_replaced(checkpoint[contents.KEY]["base"])
         state = trained_entries(checkpoint, self.filled_in, self.method, self.module)
         self.filled_in = {}
-        if self.trainer.ckpt_path is not None and not self.before_load:  # a tuner loads its own file, too
+        path = self.trainer.ckpt_path
+        is_tuned = path is not None and Path(path).name.startswith(TUNER_FILES)  # then the module has trained already
+        if path is not None and not is_tuned and not self.before_load:
             self.before_load = deepcopy(self.method.state(self.module))
         self.loaded_state = state
         self.method.load(self.module, state)

@@ -110,8 +110,8 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool, argument: str 
                 "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
             )
         raise ValueError(
-            f"{_named(path, argument)} is a full checkpoint, without adapters. LoRACallback loads adapters only; "
-            "to start from these weights load them into the module as its base: "
+            f"{_named(path, argument)} is a full checkpoint, without adapters. A run with a callback of this package "
+            "loads only what it trains; to start from these weights load them into the module as its base: "
             "model.load_state_dict(torch.load(path)['state_dict'])."
         )
     recorded = checkpoint[KEY]

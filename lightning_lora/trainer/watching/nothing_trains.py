@@ -38,9 +38,10 @@ def refuse_loss(
         f"`{part}` is frozen, and an optimizer held it before: to train it too, also_train=[{part!r}]."
         for part in frozen_parts(snapshots, model, method)
     ]
+    adapters = "no adapter and on nothing that `also_train` names"
+    what = adapters if next(iter(method.added_parameters(model)), None) else "nothing that trains"
     raise MisconfigurationException(
-        "The loss requires no gradient: it depends on no adapter and on nothing that `also_train` names. "
-        + " ".join([*causes, *frozen])
+        f"The loss requires no gradient: it depends on {what}. " + " ".join([*causes, *frozen])
     )
 
 
