@@ -141,10 +141,11 @@ def test_no_token_learns_of_a_later_one(deep, masked):
     assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3:], after[:, 3:])
 
 
-def test_a_mask_alone_keeps_tokens_from_learning_through_the_prompt():
+@pytest.mark.parametrize("mask", [CAUSAL, HIDDEN], ids=["boolean", "additive"])
+def test_a_mask_alone_keeps_tokens_from_learning_through_the_prompt(mask):
     """Nothing says that the blocks are causal but the mask."""
     model = build(causal=False)
-    mask, changed = CAUSAL.expand(BATCH, 1, -1, -1), X.clone()
+    mask, changed = mask.expand(BATCH, 1, -1, -1), X.clone()
     changed[:, 3] += 1
     assert torch.equal(model(X, mask)[:, :3], model(changed, mask)[:, :3])
 

@@ -102,8 +102,10 @@ def test_blocks_that_a_prompt_cannot_pass(name, words):
 
 
 def test_no_part_of_a_stack_with_inner_positions_is_offered():
-    message = error_of(zoo.build(zoo.CASES["t5"])[0], deep=True)
+    model, _ = zoo.build(zoo.CASES["t5"])
+    message = error_of(model, deep=True)
     assert "`encoder.block.0` (and 1 more) gets positions" in message and "exclude" not in message
+    assert "`encoder.block.1` gets positions" in error_of(model, deep=True, exclude=["*.block.0"])
 
 
 def test_blocks_that_training_may_skip():
