@@ -1,7 +1,7 @@
 """``W = W0 + scale * B A`` in files: a base and a PEFT directory to a merged model, a few rows in memory at a time.
 
-The sums are those of :func:`lightning_lora.merge_lora`, to the bit: in fp32 (fp64 for an fp64 base), in an order that
-no matrix library decides, rounded once. Everything else is copied byte by byte.
+The sums are those of :func:`lightning_lora.merge_lora`, to the bit: in fp32 (fp64 for an fp64 base), rounded once.
+Everything else is copied byte by byte.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _write(
     progress: Callable[[int], object],
     workspace: Workspace,
 ) -> None:
-    memory = cycle(("one sum", "the next sum"))  # while one is written, the next is computed, also of the next tensor
+    memory = cycle(("one sum", "the next sum"))  # one sum is computed while the one before it is written
     merged = {
         name: _sums(file.tensors[name], change.pairs[name], report, workspace, memory)
         for name in file.tensors

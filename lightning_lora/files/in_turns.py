@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO, TypeVar
@@ -20,32 +20,24 @@ def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
             yield item  # type: ignore[misc]
 
 
-class WriteBehind:
-    """Writes to ``file`` in a thread. At most one piece is being written; :meth:`write` waits for the one before it."""
-
-    def __init__(self, file: BinaryIO, thread: ThreadPoolExecutor) -> None:
-        self._file, self._thread = file, thread
-        self._pending: Future[int] | None = None
-
-    def write(self, piece: bytes | memoryview) -> None:
-        """Start to write ``piece``, which must not change before the next call returns."""
-        self.wait()
-        self._pending = self._thread.submit(self._file.write, piece)
-
-    def wait(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            OSError: if it could not be written.
-        """
-        if self._pending is not None:
-            self._pending.result()
-
-
 @contextmanager
-def write_behind(file: BinaryIO) -> Iterator[WriteBehind]:
-    """A writer to ``file``; at the end of the block everything is written."""
+def write_behind(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Yield a function that writes to ``file`` in a thread; at the end of the block everything is written.
+
+    Each call waits until the piece of the call before is written; from then on that piece may change.
+
+    Raises:
+        OSError: if a piece could not be written, at the next one or at the end.
+    """
     with ThreadPoolExecutor(1) as thread:
-        writer = WriteBehind(file, thread)
-        yield writer
-        writer.wait()
+        pending: Future[int] | None = None
+
+        def write(piece: bytes | memoryview) -> None:
+            nonlocal pending
+            if pending is not None:
+                pending.result()
+            pending = thread.submit(file.write, piece)
+
+        yield write
+        if pending is not None:
+            pending.result()

@@ -108,15 +108,15 @@ def write_like(
     sizes += [_size(name, tensor) for name, tensor in added.items()]
     header = _header(sizes, source.metadata)
     with path.open("wb") as file, source.path.open("rb") as old:
-        with write_behind(file) as writer:
-            writer.write(header)
+        with write_behind(file) as write:
+            write(header)
             for name, tensor in source.tensors.items():
                 pieces = changed.get(name)
                 for piece in _copied(old, tensor) if pieces is None else map(_raw_bytes, pieces):
-                    writer.write(piece)
+                    write(piece)
                     progress(len(piece))
             for value in added.values():
-                writer.write(_raw_bytes(value))
+                write(_raw_bytes(value))
         if file.tell() != len(header) + sum(size for *_, size in sizes):
             raise ValueError(f"`{source.path}` was changed while it was read: {path.name} came out of another size.")
 

@@ -129,22 +129,17 @@ def test_slabs_join(tmp_path, monkeypatch):
     assert some.lost() == pytest.approx(whole.lost())
 
 
-class LateWriter:
-    """Writes a piece when the next one comes, as a slow disk may."""
-
-    def __init__(self, file):
-        self.file, self.piece = file, b""
-
-    def write(self, piece):
-        self.file.write(self.piece)
-        self.piece = piece
-
-
 @contextmanager
 def written_late(file):
-    writer = LateWriter(file)
-    yield writer
-    writer.write(b"")
+    """A piece is written when the next one comes, as a slow disk may."""
+    last = [b""]
+
+    def write(piece):
+        file.write(last[0])
+        last[0] = piece
+
+    yield write
+    write(b"")
 
 
 @pytest.mark.parametrize("slab", [10**6, 17, 100])

@@ -39,18 +39,18 @@ def test_an_error_comes_in_the_place_of_its_item():
 
 def test_pieces_are_written_in_their_order():
     file = io.BytesIO()
-    with write_behind(file) as writer:
+    with write_behind(file) as write:
         for number in range(50):
-            writer.write(bytes([number]))
+            write(bytes([number]))
     assert file.getvalue() == bytes(range(50))
 
 
 def test_all_but_the_last_piece_may_change_while_the_next_is_made():
     file, pieces = io.BytesIO(), [bytearray(3), bytearray(3)]
-    with write_behind(file) as writer:
+    with write_behind(file) as write:
         for number in range(20):
             pieces[number % 2][:] = bytes([number]) * 3
-            writer.write(memoryview(pieces[number % 2]))
+            write(memoryview(pieces[number % 2]))
     assert file.getvalue() == b"".join(bytes([number]) * 3 for number in range(20))
 
 
@@ -60,11 +60,11 @@ class Full(io.BytesIO):
 
 
 def test_a_full_disk_is_an_error_though_nothing_is_written_after_it():
-    with pytest.raises(OSError, match="No space left"), write_behind(Full()) as writer:
-        writer.write(b"1")
+    with pytest.raises(OSError, match="No space left"), write_behind(Full()) as write:
+        write(b"1")
 
 
 def test_an_error_of_the_caller_is_not_hidden_by_one_of_the_disk():
-    with pytest.raises(ValueError, match="own"), write_behind(Full()) as writer:
-        writer.write(b"1")
+    with pytest.raises(ValueError, match="own"), write_behind(Full()) as write:
+        write(b"1")
         raise ValueError("own")

@@ -48,8 +48,8 @@ def scales(left, right):
 
 def assert_exact(product):
     for left, right in product.terms:
-        found = (left @ right).tolist()
-        assert [[Fraction(number) for number in row] for row in found] == in_fractions(left, right)
+        result = (left @ right).tolist()
+        assert [[Fraction(number) for number in row] for row in result] == in_fractions(left, right)
 
 
 @pytest.mark.parametrize("r", [1, 3, 16, 64])
@@ -129,8 +129,8 @@ def test_ranks_of_very_different_sizes_are_as_precise_as_others():
     left, right = factors(r=2)
     sizes = torch.tensor([2.0**40, 2.0**-40])
     expected = left.double() @ right.double()
-    found = computed(exact_product([(left * sizes, right / sizes[:, None])], torch.float32))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2.0**-24)
+    result = computed(exact_product([(left * sizes, right / sizes[:, None])], torch.float32))
+    torch.testing.assert_close(result, expected, rtol=0, atol=2.0**-24)
 
 
 def test_zeros_give_zero():
@@ -145,10 +145,10 @@ def test_what_is_not_finite_stays_in_its_row_and_its_column(bad, dtype):
     left, right = factors()
     expected = left.double() @ right.double()
     left[1, 2], right[3, 4] = bad, bad
-    found = computed(exact_product([(left, right)], dtype))
-    assert not found[1].isfinite().any() and not found[:, 4].isfinite().any()
+    result = computed(exact_product([(left, right)], dtype))
+    assert not result[1].isfinite().any() and not result[:, 4].isfinite().any()
     rows, columns = [0, 2, 3, 4, 5, 6], [0, 1, 2, 3, 5]
-    torch.testing.assert_close(found[rows][:, columns], expected[rows][:, columns], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result[rows][:, columns], expected[rows][:, columns], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("left", "right"), [(1e-45, 1e-45), (1e-38, 1e38), (1e38, 1e38), (0.0, 1e38), (1e-45, 0.0)])
