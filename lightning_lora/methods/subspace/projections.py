@@ -6,11 +6,13 @@ root, P has columns of unit norm, and its entries are close to uncorrelated: ``P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from lightning_lora.methods.subspace.random_numbers import normals, permutation, random_bits, signs
 
@@ -83,8 +85,7 @@ def _blocks(seed: int, rows: int, width: int, device: torch.device) -> Iterator[
     """The blocks of a parameter, so many at a time that a CPU keeps them in its cache."""
     blocks = -(-rows // width)
     order = permutation(~seed, width, device)
-    is_small = torch.compiler.is_compiling() or device.type != "cpu"  # a compiler fuses the passes
-    at_once = blocks if is_small else max(1, NUMBERS_IN_CACHE // width)
+    at_once = max(1, NUMBERS_IN_CACHE // width) if device.type == "cpu" else blocks
     for start in range(0, blocks, at_once):
         columns = torch.arange(start, min(blocks, start + at_once), dtype=torch.int32, device=device)
         places = torch.arange(width, dtype=torch.int32, device=device)[:, None] * blocks + columns
@@ -135,39 +136,47 @@ def project(z: Tensor, seed: int, shape: torch.Size, projection: str) -> Tensor:
         shape: of the parameter.
         projection: ``"fastfood"`` or ``"dense"``.
     """
-    apply: Callable[..., Tensor] = _Project.apply
-    return apply(z, seed, shape, projection)
+    delta: Tensor = _project(z, seed, shape, projection)
+    return delta
 
 
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(z: Tensor, seed: int, shape: torch.Size, projection: str) -> Tensor:
-        return PROJECTIONS[projection].rows(z, seed, shape.numel()).view(shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, ctx.seed, _, ctx.projection = inputs
-        ctx.dimension = len(z)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        dense = gradient.to_dense() if gradient.is_sparse else gradient  # of an embedding with `sparse=True`
-        transposed: Callable[..., Tensor] = _ProjectBack.apply
-        return transposed(dense, ctx.seed, ctx.dimension, ctx.projection), None, None, None
+# Operators of their own: a compiler would otherwise trace about a hundred operations for each parameter of a model.
+@custom_op(
+    "lightning_lora::project", mutates_args=(), schema="(Tensor z, int seed, SymInt[] shape, str kind) -> Tensor"
+)
+def _project(z: Tensor, seed: int, shape: Sequence[int], kind: str) -> Tensor:
+    return PROJECTIONS[kind].rows(z, seed, math.prod(shape)).view(shape)
 
 
-class _ProjectBack(torch.autograd.Function):
-    """The gradient of :class:`_Project`, which is linear too: so it has a gradient of its own."""
+@custom_op("lightning_lora::project_back", mutates_args=(), schema="(Tensor g, int seed, int size, str kind) -> Tensor")
+def _project_back(gradient: Tensor, seed: int, dimension: int, kind: str) -> Tensor:
+    """The gradient of :func:`_project`, which is linear too: so it has a gradient of its own."""
+    return PROJECTIONS[kind].transposed(gradient.reshape(-1), seed, dimension)
 
-    @staticmethod
-    def forward(gradient: Tensor, seed: int, dimension: int, projection: str) -> Tensor:
-        return PROJECTIONS[projection].transposed(gradient.reshape(-1), seed, dimension)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, ctx.seed, _, ctx.projection = inputs
-        ctx.shape = gradient.shape
+@_project.register_fake
+def _(z: Tensor, seed: int, shape: Sequence[int], kind: str) -> Tensor:
+    return z.new_empty(shape)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return project(gradient, ctx.seed, ctx.shape, ctx.projection), None, None, None
+
+@_project_back.register_fake
+def _(gradient: Tensor, seed: int, dimension: int, kind: str) -> Tensor:
+    return gradient.new_empty(dimension)
+
+
+def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensor, ctx.seed, _, ctx.kind = inputs
+    ctx.shape = tensor.shape
+
+
+def _gradient_of_z(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient  # of an embedding with `sparse=True`
+    return _project_back(dense, ctx.seed, ctx.shape[0], ctx.kind), None, None, None
+
+
+def _gradient_of_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _project(gradient, ctx.seed, ctx.shape, ctx.kind), None, None, None
+
+
+_project.register_autograd(_gradient_of_z, setup_context=_keep_arguments)
+_project_back.register_autograd(_gradient_of_gradient, setup_context=_keep_arguments)

@@ -108,7 +108,6 @@ def test_rows_of_two_parameters_differ():
     assert abs((P * other).mean()) < 0.2
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own call, while it traces a Function
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_projection_gives_the_same(kind):
     z = torch.randn(10, requires_grad=True)
