@@ -66,6 +66,7 @@ class Record:
         written: frozen parameters that other code writes during a run, so that files hold them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
+        merged_child: on a module whose child of another method is merged: what that method needs to take it out again.
         load_hook: of the hook that loads adapter state dicts into the module.
         started_from: the path of the file or directory that a run started the adapters from.
         plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
@@ -79,9 +80,15 @@ class Record:
     written: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
+    merged_child: object | None = None
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
     plain_copy: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether something is merged into the weights of the module."""
+        return self.merged is not None or self.merged_child is not None
 
 
 def record_of(module: nn.Module) -> Record:
@@ -166,18 +173,18 @@ def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, M
 
 
 def is_merged_layer(module: nn.Module) -> bool:
-    """Whether adapters are merged into the weights of ``module`` itself."""
+    """Whether adapters, or what another method added, are merged into the weights of ``module`` itself."""
     record = module.__dict__.get(_ATTRIBUTE)
-    return record is not None and record.merged is not None
+    return record is not None and record.is_merged
 
 
 def is_tuned(module: nn.Module) -> bool:
     """Whether parameters of ``module`` itself train by a method that adds nothing to it."""
     record = module.__dict__.get(_ATTRIBUTE)
-    live = record is not None and record.adapted_by is not None and record.merged is None
+    live = record is not None and record.adapted_by is not None and not record.is_merged
     return live and not isinstance(module, Adapted)
 
 
 def is_merged(model: nn.Module | Survey) -> bool:
-    """Whether adapters are merged into ``model``."""
-    return any(True for _ in merged_layers(model))
+    """Whether adapters, or what another method added, are merged into ``model``."""
+    return any(record.is_merged for _, _, record in records(model))

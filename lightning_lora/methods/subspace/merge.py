@@ -21,9 +21,8 @@ from lightning_lora.layers.embedding import renormalise
 from lightning_lora.methods.subspace.connections import subspaces
 from lightning_lora.methods.subspace.layer import Subspace, mixin_for
 from lightning_lora.model.journal import Journal, Overwritten
+from lightning_lora.model.record import record_of, records
 from lightning_lora.ops.exact_sum import checksum
-
-_ATTRIBUTE = "_lightning_lora_subspace"
 
 
 @dataclass
@@ -43,10 +42,9 @@ class MergedModule:
 
 def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, MergedModule]]:
     """Every module of ``model`` with a merged subspace, with its first clean name."""
-    for name, module in names.each_module_once(model):
-        merged = vars(module).get(_ATTRIBUTE)
-        if merged is not None:
-            yield names.clean(name), module, merged
+    for name, module, record in records(model):
+        if isinstance(record.merged_child, MergedModule):
+            yield name, module, record.merged_child
 
 
 def merge(model: nn.Module, journal: Journal) -> dict[str, float]:
@@ -65,7 +63,7 @@ def merge(model: nn.Module, journal: Journal) -> dict[str, float]:
         lost[name] = (sum(each for _, each in sizes) / size) ** 0.5 if size else 0.0
     for name, module, _ in layers:
         swap_out(module)
-        vars(module)[_ATTRIBUTE] = merged[name]
+        record_of(module).merged_child = merged[name]
     return lost
 
 
@@ -120,15 +118,9 @@ def unmerge(model: nn.Module, journal: Journal) -> None:
             weight = local_shard(parameter_of(module, key))
             journal.keep(weight)
             weight.copy_(original)
-        del vars(module)[_ATTRIBUTE]
+        record_of(module).merged_child = None
         record.child.to(local_shard(parameter_of(module, next(iter(record.child.seeds)))).device)
         swap_in(module, mixin_for(module), record.child)
-
-
-def forget(model: nn.Module) -> None:
-    """Remove the records: what is merged is the base then."""
-    for _, module, _ in list(merged_modules(model)):
-        del vars(module)[_ATTRIBUTE]
 
 
 @torch.no_grad()

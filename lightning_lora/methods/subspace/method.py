@@ -20,7 +20,7 @@ from lightning_lora.methods.base import Watched
 from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.subspace.connections import connect, holders, subspaces
 from lightning_lora.methods.subspace.layer import Subspace, mixin_for
-from lightning_lora.methods.subspace.merge import forget, merge, merged_modules, merged_values, unmerge
+from lightning_lora.methods.subspace.merge import merge, merged_modules, merged_values, unmerge
 from lightning_lora.methods.subspace.sites import Keys, projected
 from lightning_lora.model.apply import remove
 from lightning_lora.model.freeze import unfreeze
@@ -79,11 +79,6 @@ class SubspaceMethod(AddedMethod):
     @override
     def is_adapted(self, model: nn.Module) -> bool:
         return any(True for _ in subspaces(model))
-
-    @override
-    def drop(self, model: nn.Module) -> None:
-        super().drop(model)
-        forget(model)
 
     @override
     def remove(self, model: nn.Module) -> None:

@@ -10,7 +10,6 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import is_split
-from lightning_lora.layers.adapted import Adapted
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.methods.subspace.config import ALL, SubspaceConfig
 from lightning_lora.model.freeze import asked_for
@@ -96,8 +95,6 @@ def _refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
         return "its few bits cannot be summed with P z. Load the model without quantization"
     if is_split(parameter):
         return "FSDP1 or ZeRO 3 keeps it in pieces. Train with DDP or ModelParallelStrategy"
-    if hasattr(module, "subspace") and not isinstance(module, Adapted):
-        return "its module has an attribute `subspace` of its own, where the projection would go. Rename it"
     if "tensor_parallel" in (getattr(getattr(parameter, "device_mesh", None), "mesh_dim_names", None) or ()):
         return "tensor parallelism splits it. Use ModelParallelStrategy(tensor_parallel_size=1)"
     return None
