@@ -50,6 +50,7 @@ class Method(ABC):
     """
 
     key: ClassVar[str]
+    reads_weights_by_name: ClassVar[bool] = False  # wherever code reads them, so that they must be whole parameters
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

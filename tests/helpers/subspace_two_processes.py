@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.trainer.subspace_callback import SubspaceCallback
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
@@ -20,6 +22,31 @@ class ShardedLit(Sharded):
 
     def build(self) -> nn.Module:
         return net()
+
+
+class Checkpointed(Lit):
+    """Two segments under reentrant activation checkpointing, both of which read z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.net.layers:
+            x = checkpoint(layer, x, use_reentrant=True)
+        return self.net.head(x)
+
+
+def fit_checkpointed(static_graph: bool) -> object:
+    """Whether both ranks have the same z, or why the run was refused."""
+    module, strategy = Checkpointed(), DDPStrategy(process_group_backend="gloo", static_graph=static_graph)
+    try:
+        trainer(SubspaceCallback(20, merge=False), devices=2, strategy=strategy, max_epochs=1).fit(module, data())
+    except MisconfigurationException as error:
+        return str(error)
+    [z] = [parameter for name, parameter in module.named_parameters() if name.endswith("subspace.z")]
+    return all_equal(z.detach())
 
 
 STRATEGIES = {
@@ -42,7 +69,8 @@ def fit(name: str, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    results = {name: fit(name, folder) for name in STRATEGIES}
+    results: dict[str, object] = {name: fit(name, folder) for name in STRATEGIES}
+    results |= {f"checkpointed-{static}": fit_checkpointed(static) for static in (True, False)}
     rank = torch.distributed.get_rank()
     torch.save(results, folder / f"results-{rank}.pt")
     end(0)

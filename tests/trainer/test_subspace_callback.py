@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from lightning_lora.methods.subspace.projections import PROJECTIONS
@@ -70,11 +72,28 @@ def test_two_processes_hold_one_z_and_shards_give_what_whole_weights_give(tmp_pa
     done = run_script("subspace_two_processes.py", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(tmp_path / f"results-{rank}.pt") for rank in (0, 1)]
-    assert all(results[name]["same"] for results in ranks for name in results)
+    assert all(results[name]["same"] for results in ranks for name in ("ddp", "fsdp2"))
+    for results in ranks:
+        assert results["checkpointed-True"] is True
+        assert "`net.layers.0.q.subspace.z` got its gradient in several parts" in results["checkpointed-False"]
     ddp, fsdp2 = (ranks[0][name]["state"] for name in ("ddp", "fsdp2"))
     assert all(torch.equal(value, fsdp2[key]) for key, value in ddp.items())
     for index, whole in enumerate(ranks[0]["ddp"]["merged"]):
         assert torch.equal(whole, torch.cat([results["fsdp2"]["merged"][index] for results in ranks]))
+
+
+def test_strategies_that_split_weights_are_refused():
+    class CPUFSDP(FSDPStrategy):
+        """Lightning refuses its own class on a CPU."""
+
+        def __init__(self):
+            super(FSDPStrategy, self).__init__()
+
+    module = Lit()
+    runner = trainer(SubspaceCallback(20), max_epochs=1)
+    runner._accelerator_connector.strategy = CPUFSDP()
+    with pytest.raises(MisconfigurationException, match=r"SubspaceCallback changes weights where .* CPUFSDP puts"):
+        runner.callbacks[0].setup(runner, module, "fit")
 
 
 def test_the_defaults_are_those_of_the_configuration():

@@ -46,6 +46,7 @@ class SubspaceMethod(AddedMethod):
     """
 
     key: ClassVar[str] = "subspace"
+    reads_weights_by_name: ClassVar[bool] = True
     config_class: ClassVar[type[SubspaceConfig]] = SubspaceConfig
     config: SubspaceConfig
 
