@@ -18,6 +18,7 @@ from lightning_lora import (
     LoRACallback,
     PrefixCallback,
     PromptCallback,
+    SubspaceCallback,
     TuneCallback,
 )
 from lightning_lora.model.fingerprint import fingerprint
@@ -149,6 +150,20 @@ CASES = [
         {f"net.layers.{n}.prompt.vectors" for n in (0, 1)},
         bare=False,
         other=lambda: PromptCallback(length=2, deep=True),
+    ),
+    MethodCase(
+        "subspace",
+        lambda **shared: SubspaceCallback(20, also_train=["head"], **shared),
+        {"net.embed.subspace.z"} | HEAD,
+        merges=True,
+        other=lambda: SubspaceCallback(21, also_train=["head"]),
+    ),
+    MethodCase(
+        "subspace-structured",
+        lambda **shared: SubspaceCallback(20, structure=True, seed=1, **shared),
+        {"net.embed.subspace.z"} | {f"{name.rpartition('.')[0]}.subspace.scale" for name in ALL},
+        merges=True,
+        other=lambda: SubspaceCallback(20, structure=True, seed=2),
     ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
     tune("norm", NORMS | BATCH_NORM),

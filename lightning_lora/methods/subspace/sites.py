@@ -26,7 +26,7 @@ def projected(survey: Survey, config: SubspaceConfig) -> dict[str, Keys]:
         ValueError: if there is none, a pattern matches nothing, or one cannot be projected, with the reason.
     """
     names = _names(survey)
-    _check_patterns(names.values(), config)
+    _check_targets(names.values(), config)
     chosen: dict[str, Keys] = {}
     for site in survey.sites.values():
         for key, parameter in site.module._parameters.items():
@@ -61,17 +61,15 @@ def _is_meant(aliases: Sequence[str], config: SubspaceConfig) -> bool:
     return meant and not any(covers(name, exclude) or asked_for(name, True, config) for name in aliases)
 
 
-def _check_patterns(names: Iterable[list[str]], config: SubspaceConfig) -> None:
+def _check_targets(names: Iterable[list[str]], config: SubspaceConfig) -> None:
     every = [name for aliases in names for name in aliases]
-    targets: Sequence[str] = () if config.targets == ALL else config.targets
-    for argument, patterns in (("targets", targets), ("exclude", config.exclude or ())):
-        for pattern in patterns:
-            if not any(covers(name, [pattern]) for name in every):
-                close = ", ".join(f"`{name}`" for name in nearest(pattern, every))
-                raise ValueError(
-                    f"`{argument}` has {pattern!r}, which matches no module with a parameter, and no parameter. The "
-                    f"nearest names are {close}."
-                )
+    for pattern in () if config.targets == ALL else config.targets:
+        if not any(covers(name, [pattern]) for name in every):
+            close = ", ".join(f"`{name}`" for name in nearest(pattern, every))
+            raise ValueError(
+                f"`targets` has {pattern!r}, which matches no module with a parameter, and no parameter. The nearest "
+                f"names are {close}."
+            )
 
 
 def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
