@@ -42,6 +42,7 @@ class MethodCase:
         merges: whether the end of `fit` takes everything off the module.
         skipped: a pattern of the message that names what was not reached where the second block does not run; empty
             where nothing of the method is in a block.
+        gathers: whether a parameter gets its gradient from several modules, in an order that checkpointing changes.
         other: another callback of the same method, whose files do not fit.
         kept: the names of frozen buffers that files hold too.
     """
@@ -52,6 +53,7 @@ class MethodCase:
     bare: bool = True
     merges: bool = False
     skipped: str = r"exclude=\['net.layers.1'\]"
+    gathers: bool = False
     other: Callable[[], MethodCallback] | None = None
     kept: frozenset[str] | set[str] = frozenset()
 
@@ -156,6 +158,7 @@ CASES = [
         lambda **shared: SubspaceCallback(20, also_train=["head"], **shared),
         {"net.embed.subspace.z"} | HEAD,
         merges=True,
+        gathers=True,
         other=lambda: SubspaceCallback(21, also_train=["head"]),
     ),
     MethodCase(
@@ -163,6 +166,7 @@ CASES = [
         lambda **shared: SubspaceCallback(20, structure=True, seed=1, **shared),
         {"net.embed.subspace.z"} | {f"{name.rpartition('.')[0]}.subspace.scale" for name in ALL},
         merges=True,
+        gathers=True,
         other=lambda: SubspaceCallback(20, structure=True, seed=2),
     ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from lightning_lora.layers.embedding import renormalise
 from lightning_lora.methods.subspace.connections import subspaces
 from lightning_lora.methods.subspace.layer import Subspace, mixin_for
 from lightning_lora.model.journal import Journal, Overwritten
-from lightning_lora.model.record import record_of, records
+from lightning_lora.model.record import merged_children, record_of
 from lightning_lora.ops.exact_sum import checksum
 
 
@@ -35,16 +36,25 @@ class MergedModule:
         checksums: of the merged parameters.
     """
 
+    key: ClassVar[str] = "subspace"
     child: Subspace
     originals: dict[str, Tensor]
     checksums: dict[str, int]
 
+    def unmerge(self, model: nn.Module, journal: Journal) -> None:
+        """As :func:`unmerge`."""
+        unmerge(model, journal)
+
+    def merge(self, model: nn.Module, journal: Journal) -> dict[str, float]:
+        """As :func:`merge`."""
+        return merge(model, journal)
+
 
 def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, MergedModule]]:
     """Every module of ``model`` with a merged subspace, with its first clean name."""
-    for name, module, record in records(model):
-        if isinstance(record.merged_child, MergedModule):
-            yield name, module, record.merged_child
+    for name, module, merged in merged_children(model):
+        if isinstance(merged, MergedModule):
+            yield name, module, merged
 
 
 def merge(model: nn.Module, journal: Journal) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -104,12 +104,6 @@ class SubspaceMethod(AddedMethod):
     # What trains.
 
     @override
-    def added_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from super().added_parameters(model)
-        for name, _, merged in merged_modules(model):
-            yield from ((join(name, f"{self.key}.{key}"), p) for key, p in merged.child.named_parameters())
-
-    @override
     def adapted_weights(self, model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]:
         """An optimizer trains z in the group of the first parameter, and each factor in that of its module."""
         return {
@@ -136,22 +130,10 @@ class SubspaceMethod(AddedMethod):
     def watched(self, model: nn.Module) -> dict[str, Watched]:
         """Every child, as its parameters are read one by one; all of them give a gradient to one z."""
         return {
-            name: Watched(child, child.holder.z, ("forward",), join(name, next(iter(child.seeds))))
+            name: Watched(child, child.holder.z, shared=True)
             for name, _, child in subspaces(model)
             if child.holder.z is not None
         }
-
-    # What a file holds.
-
-    @override
-    def state(self, model: nn.Module) -> dict[str, Any]:
-        merged = {name: p.detach() for name, p in self.added_parameters(model)} if self.is_merged(model) else {}
-        return super().state(model) | merged
-
-    @override
-    def needed_names(self, model: nn.Module) -> list[str]:
-        merged = [name for name, _ in self.added_parameters(model)] if self.is_merged(model) else []
-        return [*super().needed_names(model), *merged]
 
     # The end of a run.
 
