@@ -78,17 +78,24 @@ def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
     Raises:
         ValueError: with the reason.
     """
+    if is_lazy(parameter):
+        raise ValueError(
+            f"`{name}` has no shape yet, as its module is lazy, and cannot be projected. Run one batch through the "
+            "model first."
+        )
+    if isinstance(module, ScriptModule):
+        raise ValueError(
+            f"`{name}` is in a compiled TorchScript module, which has no class to replace, and cannot be projected. "
+            "Build the model in Python."
+        )
     reason = _refusal(module, parameter)
     if reason is not None:
-        raise ValueError(f"`{name}` cannot be projected: {reason}. Or leave it out, exclude=[{name!r}].")
+        outer = name.rpartition(".")[0] or name
+        raise ValueError(f"`{name}` cannot be projected: {reason}. Or leave it out, exclude=[{outer!r}].")
 
 
 def _refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     cls: Any = type(module)
-    if is_lazy(parameter):
-        return "it has no shape yet (a lazy module). Run one batch through the model first"
-    if isinstance(module, ScriptModule):
-        return "it belongs to a compiled TorchScript module, which has no class to replace. Build the model in Python"
     if is_quantized_class(cls) and not parameter.is_floating_point():
         return "its few bits cannot be summed with P z. Load the model without quantization"
     if is_split(parameter):
