@@ -43,6 +43,7 @@ class MethodCase:
         skipped: a pattern of the message that names what was not reached where the second block does not run; empty
             where nothing of the method is in a block.
         gathers: whether a parameter gets its gradient from several modules, in an order that checkpointing changes.
+        without_fsdp1: words of the message that refuses FSDP1; empty where it works.
         other: another callback of the same method, whose files do not fit.
         kept: the names of frozen buffers that files hold too.
     """
@@ -54,6 +55,7 @@ class MethodCase:
     merges: bool = False
     skipped: str = r"exclude=\['net.layers.1'\]"
     gathers: bool = False
+    without_fsdp1: str = ""
     other: Callable[[], MethodCallback] | None = None
     kept: frozenset[str] | set[str] = frozenset()
 
@@ -69,6 +71,7 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
         lambda **shared: TuneCallback(train, **shared),
         trained,
         skipped=skipped,
+        without_fsdp1="everything trains, so that nothing would be sharded" if train == "all" else "",
         other=lambda: TuneCallback(other),
     )
 
@@ -159,6 +162,7 @@ CASES = [
         {"net.embed.subspace.z"} | HEAD,
         merges=True,
         gathers=True,
+        without_fsdp1="puts pieces of a flat buffer there",
         other=lambda: SubspaceCallback(21, also_train=["head"]),
     ),
     MethodCase(
@@ -167,6 +171,7 @@ CASES = [
         {"net.embed.subspace.z"} | {f"{name.rpartition('.')[0]}.subspace.scale" for name in ALL},
         merges=True,
         gathers=True,
+        without_fsdp1="puts pieces of a flat buffer there",
         other=lambda: SubspaceCallback(20, structure=True, seed=2),
     ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
