@@ -27,6 +27,7 @@ from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import holders as adapted_as_a_whole
+from lightning_lora.model.report.summary import rest_trained
 from lightning_lora.names import counted, join
 from lightning_lora.targets.survey import Survey
 
@@ -94,11 +95,11 @@ class SubspaceMethod(AddedMethod):
     def describe(self, model: nn.Module, save: str = "adapter") -> str:
         layers, moved = list(subspaces(model)), sum(holder.rows for holder in holders(model))
         first = next(name for name, _, child in layers if child.z is not None)
-        scales = f", and a factor of each of {counted(len(layers), 'module')}" if self.config.structure else ""
+        what = "z and a factor of each module train" if self.config.structure else "z trains"
         return (
             f"{counted(moved, 'parameter')} of {counted(len(layers), 'module')} move in a subspace of "
-            f"{counted(self.config.dimension, 'dimension')}: `{join(first, 'subspace.z')}`{scales} trains.\n"
-            f"{super().describe(model, save)}"
+            f"{counted(self.config.dimension, 'dimension')}: {what}, `{join(first, 'subspace.z')}`\n"
+            f"{rest_trained(model)}"
         )
 
     # What trains.

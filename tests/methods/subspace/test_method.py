@@ -91,6 +91,17 @@ def test_a_file_holds_z_alone_and_loads_into_a_fresh_model():
     assert torch.equal(fresh(X), model(X))
 
 
+def test_what_is_said_of_it():
+    model = net()
+    by = method(also_train=["head"])
+    by.complete(model)
+    assert by.describe(model).splitlines() == [
+        "2,784 parameters of 12 modules move in a subspace of 10 dimensions: z trains, `layers.0.q.subspace.z`",
+        "and trains in full: head.weight (48), head.bias (3)",
+        "61 trainable parameters, 2.15% of the base's 2,835; 244 B in a checkpoint",
+    ]
+
+
 def test_another_configuration_is_another_model():
     model = net()
     method().complete(model)
