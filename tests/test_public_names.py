@@ -23,6 +23,8 @@ NAMES = [
     "PrefixConfig",
     "PromptCallback",
     "PromptConfig",
+    "SubspaceCallback",
+    "SubspaceConfig",
     "TuneCallback",
     "AdapterCallback",
     "BottleneckConfig",

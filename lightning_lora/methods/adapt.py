@@ -8,8 +8,8 @@ from lightning_lora.arguments import check_flag
 from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.methods.known import method_of
 from lightning_lora.model.apply import apply_lora, drop_added
-from lightning_lora.model.apply import remove as remove_all
-from lightning_lora.model.journal import all_or_nothing, complete_undo
+from lightning_lora.model.journal import complete_undo
+from lightning_lora.model.record import config_of
 
 
 def adapt(model: nn.Module, config: MethodConfig) -> list[str]:
@@ -68,7 +68,9 @@ def remove_adapted(model: nn.Module, *, keep: bool = False) -> None:
         ['Linear']
     """
     check_flag("keep", keep)
+    complete_undo(model)
+    config = config_of(model)
     if keep:
         drop_added(model)
-    else:
-        all_or_nothing(model, lambda journal: remove_all(model, journal))
+    elif config is not None:
+        method_of(config).remove(model)

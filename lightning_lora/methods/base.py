@@ -25,12 +25,14 @@ class Watched:
         calls: the methods of ``module`` of which a forward pass calls at least one.
         weight: the name of the base's parameter that it adapts, which an error can advise to name; empty where there
             is none.
+        shared: whether ``parameter`` gets a gradient from other modules too, so that only a call tells of this one.
     """
 
     module: nn.Module
     parameter: nn.Parameter
     calls: tuple[str, ...] = ("forward",)
     weight: str = ""
+    shared: bool = False
 
 
 class Method(ABC):
@@ -50,6 +52,7 @@ class Method(ABC):
     """
 
     key: ClassVar[str]
+    reads_weights_by_name: ClassVar[bool] = False  # wherever code reads them, so that they must be whole parameters
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

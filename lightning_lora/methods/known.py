@@ -16,6 +16,8 @@ from lightning_lora.methods.prefix.config import PrefixConfig
 from lightning_lora.methods.prefix.method import PrefixMethod
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.methods.prompt.method import PromptMethod
+from lightning_lora.methods.subspace.config import SubspaceConfig
+from lightning_lora.methods.subspace.method import SubspaceMethod
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.methods.tune.method import TuneMethod
 
@@ -25,6 +27,7 @@ CONFIGS: dict[str, type[Any]] = {
     "fusion": FusionConfig,
     "prefix": PrefixConfig,
     "prompt": PromptConfig,
+    "subspace": SubspaceConfig,
     "tune": TuneConfig,
 }
 METHODS: dict[type[Any], type[Any]] = {
@@ -33,6 +36,7 @@ METHODS: dict[type[Any], type[Any]] = {
     FusionConfig: FusionMethod,
     PrefixConfig: PrefixMethod,
     PromptConfig: PromptMethod,
+    SubspaceConfig: SubspaceMethod,
     TuneConfig: TuneMethod,
 }
 

@@ -23,7 +23,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import check_state, load_trained_state
 from lightning_lora.model.merge import merge_all, quantized_layers, unmerge_all
 from lightning_lora.model.merged_values import merged_weights
-from lightning_lora.model.record import config_of, is_merged, merged_layers, record_of, records
+from lightning_lora.model.record import config_of, is_merged, merged_children, merged_layers, record_of, records
 from lightning_lora.model.state import (
     added_parameters,
     clean_state,
@@ -120,10 +120,14 @@ def _load(
     """Load into live or merged adapters; those that were merged are merged again, after ``check``."""
     check_state(module, adapter)
     reshard(module)
-    merged, workspace = list(merged_layers(module)), Workspace()
+    merged, workspace, others = list(merged_layers(module)), Workspace(), merged_children(module)
     unmerge_all(merged, journal, workspace)
+    for _, _, other in others[:1]:  # it acts on the whole model
+        other.unmerge(module, journal)
     load_trained_state(module, adapter, journal)
     check()
+    for _, _, other in others[:1]:
+        other.merge(module, journal)
     merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal, workspace)
 
 
@@ -191,7 +195,9 @@ def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:
     present, added = clean_state(model), {name for name, _ in added_parameters(model)}
     if not added:
         return state.keys() >= set(needed_names(model)) and not frozen_names(model) & state.keys()
-    keys = {module.method_key for _, module in adapted_modules(model)} or {"lora"}  # without one it is merged
+    keys = {module.method_key for _, module in adapted_modules(model)}
+    keys |= {merged.key for _, _, merged in merged_children(model)}
+    keys = keys or {"lora"}  # without one it is merged
     named = (key for key in state if not keys.isdisjoint(key.split(".")))
     if not any(key in added or key not in present for key in named):
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -52,6 +53,26 @@ class Merged:
     weights: dict[str, MergedWeight]
 
 
+class MergedChild(Protocol):
+    """What a method that is no LoRA leaves on a module whose child is merged.
+
+    Attributes:
+        key: of the method.
+    """
+
+    key: ClassVar[str]
+
+    @property
+    def child(self) -> nn.Module:
+        """Which the module had."""
+
+    def unmerge(self, model: nn.Module, journal: Any) -> None:
+        """Take everything that this method merged out of ``model``, and adapt its modules again."""
+
+    def merge(self, model: nn.Module, journal: Any) -> object:
+        """Merge it again."""
+
+
 @dataclass
 class Record:
     """The facts about one module; keys are those of its own parameters and buffers.
@@ -66,6 +87,7 @@ class Record:
         written: frozen parameters that other code writes during a run, so that files hold them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
+        merged_child: on a module whose child of another method is merged.
         load_hook: of the hook that loads adapter state dicts into the module.
         started_from: the path of the file or directory that a run started the adapters from.
         plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
@@ -79,9 +101,15 @@ class Record:
     written: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
+    merged_child: MergedChild | None = None
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
     plain_copy: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether something is merged into the weights of the module."""
+        return self.merged is not None or self.merged_child is not None
 
 
 def record_of(module: nn.Module) -> Record:
@@ -165,19 +193,25 @@ def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, M
             yield name, module, record.merged
 
 
+def merged_children(model: nn.Module | Survey) -> list[tuple[str, nn.Module, MergedChild]]:
+    """Every module whose child of another method is merged."""
+    every = [(name, module, record.merged_child) for name, module, record in records(model)]
+    return [(name, module, merged) for name, module, merged in every if merged is not None]
+
+
 def is_merged_layer(module: nn.Module) -> bool:
-    """Whether adapters are merged into the weights of ``module`` itself."""
+    """Whether adapters, or what another method added, are merged into the weights of ``module`` itself."""
     record = module.__dict__.get(_ATTRIBUTE)
-    return record is not None and record.merged is not None
+    return record is not None and record.is_merged
 
 
 def is_tuned(module: nn.Module) -> bool:
     """Whether parameters of ``module`` itself train by a method that adds nothing to it."""
     record = module.__dict__.get(_ATTRIBUTE)
-    live = record is not None and record.adapted_by is not None and record.merged is None
+    live = record is not None and record.adapted_by is not None and not record.is_merged
     return live and not isinstance(module, Adapted)
 
 
 def is_merged(model: nn.Module | Survey) -> bool:
-    """Whether adapters are merged into ``model``."""
-    return any(True for _ in merged_layers(model))
+    """Whether adapters, or what another method added, are merged into ``model``."""
+    return any(record.is_merged for _, _, record in records(model))

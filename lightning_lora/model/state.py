@@ -17,7 +17,7 @@ from lightning_lora.layers.base import LoRALayer, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.initial_values import moved
-from lightning_lora.model.record import is_merged, merged_layers, records
+from lightning_lora.model.record import is_merged, merged_children, merged_layers, records
 from lightning_lora.model.written import written_before_merge, written_parameters
 from lightning_lora.targets.survey import Survey, survey_of
 
@@ -46,7 +46,9 @@ def added_parameters(model: nn.Module | Survey, kind: type[Adapted] = Adapted) -
     live = [(names.clean(name), module) for name, module in survey.modules if isinstance(module, kind)]
     added = [(names.join(name, module.method_key), added_to(module)) for name, module in live]
     merged = [(names.join(name, "lora"), merged.adapters) for name, _, merged in merged_layers(survey)]
-    for name, child in [*added, *merged]:
+    others = merged_children(survey) if kind is Adapted else []
+    merged_too = [(names.join(name, other.key), other.child) for name, _, other in others]
+    for name, child in [*added, *merged, *merged_too]:
         for key, parameter in names.named_parameters(child):
             yield names.join(name, key), parameter
 
@@ -94,12 +96,16 @@ def has_adapters(model: nn.Module) -> bool:
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters in the merge records of ``model``, by name."""
-    adapters = {id(module): merged.adapters for _, module, merged in merged_layers(model)}
+    added: dict[int, tuple[str, nn.Module]] = {
+        **{id(module): ("lora", merged.adapters) for _, module, merged in merged_layers(model)},
+        **{id(module): (merged.key, merged.child) for _, module, merged in merged_children(model)},
+    }
     return {
-        names.join(name, f"lora.{key}"): parameter.detach()
+        names.join(name, f"{method}.{key}"): parameter.detach()
         for name, module in names.named_modules(model)
-        if id(module) in adapters
-        for key, parameter in adapters[id(module)].named_parameters()
+        if id(module) in added
+        for method, child in [added[id(module)]]
+        for key, parameter in child.named_parameters()
     }
 
 

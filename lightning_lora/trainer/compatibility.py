@@ -17,6 +17,7 @@ from lightning_lora.foreign import (
     RATE_FINDER,
     SHARDING_STRATEGIES,
     SPAWNING_LAUNCHERS,
+    SPLITTING_STRATEGIES,
     UNFREEZING_CALLBACK,
     UNTRIED_PRECISION,
     UNTRIED_STRATEGIES,
@@ -35,6 +36,7 @@ def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
         MisconfigurationException: naming the part of the Trainer and what to do about it.
     """
     _check_strategy(trainer)
+    _check_whole_weights(trainer, callback)
     run_config: RunConfig = callback.run_config
     _check_other_adapters(trainer, callback, callback.config)
     _check_callbacks(trainer, callback, run_config)
@@ -69,6 +71,16 @@ def _check_strategy(trainer: Any) -> None:
         raise MisconfigurationException(
             "`TransformerEnginePrecision` replaces every linear layer, its adapters included, by layers of its own, "
             "and none of those was tried. Use precision='bf16-mixed' or 'bf16-true'."
+        )
+
+
+def _check_whole_weights(trainer: Any, callback: Any) -> None:
+    """Refuse strategies that put pieces of a buffer in the place of weights which the method must find by name."""
+    if callback.method.reads_weights_by_name and is_a(trainer.strategy, *SPLITTING_STRATEGIES):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} changes weights where code reads them by name, and "
+            f"{type(trainer.strategy).__name__} puts pieces of a flat buffer there, which would be read unchanged. Use "
+            "strategy='ddp', or ModelParallelStrategy with `fully_shard` in `configure_model`."
         )
 
 

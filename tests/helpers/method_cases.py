@@ -19,6 +19,7 @@ from lightning_lora import (
     LoRACallback,
     PrefixCallback,
     PromptCallback,
+    SubspaceCallback,
     TuneCallback,
 )
 from lightning_lora.model.fingerprint import fingerprint
@@ -42,6 +43,8 @@ class MethodCase:
         merges: whether the end of `fit` takes everything off the module.
         skipped: a pattern of the message that names what was not reached where the second block does not run; empty
             where nothing of the method is in a block.
+        gathers: whether a parameter gets its gradient from several modules, in an order that checkpointing changes.
+        without_fsdp1: words of the message that refuses FSDP1; empty where it works.
         other: another callback of the same method, whose files do not fit.
         kept: the names of frozen buffers that files hold too.
         flags: its arguments on the command line of LightningCLI.
@@ -53,6 +56,8 @@ class MethodCase:
     bare: bool = True
     merges: bool = False
     skipped: str = r"exclude=\['net.layers.1'\]"
+    gathers: bool = False
+    without_fsdp1: str = ""
     other: Callable[[], MethodCallback] | None = None
     kept: frozenset[str] | set[str] = frozenset()
     flags: tuple[str, ...] = ()
@@ -69,6 +74,7 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
         lambda **shared: TuneCallback(train, **shared),
         trained,
         skipped=skipped,
+        without_fsdp1="everything trains, so that nothing would be sharded" if train == "all" else "",
         other=lambda: TuneCallback(other),
         flags=(f"train={train}" if isinstance(train, str) else f"train={json.dumps(train)}",),
     )
@@ -154,6 +160,24 @@ CASES = [
         {f"net.layers.{n}.prompt.vectors" for n in (0, 1)},
         bare=False,
         other=lambda: PromptCallback(length=2, deep=True),
+    ),
+    MethodCase(
+        "subspace",
+        lambda **shared: SubspaceCallback(20, also_train=["head"], **shared),
+        {"net.embed.subspace.z"} | HEAD,
+        merges=True,
+        gathers=True,
+        without_fsdp1="puts pieces of a flat buffer there",
+        other=lambda: SubspaceCallback(21, also_train=["head"]),
+    ),
+    MethodCase(
+        "subspace-structured",
+        lambda **shared: SubspaceCallback(20, structure=True, seed=1, **shared),
+        {"net.embed.subspace.z"} | {f"{name.rpartition('.')[0]}.subspace.scale" for name in ALL},
+        merges=True,
+        gathers=True,
+        without_fsdp1="puts pieces of a flat buffer there",
+        other=lambda: SubspaceCallback(20, structure=True, seed=2),
     ),
     tune("bias", {name for name in ALL if name.endswith("bias")}),
     tune("norm", NORMS | BATCH_NORM),

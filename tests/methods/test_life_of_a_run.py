@@ -256,7 +256,8 @@ def test_checkpointing_gives_the_same_gradients(case, reentrant):
         own(inputs()).square().sum().backward()
         gradients.append({name: p.grad for name, p in own.named_parameters() if p.requires_grad})
     plain, checkpointed = gradients
-    assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())
+    same = torch.allclose if case.gathers else torch.equal
+    assert all(same(value, checkpointed[name]) for name, value in plain.items())
 
 
 @each_run
@@ -462,7 +463,8 @@ def test_the_callback_travels_as_its_configuration(case):
 @every_method
 def test_a_plain_module_stays_plain_where_nothing_is_asked(case):
     own = nn.Sequential(nn.ReLU())
-    with pytest.raises(ValueError, match=r"`(targets|train|also_train|adapters)|needs transformer blocks"):
+    words = r"`(targets|train|also_train|adapters)|needs transformer blocks|no floating parameter"
+    with pytest.raises(ValueError, match=words):
         adapt(own, case.make().config)
     remove_adapted(own)
     assert state_of(own) == state_of(nn.Sequential(nn.ReLU()))

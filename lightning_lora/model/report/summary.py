@@ -49,7 +49,12 @@ def describe_added(model: nn.Module, key: str) -> str:
         f"  {name or '(the model)'}  {names.counted(len(of), 'module')}  {kind}  {sum(of):,} parameters"
         for (name, kind), of in sizes.items()
     ]
-    return "\n".join([*([f"A {key} is added to", *lines] if lines else []), *_also_trained(model), *_totals(model, "")])
+    return "\n".join([*([f"A {key} is added to", *lines] if lines else []), rest_trained(model)])
+
+
+def rest_trained(model: nn.Module) -> str:
+    """What of the base trains in full, and the totals, as the last lines about a method that is no LoRA."""
+    return "\n".join([*_also_trained(model), *_totals(model, "")])
 
 
 def describe_trained(model: nn.Module) -> str:

@@ -37,6 +37,7 @@ from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.prefix_callback import PrefixCallback
 from lightning_lora.trainer.prompt_callback import PromptCallback
 from lightning_lora.trainer.replaced_layers import run_hook
+from lightning_lora.trainer.subspace_callback import SubspaceCallback
 from lightning_lora.trainer.tune_callback import TuneCallback
 from lightning_lora.trainer.watching.frozen_facts import LATE, WRITTEN, names_in
 
@@ -47,6 +48,7 @@ CALLBACKS: tuple[type, ...] = (
     FusionCallback,
     PrefixCallback,
     PromptCallback,
+    SubspaceCallback,
     TuneCallback,
 )
 OF_LIGHTNING = ("checkpoint_path", "map_location", "hparams_file", "strict", "weights_only")

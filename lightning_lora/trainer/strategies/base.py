@@ -1,4 +1,4 @@
-"""What a run asks of its strategy, with the answers of one device and of DDP.
+"""What a run asks of its strategy, with the answers of one device.
 
 The hooks are named by when a run calls them. A strategy that shards has only the frozen base to shard; see
 :mod:`lightning_lora.trainer.strategies.fsdp` and :mod:`lightning_lora.trainer.strategies.deepspeed`.
@@ -16,7 +16,7 @@ from lightning_lora.names import counted
 
 
 class StrategyAdapter:
-    """What a run does with its strategy; one device and DDP need nothing.
+    """What a run does with its strategy; one device needs nothing.
 
     Args:
         strategy: the Trainer's.

@@ -90,7 +90,7 @@ class Liveness:
             rank_zero_warn(zero_gradients(self.module))
         held = set(map(id, parameters))
         inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
-        dead = {name: adapter for name, adapter in inside.items() if adapter.parameter.grad is None}
+        dead = {name: adapter for name, adapter in inside.items() if self._is_dead(adapter)}
         if dead and len(dead) == len(inside):
             raise MisconfigurationException(f"No {self.what} got a gradient at the first step. " + self._causes(dead))
         idle = {name: adapter for name, adapter in dead.items() if self.watches and self._state(adapter) is None}
@@ -98,6 +98,11 @@ class Liveness:
         self._warn({name: dead[name] for name in dead if name not in idle}, len(inside), "at the first step")
         self.stepped = self.checked >= set(map(id, optimizers))
         self._close_if_done()
+
+    def _is_dead(self, adapter: Watched) -> bool:
+        """Whether it has no gradient; of a parameter that others give one too, whether it did not run."""
+        did_not_run = adapter.shared and self.watches and self._state(adapter) != RAN
+        return did_not_run or adapter.parameter.grad is None
 
     def _check_waiting(self) -> None:
         """Some modules train their parts in turn, so that a part does not run in the first step but in a later one."""
@@ -112,7 +117,7 @@ class Liveness:
         return {
             name: adapter
             for name, adapter in self.waiting.items()
-            if self._state(adapter) != RAN and adapter.parameter.grad is None
+            if self._state(adapter) != RAN and (adapter.shared or adapter.parameter.grad is None)
         }
 
     def report_waiting(self) -> None:

@@ -60,6 +60,14 @@ TRIED = {
         "trainer/watching/test_nothing_trains.py",
         "test_a_frozen_head_of_zeros_is_named_and_the_remedy_trains",
     ),
+    ("trainer/compatibility.py", "{} changes weights where code reads them"): (
+        "trainer/test_subspace_callback.py",
+        "test_two_processes_hold_one_z_and_shards_give_what_whole_weights_give",
+    ),
+    ("trainer/strategies/ddp.py", "`{}` got its gradient in several parts"): (
+        "trainer/test_subspace_callback.py",
+        "test_two_processes_hold_one_z_and_shards_give_what_whole_weights_give",
+    ),
     ("trainer/watching/start_of_training.py", "`{}` or what it is tied to is adapted"): (
         "trainer/watching/test_frozen_watch.py",
         "test_an_adapted_weight_that_a_hook_ties_is_refused",
@@ -86,6 +94,10 @@ NOT_TRIED = {
         "layers/weight_view.py",
         "A weight of shape {} is sharded",
     ): "needs a sharded model; sharded rows are what others run",
+    ("methods/subspace/sites.py", "`{}` cannot be projected: {}"): "needs what the next three need",
+    ("methods/subspace/sites.py", "its few bits cannot be summed"): "needs bitsandbytes; without it is what others run",
+    ("methods/subspace/sites.py", "FSDP1 or ZeRO 3 keeps it in pieces"): "needs processes, as the next",
+    ("methods/subspace/sites.py", "tensor parallelism splits it"): "needs processes; without it is what others run",
     ("cli/options.py", "Add an adapter to a model's weights"): "the help of a command",
     ("cli/options.py", "Compare two adapters, or two models"): "the help of a command",
     ("cli/options.py", "Make an adapter of a full fine-tune"): "the help of a command",

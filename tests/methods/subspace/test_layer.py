@@ -1,0 +1,89 @@
+"""Reads of the sums under all that torch does to a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lightning_lora.layers.adapter import seed_of
+from lightning_lora.methods.subspace.projections import PROJECTIONS
+from tests.helpers.models import FusedBlocks, Tower, net
+from tests.helpers.subspaces import MODELS, X, every_kind, method, moved, outputs, z_of
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", [Tower, FusedBlocks])
+def test_activation_checkpointing(kind, use_reentrant):
+    torch.manual_seed(0)
+    model = moved(kind(), method(), 0.5)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    gradients = []
+    for mode in (None, use_reentrant):
+        z_of(model).grad = None
+        model(x, use_reentrant=mode).square().sum().backward()
+        gradients.append(z_of(model).grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_model():
+    model = moved(net(), method(structure=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(X)
+        output.square().sum().backward()
+        gradients.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*gradients)
+    torch._dynamo.reset()
+
+
+def test_z_stays_fp32_in_a_bf16_model():
+    by = method()
+    base, model = net().bfloat16(), moved(net(), by).bfloat16()
+    z = z_of(model)
+    assert z.dtype == torch.float32
+    weight = model.head.weight
+    assert weight.dtype == torch.bfloat16
+    delta = PROJECTIONS["fastfood"].rows(z.detach(), seed_of(3, "head.weight", "subspace"), 48).view(3, 16)
+    rows = sum(parameter.numel() for parameter in base.parameters())
+    expected = (base.head.weight.float() + delta / rows**0.5).bfloat16()
+    assert torch.allclose(weight.float(), expected.float(), atol=0, rtol=1e-2)
+    model(X.bfloat16()).float().sum().backward()
+    assert z.grad.dtype == torch.float32 and z.grad.any()
+    live = model(X.bfloat16())
+    assert by.merge(model)["head"] > 1e-3
+    assert torch.equal(model(X.bfloat16()), live)
+
+
+def test_reads_in_inference_mode_and_under_autocast():
+    model, by = moved(net(), method()), method()
+    expected = model(X).detach()
+    with torch.inference_mode():
+        assert torch.equal(model(X), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = model(X)
+        by.merge(model)
+        assert torch.equal(model(X), live)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies(clone, merged):
+    model, by = moved(every_kind(), method(structure=True)), method(structure=True)
+    x = MODELS["every kind"][1]
+    if merged:
+        by.merge(model)
+    same = clone(model)
+    assert all(map(torch.equal, outputs(same, x), outputs(model, x)))
+    before = outputs(model, x)
+    if merged:
+        by.unmerge(same)
+    with torch.no_grad():
+        z_of(same).zero_()
+    assert not torch.equal(outputs(same, x)[0], before[0])
+    assert all(map(torch.equal, outputs(model, x), before))
