@@ -23,8 +23,6 @@ ELSEWHERE = {
     "methods/plan": ("methods/test_life_of_a_run", "what it counts is what then trains"),
     "methods/known": ("methods/test_life_of_a_run", "files of every method are read there"),
     "methods/tune/method": ("methods/test_life_of_a_run", "its answers are those of a run"),
-    "trainer/prefix_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
-    "trainer/prompt_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
     "trainer/tune_callback": ("methods/test_life_of_a_run", "every callback goes through one table of cases"),
     "methods/added_config": ("methods/test_added", "the smallest method shows its arguments"),
     "methods/bottleneck/places": ("methods/bottleneck/test_layer", "its classes call a bottleneck"),

@@ -49,7 +49,7 @@ def extended(name: str, value: Any, sizes: Sizes) -> Any:
     """
     word = name.lower()
     if word.startswith(OTHER_SEQUENCE):
-        return _of_other_sequence(word, value, sizes)
+        return _of_other_sequence(name, value, sizes)
     if word == ROTATIONS and value is not None:
         return _rotations(value, sizes)
     if not isinstance(value, Tensor):
@@ -66,12 +66,14 @@ def extended(name: str, value: Any, sizes: Sizes) -> Any:
     raise _unknown(name, sizes)
 
 
-def _of_other_sequence(word: str, value: Any, sizes: Sizes) -> Any:
+def _of_other_sequence(name: str, value: Any, sizes: Sizes) -> Any:
     """An argument about the keys of cross attention: of a mask the queries are those of this sequence."""
-    if not isinstance(value, Tensor) or MASK not in word or (value.dim() < 3 and word != CROSS_MASK):
+    of_queries = isinstance(value, Tensor) and (value.dim() > 2 or name == CROSS_MASK)
+    if not of_queries or MASK not in name.lower() or value.shape[-2] != sizes.tokens:
         return value
-    sizes = replace(sizes, causal=False)
-    return with_more_queries(value, sizes) if value.shape[-2] == sizes.tokens else value
+    if value.dtype == torch.bool and sizes.visible is None:
+        raise _unknown(name, sizes)
+    return with_more_queries(value, replace(sizes, causal=False))
 
 
 def _is_per_token(word: str, value: Any, sizes: Sizes) -> bool:

@@ -1,9 +1,9 @@
-"""The blocks that a prompt passes, and what in a block would not stand a prompt before the tokens."""
+"""The blocks that a prompt passes, and why it cannot pass others."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def find_places(survey: Survey, config: PromptConfig) -> dict[str, Place]:
         raise ValueError(f"All blocks of {type(survey.model).__name__} are left out by {' and '.join(by)}.")
     places = _deep(chosen) if config.deep else _through_stacks(chosen, survey)
     reasons = {block.output: block.refusal for block in chosen}
-    positions = _positions_by_stack(places, survey)
+    positions = _positions_by_stack({*places, *(block.output for block in blocks)}, survey)
     raise_refusals(
         {name: reasons.get(name) or positions[parent(name)] or _refusal(name, survey, config) for name in places}
     )
@@ -105,7 +105,7 @@ def _refusal(name: str, survey: Survey, config: PromptConfig) -> str | None:
         (key for key, module in block.named_modules() if is_convolution(module) and not is_pointwise(module)), None
     )
     if convolution is not None:
-        return f"has a convolution, `{convolution}`, which would mix the prompt with the tokens as their neighbour"
+        return f"has a convolution, `{convolution}`, which would mix the prompt with the tokens"
     skipping = None if config.deep else _skips(name, survey)
     if skipping is not None:
         return (
@@ -115,18 +115,15 @@ def _refusal(name: str, survey: Survey, config: PromptConfig) -> str | None:
     return not_swappable(block, "prompt")
 
 
-def _positions_by_stack(places: Iterable[str], survey: Survey) -> dict[str, str | None]:
+def _positions_by_stack(blocks: Collection[str], survey: Survey) -> dict[str, str | None]:
     """For each stack why a prompt cannot pass it, if one of its blocks computes positions, which others may use."""
-    reasons: dict[str, str | None] = {parent(name): None for name in places}
+    reasons: dict[str, str | None] = {parent(name): None for name in blocks}
     for name, module in survey.by_name.items():
-        stack = parent(name)
-        if name and stack in reasons and reasons[stack] is None and not isinstance(module, Adapted):
+        if name in blocks and reasons[parent(name)] is None and not isinstance(module, Adapted):
             inner = next(_inner_positions(module), None)
             if inner is not None:
-                what = join(name, inner)
-                reasons[stack] = (
-                    f"gets positions that are computed in a block, by `{what}`; the prompt would shift them"
-                )
+                reason = f"gets positions that are computed in a block, by `{join(name, inner)}`"
+                reasons[parent(name)] = f"{reason}; the prompt would shift them"
     return reasons
 
 

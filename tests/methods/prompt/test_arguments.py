@@ -88,3 +88,5 @@ def test_a_boolean_mask_of_which_nobody_knows_what_true_means():
     unknown = Sizes("layers.0", "layers", tokens=3, length=2, causal=False, visible=None)
     with pytest.raises(RuntimeError, match=r"`layers.0` gets `attention_mask`, which depends on the 3 tokens"):
         extended("attention_mask", torch.ones(1, 1, 3, 3, dtype=torch.bool), unknown)
+    with pytest.raises(RuntimeError, match=r"`layers.0` gets `encoder_attention_mask`, which depends on the 3 tokens"):
+        extended("encoder_attention_mask", torch.ones(1, 1, 3, 2, dtype=torch.bool), unknown)

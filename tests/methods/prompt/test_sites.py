@@ -108,6 +108,12 @@ def test_no_part_of_a_stack_with_inner_positions_is_offered():
     assert "`encoder.block.1` gets positions" in error_of(model, deep=True, exclude=["*.block.0"])
 
 
+def test_what_lies_beside_the_blocks_may_know_positions():
+    model = nn.Sequential(nn.Sequential(), *(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))
+    model[0].add_module("position_embeddings", nn.Embedding(4, 8))
+    assert complete(model) == ["1"]
+
+
 def test_blocks_that_training_may_skip():
     model, _ = zoo.build(zoo.CASES["wav2vec2"])
     message = error_of(model)
