@@ -29,9 +29,9 @@ class AdapterCallback(MethodCallback):
         size: Number of features inside a bottleneck. On d features it has 2 * size * d + size + d parameters.
         placement: Where they act. "houlsby" (Houlsby et al. 2019, arXiv 1902.00751): after each attention and each MLP,
             on its output. "pfeiffer" (Pfeiffer et al. 2021, arXiv 2005.00247): after each MLP. "parallel" (He et al.
-            2022, arXiv 2110.04366): from the input of each MLP to its output. "block" (Versatile LM, Lin et al. 2020,
-            arXiv 2004.03829): after each block that holds attention, with a LayerNorm before "down" that has 2 * d more
-            parameters.
+            2022, arXiv 2110.04366): from the input of each MLP, in a pre-norm block after the norm, to its output.
+            "block" (Versatile LM, Lin et al. 2020, arXiv 2004.03829): after each block that holds attention, with a
+            LayerNorm before "down" that has 2 * d more parameters.
         activation: "gelu", "relu", "silu" or "tanh".
         init_std: Standard deviation of the initial "down", which is normal and cut off at twice that.
         scale: Factor on the update. He et al. take 4 for "parallel".

@@ -15,7 +15,8 @@ class FusionCallback(MethodCallback):
 
     The second stage after several runs of AdapterCallback on one base: their bottlenecks act together, frozen, and an
     attention in each place learns which of them to use. The query is the output of the sublayer, keys and values are
-    the updates of the bottlenecks. With one bottleneck the module starts as that run left it, bit for bit.
+    the updates of the bottlenecks. With one bottleneck the module starts as that run left it, bit for bit. The loss is
+    the module's own: no term keeps the value matrices near the identity.
 
     Checkpoints hold the attention and the frozen bottlenecks, so they need no other file. Heads and other modules of
     the base that the runs trained are not read: name the head of the new task in also_train.
