@@ -57,8 +57,13 @@ def merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, MergedMod
             yield name, module, merged
 
 
-def merge(model: nn.Module, journal: Journal) -> dict[str, float]:
+def merge(model: nn.Module, journal: Journal, device: torch.device | None = None) -> dict[str, float]:
     """Merge every module of ``model``.
+
+    Args:
+        model: an adapted model.
+        journal: of the change.
+        device: on which the sums are computed; ``None`` for that of each parameter.
 
     Returns:
         For each the share of the update's norm that rounding lost.
@@ -68,7 +73,7 @@ def merge(model: nn.Module, journal: Journal) -> dict[str, float]:
     merged = {}
     for name, module, child in layers:
         merged[name] = MergedModule(child, {}, {})
-        sizes = [_merge_into(module, child, key, merged[name], journal) for key in own_keys(child)]
+        sizes = [_merge_into(module, child, key, merged[name], journal, device) for key in own_keys(child)]
         size = sum(each for each, _ in sizes)
         lost[name] = (sum(each for _, each in sizes) / size) ** 0.5 if size else 0.0
     for name, module, _ in layers:
@@ -84,14 +89,15 @@ def own_keys(child: Subspace) -> list[str]:
 
 @torch.no_grad()
 def _merge_into(
-    module: nn.Module, child: Subspace, key: str, record: MergedModule, journal: Journal
+    module: nn.Module, child: Subspace, key: str, record: MergedModule, journal: Journal, device: torch.device | None
 ) -> tuple[float, float]:
     """Write the sum; the squared norms of the update and of what rounding lost."""
     parameter = parameter_of(module, key)
     weight = local_shard(parameter)
-    delta = child.delta(shape_of(parameter), key, weight.device)[shard_region(parameter)]
-    total = (weight + delta).to(weight.dtype)
-    rounding = total.double() - weight.double() - delta.double()
+    there = weight.to(device)
+    delta = child.delta(shape_of(parameter), key, there.device)[shard_region(parameter)]
+    total = (there + delta).to(weight.dtype)
+    rounding = total.double() - there.double() - delta.double()
     total = _as_read(total, module)
     record.originals[key] = weight.to("cpu", copy=True)
     record.checksums[key] = checksum(total)

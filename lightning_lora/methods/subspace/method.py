@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -147,9 +148,9 @@ class SubspaceMethod(AddedMethod):
         return None
 
     @override
-    def merge(self, model: nn.Module) -> dict[str, float]:
+    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
         def change(journal: Journal) -> dict[str, float]:
-            lost = merge(model, journal)
+            lost = merge(model, journal, device)
             for module, _ in adapted_as_a_whole(model):
                 strip(module)
             return lost
@@ -158,7 +159,7 @@ class SubspaceMethod(AddedMethod):
         return all_or_nothing(model, change)
 
     @override
-    def unmerge(self, model: nn.Module) -> None:
+    def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
         reshard(model)
         all_or_nothing(model, lambda journal: self._unmerge(model, journal))
 
