@@ -52,7 +52,7 @@ def names_of_peft(message: Expected, folder: Path) -> None:
     assert LoRAConfig(alpha=4).alpha == 4
 
 
-@remedy("arguments.py", "`{}` must be at least 1", "`r`", "but got 0", "leave LoRA out")
+@remedy("arguments.py", "To train no adapter", "`r` must be at least 1, but got 0", "leave LoRA out")
 def no_rank(message: Expected, folder: Path) -> None:
     with message:
         LoRACallback(r=0)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import PrefixConfig, PromptConfig, adapt, remove_adapted
 from tests.helpers.models import EncoderBlock, GroupedAttention
-from tests.helpers.remedies.case import Expected, remedy
+from tests.helpers.remedies.case import Expected, fit, remedy
 
 PREFIX, SITES = "methods/prefix/layer.py", "methods/prefix/sites.py"
 ARGUMENTS, PROMPT = "methods/prompt/arguments.py", "methods/prompt/layer.py"
@@ -151,6 +151,13 @@ def an_input_of_other_features(message: Expected, folder: Path) -> None:
         with_prompts(Narrow()).other[0](X[..., :8])
     model = with_prompts(Narrow(), exclude=["other"])
     assert learns(model, model.other[0](model.first[0](X)[..., :8]))
+
+
+@remedy("arguments.py", "To add no {}", "`length` must be at least 1, but got 0", "leave the callback out")
+def a_prompt_of_no_length(message: Expected, folder: Path) -> None:
+    with message:
+        PromptConfig(length=0)
+    fit()
 
 
 class Windows(EncoderBlock):
