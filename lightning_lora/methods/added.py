@@ -116,8 +116,9 @@ class AddedMethod(RecordedMethod):
 
     @override
     def check_same(self, model: nn.Module) -> None:
-        check_method(model, self.config)
-        for present in configs_of(model):
+        survey = Survey(model)
+        check_method(survey, self.config)
+        for present in configs_of(survey):
             difference = None if not isinstance(present, AddedConfig) else present.difference(self.config)
             if difference is not None:
                 raise ValueError(

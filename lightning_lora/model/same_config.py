@@ -10,7 +10,7 @@ from lightning_lora.files.json_files import printable
 from lightning_lora.layers.adapted import has_added
 from lightning_lora.model.record import is_merged, records
 from lightning_lora.targets.resolve import Targets
-from lightning_lora.targets.survey import Survey
+from lightning_lora.targets.survey import Survey, survey_of
 
 LONGEST_SHOWN = 600  # characters of a value in a message
 IDENTITY = ("name", "r", "alpha", "rslora", "targets", "exclude", "rank_pattern", "alpha_pattern", "bias", "also_train")
@@ -70,6 +70,7 @@ def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
     Raises:
         ValueError: naming the first difference and the ways out.
     """
+    model = survey_of(model)
     check_method(model, config)
     present = [each for each in configs_of(model) if isinstance(each, LoRAConfig)]
     changes = (difference(each, config) for each in present)

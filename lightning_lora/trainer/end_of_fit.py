@@ -22,7 +22,7 @@ SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", t
 
 def finish(run: Run) -> None:
     """Export and merge what ``run_config`` asks for, after the strategy was torn down; every rank must call it."""
-    if is_spawned(run.trainer):
+    if is_spawned(run.trainer) and not run.method.is_plain(run.module):
         run.method.remove(run.module)
         rank_zero_info(
             "Processes started by spawn or fork do not give adapters back, so nothing is merged: the module in the "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, lora_parameters, remove_lora, unmerge_lora
+from lightning_lora import LoRACallback, TuneCallback, lora_parameters, remove_adapted, remove_lora, unmerge_lora
 from lightning_lora.layers.base import is_adapted
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 
@@ -157,3 +157,23 @@ def test_the_table_is_shown_once_where_the_hook_calls_setup_again(tmp_path, capl
     with caplog.at_level(logging.INFO):
         fit(Rebuilds(), epochs=2, path=files.last_model_path, **IN_FULL)
     assert sum(record.getMessage().startswith("LoRA adapts") for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("train", ["head", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_part_that_is_built_anew_keeps_what_was_trained(tmp_path, train):
+    def run(module, epochs=1, path=None, *callbacks):
+        trainer(TuneCallback(train), *callbacks, max_epochs=epochs).fit(
+            module, data(0, 16), data(1, 16), ckpt_path=path
+        )
+
+    module, oracle, files = Rebuilds(), Lit(), checkpoints(tmp_path)
+    run(module, 1, None, files)
+    run(oracle)
+    assert torch.equal(outputs(module), outputs(oracle))
+    resumed, whole = Rebuilds(), Lit()
+    run(resumed, 2, files.last_model_path)
+    run(whole, 2)
+    assert torch.equal(outputs(resumed), outputs(whole))
+    run(module)
+    remove_adapted(module)
+    assert torch.equal(outputs(module), outputs(Lit()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, TuneCallback
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.runs import load
 from tests.helpers.scripts import run_script
@@ -81,6 +81,17 @@ def test_forked_workers_do_not_merge_and_say_where_the_adapters_are(tmp_path, ca
     one = trainer(LoRACallback(r=4, also_train=["head"])).test(module, data(2), ckpt_path=path, verbose=False)
     other = trainer(LoRACallback(r=4, also_train=["head"])).test(Lit(), data(2), ckpt_path=path, verbose=False)
     assert one == other != trainer().test(Lit(), data(2), verbose=False)
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_back_what_they_trained_of_the_module_itself(tmp_path):
+    files, module = checkpoints(tmp_path), Lit()
+    trainer(TuneCallback("head"), files, strategy="ddp_spawn", devices=2, max_epochs=1).fit(module, data(), data(1))
+    state = load(tmp_path / "last.ckpt")["state_dict"]
+    assert state.keys() == {"net.head.weight", "net.head.bias"}
+    expected = {**Lit().state_dict(), **state}
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    assert not torch.equal(module.net.head.weight, net().head.weight)
 
 
 def test_spawned_workers_without_checkpoints_are_refused():
