@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
@@ -94,6 +96,15 @@ def test_strategies_that_split_weights_are_refused():
     runner._accelerator_connector.strategy = CPUFSDP()
     with pytest.raises(MisconfigurationException, match=r"SubspaceCallback changes weights where .* CPUFSDP puts"):
         runner.callbacks[0].setup(runner, module, "fit")
+
+
+def test_from_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    arguments = ["--trainer.callbacks+=SubspaceCallback", "--trainer.callbacks.dimension=5", "--trainer.logger=false"]
+    arguments += ["--trainer.callbacks.structure=true", '--trainer.callbacks.targets=["net"]']
+    cli = LightningCLI(Lit, args=arguments, run=False, save_config_callback=None)
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, SubspaceCallback)]
+    assert (callback.config.dimension, callback.config.structure, callback.config.targets) == (5, True, ["net"])
 
 
 def test_the_defaults_are_those_of_the_configuration():
