@@ -47,7 +47,7 @@ class MethodCase:
         without_fsdp1: words of the message that refuses FSDP1; empty where it works.
         other: another callback of the same method, whose files do not fit.
         kept: the names of frozen buffers that files hold too.
-        flags: its arguments on the command line of LightningCLI.
+        flags: gives its arguments on the command line of LightningCLI.
     """
 
     name: str
@@ -60,7 +60,7 @@ class MethodCase:
     without_fsdp1: str = ""
     other: Callable[[], MethodCallback] | None = None
     kept: frozenset[str] | set[str] = frozenset()
-    flags: tuple[str, ...] = ()
+    flags: Callable[[], tuple[str, ...]] = tuple
 
     def __str__(self) -> str:
         return self.name
@@ -76,7 +76,7 @@ def tune(train: str | list[str], trained: set[str], skipped: str = r"exclude=\['
         skipped=skipped,
         without_fsdp1="everything trains, so that nothing would be sharded" if train == "all" else "",
         other=lambda: TuneCallback(other),
-        flags=(f"train={train}" if isinstance(train, str) else f"train={json.dumps(train)}",),
+        flags=lambda: (f"train={train}" if isinstance(train, str) else f"train={json.dumps(train)}",),
     )
 
 
@@ -125,6 +125,7 @@ def fusion(placement: str) -> MethodCase:
         bare=False,
         kept={f"{site}.fusion.{key}" for site in SITES[placement] for key in kept},
         other=lambda: FusionCallback({"fr": trained_bottlenecks(placement)["fr"]}, also_train=["head"]),
+        flags=lambda: (f"adapters={json.dumps(trained_bottlenecks(placement))}", "also_train=[head]"),
     )
 
 
@@ -137,7 +138,7 @@ CASES = [
         merges=True,
         skipped="'net.layers.1.attn.q_proj.weight'",
         other=lambda: LoRACallback(r=3, also_train=["head"]),
-        flags=("r=2", "dropout=0.1", "also_train=[head]"),
+        flags=lambda: ("r=2", "dropout=0.1", "also_train=[head]"),
     ),
     MethodCase(
         "prefix",

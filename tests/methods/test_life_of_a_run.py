@@ -405,10 +405,10 @@ class PlainEncoder(LitEncoder):
 @every_method
 def test_the_command_line_knows_it_by_its_short_name(case):
     name = type(case.make()).__name__
-    flags = [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{flag}" for flag in case.flags)]
+    flags = [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{flag}" for flag in case.flags())]
     made = LightningCLI(PlainEncoder, run=False, save_config_callback=None, args=[*flags, "--trainer.logger=false"])
     (callback,) = (each for each in made.trainer.callbacks if type(each).__name__ == name)
-    assert not case.flags or callback.config == case.make().config
+    assert not case.flags() or callback.config == case.make().config
 
 
 @pytest.mark.parametrize("cls", sorted({type(case.make()) for case in CASES}, key=lambda cls: cls.__name__))
@@ -418,7 +418,7 @@ def test_help_comes_from_the_docstring(cls):
     text = " ".join(parser.format_help().split())
     assert " ".join(inspect.getdoc(cls).split("\n\n")[0].split()).rstrip(".") in text
     for argument in inspect.signature(cls).parameters:
-        described = re.search(rf"^    {argument}: (\w+)", inspect.getdoc(cls), re.MULTILINE)
+        described = re.search(rf"^    {argument}: (\S+)", inspect.getdoc(cls), re.MULTILINE)
         assert described is not None and f"--method.{argument}" in text, argument
 
 

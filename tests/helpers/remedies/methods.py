@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +20,7 @@ from lightning_lora import (
     remove_adapted,
 )
 from lightning_lora.cli.convert import export_checkpoint
+from lightning_lora.methods.known import METHODS
 from tests.helpers.models import Encoder, Lit, LitEncoder, data, trainer
 from tests.helpers.remedies.case import Expected, fit_to_file, remedy
 from tests.helpers.toy_method import ToyConfig, ToyMethod
@@ -67,7 +69,8 @@ def a_site_of_another_model(message: Expected, folder: Path) -> None:
     model, method = nn.Sequential(part, nn.Linear(2, 2)), First(ToyConfig())
     with message:
         method.complete(model)
-    remove_adapted(part)
+    with mock.patch.dict(METHODS, {ToyConfig: ToyMethod}):
+        remove_adapted(part)
     assert method.complete(model) == ["1"]
 
 
