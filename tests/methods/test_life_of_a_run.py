@@ -26,6 +26,7 @@ from tests.helpers.selection import slow_except
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Frozen output head"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # torch's own tracing of an autograd.Function
 ]
 every_method = pytest.mark.parametrize("case", CASES, ids=str)

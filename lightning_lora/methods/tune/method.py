@@ -12,6 +12,7 @@ from lightning_lora.methods.added import AddedMethod
 from lightning_lora.methods.base import Watched
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.methods.tune.sites import tuned
+from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe_trained
 from lightning_lora.targets.survey import Survey
 
@@ -52,6 +53,11 @@ class TuneMethod(AddedMethod):
     @override
     def describe(self, model: nn.Module, save: str = "adapter") -> str:
         return describe_trained(model)
+
+    @override
+    def warnings(self, model: nn.Module) -> list[str]:
+        heads = random_heads(model)
+        return [warning_of(heads)] if heads else []
 
     @override
     def is_plain(self, model: nn.Module) -> bool:

@@ -53,7 +53,7 @@ def _equal_layers(name: str, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _is_frozen(module: nn.Module, trained: set[int]) -> bool:
-    return not isinstance(module, LoRALayer) and not any(id(parameter) in trained for parameter in module.parameters())
+    return not isinstance(module, LoRALayer) and id(module._parameters.get("weight")) not in trained
 
 
 @torch.no_grad()

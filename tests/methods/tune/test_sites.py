@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import TuneConfig, adapt
+from lightning_lora.methods.tune.method import TuneMethod
 from lightning_lora.methods.tune.sites import is_norm
 from tests.helpers.models import Attention, Encoder
 
@@ -198,3 +199,15 @@ def test_what_is_not_there_is_refused_by_name(model, arguments, words):
 
 def test_integers_stay_as_they_are():
     assert trained(Quantized(), "all") == {"norm.weight", "norm.bias"}
+
+
+def test_a_head_that_stays_frozen_as_it_was_drawn_is_named():
+    method = TuneMethod(TuneConfig("bias"))
+    method.complete(model := Encoder())
+    (message,) = method.warnings(model)
+    assert message.startswith("Frozen output head `head`: the weights look as if they were just drawn")
+    assert "also_train=['head']" in message
+    for config in (TuneConfig("bias", also_train=["head"]), TuneConfig("head"), TuneConfig("all")):
+        method = TuneMethod(config)
+        method.complete(model := Encoder())
+        assert method.warnings(model) == []

@@ -140,5 +140,5 @@ def test_a_frozen_backbone_is_what_bias_tuning_is_for():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*(num_workers|validation_step|treespec)")
+        warnings.filterwarnings("ignore", message=".*(num_workers|validation_step|treespec|Frozen output head)")
         trainer(TuneCallback("bias"), max_epochs=1, limit_train_batches=2).fit(OnHead(), data())
