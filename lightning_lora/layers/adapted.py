@@ -24,6 +24,14 @@ class Adapted(nn.Module):
     method_key: ClassVar[str]
     original_class: ClassVar[type[nn.Module]]
 
+    def leave_update(self, keep: Callable[[Tensor], bool]) -> bool:
+        """Write what was trained into the parameters, for good, where they can hold it; returns whether they can.
+
+        Args:
+            keep: called before a tensor is written; false if it was written before, under another name.
+        """
+        return False
+
 
 class DynamicClass(Adapted):
     """Mixin for classes made at run time, which cannot be imported by name: pickle stores how to make them.

@@ -7,8 +7,9 @@ its copy is adapted too, though no configuration means it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
@@ -17,7 +18,7 @@ from lightning_lora.layers.adapted import Adapted, added_to, has_added, swap_out
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.initial_values import is_trained, put_back_own, remember
-from lightning_lora.model.journal import Journal, all_or_nothing
+from lightning_lora.model.journal import Journal, Overwritten, all_or_nothing
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import is_merged_layer, is_plain_copy, is_tuned, prune, record_of, release
 from lightning_lora.ops.workspace import Workspace
@@ -124,7 +125,7 @@ def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
 def _leave_update(layer: nn.Module, journal: Journal) -> None:
     """Take the adapters off; an update that was trained before the copy was made is in its weights then, for good."""
     if isinstance(layer, Adapted) and not isinstance(layer, LoRALayer):
-        if is_trained(added_to(layer)):
+        if not layer.leave_update(partial(_keep_once, journal)) and is_trained(added_to(layer)):
             raise ValueError(
                 f"A copy of a {type(layer).original_class.__name__} with a trained {layer.method_key} came into the "
                 f"model, and no weight can hold what a {layer.method_key} does, so it cannot be made a plain copy. "
@@ -137,6 +138,15 @@ def _leave_update(layer: nn.Module, journal: Journal) -> None:
         pop_adapters(layer)
     elif not is_quantized_class(type(layer)):  # which cannot hold the sum
         merge_layer(layer, journal, Workspace())
+
+
+def _keep_once(journal: Journal, tensor: Tensor) -> bool:
+    """Record ``tensor`` before it is overwritten; false if it, or one in the same memory, was recorded before."""
+    kept = {step.tensor.data_ptr() for step in journal.steps if isinstance(step, Overwritten)}
+    if local_shard(tensor).data_ptr() in kept:
+        return False
+    journal.keep(tensor)
+    return True
 
 
 def _take_update_out(layer: nn.Module, journal: Journal) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import is_sharded
 from lightning_lora.layers.adapted import Adapted, FullPrecision
+from lightning_lora.layers.base import parameter_of
 from lightning_lora.methods.subspace.projections import project
 
 
@@ -104,6 +105,16 @@ class SubspaceLayer(Adapted):
         if child is None or name not in child.seeds or not child.holder.enabled or not _has_values(value):
             return value
         return child(value, name)
+
+    @torch.no_grad()
+    def leave_update(self, keep: Callable[[Tensor], bool]) -> bool:
+        """Write the sums into the parameters, unless z is zero."""
+        z = self.subspace.holder.z
+        for key in self.subspace.seeds if z is not None and bool(z.any()) else ():
+            weight = parameter_of(self, key)
+            if keep(weight):
+                weight.copy_(self.subspace.total(weight, key))
+        return True
 
 
 class SubspaceRecurrent(SubspaceLayer):

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_lora.layers.adapter import seed_of
 from lightning_lora.methods.subspace.projections import PROJECTIONS
@@ -87,3 +88,19 @@ def test_copies(clone, merged):
         z_of(same).zero_()
     assert not torch.equal(outputs(same, x)[0], before[0])
     assert all(map(torch.equal, outputs(model, x), before))
+
+
+@pytest.mark.parametrize("part", ["", "embedding", "head", "fc"])
+def test_a_copy_that_is_made_plain_keeps_what_was_trained(part):
+    """Also of a part that does not hold z, and of two that share a parameter."""
+    by, model = method(structure=True), moved(every_kind(), method(structure=True))
+    original = model.get_submodule(part)
+    host = nn.ModuleDict({"model": model})
+    known = list(host.modules())
+    host["late"] = copy.deepcopy(original)
+    by.make_plain(host, known)
+    assert not any("subspace" in name for name, _ in host["late"].named_modules())
+    for name, late in host["late"].named_modules():
+        for key, parameter in late._parameters.items():
+            if parameter is not None:
+                assert torch.equal(parameter, getattr(original.get_submodule(name), key)), (name, key)
