@@ -76,7 +76,7 @@ def plan(model: nn.Module, config: Any) -> Plan | MethodPlan:
     Example:
         >>> from lightning_lora import TuneConfig
         >>> print(plan(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), TuneConfig("bias")))
-        Of the model's own parameters would train: 0.bias (4), 1.bias (4), 2.bias (2)
+        Of the model's own parameters would train: *.bias (10)
         10 trainable parameters, 26.32% of the base's 38; 40 B in fp32
     """
     asked: MethodConfig = getattr(config, "config", config)

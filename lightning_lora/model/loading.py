@@ -38,7 +38,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: if a key is missing, unknown or has another shape, or the model is merged or has no adapters.
 
     Example:
-        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> from lightning_lora import LoRAConfig, apply_lora, lora_state_dict
         >>> trained, fresh = nn.Linear(4, 2), nn.Linear(4, 2)
         >>> for model in (trained, fresh):
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
