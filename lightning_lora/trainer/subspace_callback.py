@@ -24,8 +24,9 @@ class SubspaceCallback(MethodCallback):
     the original weights wait in CPU memory, so that a second fit, or a test with ckpt_path, restores them bit for bit.
 
     Code that reads module.weight gets the sum. Code that keeps a list of parameters, or reads module._parameters, gets
-    theta_0, and the check of liveness names modules that no code read. FSDP1, ZeRO 3 and tensor parallelism split
-    weights and are refused.
+    theta_0, and the check of liveness names modules that no code read. FSDP1, DeepSpeed and tensor parallelism split
+    weights and are refused. Under DDP reentrant activation checkpointing needs DDPStrategy(static_graph=True), since
+    every segment adds to the gradient of z.
 
     Args:
         dimension: Numbers in z.
