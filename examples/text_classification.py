@@ -5,7 +5,8 @@ encoder; LoRA is the same module with a LoRACallback, which trains adapters and 
 
 `python examples/text_classification.py` takes about five minutes on two CPU cores and prints a table of accuracy,
 trained parameters, step time and checkpoint size. `--method prefix` (or lora, bias, norm, head, full, houlsby,
-pfeiffer, parallel, block, prompt, deep_prompt, subspace) trains the same module by that method alone: another callback.
+pfeiffer, parallel, block, fusion, prompt, deep_prompt, subspace) trains the same module by that method alone: another
+callback. Fusion first trains the two bottlenecks that it takes, so it takes three times as long.
 `--full` takes three epochs and three seeds. `--model ID` is for those with a model hub at hand: any encoder that
 AutoModel knows.
 
@@ -43,6 +44,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lightning_lora import (
     AdapterCallback,
+    FusionCallback,
     LoRACallback,
     PrefixCallback,
     PromptCallback,
@@ -71,6 +73,7 @@ HEAD = ["head"]  # it is new, so every method trains it too, at its own rate
 
 # A callback for each method. `lr_scale` multiplies the encoder's rate, which is that of full fine-tuning: what starts
 # small, or is few, wants a larger one. `merge="best"` merges what was the best on the validation set.
+FUSION = "fusion"
 METHODS: dict[str, Callable[[], Callback]] = {
     "lora": lambda: LoRACallback(r=8, targets="attn", also_train=HEAD, lr_scale=20.0, merge="best"),
     "bias": lambda: TuneCallback("bias", also_train=HEAD, exclude=UNUSED, lr_scale=20.0),
@@ -267,6 +270,7 @@ class Result:
 
 def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Path) -> tuple[Result, ReviewClassifier]:
     """Train in one of the three ways or by a method, and test what was the best on the validation set."""
+    bottlenecks = trained_bottlenecks(source, data, steps, folder) if way == FUSION else {}
     seed_everything(seed, verbose=False)  # the same head, the same batches in the same order for every way
     model = ReviewClassifier(source)
     watch = Watch()
@@ -276,6 +280,8 @@ def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Pat
         model.encoder.requires_grad_(False)
     if way in (LORA, *METHODS):
         callbacks.append(METHODS["lora" if way == LORA else way]())
+    if way == FUSION:
+        callbacks.append(FusionCallback(bottlenecks, also_train=HEAD, lr_scale=20.0))
     trainer = trainer_for(steps, *callbacks)
     trainer.fit(model, data)
     [tested] = trainer.test(model, data, ckpt_path="best", verbose=False)
@@ -289,6 +295,13 @@ def run(way: str, source: str, data: Reviews, steps: int, seed: int, folder: Pat
     if way in (LORA, "lora", "subspace"):  # what changes weights alone is merged into them
         result.merged = accuracy_as_plain_module(model, source, data)
     return result, model
+
+
+def trained_bottlenecks(source: str, data: Reviews, steps: int, folder: Path) -> dict[str, str]:
+    """The checkpoints of two runs that differ in their seeds, by name."""
+    for seed in (101, 102):
+        run("pfeiffer", source, data, steps, seed, folder / f"seed_{seed}")
+    return {path.parent.name: str(path) for path in sorted(folder.glob("*/*.ckpt"))}
 
 
 def accuracy_as_plain_module(model: ReviewClassifier, source: str, data: Reviews) -> float:
@@ -396,7 +409,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="three epochs, three seeds")
     parser.add_argument("--steps", type=int, help="training steps of each way (default: 200, or three epochs)")
-    parser.add_argument("--method", choices=METHODS, help="train by this method alone (default: compare three ways)")
+    parser.add_argument(
+        "--method", choices=[*METHODS, FUSION], help="train by this method alone (default: compare three ways)"
+    )
     parser.add_argument("--model", help="hub id or folder of another encoder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("text_classification.png"), help="picture")
     arguments = parser.parse_args()

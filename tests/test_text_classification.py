@@ -144,7 +144,7 @@ METHODS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "fusion"])
 def test_any_method_by_one_flag(example, encoder, tmp_path, monkeypatch, capsys, method):
     assert list(example.METHODS) == METHODS
     monkeypatch.setattr(example, "rotten_tomatoes", movies)
