@@ -65,15 +65,17 @@ class SubspaceMethod(AddedMethod):
         """The first module of the model gets z, unless one has it already."""
         keys, has_z = projected(survey, self.config), bool(holders(survey.model))
         return {
-            name: self._child(module, keys[name], not has_z and index == 0)
+            name: self._child(name, module, keys[name], not has_z and index == 0)
             for index, (name, module) in enumerate(fresh.items())
         }
 
-    def _child(self, module: nn.Module, keys: Keys, holds_z: bool) -> Subspace:
+    def _child(self, name: str, module: nn.Module, keys: Keys, holds_z: bool) -> Subspace:
         config = self.config
-        seeds = {key: seed_of(config.seed, name, self.key) for key, name in keys.items()}
+        # A parameter that is tied to one of an earlier module has the factor of that module.
+        has_scale = config.structure and any(row_name == join(name, key) for key, row_name in keys.items())
+        seeds = {key: seed_of(config.seed, row_name, self.key) for key, row_name in keys.items()}
         device = parameter_of(module, next(iter(keys))).device
-        return Subspace(config.projection, seeds, config.dimension if holds_z else None, config.structure, device)
+        return Subspace(config.projection, seeds, config.dimension if holds_z else None, has_scale, device)
 
     @override
     def connect(self, survey: Survey) -> None:

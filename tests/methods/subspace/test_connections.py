@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 
 from tests.helpers.models import net
 from tests.helpers.subspaces import X, every_kind, method, moved, written_out, z_of
@@ -52,3 +53,13 @@ def test_a_first_module_that_is_replaced_takes_z_along():
     for name in ("layers.0.q.weight", "head.weight"):
         module, _, key = name.rpartition(".")
         torch.testing.assert_close(getattr(model.get_submodule(module), key), values[name])
+
+
+def test_a_module_that_is_tied_in_full_has_no_factor_of_its_own():
+    torch.manual_seed(0)
+    model, by = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)), method(structure=True)
+    model[1].weight = model[0].weight
+    moved(model, by)
+    model(torch.tensor([1, 2])).square().sum().backward()
+    assert [name for name, _ in by.trained_parameters(model)] == ["0.subspace.z", "0.subspace.scale"]
+    assert all(parameter.grad.any() for _, parameter in by.trained_parameters(model))
