@@ -15,7 +15,8 @@ class AdapterCallback(MethodCallback):
 
     The module's code stays as it is. Where attention and MLPs end, small MLPs get added and the rest is frozen; the
     user's optimizers are restricted to them; checkpoints hold them alone. "up" starts at zero, so the module starts as
-    the base bit for bit; nn.TransformerEncoder in evaluation only to rounding, as its fast path has to be disabled.
+    the base bit for bit. nn.TransformerEncoder in evaluation does so only to rounding, and not at padded positions: its
+    fast path, which writes zeros there, has to be disabled.
 
     A bottleneck cannot be merged: after fit the module keeps it, and every forward pass takes longer.
     remove_adapted(module) takes it off.

@@ -90,7 +90,7 @@ def _check_other_adapters(trainer: Any, callback: Any, config: MethodConfig) -> 
             continue
         if type(other.config) is not type(config) or not isinstance(config, LoRAConfig):
             raise MisconfigurationException(
-                f"The Trainer has a {type(callback).__name__} and a {type(other).__name__}, and a model takes one "
+                f"The Trainer has {type(callback).__name__} and {type(other).__name__}, and a model takes one "
                 "method. Keep one; what else is to train in full goes into its `also_train`."
             )
         if other.config.name == config.name:

@@ -437,7 +437,7 @@ def test_inspect_shows_what_the_file_holds(case, tmp_path):
 @every_method
 def test_two_callbacks_are_refused(case):
     other = next(each for each in CASES if type(each.make()) is not type(case.make()))
-    with pytest.raises(Exception, match=f"has a {type(case.make()).__name__} and a {type(other.make()).__name__}"):
+    with pytest.raises(Exception, match=f"has {type(case.make()).__name__} and {type(other.make()).__name__}"):
         trainer(case.make(), other.make()).fit(module(), data())
 
 

@@ -13,7 +13,7 @@ from lightning_lora.methods.added_config import AddedConfig
 ATTENTION = "attn"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PrefixConfig(AddedConfig):
     """The arguments of prefix tuning: ``length`` trained keys and values before those of each attention.
 

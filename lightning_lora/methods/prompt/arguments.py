@@ -94,7 +94,8 @@ def _needs_length(word: str, value: Any, tokens: int) -> bool:
 def _unknown(name: str, sizes: Sizes) -> RuntimeError:
     return RuntimeError(
         f"`{sizes.site}` gets `{name}`, which depends on the {sizes.tokens} tokens, and what the prompt "
-        f"would get is not known. If the model has other blocks, leave these out: exclude=[{sizes.stack!r}]."
+        f"would get is not known. If the model has other blocks, leave these out: exclude=[{sizes.stack!r}]. In a "
+        "block of your own, name a mask of attention `attn_mask`, and one of padding `padding_mask`."
     )
 
 

@@ -10,7 +10,7 @@ from lightning_lora.arguments import check_flag, check_length
 from lightning_lora.methods.added_config import AddedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PromptConfig(AddedConfig):
     """The arguments of prompt tuning: ``length`` trained vectors before the tokens.
 

@@ -14,7 +14,7 @@ from lightning_lora.methods.subspace.projections import PROJECTIONS
 ALL = "all"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SubspaceConfig(AddedConfig):
     """The arguments of intrinsic dimension (Li et al. 2018, arXiv 1804.08838): ``theta = theta_0 + P z``.
 

@@ -148,7 +148,7 @@ def a_file_without_A_and_B(message: Expected, folder: Path) -> None:
     load_from_checkpoint(Lit, path)
 
 
-@remedy("trainer/compatibility.py", "The Trainer has a {} and a {}", "LoRACallback and a TuneCallback", "`also_train`")
+@remedy("trainer/compatibility.py", "The Trainer has {} and {}", "LoRACallback and TuneCallback", "`also_train`")
 def one_callback_of_two(message: Expected, folder: Path) -> None:
     with message:
         trainer(LoRACallback(targets=["q"]), TuneCallback("head")).fit(Lit(), data())

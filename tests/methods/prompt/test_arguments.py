@@ -80,7 +80,8 @@ def test_what_is_not_known_is_an_error(name, value):
         extended(name, value, SIZES)
     assert str(caught.value) == (
         f"`layers.0` gets `{name}`, which depends on the 3 tokens, and what the prompt would get is not known. If the "
-        "model has other blocks, leave these out: exclude=['layers']."
+        "model has other blocks, leave these out: exclude=['layers']. In a block of your own, name a mask of attention "
+        "`attn_mask`, and one of padding `padding_mask`."
     )
 
 
