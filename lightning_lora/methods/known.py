@@ -21,15 +21,6 @@ from lightning_lora.methods.subspace.method import SubspaceMethod
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.methods.tune.method import TuneMethod
 
-CONFIGS: dict[str, type[Any]] = {
-    "lora": LoRAConfig,
-    "bottleneck": BottleneckConfig,
-    "fusion": FusionConfig,
-    "prefix": PrefixConfig,
-    "prompt": PromptConfig,
-    "subspace": SubspaceConfig,
-    "tune": TuneConfig,
-}
 METHODS: dict[type[Any], type[Any]] = {
     LoRAConfig: LoRAMethod,
     BottleneckConfig: BottleneckMethod,
@@ -39,6 +30,7 @@ METHODS: dict[type[Any], type[Any]] = {
     SubspaceConfig: SubspaceMethod,
     TuneConfig: TuneMethod,
 }
+CONFIGS: dict[str, type[Any]] = {method.key: config for config, method in METHODS.items()}
 
 
 def method_of(config: MethodConfig) -> Method:
