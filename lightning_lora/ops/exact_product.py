@@ -1,9 +1,9 @@
 """Matrix products that have the same bits on every machine, though any matrix library may compute them.
 
-The bits of a matrix product depend on the order of its sums: on the library, the device and the number of threads. But
-where fp64 holds every partial sum exactly, no order changes a bit, and neither does a fused multiply-add. So each
-factor is split into slices of a few bits, on a grid for each row of ``left`` and for each column of ``right``. Products
-of slices lie on a common grid, and their sums need no more than the 53 bits of fp64.
+The last bits of a matrix product depend on the order in which it is summed, so on the library, the device and the
+number of threads. But where fp64 holds every partial sum exactly, no order changes a bit, and neither does a fused
+multiply-add. So each factor is split into slices of a few bits, on a grid for each row of ``left`` and for each column
+of ``right``. Products of slices lie on a common grid, and their sums need no more than the 53 bits of fp64.
 
 Source: Ozaki et al. 2012, "Error-free transformations of matrix multiplication by using fast routines of matrix
 multiplication and its applications" (doi 10.1007/s11075-011-9478-1).
