@@ -26,3 +26,14 @@ def environment() -> Iterator[None]:
             os.environ[name] = before[name]
         else:
             del os.environ[name]
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors alone: tiny random models make it warn of much."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)

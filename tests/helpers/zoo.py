@@ -27,6 +27,10 @@ from torch import Tensor, nn
 PRESETS = ("attn", "qv", "mlp", "all")
 Counts = dict[str, int]
 
+# Arguments that make the vision transformers of timm small.
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL_SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+
 
 # What a case is
 

@@ -5,14 +5,16 @@ from collections import Counter
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
 from tests.helpers import oracles, zoo
 from tests.helpers.selection import slow_except
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 # Where what is chosen is not what an expert would choose; each says so in an error or in the table at the start.
 KNOWN = {
     ("squeezebert", "all"): "its one linear layer is taken for the output",
@@ -21,14 +23,6 @@ KNOWN = {
 # Fused and separate projections, encoder and decoder, experts, images, no attention.
 FAST = ["gpt2", "falcon", "llama", "mixtral", "mamba", "squeezebert", "t5", "vit", "swin"]
 every_case = pytest.mark.parametrize("name", slow_except(FAST, zoo.CASES))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def sites(model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lightning_lora.methods.bottleneck.config import PLACEMENTS, BottleneckConfig
@@ -12,7 +11,10 @@ from lightning_lora.methods.bottleneck.method import BottleneckMethod
 from tests.helpers import zoo
 from tests.helpers.selection import slow_except
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 
 NO_ATTENTION = "found no attention in"
 NO_MLP = "found no MLP in"
@@ -62,14 +64,6 @@ TIMM = {
     "mobilevit_xxs": (64, {}, (18, 9, 9, 9)),
     "resnet18": (32, {}, (NO_ATTENTION, NO_MLP, NO_MLP, NO_BLOCK)),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def method(placement):

@@ -41,28 +41,21 @@ REFUSED = {
     "deformable_detr": "could not be run alone, so the sizes of its heads are not known",
     "mamba": "A prefix needs attention blocks, and none was found in MambaForCausalLM",
 }
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
 # By name of timm: arguments, and the words of the refusal.
 TIMM = {
-    "vit_tiny_patch16_224": (SMALL, ""),
-    "deit3_small_patch16_224": (SMALL, ""),
-    "eva02_tiny_patch14_224": (SMALL, ""),
-    "beit_base_patch16_224": (SMALL, ""),
-    "swin_tiny_patch4_window7_224": (WINDOWS, "cannot act: set its attribute `fused_attn` to True"),
-    "cait_xxs24_224": (SMALL, "computes attention without `F.scaled_dot_product_attention`"),
+    "vit_tiny_patch16_224": (zoo.SMALL_VIT, ""),
+    "deit3_small_patch16_224": (zoo.SMALL_VIT, ""),
+    "eva02_tiny_patch14_224": (zoo.SMALL_VIT, ""),
+    "beit_base_patch16_224": (zoo.SMALL_VIT, ""),
+    "swin_tiny_patch4_window7_224": (zoo.SMALL_SWIN, "cannot act: set its attribute `fused_attn` to True"),
+    "cait_xxs24_224": (zoo.SMALL_VIT, "computes attention without `F.scaled_dot_product_attention`"),
     "resnet18": ({}, "A prefix needs attention blocks, and none was found in ResNet"),
 }
 FAST = ["gpt2", "llama", "bert_cross", "gptj", "mamba"]
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 
 
 def adapted(name: str) -> tuple[nn.Module, dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lightning_lora.methods.prompt.config import PromptConfig
@@ -31,28 +30,21 @@ REFUSED = {
     "timesformer": "fails with a prompt before its tokens, though it may run without one (shape",
     "patchtst": "must get a sequence of shape (batch, length, features) for a prompt",
 }
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
 # By name of timm: arguments, and the words of the refusal.
 TIMM = {
-    "vit_tiny_patch16_224": (SMALL, ""),
-    "deit3_small_patch16_224": (SMALL, ""),
-    "deit_tiny_distilled_patch16_224": (SMALL, ""),
-    "eva02_tiny_patch14_224": (SMALL, "gets `rope`, which depends on the 17 tokens"),
-    "beit_base_patch16_224": (SMALL, "gets positions that are computed in a block, by"),
-    "swin_tiny_patch4_window7_224": (WINDOWS, "gets positions that are computed in a block, by"),
+    "vit_tiny_patch16_224": (zoo.SMALL_VIT, ""),
+    "deit3_small_patch16_224": (zoo.SMALL_VIT, ""),
+    "deit_tiny_distilled_patch16_224": (zoo.SMALL_VIT, ""),
+    "eva02_tiny_patch14_224": (zoo.SMALL_VIT, "gets `rope`, which depends on the 17 tokens"),
+    "beit_base_patch16_224": (zoo.SMALL_VIT, "gets positions that are computed in a block, by"),
+    "swin_tiny_patch4_window7_224": (zoo.SMALL_SWIN, "gets positions that are computed in a block, by"),
     "resnet18": ({}, "A prompt needs transformer blocks, and none was found in ResNet"),
 }
 FAST = ["gpt2", "llama", "bert_cross", "t5", "mamba", "falcon_rw"]
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 
 
 def adapted(name: str, deep: bool = False) -> tuple[nn.Module, dict]:

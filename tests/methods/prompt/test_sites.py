@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import transformers
 from torch import nn
 
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.methods.prompt.method import PromptMethod
 from tests.helpers import zoo
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 
 
 def complete(model: nn.Module, **arguments: object) -> list[str]:

@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.subspace.method import SubspaceMethod
 from tests.helpers import zoo
 from tests.helpers.selection import slow_except
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 
 TRANSFORMERS = [
     *("gpt2", "opt", "gpt_neox", "falcon", "bloom", "llama", "mixtral", "qwen3_moe", "llama4", "jetmoe", "mamba"),
@@ -32,14 +34,6 @@ TIMM = {
     "resnet18": (32, {}),
 }
 METHOD = SubspaceMethod(SubspaceConfig(dimension=10))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def check(model, output):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lightning_lora import TuneConfig, adapt, remove_adapted
@@ -12,7 +11,10 @@ from tests.helpers import zoo
 from tests.helpers.interrupts import state_of
 from tests.helpers.selection import slow_except
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the architectures themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # those of the architectures themselves
+    pytest.mark.usefixtures("quiet_transformers"),
+]
 PARTS = ("bias", "norm", "head")
 NO_BIAS = "found no bias in"
 # For each part the number of parameters that train, or the head, or words of the reason.
@@ -52,14 +54,6 @@ TIMM = {
     "resnet18": (21, 40, "fc"),
     "efficientnet_b0": (82, 98, "classifier"),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def check(model, output, part, expected):
