@@ -42,6 +42,7 @@ from lightning_lora.methods.prefix.config import PrefixConfig
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.tune.config import TuneConfig
+from lightning_lora.model.acting import use_adapters
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, unmerge_lora
@@ -93,6 +94,7 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "unmerge_lora",
+    "use_adapters",
 ]
 
 _NEEDS_LIGHTNING = {

@@ -30,6 +30,7 @@ INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 MERGES = (True, False, "last", "best")
 SAVES = ("adapter", "merged")
+OWN_ARGUMENTS = ("r", "alpha", "targets", "dropout", "rslora", "rank_pattern", "alpha_pattern", "lr_scale")
 SIDES = ("auto", "activations", "weights")
 
 
@@ -93,6 +94,9 @@ class LoRAConfig:
         alpha_pattern: alphas that differ from ``alpha``, by pattern, in the same way.
         seed: seed of A; ``None`` takes the one that ``seed_everything`` set, else 0.
         name: name of the adapter; its parameters are ``<layer>.lora.<name>.A`` and ``.B``.
+        adapters: several adapters by name in place of the one called ``name``, each with the arguments in which it
+            differs from these: ``r``, ``alpha``, ``targets``, ``dropout``, ``rslora``, ``rank_pattern``,
+            ``alpha_pattern``, and for a run ``lr_scale``.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -116,6 +120,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | None = None
     seed: int | None = None
     name: str = "default"
+    adapters: Mapping[str, Mapping[str, Any]] | None = None
 
     def __new__(cls, *_: Any, **arguments: Any) -> LoRAConfig:
         """Say where the arguments of a run belong, which ``apply_lora`` could not follow, and what peft's are here."""
@@ -154,6 +159,24 @@ class LoRAConfig:
             raise TypeError(f"`seed` must be an integer or None, but got {self.seed!r}.")
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {self.name!r}.")
+        if self.adapters is not None:
+            _check_adapters(self.adapters, self.name)
+            self.each()  # their arguments are checked too
+
+    def each(self) -> list[LoRAConfig]:
+        """The configuration of each adapter: this one, or that of each of ``adapters``.
+
+        Example:
+            >>> [(config.name, config.r) for config in LoRAConfig(r=8, adapters={"fr": {}, "de": {"r": 4}}).each()]
+            [('fr', 8), ('de', 4)]
+        """
+        if self.adapters is None:
+            return [self]
+        alone = {**self.to_dict(), "adapters": None}
+        return [
+            LoRAConfig(**{**alone, **{key: value for key, value in own.items() if key != "lr_scale"}, "name": name})
+            for name, own in self.adapters.items()
+        ]
 
     @classmethod
     def from_file(cls, values: Mapping[str, Any]) -> LoRAConfig:
@@ -192,6 +215,27 @@ def check_compute(compute: str, config: LoRAConfig) -> None:
             "`compute='weights'` sums W0 and B A, so A has no input of its own to drop, but got "
             f"dropout={config.dropout}. Set dropout=0, or leave `compute` out."
         )
+
+
+def _check_adapters(adapters: Any, name: str) -> None:
+    if not isinstance(adapters, Mapping) or not all(isinstance(own, Mapping) for own in adapters.values()):
+        raise TypeError(
+            "`adapters` must be a dict from names to dicts of arguments, such as {'fr': {}, 'de': {'r': 4}}, but got "
+            f"{adapters!r}."
+        )
+    if not adapters:
+        raise ValueError("`adapters` must name at least one adapter, but got {}.")
+    if name != "default":
+        raise ValueError(f"`name={name!r}` and `adapters` both name adapters. Leave `name` out.")
+    for key, own in adapters.items():
+        unknown = [argument for argument in own if argument not in OWN_ARGUMENTS]
+        if unknown:
+            raise ValueError(
+                f"`adapters[{key!r}]` must hold only {', '.join(OWN_ARGUMENTS)}, but got {unknown[0]!r}: that is the "
+                "same for all adapters."
+            )
+        if "lr_scale" in own:
+            check_positive(f"adapters[{key!r}]['lr_scale']", own["lr_scale"])
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ This is the only file of the package that names ``torch._C``: a release of torch
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
@@ -118,3 +120,26 @@ def checkpoint_of_saved_tensors() -> object:
         return None
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+
+
+def running_checkpoints() -> tuple[list[Any], Any]:
+    """The activation checkpoints whose first forward runs now, and the one around them that runs it again.
+
+    Each is an object of torch's that is the same in both forwards, and to which attributes can be given.
+
+    Returns:
+        The former, innermost first, and the latter, or ``None``.
+    """
+    begun: list[Any] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == torch.utils.checkpoint.__file__:
+            if code.co_name == "checkpoint" and "gen" in frame.f_locals:
+                begun.append(frame.f_locals["gen"].gi_frame.f_locals["new_frame"])
+            elif code.co_name == "forward":
+                begun.append(frame.f_locals["ctx"])
+            elif code.co_name in ("unpack_hook", "backward"):
+                return begun, frame.f_locals["frame" if code.co_name == "unpack_hook" else "ctx"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return begun, None

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.foreign import SEED_VARIABLE
 from lightning_lora.layers.adapted import keep_dtype
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops.linear import Coefficient, weighed
 from lightning_lora.torch_internals import has_module_hooks
 
 
@@ -130,29 +130,29 @@ class Adapter(nn.Module):
         A, B = parameters.get("A"), parameters.get("B")
         return (self.A, self.B) if A is None or B is None else (A, B)
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices, or stacks of them, whose product is delta with the rows of ``weight``; differentiable."""
+    def factors(self, weight: Tensor, coefficient: Coefficient = None) -> tuple[Tensor, Tensor]:
+        """Two matrices, or stacks of them, whose product is c * delta with the rows of ``weight``; differentiable."""
         A: Tensor = self.A
         if self.padding_idx is not None:  # the padding index gets no gradient, as in the plain layer
             A = A * (torch.arange(A.shape[1], device=A.device) != self.padding_idx)
-        return self.part.factors(A, self.scale * self.B, weight)
+        return self.part.factors(A, weighed(self.scale * self.B, coefficient), weight)
 
-    def add_to_weight(self, weight: Tensor) -> Tensor:
-        """``weight + scale * B A``, of the shape and dtype of ``weight``; differentiable by A and B.
+    def add_to_weight(self, weight: Tensor, coefficient: Coefficient = None) -> Tensor:
+        """``weight + c * scale * B A``, of the shape and dtype of ``weight``; differentiable by A and B.
 
         The sum requires a gradient in inference too: otherwise torch may compute another product with it (see
         :func:`lightning_lora.ops.linear.base_linear`).
         """
         if torch.compiler.is_compiling():
-            return self._sum(weight)
+            return self._sum(weight, coefficient)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            total = self._sum(weight)
+            total = self._sum(weight, coefficient)
             return total if grad else total.requires_grad_()
 
-    def _sum(self, weight: Tensor) -> Tensor:
+    def _sum(self, weight: Tensor, coefficient: Coefficient) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        left, right = (matrix.to(dtype) for matrix in self.factors(weight))
+        left, right = (matrix.to(dtype) for matrix in self.factors(weight, coefficient))
         return (weight + (left @ right).view(weight.shape)).to(weight.dtype)
 
     def extra_repr(self) -> str:
@@ -187,35 +187,3 @@ class Pairs(nn.Module):
     def items(self) -> Iterator[tuple[str, Adapter]]:
         """The names of the matrices and their pairs."""
         return ((name, self[name]) for name in self)
-
-
-class Adapters(nn.ModuleDict):
-    """The adapters of one layer by name; if ``enabled`` is false the layer returns the base output."""
-
-    enabled: bool = True
-    sums: Mapping[str, Any] = MappingProxyType({})  # a SummedWeight by the name of its parameter
-
-    def all_pairs(self) -> list[Adapter]:
-        """The pairs of every adapter."""
-        pairs: list[Adapter] = []
-        for module in self._modules.values():
-            pairs += module._modules.values() if isinstance(module, Pairs) else (module,)  # type: ignore[arg-type]
-        return pairs
-
-    def active_pairs(self) -> list[Adapter]:
-        """The pairs that act now: all, or none while disabled."""
-        if not self.enabled:
-            return []
-        modules: Any = self._modules
-        if len(modules) == 1:  # as in most forwards
-            (pair,) = modules.values()
-            if type(pair) is not Pairs:
-                return [pair]
-        return self.all_pairs()
-
-    def by_weight(self) -> dict[str, list[Adapter]]:
-        """All pairs, by the name of the parameter that they adapt."""
-        pairs: dict[str, list[Adapter]] = {}
-        for adapter in self.all_pairs():
-            pairs.setdefault(adapter.part.key, []).append(adapter)
-        return pairs

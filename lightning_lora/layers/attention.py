@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_lora.layers.attention_formula import attention, base_projections
+from lightning_lora.layers.attention_formula import attention, base_projections, output_projection
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.merged_forward import (
@@ -54,7 +54,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             return super().forward(query, key, value, *arguments)
         if can_use_merged_weights(self, query) or query.is_nested:
             return call_on_merged_weights(self, super().forward, query, key, value, *arguments)
-        return attention(self, (query, key, value), *arguments, project=partial(_project, self))
+        inputs = (query, key, value)
+        return attention(self, inputs, *arguments, project=partial(_project, self), project_out=_project_out)
 
 
 def _project(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,16 @@ def _summed_weights(layer: LoRAMultiheadAttention, query: Tensor) -> dict[str, T
 
 def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
     """The base output ``y`` plus the low-rank term for ``x`` of each pair of the projection ``name``."""
-    for adapter in layer.lora.active_pairs():
+    for adapter, coefficient in layer.lora.terms(x, dim=1):
         if adapter.part.name == name:
-            y = adapter(y, x)
+            y = adapter(y, x, coefficient)
     return y
+
+
+def _project_out(layer: nn.MultiheadAttention, heads: Tensor) -> Tensor:
+    """``out_proj`` of the heads' outputs, ``(length, batch, embed_dim)``: to choose by sample, the batch is first."""
+    projection: nn.Module = layer.out_proj
+    if isinstance(projection, LoRALayer) and projection.lora.acting is not None:
+        output: Tensor = projection(heads.transpose(0, 1)).transpose(0, 1)
+        return output
+    return output_projection(layer, heads)

@@ -18,6 +18,7 @@ from lightning_lora.ops.linear import base_linear
 PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 Project = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ProjectOut = Callable[[nn.MultiheadAttention, Tensor], Tensor]
 
 
 def attention(
@@ -31,6 +32,7 @@ def attention(
     *,
     project: Project,
     extend: Extend | None = None,
+    project_out: ProjectOut | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output of ``layer``, of the shape of the query, and the attention weights if they are needed.
 
@@ -45,6 +47,7 @@ def attention(
         project: gives query, key and value, each ``(length, batch, embed_dim)``, from the inputs.
         extend: puts keys and values, each ``(batch, heads, length, head_dim)``, before those that it is given. Every
             query sees them. The weights are returned without theirs.
+        project_out: gives the output, ``(length, batch, embed_dim)``, from the heads' outputs; ``None``: ``out_proj``.
     """
     if is_causal and attn_mask is None:
         raise RuntimeError("`attn_mask` must be given with `is_causal=True`, which is a hint about it, but got None.")
@@ -65,7 +68,7 @@ def attention(
         # No mode that acts on the function of `F`, for an attention block around this one, must act on this call.
         kernel = F.scaled_dot_product_attention if extend is None else torch.ops.aten.scaled_dot_product_attention
         heads, weights = _attend(layer, q, k, v, mask, causal, kernel), None
-    output = layer.out_proj(heads.reshape(-1, layer.embed_dim)).view(query.shape)
+    output = (project_out or output_projection)(layer, heads.reshape(len(heads), -1, int(layer.embed_dim)))
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)
     if not batched:
@@ -126,6 +129,12 @@ def base_projections(
     inputs = (query, key, value)[: len(sizes)]
     outputs = [base_linear(*each) for each in zip(inputs, split_weight, split_bias, strict=True)]
     return tuple(part.contiguous() for y in outputs for part in torch.split(y, size, -1))
+
+
+def output_projection(layer: nn.MultiheadAttention, heads: Tensor) -> Tensor:
+    """``out_proj`` of the heads' outputs ``(length, batch, embed_dim)``, by the product that torch computes."""
+    output: Tensor = layer.out_proj(heads.reshape(-1, layer.embed_dim))
+    return output.view(heads.shape)
 
 
 def _extended(layer: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

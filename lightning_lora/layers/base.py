@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.layers.adapted import Adapted, swap, swap_out
-from lightning_lora.layers.adapter import Adapter, Adapters
+from lightning_lora.layers.adapter import Adapter, Pairs
+from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.restoring import Undo
 from lightning_lora.layers.weight_view import WeightPart
 
@@ -43,6 +44,26 @@ class LoRALayer(Adapted):
         return False
 
 
+def add_adapter(module: nn.Module, name: str, adapter: Adapter | Pairs, cls: type[LoRALayer]) -> None:
+    """Give ``module`` one adapter more, and the class ``cls`` in which all of them act."""
+    adapters = module.lora if isinstance(module, LoRALayer) else Adapters()
+    adapter.train(module.training)
+    adapters.add_module(name, adapter)
+    if len(adapters) > 1 or adapters.acting is not None:
+        adapters.prepare_choices()
+    if type(module) is not cls:
+        set_adapters(module, cls, adapters)
+
+
+def remove_adapter(layer: LoRALayer, name: str, cls: type[LoRALayer]) -> None:
+    """Take one of several adapters off ``layer``, and give it the class ``cls`` in which the others act."""
+    del layer.lora._modules[name]
+    layer.lora.strengths = {key: value for key, value in layer.lora.strengths.items() if key != name}
+    layer.lora.prepare_choices()
+    if type(layer) is not cls:
+        set_adapters(layer, cls, layer.lora)
+
+
 def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:
     """Turn ``module`` into an adapted layer; the object, its parameters, their names and its hooks stay."""
     swap(module, cls, adapters)
@@ -68,6 +89,11 @@ def disable_adapters(model: nn.Module, undo: Undo) -> None:
         if layer.lora.enabled:
             undo.append(partial(setattr, layer.lora, "enabled", True))
             layer.lora.enabled = False
+
+
+def has_adapter(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` has an adapter of that name."""
+    return isinstance(module, LoRALayer) and name in module.lora._modules
 
 
 def is_adapted(model: nn.Module) -> bool:

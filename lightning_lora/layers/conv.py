@@ -12,6 +12,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops.linear import Coefficient, weighed
 
 
 class ConvAdapter(Adapter):
@@ -21,7 +22,7 @@ class ConvAdapter(Adapter):
     matrix, for any number of groups.
     """
 
-    def forward(self, y: Tensor, x: Tensor, layer: LoRAConv) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, layer: LoRAConv, coefficient: Coefficient = None) -> Tensor:
         """The base output ``y`` plus the low-rank term for the input ``x``."""
         kernel = parameter_of(layer).shape[1:]  # (in_channels / groups, *kernel_size)
         A = self.A.to(x.dtype).view(-1, *kernel)
@@ -30,6 +31,7 @@ class ConvAdapter(Adapter):
         B = self.B if self.scale == 1 else self.scale * self.B  # one kernel less
         B = B.to(x.dtype).view(*B.shape, *[1] * (len(kernel) - 1))
         hidden = layer._conv_forward(self.apply_dropout(x), A, None)  # (batch, groups * r, ...)
+        hidden = weighed(hidden, coefficient)
         return y + layer.lora_pointwise(hidden, B, groups=layer.groups).to(y.dtype)
 
 
@@ -48,9 +50,14 @@ class LoRAConv(LoRALayer):
         if weight is not None:
             return self._conv_forward(input, weight, self.bias)
         y: Tensor = super().forward(input)
-        for adapter in self.lora.active_pairs():
-            y = adapter(y, input, self)
+        for adapter, coefficient in self.lora.terms(input, size=samples_in(self, input)):
+            y = adapter(y, input, self, coefficient)
         return y
+
+
+def samples_in(layer: LoRALayer, x: Tensor) -> int:
+    """The number of samples in the input ``x`` of a convolution, which has no batch dimension for a single one."""
+    return x.shape[0] if x.dim() == parameter_of(layer).dim() else 1
 
 
 class LoRAConv1d(LoRAConv, nn.Conv1d):
@@ -81,13 +88,20 @@ class TransposedConvAdapter(Adapter):
     weight as a matrix, for any number of groups.
     """
 
-    def forward(self, y: Tensor, x: Tensor, layer: LoRAConvTranspose, output_padding: list[int]) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        x: Tensor,
+        layer: LoRAConvTranspose,
+        output_padding: list[int],
+        coefficient: Coefficient = None,
+    ) -> Tensor:
         """The base output ``y`` plus the low-rank term for the input ``x``."""
         kernel = parameter_of(layer).shape[1:]  # (out_channels / groups, *kernel_size)
         ones = [1] * (len(kernel) - 1)
         A = self.A.to(x.dtype).view(self.r, layer.groups, -1).transpose(0, 1)  # (groups, r, in_channels / groups)
         A = A.reshape(layer.groups * self.r, -1, *ones)
-        hidden = layer.lora_pointwise(self.apply_dropout(x), A, groups=layer.groups)
+        hidden = weighed(layer.lora_pointwise(self.apply_dropout(x), A, groups=layer.groups), coefficient)
         B = (self.scale * self.B).to(x.dtype).t().reshape(self.r, *kernel).repeat(layer.groups, *[1] * len(kernel))
         arguments = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
         return y + layer.lora_transposed(hidden, B, None, *arguments).to(y.dtype)
@@ -112,10 +126,10 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
             arguments = (self.stride, self.padding, self._padding_of_output(input, output_size), self.groups)
             return self.lora_transposed(input, weight, self.bias, *arguments, self.dilation)
         y = super().forward(input, output_size)
-        if self.lora.active_pairs():
-            padding = self._padding_of_output(input, output_size)
-            for adapter in self.lora.active_pairs():
-                y = adapter(y, input, self, padding)
+        terms = self.lora.terms(input, size=samples_in(self, input))
+        padding = self._padding_of_output(input, output_size) if terms else []
+        for adapter, coefficient in terms:
+            y = adapter(y, input, self, padding, coefficient)
         return y
 
     def _padding_of_output(self, input: Tensor, output_size: list[int] | None) -> list[int]:

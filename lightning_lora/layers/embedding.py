@@ -16,20 +16,20 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import merged_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.fused_embedding import can_fuse_embedding, fused_embedding
-from lightning_lora.ops.linear import add_low_rank_term
+from lightning_lora.ops.linear import Coefficient, add_low_rank_term, weighed
 
 
 class EmbeddingAdapter(Adapter):
     """Adds ``scale * B A[:, index]``; there is no dropout, as a one-hot input has a single nonzero element."""
 
-    def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool) -> Tensor:
+    def forward(self, y: Tensor, index: Tensor, scale_grad_by_freq: bool, coefficient: Coefficient = None) -> Tensor:
         """The base output ``y``, ``(..., embedding_dim)``, plus the low-rank term for ``index``, ``(...)``.
 
         The gradient of A is dense, also with ``sparse=True``, as A is small. The padding index gets no gradient, as in
         the plain layer.
         """
         hidden = F.embedding(index, self.A.t(), self.padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # (..., r)
-        return add_low_rank_term(y, hidden.to(y.dtype), self.B, self.scale)
+        return add_low_rank_term(y, weighed(hidden.to(y.dtype), coefficient), self.B, self.scale)
 
 
 class LoRALookup(LoRALayer):
@@ -62,16 +62,17 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base output plus the low-rank term of each adapter, renormalised."""
-        pairs = self.lora.active_pairs()
+        terms = self.lora.terms(input, extra=1)
         if self.max_norm is not None:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         else:
             y = super().forward(input)
-            operands = pairs[0].operands() if len(pairs) == 1 else None
-            if operands is not None and can_fuse_embedding(self.weight, *operands):
-                return fused_embedding(y, input, *operands, pairs[0].scale, self.padding_idx, self.scale_grad_by_freq)
-        for adapter in pairs:
-            y = adapter(y, input, self.scale_grad_by_freq)
+            if len(terms) == 1 and terms[0][1] is None:
+                pair, operands = terms[0][0], terms[0][0].operands()
+                if operands is not None and can_fuse_embedding(self.weight, *operands):
+                    return fused_embedding(y, input, *operands, pair.scale, self.padding_idx, self.scale_grad_by_freq)
+        for adapter, coefficient in terms:
+            y = adapter(y, input, self.scale_grad_by_freq, coefficient)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
 
@@ -106,12 +107,20 @@ def within_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
 class EmbeddingBagAdapter(Adapter):
     """Adds ``scale * B h``, where ``h`` is the bag of the columns of A."""
 
-    def forward(self, y: Tensor, layer: LoRAEmbeddingBag, index: Tensor, offsets: Any, weights: Any) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        layer: LoRAEmbeddingBag,
+        index: Tensor,
+        offsets: Any,
+        weights: Any,
+        coefficient: Coefficient = None,
+    ) -> Tensor:
         """The base output ``y``, ``(bags, embedding_dim)``, plus the low-rank term; the padding index has none."""
         dtype = torch.promote_types(y.dtype, torch.float32)
         weights = None if weights is None else weights.to(dtype)
         hidden = bags(layer, self.A.t().to(dtype), index, offsets, weights)  # (bags, r)
-        return add_low_rank_term(y, hidden.to(y.dtype), self.B, self.scale)
+        return add_low_rank_term(y, weighed(hidden.to(y.dtype), coefficient), self.B, self.scale)
 
 
 class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
@@ -130,8 +139,8 @@ class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
             total = merged_weight(self, "weight") if self.lora.active_pairs() else self.weight.clone()
             return bags(self, total, input, offsets, per_sample_weights, self.max_norm)
         y = super().forward(input, offsets, per_sample_weights)
-        for adapter in self.lora.active_pairs():
-            y = adapter(y, self, input, offsets, per_sample_weights)
+        for adapter, coefficient in self.lora.terms(y):
+            y = adapter(y, self, input, offsets, per_sample_weights, coefficient)
         return y
 
 

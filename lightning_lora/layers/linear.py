@@ -17,7 +17,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.source_code import is_library, is_linear_forward
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.ops.linear import add_pair, base_linear, linear
+from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, linear, linear_by_choice
 from lightning_lora.ops.shared_input import SharedInputGroup
 
 
@@ -26,9 +26,9 @@ class LinearAdapter(Adapter):
 
     shared_input: SharedInputGroup | None = None
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, coefficient: Coefficient = None) -> Tensor:
         """The base output ``y`` of shape ``(..., out_features)`` plus the low-rank term for the input ``x``."""
-        return add_pair(y, x, self)
+        return add_pair(y, x, self, coefficient)
 
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
@@ -47,7 +47,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         weight = summed_weight(self, input) if adapters.sums else None
         if weight is not None:
             return base_linear(input, weight, self.bias)
-        return linear(input, self.weight, self.bias, adapters.active_pairs())
+        if adapters.acting is None:
+            return linear(input, self.weight, self.bias, adapters.active_pairs())
+        return linear_by_choice(input, self.weight, self.bias, adapters.terms(input))
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
@@ -59,8 +61,8 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The base output of the quantized layer plus the low-rank term of each adapter."""
         y: Tensor = super().forward(input)
-        for adapter in self.lora.active_pairs():
-            y = adapter(y, input)
+        for adapter, coefficient in self.lora.terms(input):
+            y = adapter(y, input, coefficient)
         return y
 
 
@@ -80,8 +82,8 @@ class TransposedLinear(LoRALayer):
         if weight is not None:
             return base_linear(x, weight.t(), self.bias)  # type: ignore[arg-type]
         y = super().forward(x)
-        for adapter in self.lora.active_pairs():
-            y = adapter(y, x)
+        for adapter, coefficient in self.lora.terms(x):
+            y = adapter(y, x, coefficient)
         return y
 
 
@@ -94,8 +96,8 @@ class OwnLinear(LoRALayer):
         """The base output plus the low-rank term of each adapter."""
         y = super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        for adapter in self.lora.active_pairs():
-            y = adapter(y, x)
+        for adapter, coefficient in self.lora.terms(x):
+            y = adapter(y, x, coefficient)
         return y
 
 

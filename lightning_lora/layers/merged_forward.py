@@ -18,6 +18,7 @@ from lightning_lora.distributed.sharded import fsdp1_units, is_split
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, disable_adapters, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
+from lightning_lora.ops.linear import Coefficient
 
 _LOCK = RLock()
 Result = TypeVar("Result")
@@ -27,9 +28,9 @@ PRECISE_DTYPES = (torch.float32, torch.float64)
 class WeightAdapter(Adapter):
     """Adds ``scale * B A`` to the weight."""
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, coefficient: Coefficient = None) -> Tensor:
         """The merged weight, of the shape and dtype of ``weight``; differentiable by A and B."""
-        return self.add_to_weight(weight)
+        return self.add_to_weight(weight, coefficient)
 
 
 class MergedForward(LoRALayer):
@@ -70,11 +71,22 @@ def _use_merged_weights(module: nn.Module, undo: Undo) -> None:
 
 
 def merged_weight(layer: LoRALayer, key: str) -> Tensor:
-    """``W0 + scale * B A`` of the parameter ``key`` of ``layer``."""
+    """``W0 + scale * B A`` of the parameter ``key`` of ``layer``, with the adapters that act now.
+
+    Raises:
+        ValueError: if the samples of the batch use different adapters.
+    """
     total: Tensor = parameter_of(layer, key)
-    for adapter in layer.lora.by_weight()[key]:
-        total = adapter.add_to_weight(total)
+    for adapter, coefficient in layer.lora.terms_of_weight():
+        if adapter.part.key == key:
+            total = adapter.add_to_weight(total, coefficient)
     return total
+
+
+def chooses_by_sample(layer: LoRALayer) -> bool:
+    """Whether the samples of the batch use different adapters of ``layer``."""
+    choice = layer.lora.choice_now()
+    return choice is not None and not choice.is_uniform
 
 
 def has_active_adapters(module: nn.Module) -> bool:
@@ -90,7 +102,10 @@ def can_use_merged_weights(module: nn.Module, x: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    adapters = [a for layer in module.modules() if isinstance(layer, LoRALayer) for a in layer.lora.active_pairs()]
+    layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer)]
+    if any(chooses_by_sample(layer) for layer in layers):
+        return False
+    adapters = [adapter for layer in layers for adapter in layer.lora.active_pairs()]
     if any(is_split(adapter.A) for adapter in adapters) or fsdp1_units(module):
         return False
     drops = any(adapter.training and adapter.dropout for adapter in adapters)

@@ -18,17 +18,18 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.reachable import calls_autograd_function
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops.linear import Coefficient
 from lightning_lora.ops.stacked import StackedSum
 
 
 class ParameterAdapter(Adapter):
     """Adds ``scale * B A`` to a parameter; for stacked experts the sum is not built."""
 
-    def forward(self, weight: Tensor, build: bool = False) -> Tensor | StackedSum:
+    def forward(self, weight: Tensor, build: bool = False, coefficient: Coefficient = None) -> Tensor | StackedSum:
         """``weight + scale * B A``, differentiable by A and B; with ``build`` a tensor in any case."""
         if build or not self.part.stacked:
-            return self.add_to_weight(weight)
-        left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight))
+            return self.add_to_weight(weight, coefficient)
+        left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight, coefficient))
         return StackedSum(weight, left, right)
 
 
@@ -48,9 +49,9 @@ def adapted_property(key: str) -> Any:
         original: Any = module.original_class
         if not _has_values(weight):
             return weight
-        for adapter in module.lora.active_pairs():
+        for adapter, coefficient in module.lora.terms_of_weight():
             if adapter.part.key == key:
-                weight = adapter(weight, calls_autograd_function(original, key))
+                weight = adapter(weight, calls_autograd_function(original, key), coefficient)
         return weight
 
     def write(module: LoRAParameterHolder, value: Any) -> None:

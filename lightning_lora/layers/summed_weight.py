@@ -188,7 +188,7 @@ def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | 
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
     adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
     summed: SummedWeight | None = adapters.sums.get(key)
-    if summed is None:
+    if summed is None or (adapters.acting is not None and adapters.has_choice()):
         return None
     for pair in summed.pairs:
         if pair.dropout and pair.training:

@@ -24,9 +24,9 @@ from lightning_lora.model.hooks import equip
 from lightning_lora.model.initial_values import is_trained, remember, remember_added
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import load_trained_state
-from lightning_lora.model.record import config_of, is_plain_copy, record_of
+from lightning_lora.model.record import config_of, configs_of, is_plain_copy, record_of
 from lightning_lora.model.report.summary import describe_added
-from lightning_lora.model.same_config import check_method, configs_of
+from lightning_lora.model.same_config import check_method
 from lightning_lora.model.state import (
     added_parameters,
     trained_state,
@@ -118,7 +118,7 @@ class AddedMethod(RecordedMethod):
     def check_same(self, model: nn.Module) -> None:
         survey = Survey(model)
         check_method(survey, self.config)
-        for present in configs_of(survey):
+        for present in configs_of(survey).values():
             difference = None if not isinstance(present, AddedConfig) else present.difference(self.config)
             if difference is not None:
                 raise ValueError(
@@ -162,15 +162,15 @@ class AddedMethod(RecordedMethod):
         children = self.children(survey, fresh)
         for module, key in in_base:
             record_of(module).trained.add(key)
-            record_of(module).adapted_by = self.config
+            record_of(module).adapted_by[self.config.name] = self.config
         for name, site in fresh.items():
-            record_of(site).adapted_by = self.config
+            record_of(site).adapted_by[self.config.name] = self.config
             swap_in(site, self.mixin(site), children[name])
         for name, (mixin, child) in self.hosts(survey).items():
             if not isinstance(survey.by_name[name], Adapted):
                 swap_in(survey.by_name[name], mixin, child)
         self.connect(survey)
-        record_of(model).config = self.config
+        record_of(model).configs = {self.config.name: self.config}
         survey = Survey(model)
         equip(survey, self.config)
         accept_adapters(survey)

@@ -18,18 +18,19 @@ from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.base import Watched
 from lightning_lora.methods.recorded import RecordedMethod
 from lightning_lora.model.adapter_loading import mark_merged
+from lightning_lora.model.apply import checked_targets, names_of
 from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.initial_values import remember
-from lightning_lora.model.inject import inject
-from lightning_lora.model.journal import all_or_nothing
+from lightning_lora.model.inject import inject_each
+from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_in, quantized_layers, unmerge_in, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
-from lightning_lora.model.record import is_merged
+from lightning_lora.model.record import configs_of, is_merged
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
-from lightning_lora.model.same_config import check_meant, check_same, difference
+from lightning_lora.model.same_config import check_same, difference
 from lightning_lora.model.state import (
     lora_parameters,
     lora_state_dict,
@@ -37,6 +38,7 @@ from lightning_lora.model.state import (
 from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
+from lightning_lora.targets.survey import Survey
 
 
 class LoRAMethod(RecordedMethod):
@@ -45,6 +47,7 @@ class LoRAMethod(RecordedMethod):
     Args:
         config: what to adapt and how.
         compute: the side of the equation, as of :func:`lightning_lora.apply_lora`.
+        keep: adapters that the model has already and that do not train, with the strength with which they act.
 
     Example:
         >>> method, model = LoRAMethod(LoRAConfig(r=2, targets="all")), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -60,10 +63,10 @@ class LoRAMethod(RecordedMethod):
     key: ClassVar[str] = "lora"
     config: LoRAConfig
 
-    def __init__(self, config: LoRAConfig, compute: str = "auto") -> None:
+    def __init__(self, config: LoRAConfig, compute: str = "auto", keep: Mapping[str, float] | None = None) -> None:
         super().__init__(config)
         check_compute(compute, config)
-        self.compute = compute
+        self.compute, self.keep = compute, dict(keep or {})
 
     @override
     def difference(self, other: MethodConfig) -> str | None:
@@ -73,7 +76,16 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def check_same(self, model: nn.Module) -> None:
-        check_same(model, self.config)
+        for config in self.config.each():
+            check_same(model, config)
+        others = configs_of(model).keys() - {config.name for config in self.config.each()} - self.keep.keys()
+        if others:
+            other = min(others)
+            raise ValueError(
+                f"The module has an adapter `{other}`, which this run does not name. To keep it as it is write "
+                f"keep=[{other!r}]; to take it off call `remove_lora(model, name={other!r})`; to keep what it learned "
+                "in the base's weights call `merge_lora(model, undo=False)`."
+            )
 
     @override
     def is_adapted(self, model: nn.Module) -> bool:
@@ -81,23 +93,28 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def adapt(self, model: nn.Module, agree: Agree = own_answer) -> None:
-        all_or_nothing(model, lambda journal: inject(targets_of(model, self.config), self.config, agree, self.compute))
+        def change(journal: Journal) -> None:
+            survey = Survey(model)
+            wanted = [(targets_of(survey, config), config) for config in self.config.each()]
+            inject_each(wanted, agree, self.compute, self.keep)
+
+        all_or_nothing(model, change)
 
     @override
     def complete(self, model: nn.Module, agree: Agree = own_answer) -> list[str]:
         return all_or_nothing(model, lambda journal: self._complete(model, agree))
 
     def _complete(self, model: nn.Module, agree: Agree) -> list[str]:
-        targets = targets_of(model, self.config)
-        targets.check()
-        check_meant(targets)
-        inject(targets, self.config, agree, self.compute)
-        remember(targets.survey)
-        return targets.names()
+        survey = Survey(model)
+        wanted = checked_targets(survey, self.config)
+        inject_each(wanted, agree, self.compute, self.keep)
+        remember(survey)
+        return names_of(wanted)
 
     @override
     def meant(self, model: nn.Module) -> set[int]:
-        return {id(site.module) for site in targets_of(model, self.config).sites}
+        survey = Survey(model)
+        return {id(site.module) for each in self.config.each() for site in targets_of(survey, each).sites}
 
     @override
     def describe(self, model: nn.Module, save: str = "adapter") -> str:

@@ -210,7 +210,7 @@ def accept_adapters(model: nn.Module | Survey) -> None:
     The hooks stay when the adapters are merged, and are removed with the records of their modules.
     """
     survey = survey_of(model)
-    inside = [module for _, module, record in records(survey) if record.adapted_by is not None]
+    inside = [module for _, module, record in records(survey) if record.adapted_by]
     for module in survey.around([*survey.adapted(), *inside]).values():
         record = record_of(module)
         if record.load_hook is None:

@@ -17,20 +17,23 @@ from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.hooks import strip
 from lightning_lora.model.initial_values import moved, put_back, remember
-from lightning_lora.model.inject import inject
+from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
-from lightning_lora.model.record import config_of, forget, is_merged
+from lightning_lora.model.one_adapter import drop_adapter, is_last
+from lightning_lora.model.record import config_of, forget, is_merged, record_of
 from lightning_lora.model.same_config import check_meant, check_same
 from lightning_lora.ops.workspace import Workspace
+from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -> list[str]:
     """Adapt the layers of ``model`` that ``config`` selects, in place, and freeze the rest: all of it, or nothing.
 
-    Applying the same configuration again adds nothing; a merged model is unmerged first. The global random stream is
-    not used. Until B is trained the outputs are the base's.
+    Applying the same configuration again adds nothing; one with another ``name`` adds an adapter, and then all act
+    (:func:`use_adapters` chooses). A merged model is unmerged first. The global random stream is not used. Until B is
+    trained the outputs are the base's.
 
     Args:
         model: any module.
@@ -45,8 +48,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -
         The names of the adapted modules.
 
     Raises:
-        ValueError: if a target cannot be found or adapted, ``model`` was adapted with another configuration, or
-            ``compute="weights"`` is asked for with dropout.
+        ValueError: if a target cannot be found or adapted, ``model`` has an adapter of that name and of another
+            configuration, or ``compute="weights"`` is asked for with dropout.
         TypeError: if ``config`` is not a LoRAConfig.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
@@ -69,28 +72,49 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -
 def adapt(model: nn.Module, config: LoRAConfig, journal: Journal, compute: str = "auto") -> list[str]:
     """:func:`apply_lora` as a part of a larger change."""
     survey = Survey(model)
-    check_same(survey, config)
+    for each in config.each():
+        check_same(survey, each)
     if is_merged(survey):
         reshard(model)
         unmerge(model, journal, Workspace())
         survey = Survey(model)
-    targets = targets_of(survey, config)
-    targets.check()
-    check_meant(targets)
-    inject(targets, config, compute=compute)
+    wanted = checked_targets(survey, config)
+    inject_each(wanted, compute=compute, kept=record_of(model).kept)
     remember(survey)
-    return targets.names()
+    return names_of(wanted)
 
 
-def remove_lora(model: nn.Module) -> None:
+def checked_targets(survey: Survey, config: LoRAConfig) -> list[tuple[Targets, LoRAConfig]]:
+    """What each adapter of ``config`` means, and its configuration.
+
+    Raises:
+        ValueError: if a target cannot be found or adapted, or a layer is adapted that ``config`` does not mean.
+    """
+    wanted = [(targets_of(survey, each), each) for each in config.each()]
+    for targets, each in wanted:
+        targets.check()
+        check_meant(targets, each.name)
+    return wanted
+
+
+def names_of(wanted: list[tuple[Targets, LoRAConfig]]) -> list[str]:
+    """The names of the layers that get an adapter, each once."""
+    return list(dict.fromkeys(name for targets, _ in wanted for name in targets.names()))
+
+
+def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     """Make ``model`` what it was before :func:`apply_lora`, in place; a model without adapters stays as it is.
 
     Adapters go, merged ones too, and trained biases, ``also_train`` modules and buffers get their initial values back.
     To keep what was trained call ``merge_lora(model, undo=False)`` instead.
 
+    Args:
+        model: any module.
+        name: only the adapter of that name goes; what trains in addition stays as long as an adapter is there.
+
     Raises:
-        ValueError: if a merged weight was changed since, so that the base cannot be restored, or what trains is
-            partitioned by ZeRO 3.
+        ValueError: if a merged weight was changed since, so that the base cannot be restored, what trains is
+            partitioned by ZeRO 3, or there is no adapter ``name``, or a merged one.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -100,7 +124,9 @@ def remove_lora(model: nn.Module) -> None:
         ('Linear', ['weight', 'bias'])
     """
     complete_undo(model)
-    if isinstance(config_of(model), LoRAConfig | None):
+    if name is not None and not is_last(model, name):
+        all_or_nothing(model, lambda journal: drop_adapter(model, name))
+    elif isinstance(config_of(model), LoRAConfig | None):
         all_or_nothing(model, lambda journal: remove(model, journal))
 
 

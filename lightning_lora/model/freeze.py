@@ -11,23 +11,34 @@ from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.adapted import added_to, has_added
-from lightning_lora.model.record import Record, prune, record_of, records
+from lightning_lora.layers.base import LoRALayer, has_adapter
+from lightning_lora.model.record import Record, kept_names, prune, record_of, records
 from lightning_lora.names import covers
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
 
 
-def freeze(model: nn.Module | Survey, config: MethodConfig) -> None:
-    """Let only what the method trains require a gradient, and record the ``requires_grad`` that the base had before."""
+def freeze(model: nn.Module | Survey, *configs: MethodConfig) -> None:
+    """Let only what the method trains require a gradient, and record the ``requires_grad`` that the base had before.
+
+    Args:
+        model: an adapted model.
+        configs: of everything that it is adapted by.
+    """
     survey = survey_of(model)
     for site in survey.sites.values():
         for key, parameter in site.module._parameters.items():
             if parameter is not None:
                 record_of(site.module).requires_grad.setdefault(key, parameter.requires_grad)
-                if trains(site, key, has_added(site.module), config):
+                if any(trains(site, key, is_adapted_by(site.module, config), config) for config in configs):
                     record_of(site.module).trained.add(key)
     _set_flags(survey)
+
+
+def is_adapted_by(module: nn.Module, config: MethodConfig) -> bool:
+    """Whether ``config`` adapted ``module``."""
+    return has_adapter(module, config.name) if isinstance(module, LoRALayer) else has_added(module)
 
 
 def trains(site: Site, key: str, adapted: bool, config: MethodConfig) -> bool:
@@ -41,8 +52,16 @@ def _set_flags(survey: Survey) -> None:
     base = {id(parameter): parameter for _, parameter in survey.parameters()}
     adapters = adapter_parameters(survey)
     trained = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
+    trained |= adapters.keys() - _kept_parameters(survey)
     for parameter in (base | adapters).values():
-        parameter.requires_grad_(id(parameter) in trained or id(parameter) in adapters)
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def _kept_parameters(survey: Survey) -> set[int]:
+    """The ``id`` of each parameter of an adapter that does not train."""
+    kept = kept_names(survey)
+    added = (layer.lora[name] for layer in survey.layers() for name in kept & layer.lora.keys())
+    return {id(parameter) for adapter in added for parameter in adapter.parameters()}
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -87,7 +106,7 @@ def trained_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Para
     """Everything that the method trains in ``model``, under first clean names, in the model's order."""
     survey = survey_of(model)
     in_full = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
-    trained = in_full | adapter_parameters(survey).keys()
+    trained = in_full | (adapter_parameters(survey).keys() - _kept_parameters(survey))
     for name, parameter in names.named_parameters(survey.model, survey.modules):
         if id(parameter) in trained:
             yield name, parameter

@@ -51,10 +51,10 @@ class _Anchored(torch.autograd.Function):
         return None, None
 
 
-def equip(model: nn.Module | Survey, config: MethodConfig) -> None:
+def equip(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
     survey = survey_of(model)
-    freeze(survey, config)
+    freeze(survey, *configs)
     accept_base(survey.model)
     start_graphs(survey)
 

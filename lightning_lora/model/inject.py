@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
-from lightning_lora.layers.adapted import has_added
-from lightning_lora.layers.adapter import Adapter, Adapters, Pairs, seed_of
-from lightning_lora.layers.base import LoRALayer, parameter_of, set_adapters
+from lightning_lora.layers.adapter import Adapter, Pairs, seed_of
+from lightning_lora.layers.adapters import Adapters
+from lightning_lora.layers.base import LoRALayer, add_adapter, has_adapter, parameter_of, set_adapters
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
 from lightning_lora.layers.registry import adapted_class, adapted_class_for, host_base
 from lightning_lora.layers.weight_view import WeightPart
@@ -23,33 +25,47 @@ from lightning_lora.targets.survey import Site, Survey
 
 
 def inject(targets: Targets, config: LoRAConfig, agree: Agree = own_answer, compute: str = "auto") -> None:
-    """Adapt those of ``targets`` that are not adapted yet, in place, and freeze the rest of their model.
+    """As :func:`inject_each`, of one adapter."""
+    inject_each([(targets, config)], agree, compute)
+
+
+def inject_each(
+    wanted: Sequence[tuple[Targets, LoRAConfig]],
+    agree: Agree = own_answer,
+    compute: str = "auto",
+    kept: Collection[str] = (),
+) -> None:
+    """Adapt the targets that do not have their adapter yet, in place, and freeze the rest of their model.
 
     Args:
-        targets: from :func:`lightning_lora.targets.resolve.find_targets`, called on the model as it is now.
-        config: the same configuration.
+        wanted: for each adapter what :func:`lightning_lora.targets.resolve.find_targets` gives, called on the model as
+            it is now with one survey for all, and its configuration, which names no several ones.
         agree: gives the answer of rank 0 on every rank, where several of them inject.
         compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``.
+        kept: the names of adapters that are there and do not train.
 
     Raises:
         ValueError: if the adapter's name cannot be one; nothing is changed then.
     """
-    _check_name_is_free(config.name)
-    survey = targets.survey
-    fresh = [site for site in targets.sites if not has_added(site.module)]
-    twins = seed_names(survey, targets.sites, agree) if fresh else {}
-    made = [(site, *_made(site, config, twins.get(site.name, site.name))) for site in fresh]
-    for site in targets.sites:
-        _renew_dropout(site, config)
-    for site, cls, adapters in made:
+    for _, config in wanted:
+        _check_name_is_free(config.name)
+    survey = wanted[0][0].survey
+    made = [(site, config, child) for targets, config in wanted for site, child in _made(targets, config, agree)]
+    for targets, config in wanted:
+        _renew_dropout(targets, config)
+    for site, config, child in made:
         record_of(site.module).shared |= {part.key for part in site.parts if survey.is_shared(site.module, part.key)}
-        record_of(site.module).adapted_by = config
-        set_adapters(site.module, cls, adapters)
+        record_of(site.module).adapted_by[config.name] = config
+        present = site.module.lora.all_pairs() if isinstance(site.module, LoRALayer) else []
+        parts = [*(pair.part for pair in present), *site.parts]
+        add_adapter(site.module, config.name, child, adapted_class_for(site.module, parts))
     _attach_hosts(survey)
     _share_inputs(survey)
     group_sums(survey, compute)
-    record_of(survey.model).config = config
-    equip(survey, config)
+    record = record_of(survey.model)
+    record.configs |= {config.name: config for _, config in wanted}
+    record.kept = set(kept)
+    equip(survey, *record.configs.values())
     accept_adapters(survey)
 
 
@@ -60,11 +76,17 @@ def _check_name_is_free(name: str) -> None:
         )
 
 
-def _made(site: Site, config: LoRAConfig, seed_name: str) -> tuple[type[LoRALayer], Adapters]:
-    """The class that the module gets, and its adapters: one pair, or one for each matrix that has a name."""
+def _made(targets: Targets, config: LoRAConfig, agree: Agree) -> list[tuple[Site, Adapter | Pairs]]:
+    """For each module without the adapter: one pair, or one for each matrix that has a name."""
+    fresh = [site for site in targets.sites if not has_adapter(site.module, config.name)]
+    twins = seed_names(targets.survey, targets.sites, agree) if fresh else {}
+    return [(site, _new_pairs(site, config, twins.get(site.name, site.name))) for site in fresh]
+
+
+def _new_pairs(site: Site, config: LoRAConfig, seed_name: str) -> Adapter | Pairs:
     cls = adapted_class_for(site.module, site.parts)
     pairs = {part.name: _new_adapter(site, part, cls, config, seed_name) for part in site.parts}
-    return cls, Adapters({config.name: Pairs(pairs) if site.parts[0].name else pairs[""]})
+    return Pairs(pairs) if site.parts[0].name else pairs[""]
 
 
 def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoRAConfig, seed_name: str) -> Adapter:
@@ -87,10 +109,12 @@ def _new_adapter(site: Site, part: WeightPart, cls: type[LoRALayer], config: LoR
     )
 
 
-def _renew_dropout(site: Site, config: LoRAConfig) -> None:
+def _renew_dropout(targets: Targets, config: LoRAConfig) -> None:
     """``dropout`` is no part of a configuration's identity: a second run may change it."""
-    for adapter in site.module.lora.all_pairs() if isinstance(site.module, LoRALayer) else []:
-        adapter.dropout = config.dropout
+    for site in targets.sites:
+        if isinstance(site.module, LoRALayer) and has_adapter(site.module, config.name):
+            for adapter in site.module.lora.pairs_of(config.name):
+                adapter.dropout = config.dropout
 
 
 def _attach_hosts(survey: Survey) -> None:

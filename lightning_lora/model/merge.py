@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import NoReturn
 
 from torch import nn
 
-from lightning_lora.arguments import check_flag
+from lightning_lora.arguments import check_flag, check_number
 from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
 from lightning_lora.layers.linear import is_quantized_class
@@ -15,20 +16,25 @@ from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
+from lightning_lora.model.one_adapter import check_name
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
 
 
-def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dict[str, float]:
-    """Add every adapter to the weight that it adapts, in place: afterwards ``model`` is a plain model.
+def merge_lora(
+    model: nn.Module, weights: Mapping[str, float] | None = None, *misplaced: NoReturn, undo: bool = True
+) -> dict[str, float]:
+    """Add adapters to the weights that they adapt, in place: afterwards ``model`` is a plain model.
 
     The sum is computed in fp32 (fp64 for an fp64 base) and rounded once. Afterwards classes, keys and
     ``requires_grad`` are the original ones. A record stays on the layers, from which :func:`unmerge_lora` restores the
     base bit for bit.
 
     Args:
-        model: a model with adapters; one that is merged already stays as it is.
+        model: a model with adapters; one that is merged already with the same ``weights`` stays as it is.
+        weights: the factor of each adapter's update by name, such as ``{"fr": 1.0, "de": 0.5}``. Adapters that it does
+            not name rest in the record, and :func:`unmerge_lora` brings them back too. ``None`` merges all.
         misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
 
@@ -37,9 +43,9 @@ def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dic
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or its weights have no values (the meta device), are in pieces (FSDP1,
-            ZeRO 3), tied and sharded, or quantized.
-        TypeError: if ``undo`` is no bool, or anything but ``model`` is given by position.
+        ValueError: if ``model`` has no adapters or none of a name in ``weights``, or its weights have no values (the
+            meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded, or quantized.
+        TypeError: if ``undo`` is no bool, or is given by position.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: no added inference latency.
 
@@ -50,39 +56,63 @@ def merge_lora(model: nn.Module, *misplaced: NoReturn, undo: bool = True) -> dic
         >>> merge_lora(model)
         {'': 0.0}
     """
-    _check_by_name(*misplaced)
+    _check_arguments(weights, *misplaced)
     check_flag("undo", undo)
-    return merge_in(model, Workspace(), undo)
+    return merge_in(model, Workspace(), undo, weights)
 
 
-def merge_in(model: nn.Module, workspace: Workspace, undo: bool = True) -> dict[str, float]:
+def merge_in(
+    model: nn.Module, workspace: Workspace, undo: bool = True, weights: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """As :func:`merge_lora`; the sums are computed in ``workspace``, and have the same bits on every device."""
     complete_undo(model)
     reshard(model)
-    layers = list(adapted_layers(model))
-    if not layers and not is_merged(model):
+    if not is_adapted(model) and not is_merged(model):
         raise ValueError("The model has no adapters to merge: call `apply_lora`, or load an adapter, first.")
-    _check_mergeable(model, layers)
-    _warn_of_shared(layers)
-    return all_or_nothing(model, lambda journal: _merge(model, layers, undo, journal, workspace))
+    for name in weights or ():
+        check_name(model, name, "weights")
+
+    def change(journal: Journal) -> dict[str, float]:
+        if weights is not None and _is_merged_otherwise(model, weights):
+            unmerge(model, journal, workspace)
+        layers = list(adapted_layers(model))
+        _check_mergeable(model, layers)
+        _warn_of_shared(layers)
+        return _merge(model, layers, undo, journal, workspace, weights)
+
+    return all_or_nothing(model, change)
 
 
-def _check_by_name(*misplaced: object) -> None:
-    if not misplaced:
-        return
-    first = misplaced[0]
-    if isinstance(first, bool):
-        raise TypeError(f"`undo` must be given by name, but got {first} by position. Write `undo={first}`.")
-    raise TypeError(
-        f"`merge_lora` takes `model` by position and `undo` by name, but got a {type(first).__name__} after `model`. "
-        "It merges all adapters of the model: leave this argument out."
-    )
+def _is_merged_otherwise(model: nn.Module, weights: Mapping[str, float]) -> bool:
+    """Whether adapters are merged with other factors than ``weights``."""
+    present = [(merged.factors, merged.adapters) for _, _, merged in merged_layers(model)]
+    return any(factors.get(name, 0) != weights.get(name, 0) for factors, adapters in present for name in adapters)
+
+
+def _check_arguments(weights: object, *misplaced: object) -> None:
+    if isinstance(weights, bool):
+        raise TypeError(f"`undo` must be given by name, but got {weights} by position. Write `undo={weights}`.")
+    if misplaced:
+        first = misplaced[0]
+        raise TypeError(f"`undo` must be given by name, but got {first!r} by position. Write `undo={first!r}`.")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(
+            "`weights` must be a dict from names of adapters to numbers, such as {'fr': 1.0, 'de': 0.5}, but got "
+            f"{weights!r}."
+        )
+    for name, factor in (weights or {}).items():
+        check_number(f"weights[{name!r}]", factor)
 
 
 def _merge(
-    model: nn.Module, layers: list[tuple[str, LoRALayer]], undo: bool, journal: Journal, workspace: Workspace
+    model: nn.Module,
+    layers: list[tuple[str, LoRALayer]],
+    undo: bool,
+    journal: Journal,
+    workspace: Workspace,
+    weights: Mapping[str, float] | None,
 ) -> dict[str, float]:
-    lost = merge_all(layers, journal, workspace)
+    lost = merge_all(layers, journal, workspace, weights)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # none where `model` is a part of an adapted model: it stays frozen with that
         strip(holder)
@@ -165,8 +195,8 @@ def unmerge(model: nn.Module, journal: Journal, workspace: Workspace) -> None:
         ValueError: as :func:`unmerge_lora`.
     """
     unmerge_all(list(merged_layers(model)), journal, workspace)
-    for holder, config in holders(model):
-        equip(holder, config)
+    for holder, configs in holders(model):
+        equip(holder, *configs)
 
 
 def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, workspace: Workspace) -> None:
@@ -186,10 +216,15 @@ def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, w
                 )
 
 
-def merge_all(layers: list[tuple[str, LoRALayer]], journal: Journal, workspace: Workspace) -> dict[str, float]:
+def merge_all(
+    layers: list[tuple[str, LoRALayer]],
+    journal: Journal,
+    workspace: Workspace,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """Merge these layers; for each the share of delta's norm that rounding lost."""
     with workspace:
-        return {name: merge_layer(layer, journal, workspace) for name, layer in layers}
+        return {name: merge_layer(layer, journal, workspace, weights) for name, layer in layers}
 
 
 def _warn_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:

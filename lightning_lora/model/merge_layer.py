@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,17 +21,26 @@ from lightning_lora.ops.exact_sum import quick_checksum
 from lightning_lora.ops.workspace import Workspace
 
 
-def merge_layer(layer: LoRALayer, journal: Journal, workspace: Workspace) -> float:
-    """Merge all adapters of ``layer``, and give it its plain class back.
+def merge_layer(
+    layer: LoRALayer, journal: Journal, workspace: Workspace, factors: Mapping[str, float] | None = None
+) -> float:
+    """Merge the adapters of ``layer``, and give it its plain class back.
 
     A parameter that other modules have too stays as it is: the layer gets one of its own for the sum.
+
+    Args:
+        layer: the adapted layer.
+        journal: of the change.
+        workspace: where sums are computed.
+        factors: of the updates by adapter, as of :meth:`Adapters.to_merge`.
 
     Returns:
         The share of delta's norm that rounding lost.
     """
     merged: dict[str, MergedWeight] = {}
     norms = exact.Squares()
-    for key, adapters in layer.lora.by_weight().items():
+    factors = dict(layer.lora.strengths_now() if factors is None else factors)
+    for key, adapters in layer.lora.to_merge(factors).items():
         parameter = parameter_of(layer, key)
         shared = parameter if key in record_of(layer).shared else None
         if shared is not None:
@@ -39,7 +48,7 @@ def merge_layer(layer: LoRALayer, journal: Journal, workspace: Workspace) -> flo
         merged[key], squares = _merge_into(layer, key, adapters, journal, workspace)
         merged[key].shared = shared
         norms += squares
-    record_of(layer).merged = Merged(pop_adapters(layer), merged)
+    record_of(layer).merged = Merged(pop_adapters(layer), merged, factors)
     return norms.lost()
 
 
@@ -135,7 +144,7 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
     Returns:
         ``None``; or the parameter whose value before the merge cannot be computed, and then nothing was changed.
     """
-    by_weight = record.adapters.by_weight()
+    by_weight = record.adapters.to_merge(record.factors)
     restored = {
         key: workspace.compute(partial(_restored, parameter_of(module, key), by_weight[key], weight, key))
         for key, weight in record.weights.items()
@@ -153,9 +162,8 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
         journal.steps.append(UnmergedStep(parameter, by_weight[key], record.weights[key], after_merge))
         assert weight is not None
         local_shard(parameter).copy_(weight)
-    for key, pairs in by_weight.items():
-        for adapter in pairs:
-            adapter.to(local_shard(parameter_of(module, key)).device)
+    for adapter in record.adapters.all_pairs():
+        adapter.to(local_shard(parameter_of(module, adapter.part.key)).device)
     set_adapters(module, cls, record.adapters)
     record_of(module).merged = None
     return None
@@ -163,7 +171,7 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
 
 def value_before_merge(module: nn.Module, record: Merged, key: str) -> Tensor | None:
     """This rank's part of the parameter ``key`` of ``module`` before the merge; ``None`` if it cannot be computed."""
-    adapters = record.adapters.by_weight()[key]
+    adapters = record.adapters.to_merge(record.factors)[key]
     return _restored(parameter_of(module, key), adapters, record.weights[key], key, Workspace())
 
 

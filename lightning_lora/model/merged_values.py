@@ -110,15 +110,19 @@ def merged_weights(model: nn.Module, adapter: Mapping[str, Any]) -> Iterator[tup
     workspace = Workspace()
     for name, layer in named_modules(model):
         if isinstance(layer, LoRALayer):
-            for key in layer.lora.by_weight():
+            for key in layer.lora.to_merge():
                 yield join(name, key), _merged_weight(layer, key, parameter_of(layer, key), given, workspace).cpu()
 
 
 @torch.no_grad()
-def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_values(model: nn.Module, factors: Mapping[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of the merged model by clean name, one at a time; ``model`` is not changed.
 
     Tied parameters are the same object. Every rank must iterate to the end.
+
+    Args:
+        model: a model with live or merged adapters.
+        factors: of the updates by adapter, as :func:`merge_lora` takes them.
     """
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
@@ -128,8 +132,8 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
         for name, module, key in of_name[first]:
-            if isinstance(module, LoRALayer) and key in module.lora.by_weight():
-                yield name, _merged_weight(module, key, value, {}, workspace)
+            if isinstance(module, LoRALayer) and key in module.lora.to_merge(factors):
+                yield name, _merged_weight(module, key, value, {}, workspace, factors)
             elif not isinstance(module, Adapter):
                 yield name, value
     for name, module in named_modules(model):
@@ -139,10 +143,15 @@ def merged_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merged_weight(
-    layer: LoRALayer, key: str, value: Tensor, given: Mapping[int, Tensor], workspace: Workspace
+    layer: LoRALayer,
+    key: str,
+    value: Tensor,
+    given: Mapping[int, Tensor],
+    workspace: Workspace,
+    factors: Mapping[str, float] | None = None,
 ) -> Tensor:
     """What a merge would write in the place of the full weight ``value``, in memory of its own."""
-    adapters = [_with_values(adapter, given) for adapter in layer.lora.by_weight()[key]]
+    adapters = [_with_values(adapter, given) for adapter in layer.lora.to_merge(factors)[key]]
     weight = workspace.bring(value)
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
     with workspace:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.layers.adapted import Adapted
-from lightning_lora.layers.adapter import Adapters
+from lightning_lora.layers.adapters import Adapters
 from lightning_lora.ops.exact_sum import Patch
 from lightning_lora.targets.survey import Survey, survey_of
 
@@ -47,10 +47,12 @@ class Merged:
     Args:
         adapters: A and B, which only the record holds now.
         weights: how to undo the merge into each parameter.
+        factors: of the updates that were merged, by the names of adapters; one that is not in it rests here.
     """
 
     adapters: Adapters
     weights: dict[str, MergedWeight]
+    factors: dict[str, float]
 
 
 class MergedChild(Protocol):
@@ -78,9 +80,10 @@ class Record:
     """The facts about one module; keys are those of its own parameters and buffers.
 
     Args:
-        config: on the module that was adapted as a whole.
+        configs: on the module that was adapted as a whole, by the names of the adapters.
         adapted_by: on an adapted module, or one of which a part is trained by a method that adds nothing: the
-            configuration that did it. A module may be a part of several models, and each of them must find it.
+            configurations that did it. A module may be a part of several models, and each of them must find them.
+        kept: the names of adapters of an earlier run that do not train in this one.
         requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
         trained: the base's parameters that train in addition to the adapters.
         shared: parameters that other modules have too, so that a merge must not change them.
@@ -93,8 +96,9 @@ class Record:
         plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
     """
 
-    config: MethodConfig | None = None
-    adapted_by: MethodConfig | None = None
+    configs: dict[str, MethodConfig] = field(default_factory=dict)
+    adapted_by: dict[str, MethodConfig] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
@@ -105,6 +109,11 @@ class Record:
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
     plain_copy: bool = False
+
+    @property
+    def config(self) -> MethodConfig | None:
+        """The first of ``configs``."""
+        return next(iter(self.configs.values()), None)
 
     @property
     def is_merged(self) -> bool:
@@ -178,12 +187,25 @@ def prune(model: nn.Module) -> None:
 
 def config_of(model: nn.Module | Survey) -> MethodConfig | None:
     """The configuration of the adapters in ``model``, live or merged, whatever model they were put on as a part of."""
-    return next((record.adapted_by for _, _, record in records(model) if record.adapted_by is not None), None)
+    return next((config for _, _, record in records(model) for config in record.adapted_by.values()), None)
 
 
-def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, MethodConfig]]:
+def configs_of(model: nn.Module | Survey) -> dict[str, MethodConfig]:
+    """The configurations that ``model`` and parts of it are adapted with, by the names of the adapters."""
+    configs: dict[str, MethodConfig] = {}
+    for _, _, record in records(model):
+        configs = {**record.adapted_by, **configs}
+    return configs
+
+
+def kept_names(model: nn.Module | Survey) -> set[str]:
+    """The names of the adapters in ``model`` that do not train."""
+    return {name for _, _, record in records(model) for name in record.kept}
+
+
+def holders(model: nn.Module | Survey) -> list[tuple[nn.Module, list[MethodConfig]]]:
     """The modules in ``model`` that were adapted, ``model`` itself or parts of it, with their configurations."""
-    return [(module, record.config) for _, module, record in records(model) if record.config is not None]
+    return [(module, list(record.configs.values())) for _, module, record in records(model) if record.configs]
 
 
 def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, Merged]]:
@@ -208,7 +230,7 @@ def is_merged_layer(module: nn.Module) -> bool:
 def is_tuned(module: nn.Module) -> bool:
     """Whether parameters of ``module`` itself train by a method that adds nothing to it."""
     record = module.__dict__.get(_ATTRIBUTE)
-    live = record is not None and record.adapted_by is not None and not record.is_merged
+    live = record is not None and bool(record.adapted_by) and not record.is_merged
     return live and not isinstance(module, Adapted)
 
 

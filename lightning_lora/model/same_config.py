@@ -7,8 +7,8 @@ from torch import nn
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig, MethodConfig
 from lightning_lora.files.json_files import printable
-from lightning_lora.layers.adapted import has_added
-from lightning_lora.model.record import is_merged, records
+from lightning_lora.layers.base import has_adapter
+from lightning_lora.model.record import configs_of, is_merged, records
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey, survey_of
 
@@ -41,19 +41,13 @@ def _same_alpha(present: LoRAConfig, asked: LoRAConfig) -> bool:
     return one_rank and (present.alpha or present.r) == (asked.alpha or asked.r)
 
 
-def configs_of(model: nn.Module | Survey) -> list[MethodConfig]:
-    """The configurations that parts of ``model`` are adapted with."""
-    by_id = {id(record.adapted_by): record.adapted_by for _, _, record in records(model)}
-    return [config for config in by_id.values() if config is not None]
-
-
 def check_method(model: nn.Module | Survey, config: MethodConfig) -> None:
     """Raise if ``model``, or a part of it, is adapted by another method than that of ``config``.
 
     Raises:
         ValueError: naming both methods and the ways out.
     """
-    present = next((each for each in configs_of(model) if type(each) is not type(config)), None)
+    present = next((each for each in configs_of(model).values() if type(each) is not type(config)), None)
     if present is not None:
         is_lora = isinstance(present, LoRAConfig)
         keep = "merge_lora(model, undo=False)" if is_lora else "remove_adapted(model, keep=True)"
@@ -65,15 +59,15 @@ def check_method(model: nn.Module | Survey, config: MethodConfig) -> None:
 
 
 def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
-    """Raise if ``model`` has adapters, live or merged, of another configuration, in whatever part of it.
+    """Raise if ``model`` has an adapter of that name, live or merged, of another configuration, in whatever part of it.
 
     Raises:
         ValueError: naming the first difference and the ways out.
     """
     model = survey_of(model)
     check_method(model, config)
-    present = [each for each in configs_of(model) if isinstance(each, LoRAConfig)]
-    changes = (difference(each, config) for each in present)
+    configs = (record.adapted_by.get(config.name) for _, _, record in records(model))
+    changes = (difference(each, config) for each in configs if isinstance(each, LoRAConfig))
     changed = next((change for change in changes if change is not None), None)
     if changed is not None:
         raise ValueError(
@@ -83,14 +77,20 @@ def check_same(model: nn.Module | Survey, config: LoRAConfig) -> None:
         )
 
 
-def check_meant(targets: Targets) -> None:
+def check_meant(targets: Targets, adapter: str) -> None:
     """Raise if a layer is adapted that the same configuration does not mean in this model, as it did in another.
+
+    Args:
+        targets: what the configuration means.
+        adapter: its name.
 
     Raises:
         ValueError: naming the layer and the ways out.
     """
     meant = {id(site.module) for site in targets.sites}
-    present = [name for name, module in targets.survey.modules if has_added(module) and id(module) not in meant]
+    present = [
+        name for name, module in targets.survey.modules if has_adapter(module, adapter) and id(module) not in meant
+    ]
     if present:
         raise ValueError(
             f"`{names.clean(present[0])}` has adapters ({names.counted(len(present), 'such layer')}), and in this "

@@ -15,15 +15,19 @@ from lightning_lora.distributed.sharded import (
 from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
-from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.freeze import adapter_parameters, trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_children, merged_layers, records
 from lightning_lora.model.written import written_before_merge, written_parameters
 from lightning_lora.targets.survey import Survey, survey_of
 
 
-def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def lora_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapters' parameters with their names; those of a merged model come from its merge record.
+
+    Args:
+        model: any module.
+        name: only those of the adapter of that name.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -32,7 +36,17 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         >>> {name: tuple(parameter.shape) for name, parameter in lora_parameters(model)}
         {'lora.default.A': (1, 4), 'lora.default.B': (2, 1)}
     """
-    yield from added_parameters(model, LoRALayer)
+    chosen = None if name is None else parameters_of(model, name)
+    for key, parameter in added_parameters(model, LoRALayer):
+        if chosen is None or id(parameter) in chosen:
+            yield key, parameter
+
+
+def parameters_of(model: nn.Module, name: str) -> set[int]:
+    """The ``id`` of each parameter of the adapter ``name``, live or merged."""
+    live = [layer.lora for layer in survey_of(model).layers()]
+    every = [*live, *(merged.adapters for _, _, merged in merged_layers(model))]
+    return {id(parameter) for adapters in every if name in adapters for parameter in adapters[name].parameters()}
 
 
 def added_parameters(model: nn.Module | Survey, kind: type[Adapted] = Adapted) -> Iterator[tuple[str, nn.Parameter]]:
@@ -154,6 +168,7 @@ def keep_adapter(state: Mapping[str, Any], base: set[str]) -> dict[str, Any]:
 def frozen_names(model: nn.Module) -> set[str]:
     """The names, under every alias, of the parameters that no file holds: they neither train nor change."""
     saved = {id(parameter) for _, parameter in (*trained_parameters(model), *written_parameters(model))}
+    saved |= adapter_parameters(model).keys()  # those that do not train, too
     aliases = model.named_parameters(remove_duplicate=False)
     return {names.clean(name) for name, parameter in aliases if id(parameter) not in saved}
 

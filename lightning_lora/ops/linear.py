@@ -17,6 +17,8 @@ from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linea
 from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
 
+Coefficient = Tensor | float | None  # of ``B A x`` for each sample, or for all of them; ``None`` is 1
+
 
 class Pair(HasA, Protocol):
     """A and B of one adapter, and what decides how their term is computed.
@@ -42,7 +44,7 @@ class Pair(HasA, Protocol):
     def placed_B(self, out_features: int) -> Tensor:
         """B of shape ``(out_features, r)``, zero in the rows that are not adapted."""
 
-    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, y: Tensor, x: Tensor, coefficient: Coefficient = None) -> Tensor:
         """``y`` plus the low-rank term for ``x``: :func:`add_pair` between the hooks of the module."""
 
 
@@ -73,6 +75,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
     return y
 
 
+def linear_by_choice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[tuple[Pair, Coefficient]]
+) -> Tensor:
+    """As :func:`linear`, of pairs that act with coefficients."""
+    if all(coefficient is None for _, coefficient in terms):
+        return linear(x, weight, bias, [pair for pair, _ in terms])
+    y = base_linear(x, weight, bias)
+    for pair, coefficient in terms:
+        y = pair(y, x, coefficient)
+    return y
+
+
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W0 x + b`` with the bits that torch gives for a weight that requires a gradient.
 
@@ -90,8 +104,8 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def add_pair(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
-    """``y + scale * B A dropout(x)``, as separate operations of torch.
+def add_pair(y: Tensor, x: Tensor, pair: Pair, coefficient: Coefficient = None) -> Tensor:
+    """``y + scale * B (c * (A dropout(x)))``, as separate operations of torch.
 
     A and B are fp32 whatever the model's dtype; they are cast to the activations' dtype, never the other way round:
     casting activations up costs more time and memory than all weight gradients of the backbone.
@@ -100,14 +114,16 @@ def add_pair(y: Tensor, x: Tensor, pair: Pair) -> Tensor:
         y: base output, ``(..., out_features)``.
         x: input of the layer, ``(..., in_features)``.
         pair: A and B.
+        coefficient: c, ``(batch, 1, ...)``, one number, or ``None`` for 1.
     """
     B, p = pair.placed_B(y.shape[-1]), pair.dropout if pair.training else 0.0
     group = pair.shared_input if torch.compiler.is_compiling() and not p else None
     if group is not None and group.can_share(pair, x):
-        return add_low_rank_term(y, group.hidden_while_compiling(pair, x), B, pair.scale)
+        hidden = group.hidden_while_compiling(pair, x)
+        return add_low_rank_term(y, weighed(hidden, coefficient), B, pair.scale)
     dropped = F.dropout(x, p) if p else x
     hidden = F.linear(dropped, pair.A.to(x.dtype))  # (..., r)
-    return add_low_rank_term(y, hidden, B, pair.scale)
+    return add_low_rank_term(y, weighed(hidden, coefficient), B, pair.scale)
 
 
 def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -120,6 +136,18 @@ def add_low_rank_term(y: Tensor, hidden: Tensor, B: Tensor, scale: float) -> Ten
     """
     B = B if scale == 1 else scale * B  # at small sizes the number of kernels limits the speed of a step
     return y + F.linear(hidden, B.to(hidden.dtype)).to(y.dtype)
+
+
+def weighed(hidden: Tensor, coefficient: Coefficient) -> Tensor:
+    """``c * h`` for ``h = A x``.
+
+    Args:
+        hidden: ``(batch, ..., r)``, or ``(batch, r, ...)`` of a convolution.
+        coefficient: ``(batch, 1, ...)``, one number, or ``None`` for 1.
+    """
+    if coefficient is None:
+        return hidden
+    return hidden * (coefficient.to(hidden.dtype) if isinstance(coefficient, Tensor) else coefficient)
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:

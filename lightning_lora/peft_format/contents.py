@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
+from lightning_lora.layers.adapter import Adapter, Pairs
+from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.record import merged_layers

@@ -167,8 +167,8 @@ class SubspaceMethod(AddedMethod):
 
     def _unmerge(self, model: nn.Module, journal: Journal) -> None:
         unmerge(model, journal)
-        for module, config in adapted_as_a_whole(model):
-            equip(module, config)
+        for module, configs in adapted_as_a_whole(model):
+            equip(module, *configs)
 
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:

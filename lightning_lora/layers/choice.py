@@ -1,0 +1,176 @@
+"""Which adapters act in a forward pass, and how strongly: the coefficients c of ``W0 x + B (c * (A x))``.
+
+Without a choice every adapter acts with the strength that it has by default, which is 1. A choice holds for one thread.
+Under activation checkpointing a layer is called a second time, in the backward pass, where another choice may hold: it
+then takes the choice of the first call, which is noted on the checkpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from lightning_lora.torch_internals import backward_id, running_checkpoints, saved_tensors_have_hooks
+
+Weights = Mapping[str, float]
+CAPACITY = 1024  # samples in a table of coefficients; compiled code is traced again for a larger batch
+_NOTES = "_lightning_lora_choices"
+_DEFAULTS: WeakValueDictionary[object, Tensor] = WeakValueDictionary()  # one table for all layers, for a compiler
+
+
+class Choice:
+    """Adapters by name with their coefficients, for the whole batch or for each of its samples.
+
+    Args:
+        samples: the coefficients of each sample's adapters by name; a single entry is that of every sample.
+        size: how many samples the batch must have; ``None`` for any number.
+        present: names that take part in the graph also where no sample uses them: with a coefficient of 0 they get a
+            gradient of zeros, which processes that average gradients need.
+        layers: the names of the layers, for messages, by the ``id`` of their adapters.
+        is_ambiguous: whether the model has modules whose first dimension is not the batch.
+
+    Attributes:
+        is_uniform: whether every sample has the same coefficients.
+        names: of the adapters that take part.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Weights],
+        size: int | None = None,
+        present: frozenset[str] = frozenset(),
+        layers: Mapping[int, str] | None = None,
+        is_ambiguous: bool = False,
+    ) -> None:
+        used = frozenset(name for sample in samples for name, weight in sample.items() if weight)
+        first = samples[0]
+        self.is_uniform = all(sample == first for sample in samples) and present <= used
+        self.samples = [first] if self.is_uniform else list(samples)
+        self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
+        self.names = used | present
+        self.began_with_grad = torch.is_grad_enabled()
+        self._made: dict[object, Tensor] = {}
+
+    def weight_of(self, name: str) -> float:
+        """The coefficient of the adapter ``name`` in a uniform choice."""
+        return self.samples[0].get(name, 0.0)
+
+    def coefficients(self, name: str, device: torch.device) -> Tensor:
+        """The coefficient of the adapter ``name`` for each sample, ``(batch,)`` in fp32."""
+        key = name, device
+        if key not in self._made:
+            values = torch.tensor([sample.get(name, 0.0) for sample in self.samples], dtype=torch.float32)
+            self._made[key] = values.to(device, non_blocking=True)
+        return self._made[key]
+
+    def table(self, names: tuple[str, ...], device: torch.device) -> Tensor:
+        """The coefficients of ``names`` as one tensor of fixed size, which compiled code takes as an input.
+
+        Returns:
+            ``(capacity, len(names) + 1)`` in fp32. The last column is the size of the batch, -1 for any.
+        """
+        key = names, device
+        if key not in self._made:
+            size = -1 if self.size is None else self.size
+            rows = torch.tensor([[*(sample.get(name, 0.0) for name in names), size] for sample in self.samples])
+            rest = rows[-1:].expand(max(CAPACITY, len(rows)) - len(rows), -1)
+            self._made[key] = torch.cat([rows, rest]).float().to(device, non_blocking=True)
+        return self._made[key]
+
+    def check_batch(self, x: Tensor, size: int, dim: int, adapters: object) -> None:
+        """Raise if dimension ``dim`` of the input ``x`` of a layer, of this ``size``, is not the batch.
+
+        Raises:
+            ValueError: naming the layer that has these ``adapters``.
+        """
+        if self.size is None:
+            return
+        if size != self.size:
+            raise ValueError(
+                f"`use_adapters` got {self.size} entries, one for each sample, but `{self.name_of(adapters)}` gets an "
+                f"input of shape {tuple(x.shape)}, whose dimension {dim} is no batch of {self.size}. Give one entry "
+                "for each sample of the batch. A layer whose first dimension is not the batch (batch_first=False, "
+                "windows, flattened tokens) cannot choose by sample: leave it out with `exclude`, or choose one "
+                "adapter for the whole batch."
+            )
+        if self.is_ambiguous and not self.is_uniform and dim == 0 and x.dim() > 2 and x.shape[1] == size:
+            raise ValueError(
+                f"`{self.name_of(adapters)}` gets an input of shape {tuple(x.shape)}, and the model has modules with "
+                "batch_first=False, so either dimension may be the batch. Use batch_first=True, or choose one adapter "
+                "for the whole batch."
+            )
+
+    def check_uniform(self, adapters: object) -> None:
+        """Raise if the samples of a batch use different adapters, in a layer that acts by its weight alone.
+
+        Raises:
+            ValueError: naming the layer that has these ``adapters``.
+        """
+        if not self.is_uniform:
+            raise ValueError(
+                f"`{self.name_of(adapters)}` computes with its weight, which is one for the whole batch, so its "
+                "samples cannot use different adapters. Leave it out with `exclude`, or choose one adapter for the "
+                "whole batch."
+            )
+
+    def name_of(self, adapters: object) -> str:
+        """The name of the layer that has these ``adapters``."""
+        return self.layers.get(id(adapters), "a layer")
+
+
+class Acting(threading.local):
+    """What acts in one layer, in each thread.
+
+    Args:
+        default: what acts without a choice; ``None`` for every adapter with a coefficient of 1.
+        table: the coefficients of ``default`` for compiled code.
+
+    Attributes:
+        choice: of this thread; ``None`` without one.
+        table: its coefficients for compiled code.
+    """
+
+    def __init__(self, default: Choice | None = None, table: Tensor | None = None) -> None:
+        self.default, self.table = default, table  # a new thread calls this with the same arguments
+        self.choice: Choice | None = None
+
+    def now(self) -> Choice | None:
+        """What acts in the call of the layer that runs now."""
+        choice = self.choice
+        if backward_id() < 0:
+            if choice is None:
+                return self.default
+            if not (saved_tensors_have_hooks() or (choice.began_with_grad and not torch.is_grad_enabled())):
+                return choice
+        begun, repeated = running_checkpoints()
+        if repeated is not None:
+            choice = vars(repeated).get(_NOTES, {}).get(id(self))
+        for checkpoint in begun:
+            vars(checkpoint).setdefault(_NOTES, {})[id(self)] = choice
+        return choice or self.default
+
+    def __reduce__(self) -> tuple[type[Acting], tuple[Choice | None]]:
+        return Acting, (self.default,)
+
+
+def traced_coefficient(table: Tensor, column: int, size: int) -> Tensor:
+    """The coefficients of one adapter for each of ``size`` samples, in operations that a compiler traces, ``(size,)``.
+
+    Where the batch has another size than the choice they are NaN: compiled code cannot raise an error about it.
+    """
+    index = torch.arange(size, device=table.device).clamp(max=table.shape[0] - 1)
+    wrong = (table[0, -1] >= 0) & (table[0, -1] != size)
+    return torch.where(wrong, float("nan"), table[:, column].index_select(0, index))
+
+
+def default_table(strengths: Mapping[str, float], device: torch.device) -> Tensor:
+    """The table of the coefficients ``strengths`` for the whole batch; layers share it."""
+    key = tuple(strengths.items()), device
+    table = _DEFAULTS.get(key)
+    if table is None:
+        table = _DEFAULTS[key] = Choice([strengths]).table(tuple(strengths), device)
+    return table

@@ -1,0 +1,128 @@
+"""Which of a model's adapters act: the context manager that chooses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.base import LoRALayer, adapted_layers
+from lightning_lora.layers.choice import Choice, Weights
+from lightning_lora.layers.restoring import Restoring, Undo
+from lightning_lora.model.journal import complete_undo
+from lightning_lora.model.record import is_merged
+from lightning_lora.names import nearest
+
+Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
+
+
+def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager[None]:
+    """Inside the ``with`` block only these adapters of ``model`` act: one, several with weights, or none.
+
+    Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
+    the second forward acts as the first. What no sample used gets no gradient. A list chooses for each sample of the
+    batch; then layers that compute with their weight alone (recurrent layers, parameters that are adapted by name)
+    are refused, as are layers whose first dimension is not the batch. Under ``torch.compile`` one graph serves every
+    choice; where the batch is not as long as the list, compiled code gives NaN. Trained biases and ``also_train``
+    modules are the same for all adapters; :func:`disable_lora` takes these off too.
+
+    Args:
+        model: a module with live adapters, or any part of one.
+        adapters: the name of the one that acts; or names with the factors of their updates, such as
+            ``{"fr": 0.7, "de": 0.3}``; or a list with one of these for each sample of the batch; or ``None``, also in
+            the list, for the base.
+
+    Raises:
+        ValueError: if a name is no adapter of ``model``, there are none, or they are merged; and in the forward pass,
+            if a list is not as long as the batch, or a layer cannot choose by sample.
+        TypeError: if ``adapters`` is none of these.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Linear(4, 2)
+        >>> for name in ("fr", "de"):
+        ...     _ = apply_lora(model, LoRAConfig(r=1, targets="all", name=name))
+        >>> with use_adapters(model, ["fr", "de", None]):
+        ...     y = model(torch.ones(3, 4))
+        >>> with use_adapters(model, {"fr": 0.5}):
+        ...     y = model(torch.ones(3, 4))
+    """
+    return Restoring(partial(_choose, model, adapters))
+
+
+def _choose(model: nn.Module, adapters: Adapters, undo: Undo) -> None:
+    choose(model, adapters, undo)
+
+
+def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[str] = ()) -> None:
+    """As on entry of :func:`use_adapters`.
+
+    Args:
+        model: a module with live adapters.
+        adapters: what acts.
+        undo: gets the functions that undo it.
+        present: names that take part in the graph also where no sample uses them, with gradients of zeros.
+    """
+    complete_undo(model)
+    if is_merged(model):
+        raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `use_adapters`.")
+    layers = list(adapted_layers(model))
+    names = list(dict.fromkeys(name for _, layer in layers for name in layer.lora))
+    if not names:
+        raise ValueError("The model has no adapters to choose from: call `apply_lora` first.")
+    by_sample = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    samples = [_weights(each, names) for each in (adapters if by_sample else [adapters])]  # type: ignore[union-attr]
+    if not samples:
+        raise ValueError("`adapters` must have one entry for each sample of the batch, but got an empty list.")
+    choice = Choice(
+        samples,
+        size=len(samples) if by_sample else None,
+        present=frozenset(present),
+        layers={id(layer.lora): name for name, layer in layers} if by_sample else {},
+        is_ambiguous=by_sample and any(getattr(module, "batch_first", None) is False for module in model.modules()),
+    )
+    for _, layer in layers:
+        if len(layer.lora):
+            _set(layer, choice, undo)
+
+
+def _set(layer: LoRALayer, choice: Choice, undo: Undo) -> None:
+    if layer.lora.acting is None:
+        layer.lora.prepare_choices()
+    acting, device = layer.lora.acting, layer.lora.device()
+    assert acting is not None
+    before = {"choice": acting.choice, "table": acting.table}
+    undo.append(partial(_put, acting, before))
+    table = None if device is None else choice.table(tuple(layer.lora), device)
+    _put(acting, {"choice": choice, "table": table})
+
+
+def _put(acting: Any, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(acting, key, value)
+
+
+def _weights(adapters: Any, names: list[str]) -> Weights:
+    """The coefficients that one entry means.
+
+    Raises:
+        ValueError: if a name is unknown.
+        TypeError: if the entry has another type.
+    """
+    if adapters is None:
+        return {}
+    weights = {adapters: 1.0} if isinstance(adapters, str) else adapters
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Real) for weight in weights.values()):
+        raise TypeError(
+            "`adapters` must be a name, a dict from names to numbers, None, or a list of these, one for each sample, "
+            f"but got {adapters!r}."
+        )
+    for name in weights:
+        if name not in names:
+            close = ", ".join(f"`{each}`" for each in nearest(str(name), names))
+            raise ValueError(f"`adapters` has {name!r}, which is no adapter of the model. It has {close}.")
+    return {name: float(weight) for name, weight in weights.items() if weight}
