@@ -68,7 +68,7 @@ def attention(
         # No mode that acts on the function of `F`, for an attention block around this one, must act on this call.
         kernel = F.scaled_dot_product_attention if extend is None else torch.ops.aten.scaled_dot_product_attention
         heads, weights = _attend(layer, q, k, v, mask, causal, kernel), None
-    output = (project_out or output_projection)(layer, heads.reshape(len(heads), -1, int(layer.embed_dim)))
+    output = (project_out or output_projection)(layer, heads.reshape(query.shape))
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)
     if not batched:

@@ -144,7 +144,6 @@ OTHER = [
     ({}, {"alpha_pattern": {"body.0": 1}}, r"`alpha_pattern=\{'body\.0': 1\}` instead of"),
     ({}, {"bias": "all"}, r"`bias='all'` instead of `bias='none'`"),
     ({}, {"also_train": ["head"]}, r"`also_train=\['head'\]` instead of `also_train=None`"),
-    ({}, {"name": "other"}, r"`name='other'` instead of `name='default'`"),
     ({"rank_pattern": {"body.0": 1}}, {"alpha": 2.0, "rank_pattern": {"body.0": 1}}, r"`alpha=2\.0` instead of"),
     (
         {"rank_pattern": {"body.0": 1, "0": 3}},
