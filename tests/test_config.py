@@ -140,6 +140,7 @@ def test_defaults_are_those_of_the_design():
         "alpha_pattern": None,
         "seed": None,
         "name": "default",
+        "adapters": None,
     }
     assert dataclasses.asdict(RunConfig()) == {
         "compute": "auto",

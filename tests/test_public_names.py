@@ -47,6 +47,7 @@ NAMES = [
     "remove_lora",
     "save_adapter",
     "unmerge_lora",
+    "use_adapters",
 ]
 ROOT = Path(__file__).parent.parent
 

@@ -44,7 +44,7 @@ def drop_adapter(model: nn.Module, name: str) -> None:
     """
     if is_merged(model):
         raise ValueError(
-            f"The adapters are merged into the model: call `unmerge_lora(model)` to remove `{name}` alone."
+            f"The adapters are merged into the model: call `unmerge_lora(model)` first, to remove `{name}` alone."
         )
     layers = [layer for _, layer in adapted_layers(model) if has_adapter(layer, name)]
     for layer in layers:

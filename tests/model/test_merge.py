@@ -272,8 +272,14 @@ def test_undo_is_given_by_name():
     before = snapshot(model)
     with pytest.raises(TypeError, match=r"`undo` must be given by name, but got False by position. Write `undo=False`"):
         merge_lora(model, False)
-    with pytest.raises(TypeError, match=r"`model` by position and `undo` by name, but got a dict after `model`"):
-        merge_lora(model, {"default": 0.5})
+    with pytest.raises(TypeError, match=r"`undo` must be given by name, but got True by position. Write `undo=True`"):
+        merge_lora(model, {"default": 0.5}, True)
+    with pytest.raises(
+        TypeError, match=r"`weights` must be a dict from names of adapters to numbers, .* got 'default'"
+    ):
+        merge_lora(model, "default")
+    with pytest.raises(TypeError, match=r"`weights\['default'\]` must be a number"):
+        merge_lora(model, {"default": "half"})
     with pytest.raises(TypeError, match=r"`undo` must be a bool, but got None"):
         merge_lora(model, undo=None)
     assert_same_values(model, before)

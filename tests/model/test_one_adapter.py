@@ -1,0 +1,50 @@
+"""One of several adapters is taken off; the others stay as they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, remove_lora
+
+
+def model_with(**targets):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    for name, wanted in targets.items():
+        apply_lora(model, LoRAConfig(r=1, targets=wanted, name=name))
+    return model
+
+
+def test_a_layer_that_only_this_adapter_had_is_plain_again():
+    model = model_with(fr="all", de=["0"])
+    kept = {name: parameter.clone() for name, parameter in lora_parameters(model, name="de")}
+    remove_lora(model, name="fr")
+    assert type(model[2]) is nn.Linear
+    assert {name for name, _ in lora_parameters(model)} == kept.keys() == {"0.lora.de.A", "0.lora.de.B"}
+    assert all(torch.equal(kept[name], parameter) for name, parameter in lora_parameters(model))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == list(kept)
+
+
+def test_without_its_last_adapter_the_model_is_the_base():
+    model, before = model_with(fr="all", de=["0"]), model_with().state_dict()
+    remove_lora(model, name="fr")
+    remove_lora(model, name="de")
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_name_can_be_given_again():
+    model = model_with(fr="all", de="all")
+    remove_lora(model, name="de")
+    apply_lora(model, LoRAConfig(r=2, targets=["2"], name="de"))
+    assert model[2].lora.de.r == 2
+
+
+def test_what_cannot_be_removed():
+    model = model_with(fr="all", de="all")
+    with pytest.raises(ValueError, match=r"`name` must be the name of an adapter, but got 'dee'\. The model has `de`"):
+        remove_lora(model, name="dee")
+    merge_lora(model)
+    with pytest.raises(ValueError, match=r"call `unmerge_lora\(model\)` first, to remove `de` alone"):
+        remove_lora(model, name="de")
