@@ -42,12 +42,12 @@ from lightning_lora.methods.prefix.config import PrefixConfig
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.tune.config import TuneConfig
-from lightning_lora.model.acting import use_adapters
 from lightning_lora.model.apply import apply_lora, disable_lora, remove_lora
 from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.merged_values import merged_state_dict
 from lightning_lora.model.report.plan import plan_lora
+from lightning_lora.model.several.acting import use_adapters
 from lightning_lora.model.state import lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter

@@ -20,9 +20,9 @@ from lightning_lora.model.initial_values import moved, put_back, remember
 from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
-from lightning_lora.model.one_adapter import drop_adapter, is_last
 from lightning_lora.model.record import config_of, forget, is_merged, record_of
 from lightning_lora.model.same_config import check_meant, check_same
+from lightning_lora.model.several.one_adapter import drop_adapter, is_last
 from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.survey import Survey

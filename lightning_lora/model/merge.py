@@ -16,8 +16,8 @@ from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
-from lightning_lora.model.one_adapter import check_name
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
+from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
 

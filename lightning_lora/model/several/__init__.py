@@ -1,0 +1,1 @@
+"""Several adapters on one model: which of them act, one that goes while the others stay."""
