@@ -90,11 +90,9 @@ def _is_merged_otherwise(model: nn.Module, weights: Mapping[str, float]) -> bool
 
 
 def _check_arguments(weights: object, *misplaced: object) -> None:
-    if isinstance(weights, bool):
-        raise TypeError(f"`undo` must be given by name, but got {weights} by position. Write `undo={weights}`.")
-    if misplaced:
-        first = misplaced[0]
-        raise TypeError(f"`undo` must be given by name, but got {first!r} by position. Write `undo={first!r}`.")
+    flags = [weights, *misplaced] if isinstance(weights, bool) else misplaced
+    if flags:
+        raise TypeError(f"`undo` must be given by name, but got {flags[0]!r} by position. Write `undo={flags[0]!r}`.")
     if weights is not None and not isinstance(weights, Mapping):
         raise TypeError(
             "`weights` must be a dict from names of adapters to numbers, such as {'fr': 1.0, 'de': 0.5}, but got "

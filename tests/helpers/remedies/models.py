@@ -111,14 +111,6 @@ def undo_by_name(message: Expected, folder: Path) -> None:
     torch.testing.assert_close(outputs(model), outputs(adapted()))
 
 
-@remedy("model/merge.py", "`merge_lora` takes `model` by position", "but got a dict", "leave this argument out")
-def all_adapters_are_merged(message: Expected, folder: Path) -> None:
-    with message:
-        merge_lora(adapted(), {"default": 1.0})  # type: ignore[arg-type]
-    merge_lora(model := adapted())
-    torch.testing.assert_close(outputs(model), outputs(adapted()))
-
-
 @remedy("model/apply.py", "The adapters are merged into the model", "call `unmerge_lora(model)` before `disable_lora`")
 def disable_after_unmerge(message: Expected, folder: Path) -> None:
     merge_lora(model := adapted())

@@ -1,0 +1,141 @@
+"""Remedies of messages about several adapters on one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora, use_adapters
+from tests.helpers.models import Lit
+from tests.helpers.remedies.case import Expected, fit, remedy
+
+X = torch.ones(2, 4)
+
+
+def several(model: nn.Module | None = None, *, exclude: list[str] | None = None) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) if model is None else model
+    for name in ("fr", "de"):
+        apply_lora(model, LoRAConfig(r=1, targets="all", exclude=exclude, name=name))
+    return model
+
+
+@remedy("config.py", "`name={}` and `adapters` both name adapters", "`name='fr'`", "Leave `name` out")
+def a_name_and_adapters(message: Expected, folder: Path) -> None:
+    with message:
+        LoRAConfig(name="fr", adapters={"de": {}})
+    assert [config.name for config in LoRAConfig(adapters={"de": {}}).each()] == ["de"]
+
+
+@remedy("layers/choice.py", "`use_adapters` got {} entries", "whose dimension 0 is no batch of 3", "Give one entry")
+def entries_for_another_batch(message: Expected, folder: Path) -> None:
+    model = several()
+    with message, use_adapters(model, ["fr", "de", None]):
+        model(X)
+    with use_adapters(model, ["fr", "de"]):
+        model(X)
+    with use_adapters(model, "fr"):
+        model(torch.ones(3, 4))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[0])  # type: ignore[no-any-return]
+
+
+@remedy("layers/choice.py", "`{}` gets an input of shape {}, and", "`head` gets", "Use batch_first=True")
+def either_dimension_may_be_the_batch(message: Expected, folder: Path) -> None:
+    model = SequenceFirst()
+    for name in ("fr", "de"):
+        apply_lora(model, LoRAConfig(r=1, targets=["head"], name=name))
+    x = torch.ones(2, 2, 4)
+    with message, use_adapters(model, ["fr", "de"]):
+        model(x)
+    with use_adapters(model, "fr"):
+        model(x)
+    model.rnn.batch_first = True
+    with use_adapters(model, ["fr", "de"]):
+        model(x)
+
+
+@remedy("layers/choice.py", "`{}` computes with its weight", "`rnn` computes", "Leave it out with `exclude`")
+def a_weight_for_the_whole_batch(message: Expected, folder: Path) -> None:
+    model = SequenceFirst()
+    model.rnn.batch_first = True
+    for name in ("fr", "de"):
+        apply_lora(model, LoRAConfig(r=1, targets=["rnn", "head"], name=name))
+    x = torch.ones(2, 3, 4)
+    with message, use_adapters(model, ["fr", "de"]):
+        model(x)
+    with use_adapters(model, "fr"):
+        model(x)
+    remove_lora(model)
+    for name in ("fr", "de"):
+        apply_lora(model, LoRAConfig(r=1, targets=["rnn", "head"], exclude=["rnn"], name=name))
+    with use_adapters(model, ["fr", "de"]):
+        model(x)
+
+
+@remedy("methods/lora.py", "The module has an adapter `{}`, which this run", "`fr`", "remove_lora(model, name='fr')")
+def an_adapter_that_the_run_does_not_name(message: Expected, folder: Path) -> None:
+    def adapted() -> Lit:
+        model = Lit()
+        apply_lora(model, LoRAConfig(r=1, targets="attn", name="fr"))
+        return model
+
+    with message:
+        fit(LoRACallback(r=1, name="de"), module=adapted())
+    model = adapted()
+    remove_lora(model, name="fr")
+    fit(LoRACallback(r=1, name="de"), module=model)
+    model = adapted()
+    merge_lora(model, undo=False)
+    fit(LoRACallback(r=1, name="de"), module=model)
+
+
+@remedy("model/several/acting.py", "The adapters are merged", "before `use_adapters`", "call `unmerge_lora(model)`")
+def a_choice_of_merged_adapters(message: Expected, folder: Path) -> None:
+    model = several()
+    merge_lora(model)
+    with message, use_adapters(model, "fr"):
+        pass
+    unmerge_lora(model)
+    with use_adapters(model, "fr"):
+        model(X)
+
+
+@remedy("model/several/acting.py", "The model has no adapters to choose from", "call `apply_lora` first")
+def a_choice_without_adapters(message: Expected, folder: Path) -> None:
+    model = nn.Linear(4, 2)
+    with message, use_adapters(model, "fr"):
+        pass
+    apply_lora(model, LoRAConfig(r=1, targets="all", name="fr"))
+    with use_adapters(model, "fr"):
+        model(X)
+
+
+@remedy("model/several/one_adapter.py", "The model has no adapters: call", "call `apply_lora` first")
+def one_adapter_of_none(message: Expected, folder: Path) -> None:
+    model = nn.Linear(4, 2)
+    with message:
+        remove_lora(model, name="fr")
+    apply_lora(model, LoRAConfig(r=1, targets="all", name="fr"))
+    remove_lora(model, name="fr")
+
+
+@remedy(
+    "model/several/one_adapter.py", "The adapters are merged into", "`fr` alone", "call `unmerge_lora(model)` first"
+)
+def one_of_merged_adapters(message: Expected, folder: Path) -> None:
+    model = several()
+    merge_lora(model)
+    with message:
+        remove_lora(model, name="fr")
+    unmerge_lora(model)
+    remove_lora(model, name="fr")
