@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -57,28 +57,73 @@ def write_together(directory: Path, writers: Mapping[str, Callable[[Path], objec
         directory: made if it does not exist.
         writers: function that writes each file, by the file's name; the largest file last.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        parts = {directory / name: stack.enter_context(_part(directory)) for name in writers}
-        for target, part in parts.items():
-            writers[target.name](part)
-            _flush(part)
-        lock = stack.enter_context(_opened(directory.resolve()))
-        _lock_for_a_moment(lock)  # so that two writers do not mix their files
+    write_directories({directory: writers})
+
+
+def write_directories(directories: Mapping[Path, Mapping[str, Callable[[Path], object]]]) -> None:
+    """As :func:`write_together`, of several directories: after an error the old files are in all of them.
+
+    After a kill while files are renamed some directories are new and some are old.
+
+    Args:
+        directories: for each directory the functions that write its files, by the file's name; the largest file last.
+    """
+    with _new_directories(directories), ExitStack() as stack:
+        parts: dict[Path, Path] = {}
+        for directory, writers in directories.items():
+            new = {directory / name: stack.enter_context(_part(directory)) for name in writers}
+            for target, part in new.items():
+                writers[target.name](part)
+                _flush(part)
+            parts |= new
+        for directory in directories:
+            lock = stack.enter_context(_opened(directory.resolve()))
+            _lock_for_a_moment(lock)  # so that two writers do not mix their files
         _rename_together(parts)
-        _flush_directory(directory)
+        for directory in directories:
+            _flush_directory(directory)
+
+
+@contextmanager
+def _new_directories(directories: Iterable[Path]) -> Iterator[None]:
+    """Make the ``directories`` that do not exist; after an error those that are empty are removed again."""
+    made = [directory for directory in directories if not directory.exists()]
+    try:
+        for directory in directories:
+            directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for directory in made:
+            with suppress(OSError):  # somebody else wrote into it
+                directory.rmdir()
+        raise
 
 
 def _rename_together(parts: Mapping[Path, Path]) -> None:
-    *small, _ = parts
-    before = {target: target.read_bytes() if target.exists() else None for target in small}
+    *first, _ = parts
+    with ExitStack() as stack:
+        before = {target: _second_name(target, stack) for target in first}
+        try:
+            for target, part in parts.items():
+                part.replace(target)
+        except BaseException:
+            for target, old in before.items():
+                target.unlink(missing_ok=True) if old is None else old.replace(target)
+            raise
+
+
+def _second_name(target: Path, stack: ExitStack) -> Path | None:
+    """A second name for the file at ``target``, until ``stack`` closes; ``None`` if there is no file."""
+    if not target.exists():
+        return None
+    second = target.with_name(PART.format(secrets.token_hex(8)))
+    _lock_for_a_moment(stack.enter_context(_opened(target.resolve())))  # so that no other writer removes `second`
+    stack.callback(second.unlink, missing_ok=True)
     try:
-        for target, part in parts.items():
-            part.replace(target)
-    except BaseException:
-        for target, content in before.items():
-            target.unlink(missing_ok=True) if content is None else target.write_bytes(content)
-        raise
+        second.hardlink_to(target.resolve())
+    except OSError:  # a file system without hard links
+        shutil.copy2(target, second)
+    return second
 
 
 def remove_dead_parts(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lightning_lora.files import atomic
-from lightning_lora.files.atomic import PART, atomic_write, write_together
+from lightning_lora.files.atomic import PART, atomic_write, write_directories, write_together
 from lightning_lora.trainer.checkpointing.contents import write_checkpoint
 
 DEAD = PART.format("0" * 16)
@@ -239,10 +239,44 @@ def test_two_files_or_none(tmp_path):
 
     with pytest.raises(OSError, match="full"):
         write_together(tmp_path / "new", {"one": lambda path: path.write_text("1"), "two": fails})
-    assert names_in(tmp_path / "new") == []
+    assert names_in(tmp_path) == []
     for text in "ab":
         write_together(tmp_path / "new", dict.fromkeys(("one", "two"), lambda path, text=text: path.write_text(text)))
     assert {path.read_text() for path in (tmp_path / "new").iterdir()} == {"b"} and len(names_in(tmp_path / "new")) == 2
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("broken", range(4))
+def test_all_directories_or_none(tmp_path, monkeypatch, broken, has_links):
+    """An interrupt at any of the four renames leaves the old files, and no new directory."""
+
+    def write(text, *names):
+        files = dict.fromkeys(("small", "large"), lambda path: path.write_text(text))
+        write_directories({tmp_path / name: files for name in names})
+
+    def read():
+        return {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def hardlink_to(self, target):
+        raise OSError("no links")
+
+    write("old", "fr")
+    before, calls, replace = read(), [], Path.replace
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == broken + 1:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupted)
+        write("new", "fr", "de")
+    assert read() == before and names_in(tmp_path) == ["fr"]
+    write("new", "fr", "de")
+    assert read() == {f"{name}/{file}": "new" for name in ("fr", "de") for file in ("small", "large")}
 
 
 def test_two_files_in_a_folder_behind_a_link(tmp_path):
