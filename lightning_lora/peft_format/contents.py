@@ -68,14 +68,18 @@ def matrices(pair: PeftPair) -> list[tuple[str, Tensor]]:
     return list(zip(pair.keys, (pair.A, pair.B), strict=True))
 
 
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
-    """Every layer of ``model`` that has adapters, live or merged, and these."""
-    for name, layer in adapted_layers(model):
-        if layer.lora.all_pairs():
-            yield name, layer, layer.lora
-    for name, module, merged in merged_layers(model):
-        if merged.adapters.all_pairs():
-            yield name, module, merged.adapters
+def holders(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """Every layer of ``model`` that has adapters, live or merged, and these.
+
+    Args:
+        model: any module.
+        name: only layers with the adapter of that name.
+    """
+    live = ((place, layer, layer.lora) for place, layer in adapted_layers(model))
+    merged = ((place, module, merged.adapters) for place, module, merged in merged_layers(model))
+    for place, module, adapters in (*live, *merged):
+        if adapters.all_pairs() if name is None else name in adapters:
+            yield place, module, adapters
 
 
 def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]) -> Contents:
@@ -120,9 +124,9 @@ def _checked(
     inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], str]
 ) -> tuple[Adapted, dict[str, Tensor], list[str]]:
     """The adapted layers, everything else that belongs to the adapter, and the modules that train in full."""
-    adapted = list(holders(inner))
+    adapted = list(holders(inner, config.name))
     _check_layers(adapted, inner, config)
-    plain = other_state(inner, adapted)
+    plain = other_state(inner, list(holders(inner)))
     modules_to_save = _owners(_in_full(plain, inner, config, asked_as), inner)
     _check_saved(modules_to_save, inner, [name for name, _, _ in adapted])
     return adapted, plain, modules_to_save

@@ -11,13 +11,16 @@ from torch import Tensor, distributed, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.files.atomic import write_together
+from lightning_lora.files.atomic import write_directories
 from lightning_lora.files.safetensors_writing import write_tensors
 from lightning_lora.layers.registry import is_linear, original_class
-from lightning_lora.model.record import config_of, records
+from lightning_lora.model.fingerprint import Fingerprint
+from lightning_lora.model.one_adapter import check_name
+from lightning_lora.model.record import config_of, configs_of, records
 from lightning_lora.model.state import has_adapters
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.contents import Contents, check_contents, contents_of
+from lightning_lora.peft_format.directories import places_for
 from lightning_lora.peft_format.inner import belongings_of, inner_of, wider_than_adapters
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, base_of, header
 from lightning_lora.peft_format.stored import CONFIG, WEIGHTS
@@ -31,6 +34,7 @@ FLAVORS = ("peft", "vllm")
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
+    name: str | None = None,
     *,
     inner: str | None = None,
     flavor: str = "peft",
@@ -38,14 +42,17 @@ def save_adapter(
 ) -> None:
     """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
 
-    peft's outputs are then those of ``model``. Slices of a fused layer become one pair on all of it, whose rank is
-    the sum of theirs; so do q, k and v of an ``nn.MultiheadAttention``. peft 0.21 adds the update of its ``out_proj``
-    twice, so half of it is written, and a warning says so. Everything is checked before anything is written, and an
-    error leaves the old files. In distributed training all processes must call it, and the first writes.
+    Of several adapters each goes into the sub-directory of its name. What trains in addition acts with every adapter,
+    so each directory holds it. peft's outputs are then those of ``model``, with several adapters under
+    ``use_adapters``. Slices of a fused layer become one pair on all of it, whose rank is the sum of theirs; so do q, k
+    and v of an ``nn.MultiheadAttention``. peft 0.21 adds the update of its ``out_proj`` twice, so half of it is
+    written, and a warning says so. Everything is checked before anything is written, and an error leaves the old files
+    in all directories. In distributed training all processes must call it, and the first writes.
 
     Args:
         model: a model with adapters, live or merged.
         directory: where to write; it is created if it does not exist.
+        name: of the one adapter to write, into ``directory`` itself. ``None`` writes all.
         inner: name of the module in ``model`` that peft will wrap, ``""`` for ``model`` itself. ``None`` finds it: the
             transformers model that holds all that is saved, else the one child of a LightningModule that does, else
             ``model``; a warning says so if a smaller part holds all adapters.
@@ -53,7 +60,8 @@ def save_adapter(
         metadata: strings to keep in the header of the weights' file, such as the step and metrics.
 
     Raises:
-        ValueError: if ``model`` has no adapters, or has some that the format cannot hold.
+        ValueError: if ``model`` has no adapters or none of this name, or has some that the format cannot hold, or
+            several are to be written where ``directory`` itself holds an adapter.
         TypeError: if ``metadata`` holds anything but strings.
 
     Source: peft 0.21, https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -73,16 +81,42 @@ def save_adapter(
         raise ValueError(f"`flavor` must be one of {', '.join(map(repr, FLAVORS))}, but got {flavor!r}.")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory, but `{directory}` is a file.")
-    holder, config = _adapted_as(model)
+    every = _names_to_save(model, name)
+    places = places_for(every, directory, name)
     held = belongings_of(model)
     prefix, part = inner_of(model, inner, held)
+    base = base_of(part)
+    files = {places[each]: _files(model, each, prefix, part, base, flavor, metadata) for each in every}
+    if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
+        warnings.warn(to_know, stacklevel=2)
+    _first_of_all(lambda: write_directories(files))
+
+
+def _names_to_save(model: nn.Module, name: str | None) -> list[str]:
+    check_is_lora(model)
+    if not has_adapters(model):
+        raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
+    if name is None:
+        return list(configs_of(model))
+    check_name(model, name)
+    return [name]
+
+
+def _files(
+    model: nn.Module,
+    name: str,
+    prefix: str,
+    part: nn.Module,
+    base: Fingerprint,
+    flavor: str,
+    metadata: Mapping[str, str] | None,
+) -> dict[str, Callable[[Path], object]]:
+    """What writes the files of the adapter ``name``."""
+    holder, config = _adapted_as(model, name)
     contents = contents_of(part, config, _asked_as(prefix, holder))
     contents = for_vllm(contents) if flavor == "vllm" else contents
     text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
-    about = header(config, base_of(part), tensors, metadata, prefix)
-    if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
-        warnings.warn(to_know, stacklevel=2)
-    _first_of_all(lambda: write_together(directory, file_writers(text, tensors, about)))
+    return file_writers(text, tensors, header(config, base, tensors, metadata, prefix))
 
 
 def file_writers(
@@ -127,16 +161,15 @@ def check_is_lora(model: nn.Module) -> None:
         )
 
 
-def _adapted_as(model: nn.Module) -> tuple[str, LoRAConfig]:
-    """The name of the module in ``model`` that was adapted, empty for itself, and its configuration."""
-    check_is_lora(model)
-    if not has_adapters(model):
-        raise ValueError("The model has no adapters, so there is nothing to save: call `apply_lora` first.")
-    configured = [(name, record.config) for name, _, record in records(model) if isinstance(record.config, LoRAConfig)]
+def _adapted_as(model: nn.Module, name: str) -> tuple[str, LoRAConfig]:
+    """The name of the module in ``model`` that got the adapter ``name``, empty for itself, and its configuration."""
+    configured = [(holder, config) for holder, _, record in records(model) if (config := record.configs.get(name))]
     if len(configured) != 1:
         what = "several parts of it were" if configured else "a module around it was"
         raise ValueError(f"`model` was not adapted as one: {what}. Save what `apply_lora` was called with.")
-    return configured[0]
+    holder, config = configured[0]
+    assert isinstance(config, LoRAConfig)
+    return holder, config
 
 
 def check_saveable(model: nn.Module) -> str | None:
@@ -148,10 +181,12 @@ def check_saveable(model: nn.Module) -> str | None:
     Raises:
         ValueError: naming what the format has no place for.
     """
-    holder, config = _adapted_as(model)
+    every = _names_to_save(model, None)
     held = belongings_of(model)
     prefix, part = inner_of(model, None, held)
-    check_contents(part, config, _asked_as(prefix, holder))
+    for name in every:
+        holder, config = _adapted_as(model, name)
+        check_contents(part, config, _asked_as(prefix, holder))
     return wider_than_adapters(model, held)
 
 

@@ -1,0 +1,55 @@
+"""Directories of several adapters: each adapter has the sub-directory of its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_lora.names import nearest
+from lightning_lora.peft_format.stored import CONFIG, PICKLED, WEIGHTS
+
+
+def places_for(names: Sequence[str], directory: Path, name: str | None) -> dict[str, Path]:
+    """Where each of the adapters ``names`` is written.
+
+    Args:
+        names: of the adapters to write.
+        directory: that the user gave.
+        name: that the user gave; ``None`` for all.
+
+    Raises:
+        ValueError: if several are to be written and ``directory`` itself holds an adapter.
+    """
+    if len(names) == 1:
+        return {names[0]: directory}
+    if is_adapter_directory(directory):
+        raise ValueError(
+            f"`{directory}` holds an adapter itself, which would be read in place of those in its sub-directories "
+            f"{', '.join(map(repr, names))}. Choose another directory, or move that adapter away."
+        )
+    return {each: directory / each for each in names}
+
+
+def is_adapter_directory(directory: Path) -> bool:
+    """Whether ``directory`` itself holds files of an adapter."""
+    return any((directory / file).is_file() for file in (CONFIG, WEIGHTS, PICKLED))
+
+
+def directories_in(directory: Path) -> dict[str, Path]:
+    """The sub-directories of ``directory`` that hold adapters, by their names, where it holds none itself."""
+    if is_adapter_directory(directory):
+        return {}
+    return {path.name: path for path in sorted(directory.iterdir()) if path.is_dir() and is_adapter_directory(path)}
+
+
+def directory_of(directory: Path, name: str) -> Path:
+    """Where the adapter ``name`` is in ``directory``, which holds several.
+
+    Raises:
+        ValueError: naming the nearest, if there is none of that name.
+    """
+    present = directories_in(directory)
+    if name not in present:
+        close = ", ".join(f"`{each}`" for each in nearest(name, list(present)))
+        raise ValueError(f"`name` must be that of a sub-directory of `{directory}`, but got {name!r}. It has {close}.")
+    return present[name]
