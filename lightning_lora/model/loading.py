@@ -26,16 +26,30 @@ from lightning_lora.model.file_values import check_finite, check_value
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import is_merged
-from lightning_lora.model.state import buffer_names, clean_state, frozen_names, merged_state, needed_names, save_own
+from lightning_lora.model.state import (
+    buffer_names,
+    clean_state,
+    frozen_names,
+    lora_state_dict,
+    merged_state,
+    needed_names,
+    save_own,
+)
 
 
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any], name: str | None = None) -> None:
     """Load the result of :func:`lora_state_dict` into a model with the same adapters: all of it, or nothing.
 
     Buffers that are not in ``state`` had not changed when it was made: they get their initial values back.
 
+    Args:
+        model: a model with live adapters.
+        state: of all its adapters; with ``name``, of that one at least.
+        name: load only A and B of the adapter of that name; everything else in ``model`` stays.
+
     Raises:
-        ValueError: if a key is missing, unknown or has another shape, or the model is merged or has no adapters.
+        ValueError: if a key is missing, unknown or has another shape, or the model is merged, or has no adapters or
+            none of that name.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora, lora_state_dict
@@ -44,7 +58,21 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
         >>> load_lora_state_dict(fresh, lora_state_dict(trained))
     """
+    if name is not None and is_adapted(model):
+        state = _with_pairs(model, state, name)
     all_or_nothing(model, lambda journal: load(model, state, journal))
+
+
+def _with_pairs(model: nn.Module, state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The state of ``model`` with the entries of the adapter ``name`` from ``state``."""
+    own = lora_state_dict(model, name)
+    missing = [key for key in own if key not in state]
+    if missing:
+        raise ValueError(
+            f"`state` lacks `{missing[0]}` of the adapter `{name}` ({len(missing)} missing). Were `targets`, `exclude` "
+            "and `name` the same when it was made?"
+        )
+    return {**lora_state_dict(model), **{key: state[key] for key in own}}
 
 
 def load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:

@@ -192,10 +192,10 @@ def config_of(model: nn.Module | Survey) -> MethodConfig | None:
 
 def configs_of(model: nn.Module | Survey) -> dict[str, MethodConfig]:
     """The configurations that ``model`` and parts of it are adapted with, by the names of the adapters."""
-    configs: dict[str, MethodConfig] = {}
-    for _, _, record in records(model):
-        configs = {**record.adapted_by, **configs}
-    return configs
+    every = [record for _, _, record in records(model)]
+    configs = {name: config for record in reversed(every) for name, config in record.adapted_by.items()}
+    order = [name for record in every for name in record.configs]
+    return {name: configs[name] for name in dict.fromkeys([*order, *configs]) if name in configs}
 
 
 def kept_names(model: nn.Module | Survey) -> set[str]:

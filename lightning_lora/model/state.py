@@ -18,6 +18,7 @@ from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.model.freeze import adapter_parameters, trained_parameters
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_children, merged_layers, records
+from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.model.written import written_before_merge, written_parameters
 from lightning_lora.targets.survey import Survey, survey_of
 
@@ -67,7 +68,7 @@ def added_parameters(model: nn.Module | Survey, kind: type[Adapted] = Adapted) -
             yield names.join(name, key), parameter
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Any]:
+def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     """The entries of ``model`` that an adapter file holds, under the model's own names.
 
     These are adapters, ``also_train`` modules, the biases that train, and buffers that changed since
@@ -76,8 +77,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     model that loads ``model.state_dict()`` with ``strict=False`` computes as the base, and only the ``unexpected_keys``
     that torch returns say so: for a plain model write ``merged_state_dict(model)``.
 
+    Args:
+        model: a model with adapters, live or merged.
+        name: only A and B of the adapter of that name: whatever else trains belongs to all adapters.
+
     Raises:
-        ValueError: if ``model`` has no adapters.
+        ValueError: if ``model`` has no adapters, or none of that name.
 
     Example:
         >>> from lightning_lora import LoRAConfig, apply_lora
@@ -88,7 +93,16 @@ def lora_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     if not has_adapters(model):
         raise ValueError("The model has no adapters, so there is no adapter to save: call `apply_lora` first.")
-    return trained_state(model)
+    return trained_state(model) if name is None else _pairs_state(model, name)
+
+
+def _pairs_state(model: nn.Module, name: str) -> dict[str, Any]:
+    check_name(model, name)
+    with_it = {id(layer) for layer in survey_of(model).layers() if name in layer.lora}
+    with_it |= {id(module) for _, module, merged in merged_layers(model) if name in merged.adapters}
+    places = (place for place, module in names.named_modules(model) if id(module) in with_it)
+    prefixes = tuple(names.join(place, f"lora.{name}.") for place in places)
+    return {key: value for key, value in trained_state(model).items() if key.startswith(prefixes)}
 
 
 def trained_state(model: nn.Module) -> dict[str, Any]:

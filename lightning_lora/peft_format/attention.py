@@ -56,7 +56,7 @@ def warn_of_half(names: list[str]) -> None:
     warnings.warn(
         f"peft 0.21 adds the update of `{names[0]}.{OUT_PROJ}`{more} twice, so the file has half of it, and peft's "
         "outputs are those of the model. A later peft that adds it once would apply half of it.",
-        stacklevel=4,
+        stacklevel=6,
     )
 
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.freeze import BIAS
-from lightning_lora.model.record import merged_layers
+from lightning_lora.model.record import configs_of, merged_layers
 from lightning_lora.model.state import buffer_names, clean_state, full_detached, lora_state_dict
 from lightning_lora.names import covers
 from lightning_lora.peft_format.attention import INSIDE, OUT_PROJ, attention_around, attention_pairs, warn_of_half
@@ -37,6 +36,7 @@ from lightning_lora.peft_format.targets import lies_in, saved
 WITHOUT = "Leave it out with `exclude` and `also_train`, or merge the adapter and save the whole model."
 REPEATED = "is used in several places, of which peft adapts one"
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # which peft does not wrap
+Adapted = list[tuple[str, nn.Module, Adapters]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Contents:
     """The contents of a directory; names are relative to the model that peft wraps.
 
     Args:
-        pairs: A and B by the name of the adapted module, for peft's second pair of an attention by its place there.
+        pairs: A and B by the adapted module's name, for peft's second pair of an attention by its place there.
         modules_to_save: names of the modules that are trained in full.
         plain: their values, trained biases and changed buffers, by their keys in the file.
     """
@@ -95,9 +95,9 @@ def contents_of(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str], 
     """
     adapted, plain, modules_to_save = _checked(inner, config, asked_as)
     modules = dict(names.named_modules(inner))
-    for name, module, _ in adapted:
-        if is_empty(module):
-            raise ValueError(f"`{name}` {ON_META}. Nothing was written.")
+    empty = next((name for name, module, _ in adapted if is_empty(module)), None)
+    if empty is not None:
+        raise ValueError(f"`{empty}` {ON_META}. Nothing was written.")
     _warn_of_fast_path([name for name, _, _ in adapted], modules)
     pairs = _pairs(adapted, inner, config)
     state = clean_state(inner)
@@ -115,9 +115,6 @@ def check_contents(inner: nn.Module, config: LoRAConfig, asked_as: Callable[[str
         ValueError: naming what PEFT's format has no place for.
     """
     _checked(inner, config, asked_as)
-
-
-Adapted = list[tuple[str, nn.Module, Adapters]]
 
 
 def _checked(
@@ -185,19 +182,20 @@ def _warn_of_fast_path(adapted: list[str], modules: dict[str, nn.Module]) -> Non
         warnings.warn(
             f"`{encoders[0]}`{more} lies in an nn.TransformerEncoderLayer: in evaluation torch bypasses peft's adapter "
             "there. The files are right, but peft's outputs are the base's.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """The kind of each adapted layer in PEFT's format, or why it has none."""
-    modules, places = dict(names.named_modules(model)), places_in(model)
+    """The kind of each adapted layer, or of each ``layer.lora.name``, in PEFT's format, or why it has none."""
+    modules, places, has_several = dict(names.named_modules(model)), places_in(model), len(configs_of(model)) > 1
     by_name: dict[str, str] = {}
     for name, layer, adapters in holders(model):
-        (holder,) = adapters.values()
-        assert isinstance(holder, (Adapter, Pairs))
-        kind = kind_in_peft(layer, modules.get(name.rpartition(".")[0]) if name else None, holder)
-        by_name[name] = kind if places[id(layer)] < 2 else REPEATED
+        owner = modules.get(name.rpartition(".")[0]) if name else None
+        for adapter in adapters:
+            kind = kind_in_peft(layer, owner, adapters_of(adapters, adapter))
+            key = names.join(name, f"lora.{adapter}") if has_several else name
+            by_name[key] = kind if places[id(layer)] < 2 else REPEATED
     return by_name
 
 

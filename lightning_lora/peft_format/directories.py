@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_lora.names import nearest
@@ -40,6 +40,20 @@ def directories_in(directory: Path) -> dict[str, Path]:
     if is_adapter_directory(directory):
         return {}
     return {path.name: path for path in sorted(directory.iterdir()) if path.is_dir() and is_adapter_directory(path)}
+
+
+def check_are_names(directories: Mapping[str, Path], directory: Path) -> None:
+    """Raise unless the names of the sub-directories of ``directory`` that hold adapters can be those of adapters.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    other = next((name for name in directories if not name.isidentifier()), None)
+    if other is not None:
+        raise ValueError(
+            f"`{directory}` holds no adapter itself, and the name of its sub-directory {other!r} is no Python "
+            f"identifier, as names of adapters are. Give the directory of one adapter, such as `{directory / other}`."
+        )
 
 
 def directory_of(directory: Path, name: str) -> Path:

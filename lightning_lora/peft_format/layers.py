@@ -206,14 +206,15 @@ def from_peft(adapters: Adapter | Pairs, pair: PeftPair) -> Mapping[str, Tensor]
     placed = torch.zeros_like(B)
     for (name, adapter), start in zip(named, starts, strict=True):
         columns = slice(start, start + adapter.r)
-        rows = _own_rows(adapter, B[:, columns])
+        rows = own_rows(adapter, B[:, columns])
         placed[:, columns] += adapter.part.place_rows(rows, len(B))
         values[f"{name}.A" if name else "A"] = A[columns]
         values[f"{name}.B" if name else "B"] = rows * (pair.scale / adapter.scale)
     return values if torch.equal(placed, B) else "is adapted in rows that the adapters in the model do not change"
 
 
-def _own_rows(pair: Adapter, B: Tensor) -> Tensor:
+def own_rows(pair: Adapter, B: Tensor) -> Tensor:
+    """The rows of B that ``pair`` adapts."""
     rows = pair.part.rows
     if rows is None:
         return B

@@ -172,13 +172,13 @@ def config_for(asked: PeftConfig, file: FileValues, inner: nn.Module, prefix: st
     )
 
 
-def check_adapted(file: FileValues, inner: nn.Module) -> None:
-    """Raise unless ``inner`` has adapters on exactly the modules that the file has pairs for.
+def check_adapted(file: FileValues, inner: nn.Module, adapter: str) -> None:
+    """Raise unless ``inner`` has the adapter of that name on exactly the modules that the file has pairs for.
 
     Raises:
         ValueError: naming the first module that does not fit.
     """
-    present = [name for name, _, _ in holders(inner)]
+    present = [name for name, _, _ in holders(inner, adapter)]
     for name in (*file.pairs, *present):
         if name not in present or name not in file.pairs:
             where = "in the file and not in the model" if name in file.pairs else "in the model and not in the file"
@@ -192,7 +192,7 @@ def values_for(file: FileValues, inner: nn.Module, adapter: str) -> dict[str, Te
         ValueError: naming the first value that does not fit.
     """
     state: dict[str, Tensor] = {}
-    for name, layer, adapters in holders(inner):
+    for name, layer, adapters in holders(inner, adapter):
         A, B = (file.pairs[name][key].float() for key in keys_of(layer))
         own, scale = adapters_of(adapters, adapter), file.scales[name]
         if name in file.inside:  # the file has one scale for the attention and its `out_proj`, a model may have two
@@ -213,7 +213,7 @@ def _other_state(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Ten
             raise ValueError(f"The adapter's file has {shown(key)}, which the model does not have.")
         check_value(key, value, present[key])
         check_finite(key, value, present[key])
-        if key in frozen and not _same(value, full_detached(present[key]).cpu()):
+        if key in frozen and not is_same(value, full_detached(present[key]).cpu()):
             raise ValueError(
                 f"The adapter's file holds `{key}` of its base, and the model has other values there. Load the base "
                 "that it was trained on first."
@@ -223,7 +223,7 @@ def _other_state(plain: Mapping[str, Tensor], inner: nn.Module) -> dict[str, Ten
     return trained
 
 
-def _same(value: Tensor, own: Tensor) -> bool:
+def is_same(value: Tensor, own: Tensor) -> bool:
     """Equal, a cast of either aside."""
     return torch.equal(value.to(own.dtype), own) or torch.equal(value, own.to(value.dtype))
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,14 @@ def _first_names(model: nn.Module) -> list[str]:
     return list(first.values())
 
 
-def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str], strict: bool) -> None:
-    """Compare ``model`` with the fingerprint in the header, if there is one; ``trained`` names may be missing there.
+def check_base(metadata: Mapping[str, str], own: Callable[[], Fingerprint], trained: set[str], strict: bool) -> None:
+    """Compare a model with the fingerprint in the header, if there is one.
+
+    Args:
+        metadata: the header.
+        own: gives the fingerprint of the model.
+        trained: names that may be missing in the header's.
+        strict: whether another base is an error.
 
     Raises:
         ValueError: if the bases differ, or the header is damaged.
@@ -148,7 +154,7 @@ def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str],
     if BASE not in metadata:
         return
     expected = base_in(metadata)
-    present = {name: sums for name, sums in fingerprint(model).items() if name in expected or name not in trained}
+    present = {name: sums for name, sums in own().items() if name in expected or name not in trained}
     wrong = other_base(expected, present)
     if wrong is not None and strict:
         raise ValueError(
@@ -156,9 +162,9 @@ def check_base(metadata: Mapping[str, str], model: nn.Module, trained: set[str],
             "load_adapter(model, directory, strict_base=False) loads the adapter all the same."
         )
     if wrong is not None:
-        warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=3)
+        warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=4)
     elif not exactly_same(expected, present):
-        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=3)
+        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=4)
 
 
 def base_in(metadata: Mapping[str, str]) -> Fingerprint:

@@ -15,8 +15,8 @@ from lightning_lora.files.atomic import write_directories
 from lightning_lora.files.safetensors_writing import write_tensors
 from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.fingerprint import Fingerprint
-from lightning_lora.model.one_adapter import check_name
 from lightning_lora.model.record import config_of, configs_of, records
+from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.model.state import has_adapters
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.contents import Contents, check_contents, contents_of
@@ -86,7 +86,9 @@ def save_adapter(
     held = belongings_of(model)
     prefix, part = inner_of(model, inner, held)
     base = base_of(part)
-    files = {places[each]: _files(model, each, prefix, part, base, flavor, metadata) for each in every}
+    files = {}
+    for each in every:  # no comprehension, whose frame would be in the way of warnings
+        files[places[each]] = _files(model, each, prefix, part, base, flavor, metadata)
     if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
         warnings.warn(to_know, stacklevel=2)
     _first_of_all(lambda: write_directories(files))

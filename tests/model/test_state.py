@@ -17,8 +17,9 @@ from lightning_lora import (
     merged_state_dict,
     unmerge_lora,
 )
-from tests.helpers import oracles
+from tests.helpers import models, oracles
 from tests.helpers.oracles import ADAPTERS, INDEX, adapted, assert_same_values, net, same_bits, snapshot, train
+from tests.helpers.several import THREE, fill, with_adapters
 
 ALL = {"r": 2, "targets": ["body.*"], "bias": "lora_only", "also_train": ["head", "scale"]}
 STATISTICS = ["body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"]
@@ -290,3 +291,34 @@ def test_states_of_metrics_travel():
     one.metric.update(torch.tensor(3.0))
     load_lora_state_dict(other, lora_state_dict(one))
     assert float(other.metric.mean_value) == 3.0
+
+
+def test_one_of_several_adapters():
+    """Its entries alone, live and merged; loading them leaves all others."""
+    model = with_adapters(models.net())
+    before = snapshot(model)
+    states = {name: lora_state_dict(model, name) for name in THREE}
+    for name, state in states.items():
+        assert set(state) == {key for key in before if f".lora.{name}." in key} and state
+        assert all(same_bits(value, before[key]) for key, value in state.items())
+    kept = {key: value.clone() for key, value in lora_state_dict(model).items()}
+    assert set(kept) == {key for state in states.values() for key in state}
+    fill(model, seed=1)
+    changed = snapshot(model)
+    load_lora_state_dict(model, kept, name="de")
+    for key, value in model.state_dict().items():
+        assert same_bits(value, (before if ".lora.de." in key else changed)[key]), key
+    merge_lora(model, {"fr": 1.0})
+    assert set(lora_state_dict(model, "es")) == set(states["es"])
+    with pytest.raises(ValueError, match="`name` must be the name of an adapter, but got 'it'"):
+        lora_state_dict(model, "it")
+
+
+def test_a_state_without_an_entry_of_the_adapter_is_refused():
+    model = with_adapters(models.net())
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"`state` lacks `layers\.0\.q\.lora\.fr\.A` of the adapter `fr` \(8 missing\)"
+    ):
+        load_lora_state_dict(model, lora_state_dict(model, "de"), name="fr")
+    assert_same_values(model, before)

@@ -1,0 +1,132 @@
+"""Remedies of messages about files of several adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_lora import load_adapter, save_adapter, use_adapters
+from tests.helpers.models import net
+from tests.helpers.remedies.case import Expected, outputs, remedy
+from tests.helpers.several import THREE, with_adapters
+
+DIRECTORIES, COMMON = "peft_format/directories.py", "peft_format/common_values.py"
+LOAD, SLOT = "peft_format/load.py", "peft_format/slot.py"
+TWO = {name: THREE[name] for name in ("fr", "de")}
+HEAD = {"also_train": ["head"]}
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def alone(model: nn.Module, name: str) -> torch.Tensor:
+    with use_adapters(model, name):
+        return outputs(model)
+
+
+def saved(folder: Path, name: str, seed: float = 0.0, **arguments: object) -> tuple[Path, nn.Module]:
+    """A directory of one adapter, whose head moved by `seed` if it trains, and its model."""
+    model = with_adapters(net(), {name: {**THREE[name], **arguments}})
+    if arguments:
+        model.head.weight.data += seed
+    save_adapter(model, folder / name)
+    return folder / name, model
+
+
+@remedy(DIRECTORIES, "`{}` holds an adapter itself", "Choose another directory", "move that adapter away")
+def several_where_one_is(message: Expected, folder: Path) -> None:
+    model = with_adapters(net(), TWO)
+    save_adapter(model, folder / "used", name="fr")
+    with message:
+        save_adapter(model, folder / "used")
+    for directory in (folder / "other", folder / "used"):
+        for file in directory.glob("adapter_*"):
+            file.unlink()
+        save_adapter(model, directory)
+        load_adapter(loaded := net(), directory)
+        assert close(outputs(loaded), outputs(model))
+
+
+@remedy(DIRECTORIES, "`{}` holds no adapter itself", "Give the directory of one adapter", "checkpoint-5")
+def folders_of_steps(message: Expected, folder: Path) -> None:
+    model = with_adapters(net(), {"fr": THREE["fr"]})
+    save_adapter(model, folder / "checkpoint-5")
+    with message:
+        load_adapter(net(), folder)
+    load_adapter(loaded := net(), folder / "checkpoint-5")
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+@remedy(COMMON, "`{}` is not the same in the files of", "Load them into models of their own")
+def heads_of_two_files(message: Expected, folder: Path) -> None:
+    every = {name: saved(folder, name, seed, **HEAD) for name, seed in (("fr", 0.5), ("de", 1.0))}
+    with message:
+        load_adapter(net(), folder)
+    for directory, model in every.values():
+        load_adapter(loaded := net(), directory)
+        assert torch.equal(outputs(loaded), outputs(model))
+
+
+@remedy(COMMON, "`{}` trains in addition to the adapters", "Load the file into a model of its own")
+def a_head_of_another_adapter(message: Expected, folder: Path) -> None:
+    directory, model = saved(folder, "fr", 0.5, **HEAD)
+    with message:
+        load_adapter(with_adapters(net(), {"de": THREE["de"]}), directory, name="fr")
+    load_adapter(loaded := net(), directory, name="fr")
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+@remedy(LOAD, "`into={}` replaces the values of that adapter", "Give one of them")
+def into_or_name(message: Expected, folder: Path) -> None:
+    directory, source = saved(folder, "fr")
+    model = with_adapters(net(), {"slot": {"targets": "all"}})
+    with message:
+        load_adapter(model, directory, name="fr", into="slot")
+    load_adapter(model, directory, name="fr")
+    load_adapter(model, directory, into="slot")
+    assert close(alone(model, "slot"), outputs(source)) and torch.equal(alone(model, "fr"), outputs(source))
+
+
+@remedy(LOAD, "`into` takes the directory of one adapter", "`de`, `fr`", "Name a sub-directory")
+def into_from_a_sub_directory(message: Expected, folder: Path) -> None:
+    source = with_adapters(net(), TWO)
+    save_adapter(source, folder)
+    model = with_adapters(net(), {"slot": {"targets": "all"}})
+    with message:
+        load_adapter(model, folder, into="slot")
+    load_adapter(model, folder / "fr", into="slot")
+    assert close(alone(model, "slot"), alone(source, "fr"))
+
+
+@remedy(LOAD, "The model has the adapters", "`fr`, `de`", "give `name`")
+def a_name_among_several(message: Expected, folder: Path) -> None:
+    directory, source = saved(folder, "fr")
+    model = with_adapters(net(), TWO)
+    with message:
+        load_adapter(model, directory)
+    for name in ("fr", "more"):
+        load_adapter(model, directory, name=name)
+        assert torch.equal(alone(model, name), outputs(source))
+
+
+@remedy(SLOT, "`{}` has an adapter in the file and none in", "Give `name`")
+def layers_without_a_slot(message: Expected, folder: Path) -> None:
+    directory, source = saved(folder, "fr")
+    model = with_adapters(net(), {"slot": {"targets": ["q"]}})
+    with message:
+        load_adapter(model, directory, into="slot")
+    load_adapter(model, directory, name="fr")
+    assert torch.equal(alone(model, "fr"), outputs(source))
+
+
+@remedy(SLOT, "`{}` {}. Give `name`", "`into='slot'`")
+def a_rank_above_the_slot(message: Expected, folder: Path) -> None:
+    directory, source = saved(folder, "fr")
+    model = with_adapters(net(), {"slot": {"r": 1, "targets": ["q", "v"]}})
+    with message:
+        load_adapter(model, directory, into="slot")
+    load_adapter(model, directory, name="fr")
+    assert torch.equal(alone(model, "fr"), outputs(source))
