@@ -145,7 +145,7 @@ def import_directory(directory: Path, path: Path, inner: str | None = None, over
         "global_step": _number(metadata.get("step")),
         "pytorch-lightning_version": version("lightning"),
         contents.KEY: {
-            **contents.facts(LoRAMethod(config), RunConfig(), base, {}),
+            **contents.facts(LoRAMethod(config), RunConfig(), base, {}, {}),
             checks.ENTRIES: sorted(state),
         },
     }

@@ -30,7 +30,7 @@ from lightning_lora.model.merged_values import merged_values, merged_weights, wi
 from lightning_lora.model.record import configs_of, is_merged
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
-from lightning_lora.model.same_config import check_same, difference
+from lightning_lora.model.same_config import check_same, difference_by_name
 from lightning_lora.model.state import (
     lora_parameters,
     lora_state_dict,
@@ -72,7 +72,7 @@ class LoRAMethod(RecordedMethod):
     def difference(self, other: MethodConfig) -> str | None:
         if not isinstance(other, LoRAConfig):
             return f"a {type(other).__name__} instead of a LoRAConfig"
-        return difference(self.config, other)
+        return difference_by_name(self.config, other)
 
     @override
     def check_same(self, model: nn.Module) -> None:

@@ -25,6 +25,20 @@ def difference(present: LoRAConfig, asked: LoRAConfig) -> str | None:
     return None
 
 
+def difference_by_name(present: LoRAConfig, asked: LoRAConfig) -> str | None:
+    """As :func:`difference`, of the adapters that both name; different ones altogether are a difference too."""
+    old, new = ({each.name: each for each in config.each()} for config in (present, asked))
+    if old.keys().isdisjoint(new) and len(old) == len(new) == 1:
+        return difference(*old.values(), *new.values())
+    if old.keys().isdisjoint(new):
+        return f"the adapters {', '.join(map(repr, new))} instead of {', '.join(map(repr, old))}"
+    changes = {name: difference(old[name], config) for name, config in new.items() if name in old}
+    changed = next((name for name, change in changes.items() if change is not None), None)
+    if changed is None:
+        return None
+    return f"{changes[changed]}" + (f" in the adapter {changed!r}" if max(len(old), len(new)) > 1 else "")
+
+
 def _shown(value: object) -> str:
     """The value for a message, of bounded length: a configuration may come from a file."""
     return printable(repr(value), LONGEST_SHOWN)

@@ -97,7 +97,18 @@ def load_adapter(
     if record.is_merged(model):
         raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
     check_method(model, LoRAConfig())
-    places = _places(model, directory, name, into)
+    return load_directories(model, _places(model, directory, name, into), into, inner=inner, strict_base=strict_base)
+
+
+def load_directories(
+    model: nn.Module,
+    places: Mapping[str, Path],
+    into: str | None = None,
+    *,
+    inner: str | None = None,
+    strict_base: bool = True,
+) -> list[str]:
+    """As :func:`load_adapter`, of the directory of each adapter by its name in ``model``."""
     base = cache(lambda prefix: fingerprint(dict(names.named_modules(model))[prefix]))
     files = {}
     for each, place in places.items():  # no comprehension, whose frame would be in the way of warnings

@@ -162,9 +162,9 @@ def check_base(metadata: Mapping[str, str], own: Callable[[], Fingerprint], trai
             "load_adapter(model, directory, strict_base=False) loads the adapter all the same."
         )
     if wrong is not None:
-        warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=4)
+        warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=5)
     elif not exactly_same(expected, present):
-        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=4)
+        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=5)
 
 
 def base_in(metadata: Mapping[str, str]) -> Fingerprint:

@@ -21,6 +21,7 @@ from lightning_lora.names import counted
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.peft_format.task import CLASSES, classes_in
 from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.adapters_by_name import check_kept, for_resume, kept_adapters
 from lightning_lora.trainer.checkpointing.checks import ENTRIES
 from lightning_lora.trainer.checkpointing.file_contents import warn_of_modules
 from lightning_lora.trainer.checkpointing.hook_state import fill_in, trained_entries, whole_state
@@ -188,7 +189,7 @@ class CheckpointFiles:
         contents.check_complete(checkpoint, self.method, self.module, seen)
         checkpoint = plain_callbacks(checkpoint)
         checkpoint[contents.KEY] = contents.facts(
-            self.method, self.run_config, self.base_fingerprint(), kinds(self.module)
+            self.method, self.run_config, self.base_fingerprint(), kinds(self.module), kept_adapters(self.module)
         )
         checkpoint[contents.KEY] |= self._not_of_the_base() | self.classes
         checkpoint[contents.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
@@ -240,7 +241,7 @@ class CheckpointFiles:
         if "callbacks" in checkpoint:
             checkpoint["callbacks"] = with_base_values(checkpoint["callbacks"], self.module)
         self.before_hook = layers_of(self.module, self.method)
-        checkpoint = contents.fit_to(checkpoint, self.module)
+        checkpoint = contents.fit_to(for_resume(checkpoint, self.method, self.module), self.module)
         self.filled_in = {} if self.is_sharded else fill_in(checkpoint, self.module)
         return checkpoint
 
@@ -266,6 +267,7 @@ class CheckpointFiles:
             self.frozen.rebase(base)
         late = names_in(checkpoint[contents.KEY], LATE) if self.trainer.state.fn == "fit" else []
         reading.check(checkpoint, path, self.method, base, except_for=late)
+        check_kept(checkpoint, path, self.module)
         self.expected = partial(reading.check_late, checkpoint, path) if late else None
         self.late = [*late]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -68,13 +68,13 @@ def _run(facts: Facts) -> Mapping[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def check_pairs(config: LoRAConfig, state: Mapping[str, Any]) -> None:
-    """Raise unless every A and B in ``state`` is a plain matrix of real numbers, or a stack of such.
+def check_pairs(names: Iterable[str], state: Mapping[str, Any]) -> None:
+    """Raise unless every A and B in ``state`` of these adapters is a plain matrix of real numbers, or a stack of such.
 
     Raises:
         ValueError: naming the first that is not.
     """
-    half = re.compile(rf"(?:.*\.)?lora\.{config.name}\.(?:.+\.)?[AB]")
+    half = re.compile(rf"(?:.*\.)?lora\.(?:{'|'.join(names)})\.(?:.+\.)?[AB]")
     for key, value in state.items():
         if half.fullmatch(key) and not (
             isinstance(value, Tensor)
@@ -91,13 +91,13 @@ def _kind(value: Any) -> str:
     )
 
 
-def check_room(module: nn.Module, config: LoRAConfig, state: Mapping[str, Any]) -> None:
-    """Raise if the adapters of ``config`` would be larger than those in ``state``: before their memory is taken.
+def check_room(module: nn.Module, configs: Iterable[LoRAConfig], state: Mapping[str, Any]) -> None:
+    """Raise if the adapters of ``configs`` would be larger than those in ``state``: before their memory is taken.
 
     Raises:
         ValueError: with both sizes.
     """
-    needed = sum(row.parameters for row in plan_lora(module, config).rows)
+    needed = sum(row.parameters for config in configs for row in plan_lora(module, config).rows)
     held = sum(value.numel() for key, value in state.items() if ".lora." in f".{key}" and isinstance(value, Tensor))
     if needed > held:
         raise ValueError(

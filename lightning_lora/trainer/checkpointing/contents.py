@@ -19,12 +19,15 @@ from lightning_lora.model.state import keep_adapter, real_keys
 from lightning_lora.trainer.checkpointing.kept_states import own_names, without_base_values
 
 KEY = "lightning_lora"
+KEPT = "kept"  # under our key: the adapters that did not train
 FORMATS = (1, 2)
 ENTRIES_OF_RUN = ("state_dict", "optimizer_states", "lr_schedulers")  # under our key in a file of save="merged"
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
-def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str]) -> dict[str, Any]:
+def facts(
+    method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[str, str], kept: dict[str, Any]
+) -> dict[str, Any]:
     """What a checkpoint records of its adapter, as plain data.
 
     Format 1, written until version 0.1.0, holds the arguments of the run in ``config`` as well.
@@ -34,10 +37,11 @@ def facts(method: Method, run_config: RunConfig, base: Fingerprint, kinds: dict[
         run_config: of the run.
         base: the fingerprint of the frozen weights.
         kinds: of the adapted layers, in PEFT's format.
+        kept: of the adapters that do not train, as of :func:`kept_adapters`.
     """
     config = method.config.to_dict()
     about = {"format": FORMATS[-1], "method": method.key, "config": config, "run": run_config.to_dict()}
-    return {**about, "base": base, "kinds": kinds}
+    return {**about, "base": base, "kinds": kinds, **({KEPT: kept} if kept else {})}
 
 
 def without_base(

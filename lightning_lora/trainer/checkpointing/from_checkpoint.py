@@ -7,27 +7,29 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_lora.config import LoRAConfig, MethodConfig
+from lightning_lora.config import LoRAConfig
 from lightning_lora.foreign import LIGHTNING_MODULE, is_a
 from lightning_lora.layers.adapted import Adapted
 from lightning_lora.methods.adapt import adapt, remove_adapted
 from lightning_lora.methods.base import Method
 from lightning_lora.methods.known import method_of
+from lightning_lora.model.apply import remove_lora
 from lightning_lora.model.fingerprint import Fingerprint, differences, fingerprint
 from lightning_lora.model.freeze import is_frozen, unfreeze
-from lightning_lora.model.record import config_of, is_merged
+from lightning_lora.model.record import config_of, configs_of, is_merged
+from lightning_lora.model.several.strengths import set_strengths
 from lightning_lora.model.written import set_written
 from lightning_lora.names import clean, counted
 from lightning_lora.trainer.adapter_callback import AdapterCallback
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.adapters_by_name import AdapterFile
 from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.checkpointing.checks import check_room
 from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
@@ -104,7 +106,7 @@ def load_from_checkpoint(
     path = _one_path(path, checkpoint_path)
     content = reading.read(reading.on_cpu, path, weights_only is not False, "path")
     content = with_callbacks(content, {callback.__name__: callback for callback in CALLBACKS})
-    file = AdapterFile(path, content, *reading.facts_in(content, path, "path"))
+    file = AdapterFile(path, content, *reading.facts_in(content, path, "path"), reading.kept_in(content))
     source = None if base is None else tensors_of(base, weights_only is not False)
     arguments = {**kwargs, **(cls_kwargs or {})}
     if isinstance(cls_or_module, nn.Module):
@@ -122,28 +124,6 @@ def load_from_checkpoint(
     if merge:
         file.method.merge(module)
     return module
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """A checkpoint of a run, opened.
-
-    Args:
-        path: of the file.
-        content: what is in it.
-        config: of its adapters.
-        base: the fingerprint of the base that they were trained on.
-    """
-
-    path: str | Path
-    content: dict[str, Any]
-    config: MethodConfig
-    base: Fingerprint
-
-    @property
-    def method(self) -> Method:
-        """The method that its configuration belongs to."""
-        return method_of(self.config)
 
 
 def _one_path(path: str | Path | None, checkpoint_path: str | Path | None) -> str | Path:
@@ -212,7 +192,7 @@ def _unchanged_on_failure(module: nn.Module) -> Iterator[Copied]:
         A list for each tensor of the base that is overwritten, with its values before.
     """
     children = [(inner, dict(inner._modules)) for inner in module.modules()]
-    present = config_of(module)
+    present, names = config_of(module), configs_of(module).keys()
     method = None if present is None else method_of(present)
     state = None if method is None else deepcopy(method.state(module))
     was_merged, was_frozen = is_merged(module), is_frozen(module)
@@ -228,6 +208,8 @@ def _unchanged_on_failure(module: nn.Module) -> Iterator[Copied]:
         with torch.no_grad():
             for tensor, value in overwritten:
                 tensor.copy_(value)
+        for name in configs_of(module).keys() - names if names else ():
+            remove_lora(module, name=name)
         _restore(module, method, state, was_merged, was_frozen)
         raise
 
@@ -255,7 +237,7 @@ def _load(
     if is_merged(module):
         file.method.unmerge(module)
     copied = set() if source is None else copy_base(source, module, file.base, overwritten)
-    _adapt(module, file.config, file.content["state_dict"])
+    _adapt(module, file)
     set_written(module, names_in(file.content[contents.KEY], WRITTEN))
     if is_a(module, LIGHTNING_MODULE) and overrides(module, "on_load_checkpoint"):
         run_hook(module, "on_load_checkpoint", file.method, file.content)
@@ -285,11 +267,15 @@ def _check_base(file: AdapterFile, present: Fingerprint, strict_base: bool, not_
         )
 
 
-def _adapt(module: nn.Module, config: MethodConfig, state: dict[str, Any]) -> None:
+def _adapt(module: nn.Module, file: AdapterFile) -> None:
     try:
-        if isinstance(config, LoRAConfig):
-            check_room(module, config, state)
-        adapt(module, config)
+        if isinstance(file.config, LoRAConfig):
+            check_room(module, [*file.kept.values(), *file.config.each()], file.content["state_dict"])
+        for config in (*file.kept.values(), file.config):
+            adapt(module, config)
+        if file.kept:
+            file.method.complete(module)
+            set_strengths(module, file.strengths())
     except ValueError as error:
         if not is_a(module, LIGHTNING_MODULE) or not overrides(module, "setup"):
             raise

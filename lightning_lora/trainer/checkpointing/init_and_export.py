@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import nn
 
 from lightning_lora.files.writable import why_unwritable
 from lightning_lora.methods.base import Method
+from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import Fingerprint, shape_alone
 from lightning_lora.model.written import set_written, written_parameters
 from lightning_lora.names import clean
-from lightning_lora.peft_format.load import load_adapter
+from lightning_lora.peft_format.directories import directories_in, is_adapter_directory
+from lightning_lora.peft_format.load import load_adapter, load_directories
 from lightning_lora.peft_format.save import check_saveable, save_adapter
 from lightning_lora.trainer.checkpointing import contents, reading
+from lightning_lora.trainer.checkpointing.adapters_by_name import adapters_in, with_adapters
 from lightning_lora.trainer.checkpointing.checkpoint_io import is_written_here
 from lightning_lora.trainer.compatibility import best_checkpoints
 from lightning_lora.trainer.imports import rank_zero_info, rank_zero_warn
@@ -40,7 +43,7 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     if not Path(path).exists():
         raise FileNotFoundError(f"`init_from={path!r}` is not there: give a PEFT directory, or a checkpoint of a run.")
     if Path(path).is_dir():
-        load_adapter(module, path)
+        _start_from_directory(module, Path(path), method)
         return
     checkpoint = reading.read(reading.on_cpu, path, not is_written_here(path), "init_from")
     written, trained_on = reading.facts_in(checkpoint, path, "init_from")
@@ -48,7 +51,43 @@ def start_from(module: nn.Module, path: str, method: Method, base: Fingerprint) 
     set_written(module, names_in(checkpoint[contents.KEY], WRITTEN))
     base.update((name, shape_alone(parameter)) for name, parameter in written_parameters(module))
     reading.check_base(trained_on, base, path, "init_from", names_in(checkpoint[contents.KEY], LATE))
-    method.load(module, {clean(key): value for key, value in checkpoint["state_dict"].items()})
+    state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
+    if isinstance(method, LoRAMethod):
+        taken, held = [config.name for config in method.config.each()], adapters_in(checkpoint)
+        check_has_all(taken, held, path)
+        state = with_adapters(state, module, held, taken)
+    method.load(module, state)
+
+
+def _start_from_directory(module: nn.Module, path: Path, method: Method) -> None:
+    """Load the adapters that the run trains: from ``path`` itself, or from its sub-directories."""
+    trained = [config.name for config in method.config.each()] if isinstance(method, LoRAMethod) else []
+    several = directories_in(path)
+    if several:
+        check_has_all(trained, several, str(path))
+        load_directories(module, {name: several[name] for name in trained})
+    elif len(trained) > 1 and is_adapter_directory(path):
+        raise ValueError(
+            f"`init_from={str(path)!r}` holds one adapter, and this run trains {', '.join(map(repr, trained))}. Give a "
+            "directory with a sub-directory for each, as save_adapter(model, directory) writes them."
+        )
+    else:
+        load_adapter(module, path, *trained[:1])
+
+
+def check_has_all(names: Iterable[str], present: Collection[str], path: str) -> None:
+    """Raise if one of the adapters ``names`` is not in what ``init_from`` names.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    missing = next((name for name in names if name not in present), None)
+    if missing is not None:
+        held = ", ".join(f"`{name}`" for name in sorted(present))
+        raise ValueError(
+            f"`init_from={path!r}` has no adapter {missing!r}: it holds {held}. Name the adapters of the run as they "
+            "are called there."
+        )
 
 
 def check_export(trainer: Any, module: nn.Module, directory: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_lora.methods.base import Method
 from lightning_lora.methods.known import config_from_file
 from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
 from lightning_lora.trainer.checkpointing.checks import check_facts, check_pairs, check_weights
-from lightning_lora.trainer.checkpointing.contents import ENTRIES_OF_RUN, FORMATS, KEY, WEIGHTS
+from lightning_lora.trainer.checkpointing.contents import ENTRIES_OF_RUN, FORMATS, KEPT, KEY, WEIGHTS
 from lightning_lora.trainer.watching.frozen_facts import LATE, how_it_was_set, names_in
 
 AS_TRUSTED = "`weights_only=False` where you give the path"
@@ -238,10 +239,31 @@ def facts_in(checkpoint: dict[str, Any], path: Any, argument: str = "ckpt_path")
         check_facts(recorded, state)
         written, base = config_from_file(recorded.get("method", "lora"), recorded["config"]), recorded["base"]
         if isinstance(written, LoRAConfig):
-            check_pairs(written, state)
+            check_pairs([config.name for config in (*written.each(), *kept_in(checkpoint).values())], state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{_named(path, argument)} does not say what adapter it holds ({printable(str(error))}): it is damaged, "
             "or was written by a later version of lightning_lora."
         ) from error
     return written, base
+
+
+def kept_in(checkpoint: Mapping[str, Any]) -> dict[str, LoRAConfig]:
+    """The configurations of the adapters in the file that its run did not train, by name.
+
+    Raises:
+        ValueError: if what the file records of them is damaged.
+    """
+    kept = checkpoint[KEY].get(KEPT, {})
+    if not isinstance(kept, dict) or not all(isinstance(each, dict) and "config" in each for each in kept.values()):
+        raise ValueError("the configurations of the adapters that it keeps are damaged")
+    configs = {name: LoRAConfig.from_file(each["config"]) for name, each in kept.items()}
+    if any(config.name != name or config.adapters is not None for name, config in configs.items()):
+        raise ValueError("the names of the adapters that it keeps are damaged")
+    return configs
+
+
+def strengths_in(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """How strongly the adapters in the file that its run did not train acted, by name."""
+    strengths = {name: each.get("strength", 1.0) for name, each in checkpoint[KEY].get(KEPT, {}).items()}
+    return {name: value for name, value in strengths.items() if isinstance(value, (int, float)) and isfinite(value)}
