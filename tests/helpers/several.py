@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora.config import RunConfig
+from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.trainer.method_callback import MethodCallback
 
 # Other ranks, targets and scales; the layers are those of `tests.helpers.models.net`.
 THREE: dict[str, dict[str, Any]] = {
@@ -36,6 +39,13 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in lora_parameters(model):
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def callback_of(config: LoRAConfig, keep: Mapping[str, float] | None = None, **run: Any) -> MethodCallback:
+    """A callback for these adapters, live after the run."""
+    callback = MethodCallback(LoRAMethod(config, keep=keep), RunConfig(**{"merge": False, "liveness": False, **run}))
+    callback.config = config  # type: ignore[attr-defined]
+    return callback
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:

@@ -7,13 +7,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_lora import load_adapter, save_adapter, use_adapters
-from tests.helpers.models import net
-from tests.helpers.remedies.case import Expected, outputs, remedy
-from tests.helpers.several import THREE, with_adapters
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    use_adapters,
+)
+from lightning_lora.trainer.method_callback import MethodCallback
+from tests.helpers.models import Lit, net
+from tests.helpers.remedies.case import Expected, fit, fit_to_file, outputs, remedy, warnings_ignored
+from tests.helpers.several import THREE, callback_of, with_adapters
 
 DIRECTORIES, COMMON = "peft_format/directories.py", "peft_format/common_values.py"
 LOAD, SLOT = "peft_format/load.py", "peft_format/slot.py"
+EXCHANGE = "trainer/checkpointing/init_and_export.py"
+NAMES = "trainer/checkpointing/adapters_by_name.py"
 TWO = {name: THREE[name] for name in ("fr", "de")}
 HEAD = {"also_train": ["head"]}
 
@@ -110,6 +120,46 @@ def a_name_among_several(message: Expected, folder: Path) -> None:
     for name in ("fr", "more"):
         load_adapter(model, directory, name=name)
         assert torch.equal(alone(model, name), outputs(source))
+
+
+def several(**adapters: dict[str, object]) -> LoRAConfig:
+    return LoRAConfig(targets=["q", "v"], adapters=adapters)
+
+
+@remedy(
+    EXCHANGE, "`init_from={}` has no adapter", "it holds `de`, `fr`", "Name the adapters of the run as they are called"
+)
+def names_that_the_file_has(message: Expected, folder: Path) -> None:
+    path = fit_to_file(folder, callback_of(several(fr={}, de={"r": 2})))
+    with message:
+        fit(callback_of(several(fr={}, es={"r": 2}), init_from=path))
+    fit(callback_of(several(de={"r": 2}, fr={}), init_from=path))
+
+
+@remedy(EXCHANGE, "`init_from={}` holds one adapter", "'fr', 'de'", "save_adapter(model, directory)")
+def a_directory_for_each(message: Expected, folder: Path) -> None:
+    with warnings_ignored():
+        model = fit(callback_of(several(fr={}, de={"r": 2})))
+    save_adapter(model, folder / "one", name="fr")
+    with message:
+        fit(callback_of(several(fr={}, de={"r": 2}), init_from=str(folder / "one")))
+    save_adapter(model, folder / "each")
+    fit(callback_of(several(fr={}, de={"r": 2}), init_from=str(folder / "each")))
+
+
+@remedy(NAMES, "{} keeps an adapter", "`r=2` instead of `r=4`", "load_from_checkpoint(cls, path)")
+def the_kept_adapter_of_the_file(message: Expected, folder: Path) -> None:
+    def callback() -> MethodCallback:
+        return callback_of(LoRAConfig(r=2, targets=["q", "v"], name="de"), {"fr": 1.0})
+
+    def module(r: int) -> Lit:
+        apply_lora(made := Lit(), LoRAConfig(r=r, targets=["q", "v"], name="fr"))
+        return made
+
+    path = fit_to_file(folder, callback(), module=module(4))
+    with message:
+        fit(callback(), module=module(2), ckpt_path=path, max_epochs=2)
+    fit(callback(), module=load_from_checkpoint(Lit, path), ckpt_path=path, max_epochs=2)
 
 
 @remedy(SLOT, "`{}` has an adapter in the file and none in", "Give `name`")

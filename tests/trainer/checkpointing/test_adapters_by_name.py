@@ -14,14 +14,11 @@ from lightning_lora import (
     save_adapter,
     use_adapters,
 )
-from lightning_lora.config import RunConfig
-from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.record import configs_of, kept_names
 from lightning_lora.model.several.strengths import set_strengths, strengths_of
-from lightning_lora.trainer.method_callback import MethodCallback
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.oracles import assert_same_values, same_bits, snapshot
-from tests.helpers.several import fill
+from tests.helpers.several import callback_of, fill
 
 X = data(5).dataset.tensors[0]
 FR, DE, ES = {"r": 2, "alpha": 6}, {"r": 3, "targets": ["q", "mlp"]}, {"r": 1}
@@ -35,8 +32,7 @@ def several(keep=None, name="default", **adapters):
 def run(folder, config, keep=None, module=None, ckpt_path=None, steps=2, **run):
     """A module after a run, with live adapters, and its last file."""
     module, files = Lit() if module is None else module, checkpoints(folder)
-    callback = MethodCallback(LoRAMethod(config, keep=keep), RunConfig(merge=False, liveness=False, **run))
-    callback.config = config
+    callback = callback_of(config, keep, **run)
     trainer(callback, files, max_epochs=1, limit_train_batches=steps).fit(module, data(), data(1), ckpt_path=ckpt_path)
     return module.eval(), files.last_model_path
 
