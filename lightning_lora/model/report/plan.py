@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import nn
@@ -30,7 +30,7 @@ class Plan:
         rows: one for each matrix.
         in_full: parameters of the base that would train too, with their sizes.
         base: number of parameters of the model.
-        every_name: the names of all modules, parameters and matrices: a pattern in :meth:`to_yaml` matches only one.
+        every_name: all names of modules, parameters and matrices: a pattern in :meth:`to_yaml` matches only one.
         remarks: lines for people about what is adapted.
     """
 
@@ -51,13 +51,20 @@ class Plan:
     __repr__ = __str__
 
     def to_yaml(self) -> str:
-        """One line for each matrix, to edit and give back: ``targets=yaml.safe_load(text)``, or in a config file."""
-        patterns = [self._pattern(row.name).replace("'", "''") for row in self.rows]
-        described = zip(patterns, self.rows, strict=True)
-        lines = [f"- '{pattern}'  # {row.kind} {row.shape}, r={row.r}" for pattern, row in described]
+        """One line for each matrix, to edit and give back: ``targets=yaml.safe_load(text)``, or in a config file.
+
+        Of several adapters it is what ``adapters`` takes, without the other arguments in which they differ.
+        """
         size = sum(row.parameters for row in self.rows)
-        heading = f"# {counted(len(self.rows), 'matrix', 'matrices')}, {counted(size, 'parameter')}"
-        return "\n".join([heading, *lines, ""])
+        lines = [f"# {counted(len(self.rows), 'matrix', 'matrices')}, {counted(size, 'parameter')}"]
+        for adapter in dict.fromkeys(row.adapter for row in self.rows):
+            lines += [f"{adapter}:", "  targets:"] if adapter else []
+            lines += [f"{'  ' if adapter else ''}{self._entry(row)}" for row in self.rows if row.adapter == adapter]
+        return "\n".join([*lines, ""])
+
+    def _entry(self, row: Row) -> str:
+        pattern = self._pattern(row.name).replace("'", "''")
+        return f"- '{pattern}'  # {row.kind} {row.shape}, r={row.r}"
 
     def _pattern(self, name: str) -> str:
         """The name itself, or an exact pattern where the name would match another one too."""
@@ -99,19 +106,30 @@ def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig, *, compute: str 
     config = getattr(config, "config", config)
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"`config` must be a LoRAConfig or a LoRACallback, but got a {type(config).__name__}.")
-    targets = find_targets(model, config)
-    targets.check()
-    rows = [_row(site, part, config) for site in targets.sites for part in site.parts]
-    base = _base_parameters(targets.survey)
+    survey = Survey(model)
+    every = [(find_targets(survey, each), each) for each in config.each()]
+    for targets, _ in every:
+        targets.check()
+    rows = [_row(site, part, each, config) for targets, each in every for site in targets.sites for part in site.parts]
+    base = _base_parameters(survey)
     size = sum(parameter.numel() for parameter in base.values())
-    remarks = useless_ranks(rows) + left_alone(targets.survey, targets.names(), config)
+    remarks = useless_ranks(rows)
+    for targets, each in every:
+        remarks += [line for line in left_alone(survey, targets.names(), each) if line not in remarks]
+    sites = list({id(site.module): site for targets, _ in every for site in targets.sites}.values())
     if compute is not None:
         check_compute(compute, config)
-        remarks.append(side_remark(targets.sites, compute, config.dropout))
-    return Plan(rows, _in_full(targets, base, config), size, _every_name(targets, base), remarks)
+        remarks.append(side_remark(sites, compute, max(each.dropout for _, each in every)))
+    in_full = {name: number for targets, each in every for name, number in _in_full(targets, base, each).items()}
+    return Plan(rows, in_full, size, _every_name(survey, sites, base), remarks)
 
 
-def _row(site: Site, part: WeightPart, config: LoRAConfig) -> Row:
+def _row(site: Site, part: WeightPart, config: LoRAConfig, asked: LoRAConfig) -> Row:
+    row = _row_of_one(site, part, config)
+    return row if asked.adapters is None else replace(row, adapter=config.name)
+
+
+def _row_of_one(site: Site, part: WeightPart, config: LoRAConfig) -> Row:
     names, weight = site.names_of(part), parameter_of(site.module, part.key)
     class_name = original_class(site.module).__name__
     return row_of(names[0], class_name, part, weight, config.rank_for(*names), config.scale_for(*names), site.why)
@@ -134,6 +152,6 @@ def _in_full(targets: Targets, base: Mapping[str, nn.Parameter], config: LoRACon
     return {name: parameter.numel() for name, parameter in base.items() if id(parameter) in trained}
 
 
-def _every_name(targets: Targets, base: Iterable[str]) -> list[str]:
-    modules = [name for site in targets.survey.sites.values() for name in site.names]
-    return [*modules, *base, *(site.names_of(part)[0] for site in targets.sites for part in site.parts if part.name)]
+def _every_name(survey: Survey, sites: Iterable[Site], base: Iterable[str]) -> list[str]:
+    modules = [name for site in survey.sites.values() for name in site.names]
+    return [*modules, *base, *(site.names_of(part)[0] for site in sites for part in site.parts if part.name)]

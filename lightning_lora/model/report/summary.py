@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,9 +14,9 @@ from lightning_lora.layers.adapted import adapted_modules, added_to, has_added
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.model.freeze import trained_parameters
-from lightning_lora.model.record import config_of
+from lightning_lora.model.record import configs_of, kept_names
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
-from lightning_lora.model.state import added_parameters
+from lightning_lora.model.state import added_parameters, lora_parameters
 from lightning_lora.targets.left_alone import left_alone
 from lightning_lora.targets.role_names import numbered
 from lightning_lora.targets.roles import roles_in
@@ -64,8 +65,15 @@ def describe_trained(model: nn.Module) -> str:
 
 
 def rows_of(model: nn.Module) -> list[Row]:
-    """A row for each adapted matrix of ``model``."""
-    return [_row(name, layer, adapter) for name, layer in adapted_layers(model) for adapter in layer.lora.all_pairs()]
+    """A row for each adapted matrix of ``model`` and each of its adapters."""
+    every, kept = list(configs_of(model)), kept_names(model)
+    layers = list(adapted_layers(model))
+    return [
+        replace(_row(name, layer, pair), adapter=adapter if len(every) > 1 else "", trains=adapter not in kept)
+        for adapter in every
+        for name, layer in layers
+        for pair in (layer.lora.pairs_of(adapter) if adapter in layer.lora else ())
+    ]
 
 
 def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
@@ -75,9 +83,15 @@ def _row(name: str, layer: LoRALayer, adapter: Adapter) -> Row:
 
 
 def _left_alone(model: nn.Module) -> list[str]:
-    config = config_of(model)
-    adapted = [name for name, _ in adapted_layers(model)]
-    return left_alone(Survey(model), adapted, config) if isinstance(config, LoRAConfig) else []
+    survey, kept = Survey(model), kept_names(model)
+    layers = list(adapted_layers(model))
+    lines = [
+        line
+        for adapter, config in configs_of(model).items()
+        if isinstance(config, LoRAConfig) and adapter not in kept
+        for line in left_alone(survey, [name for name, layer in layers if adapter in layer.lora], config)
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _also_trained(model: nn.Module) -> list[str]:
@@ -91,7 +105,9 @@ def _totals(model: nn.Module, save: str) -> list[str]:
     adapters = {id(parameter) for _, parameter in added_parameters(model)}
     base = [parameter for _, parameter in names.named_parameters(model) if id(parameter) not in adapters]
     size, base_size = _numel(trained), _numel(base)
-    total, held = f"{size:,} trainable parameters, {size / base_size:.2%} of the base's {base_size:,}", _bytes(trained)
+    kept = {parameter for name in kept_names(model) for _, parameter in lora_parameters(model, name=name)}
+    held = _bytes([*trained, *kept])
+    total = f"{size:,} trainable parameters, {size / base_size:.2%} of the base's {base_size:,}"
     if save != "merged":
         return [f"{total}; {held} in a checkpoint"]
     merged = _bytes([*base, *_saved_buffers(model)])

@@ -27,6 +27,8 @@ class Row:
         parameters: number of parameters of A and B together.
         why: the preset or pattern that chose the matrix.
         full_rank: the rank that the matrix can have at most.
+        adapter: its name, where there are several.
+        trains: whether A and B train, and were not kept from an earlier run.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Row:
     parameters: int
     why: str = ""
     full_rank: int = 0
+    adapter: str = ""
+    trains: bool = True
 
 
 def row_of(name: str, kind: str, part: WeightPart, weight: Tensor, r: int, scale: float, why: str = "") -> Row:
@@ -52,16 +56,18 @@ def row_of(name: str, kind: str, part: WeightPart, weight: Tensor, r: int, scale
 def table(rows: Iterable[Row]) -> list[str]:
     """Aligned lines with a heading; rows that differ only by a number in the name share a line.
 
-    Where they would be wider than a terminal, the names of modules, or of all layers, have lines of their own.
+    Lines of one of several adapters come together. Where they would be wider than a terminal, the names of modules, or
+    of all layers, have lines of their own.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        key = (folded(row.name), row.kind, row.shape, str(row.r), f"{row.scale:g}", row.why)
+        key = (folded(row.name), row.kind, row.shape, str(row.r), f"{row.scale:g}", row.adapter, row.why)
         groups.setdefault(key, []).append(row)
-    heading = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable", "by")
-    lines = [heading, *(_line(key, group) for key, group in groups.items())]
-    if not any(group[0].why for group in groups.values()):
-        lines = [line[:-1] for line in lines]
+    heading = ("module", "layers", "kind", "in -> out", "r", "scale", "trainable", "adapter", "by")
+    order = list(dict.fromkeys(key[5] for key in groups))
+    lines = [heading, *(_line(*item) for item in sorted(groups.items(), key=lambda item: order.index(item[0][5])))]
+    empty = {column for column in (7, 8) if not any(line[column] for line in lines[1:])}
+    lines = [tuple(cell for column, cell in enumerate(line) if column not in empty) for line in lines]
     own_line = [lines[0], *(row for name, *rest in lines[1:] for row in ((name,), ("", *rest)))]
     layouts = [_aligned(layout) for layout in (lines, _by_module(lines), own_line)]
     return next((layout for layout in layouts if max(map(len, layout)) <= WIDTH), layouts[-1])
@@ -102,8 +108,9 @@ def useless_ranks(rows: Iterable[Row]) -> list[str]:
 
 def _line(key: tuple[str, ...], group: list[Row]) -> tuple[str, ...]:
     name = key[0] if len(group) > 1 else group[0].name or "(the model itself)"
-    size = sum(row.parameters for row in group)
-    return (name, str(len(group)), *key[1:5], f"{size:,}", key[5])
+    size = sum(row.parameters for row in group if row.trains)
+    adapter = key[5] if group[0].trains else f"{key[5]} (kept)"
+    return (name, str(len(group)), *key[1:5], f"{size:,}", adapter, key[6])
 
 
 def trained_in_full(sizes: Mapping[str, int], words: str) -> list[str]:

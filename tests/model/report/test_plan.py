@@ -6,7 +6,7 @@ import yaml
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, plan_lora
-from tests.helpers import oracles
+from tests.helpers import models, oracles
 from tests.helpers.oracles import net
 
 
@@ -116,3 +116,21 @@ def test_a_plan_takes_a_callback_and_nothing_else():
     assert plan_lora(model, callback).rows == plan_lora(model, callback.config).rows
     with pytest.raises(TypeError, match="`config` must be a LoRAConfig or a LoRACallback, but got a dict"):
         plan_lora(model, {"r": 2})
+
+
+def test_several_adapters():
+    """Each has its rows, and the YAML is what `adapters` takes."""
+    config = LoRAConfig(r=2, targets=["q"], adapters={"fr": {}, "de": {"r": 4, "targets": ["q", "mlp"]}})
+    planned, model = plan_lora(models.net(), config), models.net()
+    assert [(row.adapter, row.name, row.r) for row in planned.rows] == [
+        ("fr", "layers.0.q", 2),
+        ("fr", "layers.1.q", 2),
+        ("de", "layers.0.q", 4),
+        ("de", "layers.0.mlp", 4),
+        ("de", "layers.1.q", 4),
+        ("de", "layers.1.mlp", 4),
+    ]
+    apply_lora(model, config)
+    assert sum(row.parameters for row in planned.rows) == sum(p.numel() for _, p in lora_parameters(model))
+    again = LoRAConfig(r=2, adapters=yaml.safe_load(planned.to_yaml()))
+    assert [row.name for row in plan_lora(models.net(), again).rows] == [row.name for row in planned.rows]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_state_dict, plan_lora
+from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.report.summary import bytes_text, describe, output_heads
 from tests.helpers.models import Lit, data, net, trainer
 
@@ -178,3 +179,13 @@ def test_a_rank_that_no_matrix_can_have_is_said():
     apply_lora(model, config)
     assert words in describe(model)
     assert "can use" not in str(plan_lora(nn.Sequential(nn.Linear(32, 64)), LoRAConfig(r=32, targets="all")))
+
+
+def test_several_adapters_have_a_column_and_kept_ones_train_nothing():
+    model = net()
+    apply_lora(model, LoRAConfig(r=2, targets=["q"], name="fr"))
+    LoRAMethod(LoRAConfig(r=4, targets=["mlp"], name="de"), keep={"fr": 1.0}).complete(model)
+    lines = describe(model).splitlines()
+    assert [line.split()[-2:] for line in lines[1:4]] == [["trainable", "adapter"], ["fr", "(kept)"], ["256", "de"]]
+    assert lines[2].split()[-3] == "0"
+    assert lines[4] == "256 trainable parameters, 9.03% of the base's 2,835; 1.5 kB in a checkpoint"
