@@ -1,11 +1,11 @@
-"""The contents of an adapter's files: a PEFT directory, its safetensors file alone, or a checkpoint of a run."""
+"""The contents of files of adapters: PEFT directories, a safetensors file alone, or a checkpoint of a run."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import join
 from lightning_lora.ops.low_rank import DeltaFactors, norm
+from lightning_lora.peft_format.directories import directories_in
 from lightning_lora.peft_format.provenance import ADAPTER_CONFIG, BASE, DIGEST
 from lightning_lora.peft_format.stored import StoredPair, open_adapter
 from lightning_lora.trainer.checkpointing import reading
@@ -36,6 +37,7 @@ class InspectedLayer:
         parameters: how many A and B have together.
         norm: the Frobenius norm of delta, of ``B A`` alone where the scale is unknown.
         dtype: of A and B.
+        adapter: its name, where there are several.
     """
 
     name: str
@@ -46,20 +48,22 @@ class InspectedLayer:
     parameters: int
     norm: float
     dtype: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The contents of an adapter's files.
+    """The contents of files of adapters.
 
     Args:
         path: the directory or file.
-        kind: which of the three it is.
+        kind: which of the four it is.
         layers: its pairs.
         others: shapes of the other tensors by name.
         nbytes: size of the file with the weights.
         fingerprint: whether it has the fingerprint of its base.
         about: other facts that it records.
+        method: its key.
     """
 
     path: str
@@ -69,21 +73,27 @@ class Inspection:
     nbytes: int
     fingerprint: bool
     about: dict[str, Any]
+    method: str = "lora"
 
-    def parameters(self) -> int:
-        """Number of parameters in all pairs."""
-        return sum(layer.parameters for layer in self.layers)
+    def adapters(self) -> list[str]:
+        """The names of the adapters, where there are several."""
+        return list(dict.fromkeys(layer.adapter for layer in self.layers if layer.adapter))
 
-    def norm(self) -> float:
-        """The Frobenius norm of all deltas together."""
-        return math.hypot(*(layer.norm for layer in self.layers))
+    def parameters(self, adapter: str = "") -> int:
+        """Number of parameters in all pairs, or those of one of several adapters."""
+        return sum(layer.parameters for layer in self.layers if adapter in ("", layer.adapter))
+
+    def norm(self, adapter: str = "") -> float:
+        """The Frobenius norm of all deltas together, or those of one of several adapters."""
+        return math.hypot(*(layer.norm for layer in self.layers if adapter in ("", layer.adapter)))
 
 
 def inspect_files(path: Path) -> Inspection:
-    """Read an adapter and measure its deltas, without building any of them.
+    """Read an adapter, or several, and measure the deltas, without building any of them.
 
     Args:
-        path: a PEFT directory, the safetensors file of one, or a ``.ckpt`` that LoRACallback wrote.
+        path: a PEFT directory, the safetensors file of one, a directory with sub-directories of several adapters, or a
+            ``.ckpt`` that a callback of this package wrote.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
@@ -101,7 +111,26 @@ def inspect_files(path: Path) -> Inspection:
     """
     if not path.exists():
         raise FileNotFoundError(f"`{path}` does not exist: give a PEFT directory, a .safetensors file or a .ckpt file.")
+    if path.is_dir() and (several := directories_in(path)):
+        return _together(path, {name: _peft(place) for name, place in several.items()})
     return _peft(path) if path.is_dir() or path.suffix == ".safetensors" else _checkpoint(path)
+
+
+def _together(path: Path, every: Mapping[str, Inspection]) -> Inspection:
+    first, *others = (each.about for each in every.values())
+    common = {key for key, value in first.items() if all(key in each and each[key] == value for each in others)}
+    about: dict[str, Any] = {}
+    for name, each in every.items():
+        about |= {key if key in common else f"{key} of {name}": value for key, value in each.about.items()}
+    return Inspection(
+        path=str(path),
+        kind="directory",
+        layers=[replace(layer, adapter=name) for name, each in every.items() for layer in each.layers],
+        others={f"{key} of {name}": shape for name, each in every.items() for key, shape in each.others.items()},
+        nbytes=sum(each.nbytes for each in every.values()),
+        fingerprint=all(each.fingerprint for each in every.values()),
+        about=about,
+    )
 
 
 def _peft(path: Path) -> Inspection:
@@ -132,27 +161,37 @@ def _checkpoint(path: Path) -> Inspection:
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     about = {key: checkpoint[key] for key in WRITTEN if key in checkpoint}
     if not isinstance(config, LoRAConfig):
-        about |= {"method": checkpoint[KEY]["method"], **config.to_dict(), "of base": len(base)}
+        about |= {**config.to_dict(), "of base": len(base)}
         others = {name: tuple(value.shape) for name, value in state.items()}
-        return Inspection(str(path), "checkpoint", [], others, path.stat().st_size, bool(base), about)
-    pairs = _pairs(state, config)
-    used = {name for both in pairs.values() for name in both}
-    about |= {
-        "targets": config.targets,
-        "r": config.r,
-        "alpha": config.alpha,
-        "name": config.name,
-        "of base": len(base),
-    }
+        method = checkpoint[KEY]["method"]
+        return Inspection(str(path), "checkpoint", [], others, path.stat().st_size, bool(base), about, method)
+    trained, kept = config.each(), list(reading.kept_in(checkpoint).values())
+    pairs = {each.name: _pairs(state, each) for each in (*trained, *kept)}
+    used = {name for of_one in pairs.values() for both in of_one.values() for name in both}
+    layers = [
+        replace(_live(name, state[A], state[B], each), adapter=each.name if len(pairs) > 1 else "")
+        for each in (*trained, *kept)
+        for name, (A, B) in pairs[each.name].items()
+    ]
     return Inspection(
         path=str(path),
         kind="checkpoint",
-        layers=[_live(name, state[A], state[B], config) for name, (A, B) in pairs.items()],
+        layers=layers,
         others={name: tuple(value.shape) for name, value in state.items() if name not in used},
         nbytes=path.stat().st_size,
         fingerprint=bool(base),
-        about=about,
+        about={**about, **_described(trained, kept), "of base": len(base)},
     )
+
+
+def _described(trained: Sequence[LoRAConfig], kept: Sequence[LoRAConfig]) -> dict[str, Any]:
+    """The main arguments of the adapters of a checkpoint."""
+    if len(trained) == 1 and not kept:
+        (config,) = trained
+        return {"targets": config.targets, "r": config.r, "alpha": config.alpha, "name": config.name}
+    lines = [f"{each.name}: r={each.r}, alpha={each.alpha}, targets={each.targets!r}" for each in trained]
+    lines += [f"{each.name} (kept): r={each.r}, alpha={each.alpha}, targets={each.targets!r}" for each in kept]
+    return {"adapters": lines}
 
 
 def _pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[tuple[str, str], tuple[str, str]]:

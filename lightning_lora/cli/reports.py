@@ -91,30 +91,49 @@ def plain(value: Any) -> Any:
 
 def inspection_text(inspection: Inspection) -> str:
     """Every pair, and the facts in the files."""
-    head = ("layer", "in -> out", "r", "scale", "parameters", "|delta|")
-    rows = [
-        (layer.name or "(the model itself)", f"{layer.in_features} -> {layer.out_features}", str(layer.r),
-         number(layer.scale), f"{layer.parameters:,}", number(layer.norm))
-        for layer in inspection.layers
-    ]  # fmt: skip
-    ranks = ", ".join(map(str, sorted({layer.r for layer in inspection.layers})))
-    what = f"{layers_text(len(rows))}, rank {ranks}" if rows else "no A and B"
-    lines = [printable(f"{inspection.path}: {inspection.kind}, {what}")]
+    rows, several = _inspected(inspection)
+    lines = [printable(f"{inspection.path}: {inspection.kind}, {_heading(inspection)}")]
     if rows:
-        lines += columns(head, rows)
+        lines += columns(("layer", "in -> out", "r", "scale", "parameters", "|delta|", "adapter")[: len(rows[0])], rows)
         lines += [
-            f"{inspection.parameters():,} parameters in {bytes_text(inspection.nbytes)}; "
-            f"|delta| of all {number(inspection.norm())}"
+            printable(f"{name}: {inspection.parameters(name):,} parameters, |delta| {number(inspection.norm(name))}")
+            for name in several
         ]
+        total = "" if several else f"; |delta| of all {number(inspection.norm())}"
+        lines += [f"{inspection.parameters():,} parameters in {bytes_text(inspection.nbytes)}{total}"]
     others = [f"{name} {list(shape)}" for name, shape in inspection.others.items()]
     lines += listed("other tensors" if rows else "tensors", others)
     lines += [f"fingerprint of the base: {'yes' if inspection.fingerprint else 'no'}"]
     described = {
-        key: value for key, value in inspection.about.items() if not key.endswith(".config")
+        key: value for key, value in inspection.about.items() if not key.partition(" of ")[0].endswith(".config")
     }  # the table has it
     for key, value in described.items():
         lines += listed(key, value) if isinstance(value, list) else [printable(f"{key}: {value!s:.300}")]
     return "\n".join(lines)
+
+
+def _inspected(inspection: Inspection) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The row of each pair, with the name of its adapter where there are several, and these names."""
+    several = inspection.adapters()
+    rows: list[tuple[str, ...]] = [
+        (layer.name or "(the model itself)", f"{layer.in_features} -> {layer.out_features}", str(layer.r),
+         number(layer.scale), f"{layer.parameters:,}", number(layer.norm), layer.adapter)
+        for layer in inspection.layers
+    ]  # fmt: skip
+    return (rows if several else [row[:-1] for row in rows]), several
+
+
+def _heading(inspection: Inspection) -> str:
+    """The contents in a few words."""
+    if inspection.method != "lora":
+        return f"method {inspection.method}, {counted(len(inspection.others), 'tensor')}"
+    if not inspection.layers:
+        return "no A and B"
+    ranks = ", ".join(map(str, sorted({layer.r for layer in inspection.layers})))
+    several = inspection.adapters()
+    if several:
+        return f"adapters {', '.join(several)}: {counted(len(inspection.layers), 'pair')}, rank {ranks}"
+    return f"{layers_text(len(inspection.layers))}, rank {ranks}"
 
 
 def inspection_data(inspection: Inspection) -> dict[str, Any]:

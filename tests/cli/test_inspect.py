@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAConfig, TuneCallback, apply_lora
 from lightning_lora.cli.inspect import inspect_files
+from lightning_lora.cli.reports import inspection_text
+from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.on_disk import attention_pairs, values, write_adapter
+from tests.helpers.several import callback_of
 
 
 def test_a_peft_directory(tmp_path):
@@ -77,6 +82,54 @@ def test_a_checkpoint(checkpoint):
     assert (found.about["epoch"], found.about["global_step"], found.about["r"]) == (0, 3, 2)
 
 
+def test_directories_of_several_adapters(tmp_path):
+    """Each pair with its adapter; what they record alike is shown once."""
+    for name, alpha in (("fr", 3), ("de", 6)):
+        write_adapter(tmp_path / name, attention_pairs(), None, {"step": "12", "epoch": name}, lora_alpha=alpha)
+    together = inspect_files(tmp_path)
+    assert together.adapters() == ["de", "fr"] and together.about["step"] == "12"
+    assert {key: value for key, value in together.about.items() if "epoch" in key} == {
+        "epoch of de": "de",
+        "epoch of fr": "fr",
+    }
+    for name in together.adapters():
+        alone = inspect_files(tmp_path / name)
+        layers = [layer for layer in together.layers if layer.adapter == name]
+        assert [replace(layer, adapter="") for layer in layers] == alone.layers
+        assert together.norm(name) == alone.norm() and together.parameters(name) == alone.parameters()
+
+
+def test_a_checkpoint_of_several_adapters(tmp_path):
+    """Those that trained, and those that were kept."""
+    apply_lora(module := Lit(), LoRAConfig(r=2, targets=["q"], name="fr"))
+    config = LoRAConfig(targets=["q", "mlp"], adapters={"de": {"r": 3}, "es": {"alpha": 16}})
+    files = checkpoints(tmp_path)
+    settings = {"max_epochs": 1, "limit_train_batches": 2}
+    trainer(callback_of(config, {"fr": 1.0}), files, **settings).fit(module, data(), data(1))
+    found = inspect_files(Path(files.last_model_path))
+    assert {(layer.adapter, layer.r, layer.scale) for layer in found.layers} == {
+        ("de", 3, 1.0),
+        ("es", 8, 2.0),
+        ("fr", 2, 1.0),
+    }
+    for layer in found.layers:
+        pair = module.get_submodule(layer.name).lora[layer.adapter]
+        assert layer.norm == pytest.approx(float((pair.scale * pair.B @ pair.A).detach().norm()), rel=1e-5)
+    assert [line.partition(":")[0] for line in found.about["adapters"]] == ["de", "es", "fr (kept)"]
+    text = inspection_text(found)
+    assert "checkpoint, adapters de, es, fr: 10 pairs, rank 2, 3, 8" in text.splitlines()[0]
+    assert text.splitlines()[1].split()[-1] == "adapter"
+
+
+def test_a_checkpoint_of_another_method_names_it(tmp_path):
+    files = checkpoints(tmp_path)
+    callback = TuneCallback("bias", also_train=["head"])
+    trainer(callback, files, max_epochs=1, limit_train_batches=2).fit(Lit(), data(), data(1))
+    found = inspect_files(Path(files.last_model_path))
+    assert (found.method, found.layers) == ("tune", [])
+    assert "checkpoint, method tune, 14 tensors" in inspection_text(found).splitlines()[0]
+
+
 class Opens:
     def __reduce__(self):
         return open, ("/tmp/never", "w")
@@ -93,7 +146,7 @@ def test_what_is_no_adapter(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="does not say what adapter it holds"):
         inspect_files(path)
     cut = checkpoint[0].read_bytes()
-    for data in (b"", b"hello", cut[: len(cut) // 2], pickle.dumps(Opens())):
-        path.write_bytes(data)
+    for content in (b"", b"hello", cut[: len(cut) // 2], pickle.dumps(Opens())):
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read; is the file truncated"):
             inspect_files(path)
