@@ -69,6 +69,8 @@ ELSEWHERE = {
     "peft_format/save": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/targets": ("peft_format/test_config", "it reads what a configuration names"),
     "peft_format/vllm": ("peft_format/test_peft_files", "what is written for vLLM is loaded by peft too"),
+    "cli/import_directory": ("cli/test_convert", "what is exported is imported again"),
+    "cli/combined_changes": ("cli/test_merge", "the merged files show what changes"),
     "cli/options": ("test_public_names", "the options are part of the public surface"),
     "targets/roles": ("targets/test_select", "a role is seen by what a preset chooses"),
     "trainer/checkpointing/base_weights": (

@@ -70,11 +70,13 @@ class StoredTarget:
         pair: A and B.
         start: the tensor that delta is added to: the base's weight, or the adapter's in its place.
         transposed: whether its shape is ``(in_features, out_features)``.
+        factor: of the update.
     """
 
     pair: StoredPair
     start: StoredTensor
     transposed: bool
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run's checkpoint to a PEFT directory, and back: from files to files, without the model.
+"""A run's checkpoint to PEFT directories: from files to files, without the model.
 
 A checkpoint records the shapes of the base and the kind of each adapted layer in PEFT's format. What needs more than
 that goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
@@ -7,9 +7,8 @@ that goes through the module: ``save_adapter(load_from_checkpoint(...), ...)``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,19 @@ from torch import Tensor
 
 from lightning_lora.cli.meta_model import skeleton
 from lightning_lora.cli.output import check_free
-from lightning_lora.config import LoRAConfig, RunConfig
+from lightning_lora.config import LoRAConfig
 from lightning_lora.files.atomic import write_together
-from lightning_lora.files.json_files import parse_object, printable
-from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import Fingerprint
-from lightning_lora.names import join
+from lightning_lora.names import join, nearest
 from lightning_lora.peft_format.config_writer import Scaled, written_config
+from lightning_lora.peft_format.directories import places_for
 from lightning_lora.peft_format.layers import KINDS
-from lightning_lora.peft_format.provenance import OWN, base_in, header
+from lightning_lora.peft_format.provenance import header
 from lightning_lora.peft_format.save import file_writers
-from lightning_lora.peft_format.stored import PREFIX, WEIGHTS, StoredAdapter, open_adapter
+from lightning_lora.peft_format.stored import PREFIX, WEIGHTS
 from lightning_lora.peft_format.targets import exact_targets
 from lightning_lora.peft_format.task import BASE, CLASSES, recorded_classes
-from lightning_lora.trainer.checkpointing import checks, contents, reading
+from lightning_lora.trainer.checkpointing import contents, reading
 
 THROUGH = "Export it from the module: save_adapter(load_from_checkpoint(YourModule, path), directory)."
 KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
@@ -44,56 +42,109 @@ class Exported:
         path: the directory or checkpoint.
         inner: name of the module that the adapter's names are relative to.
         layers: names of the adapted layers, relative to it.
-        nbytes: size of the file with the weights.
+        nbytes: size of the files with the weights.
+        adapters: the names of the sub-directories, where there are several adapters.
     """
 
     path: str
     inner: str
     layers: list[str]
     nbytes: int
+    adapters: list[str] = field(default_factory=list)
 
 
-def export_checkpoint(path: Path, directory: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
-    """Write the adapters in the checkpoint ``path`` of a run as a PEFT directory.
+Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B by the name of their layer
+
+
+def export_checkpoint(
+    path: Path, directory: Path, inner: str | None = None, overwrite: bool = False, name: str | None = None
+) -> Exported:
+    """Write the adapters in the checkpoint ``path`` of a run as PEFT directories: several into sub-directories.
 
     Args:
         path: a ``.ckpt`` that a Trainer with LoRACallback wrote.
         directory: where to write.
         inner: name of the module of the LightningModule that peft will wrap; ``None``: the one that holds everything.
         overwrite: replace an adapter in ``directory``.
+        name: of the one adapter to write, into ``directory`` itself; ``None`` writes all.
 
     Raises:
         FileExistsError: if ``directory`` has an adapter already.
-        ValueError: if the file is damaged, or holds what only the module can place.
+        ValueError: if the file is damaged, holds what only the module can place, or no adapter of this name.
     """
     _check_is_file(path)
-    check_free(directory / WEIGHTS, overwrite)
     checkpoint = reading.read(reading.on_cpu, path, True, "CKPT")
     config, base = reading.lora_facts_in(checkpoint, path, "CKPT")
-    state = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    pairs = _pairs(state, config, path)
+    configs = {each.name: each for each in (*config.each(), *reading.kept_in(checkpoint).values())}
+    pairs = _pairs(checkpoint["state_dict"], list(configs), path)
+    wanted = list(configs) if name is None else [_known(name, configs, path)]
+    places = places_for(wanted, directory, name)
+    for place in places.values():
+        check_free(place / WEIGHTS, overwrite)
     classes = recorded_classes(checkpoint[contents.KEY].get(CLASSES))
-    prefix = _wrapped(classes, base, pairs) if inner is None else inner
-    named = classes.get(prefix, {})
-    relative = {name: _relative(name, prefix) for name in pairs}
-    below = {_relative(name, prefix): sums for name, sums in base.items() if _lies_in(name, prefix)}
-    kinds = {name: _kind(name, checkpoint[contents.KEY], path) for name in pairs}
+    every = {layer for of_one in pairs.values() for layer in of_one}
+    prefix = _wrapped(classes, base, every) if inner is None else inner
+    part = _Part(checkpoint, path, prefix, base, classes.get(prefix, {}), len(configs) > 1)
+    write_together({places[each]: _files(part, configs[each], pairs[each]) for each in wanted})
+    layers = dict.fromkeys(_relative(layer, prefix) for each in wanted for layer in pairs[each])
+    size = sum((place / WEIGHTS).stat().st_size for place in places.values())
+    return Exported(str(directory), prefix, list(layers), size, wanted if len(wanted) > 1 else [])
+
+
+def _known(name: str, configs: Mapping[str, LoRAConfig], path: Path) -> str:
+    if name not in configs:
+        close = ", ".join(f"`{each}`" for each in nearest(name, list(configs)))
+        raise ValueError(f"`--name` must be that of an adapter in `{path}`, but got {name!r}. It holds {close}.")
+    return name
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A checkpoint, and the part of its model that peft wraps.
+
+    Args:
+        checkpoint: what is in the file.
+        path: of the file.
+        prefix: the name of the part.
+        base: the fingerprint of the whole base.
+        classes: what the file records of the part's class.
+        has_several: whether the file holds several adapters.
+    """
+
+    checkpoint: Mapping[str, Any]
+    path: Path
+    prefix: str
+    base: Fingerprint
+    classes: Mapping[str, Any]
+    has_several: bool
+
+    def kind_of(self, layer: str, adapter: str) -> str:
+        """The kind of an adapted layer."""
+        key = join(layer, f"lora.{adapter}") if self.has_several else layer
+        return _kind(key, layer, self.checkpoint[contents.KEY], self.path)
+
+
+def _files(part: _Part, config: LoRAConfig, pairs: Pairs) -> dict[str, Callable[[Path], object]]:
+    """What writes the two files of one adapter."""
+    relative = {name: _relative(name, part.prefix) for name in pairs}
+    below = {_relative(name, part.prefix): sums for name, sums in part.base.items() if _lies_in(name, part.prefix)}
+    kinds = {name: part.kind_of(name, config.name) for name in pairs}
     tensors: dict[str, Tensor] = {}
     for name, both in pairs.items():
-        matrices = zip(KEYS[kinds[name] == "embedding"], _shaped(both, kinds[name], _shape(name, base)), strict=True)
+        shaped = _shaped(both, kinds[name], _shape(name, part.base))
+        matrices = zip(KEYS[kinds[name] == "embedding"], shaped, strict=True)
         tensors |= {f"{PREFIX}{relative[name]}.{key}": value for key, value in matrices}
     text = written_config(
         {relative[name]: Scaled(A.shape[0], config.alpha_for(name)) for name, (A, _) in pairs.items()},
         exact_targets(list(relative.values()), skeleton(_shapes(below))),
         [],
         config,
-        base=named.get(BASE),
+        base=part.classes.get(BASE),
         transposed=set(kinds.values()) - {"embedding", "convolution"} == {"transposed"},
-        auto={key: value for key, value in named.items() if key != BASE},
+        auto={key: value for key, value in part.classes.items() if key != BASE},
     )
-    about = {"step": str(checkpoint.get("global_step", 0)), "epoch": str(checkpoint.get("epoch", 0))}
-    write_together(directory, file_writers(text, tensors, header(config, below, tensors, about, prefix)))
-    return Exported(str(directory), prefix, list(relative.values()), (directory / WEIGHTS).stat().st_size)
+    about = {"step": str(part.checkpoint.get("global_step", 0)), "epoch": str(part.checkpoint.get("epoch", 0))}
+    return file_writers(text, tensors, header(config, below, tensors, about, part.prefix))
 
 
 def _check_is_file(path: Path) -> None:
@@ -107,64 +158,23 @@ def _check_is_file(path: Path) -> None:
         )
 
 
-def import_directory(directory: Path, path: Path, inner: str | None = None, overwrite: bool = False) -> Exported:
-    """Write a PEFT directory of ours as a checkpoint: for ``ckpt_path`` in ``test``, and for ``load_from_checkpoint``.
-
-    It has no state of an optimizer, so ``fit`` cannot continue from it: ``LoRACallback(init_from=directory)`` starts
-    from the directory itself, and does from one that peft wrote.
-
-    Args:
-        directory: one that :func:`~lightning_lora.save_adapter`, ``export`` or a run wrote.
-        path: where to write.
-        inner: name of the module that the directory's names are relative to; ``None``: the recorded one.
-        overwrite: replace what is at ``path``.
-
-    Raises:
-        FileExistsError: if there is something at ``path``.
-        ValueError: if the directory is damaged, or does not record its base and configuration.
-    """
-    if directory.is_file():
-        raise ValueError(
-            f"`{directory}` is a file, and DIR must be a PEFT directory. A checkpoint needs no import; `lightning-lora "
-            "export CKPT DIR` makes a PEFT directory of one."
-        )
-    check_free(path, overwrite)
-    adapter = open_adapter(directory)
-    metadata = adapter.file.metadata
-    if not {f"{OWN}.config", f"{OWN}.base"} <= metadata.keys():
-        raise ValueError(
-            f"`{directory}` does not record its base and configuration, as peft's own do not: start from it by "
-            "LoRACallback(init_from=...), or load it by load_adapter(model, directory)."
-        )
-    config, prefix = _config_in(metadata, directory), metadata.get(f"{OWN}.inner", "") if inner is None else inner
-    base = {join(prefix, name): sums for name, sums in base_in(metadata).items()}
-    state = _state(adapter, prefix, config)
-    written = {
-        "state_dict": state,
-        "epoch": _number(metadata.get("epoch")),
-        "global_step": _number(metadata.get("step")),
-        "pytorch-lightning_version": version("lightning"),
-        contents.KEY: {
-            **contents.facts(LoRAMethod(config), RunConfig(), base, {}, {}),
-            checks.ENTRIES: sorted(state),
-        },
-    }
-    contents.write_checkpoint(written, path)
-    layers = sorted({key.partition(".lora.")[0] for key in state})
-    return Exported(str(path), prefix, layers, path.stat().st_size)
-
-
-def _pairs(state: Mapping[str, Tensor], config: LoRAConfig, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by the name of their layer."""
-    halves: dict[str, dict[str, Tensor]] = {}
+def _pairs(state: Mapping[str, Any], names: Sequence[str], path: Path) -> dict[str, Pairs]:
+    """For each adapter A and B by the name of their layer."""
+    halves: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in names}
     for key, value in state.items():
-        match = re.fullmatch(rf"(.+)\.lora\.{config.name}\.([AB])", key)
+        if not isinstance(value, Tensor):
+            continue
+        match = re.fullmatch(rf"(.+)\.lora\.({'|'.join(names)})\.([AB])", key)
         if match is None or value.dim() != 2:
             what = "a slice or a stack of a layer" if ".lora." in key else "trained in addition to the adapters"
             raise ValueError(f"`{path}` holds `{key}`, {what}, which only the module can place. {THROUGH}")
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"`{path}`: `{key}` must hold finite numbers: its training failed, or it is damaged.")
-        halves.setdefault(match[1], {})[match[2]] = value
+        halves[match[2]].setdefault(match[1], {})[match[3]] = value
+    return {name: _both(of_one, path) for name, of_one in halves.items()}
+
+
+def _both(halves: Mapping[str, Mapping[str, Tensor]], path: Path) -> Pairs:
     for name, pair in halves.items():
         if set(pair) != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1]:
             raise ValueError(f"`{path}` is damaged: A and B of `{name}` do not fit.")
@@ -179,14 +189,14 @@ def _shape(name: str, base: Fingerprint) -> tuple[int, ...]:
     return _shapes(base).get(f"{name}.weight", ())
 
 
-def _kind(name: str, facts: Mapping[str, Any], path: Path) -> str:
-    """The kind of the layer, as the run recorded it.
+def _kind(key: str, name: str, facts: Mapping[str, Any], path: Path) -> str:
+    """The kind of the layer ``name``, as the run recorded it under ``key``.
 
     Raises:
         ValueError: if PEFT's format has no place for it, or the file does not record it.
     """
     kinds = facts.get("kinds")
-    kind = kinds.get(name) if isinstance(kinds, dict) else None
+    kind = kinds.get(key) if isinstance(kinds, dict) else None
     if kind not in KINDS:
         reason = kind if isinstance(kind, str) else "is of a kind that the file does not record"
         raise ValueError(f"`{path}`: `{name}` {reason}. {THROUGH}")
@@ -221,31 +231,3 @@ def _relative(name: str, prefix: str) -> str:
     if not _lies_in(name, prefix):
         raise ValueError(f"`{name}` is adapted and lies outside of `inner={prefix!r}`: name a module that holds it.")
     return name.removeprefix(f"{prefix}.") if prefix else name
-
-
-def _config_in(metadata: Mapping[str, str], directory: Path) -> LoRAConfig:
-    try:
-        return LoRAConfig.from_file(parse_object(metadata[f"{OWN}.config"].encode()))
-    except (ValueError, TypeError) as error:
-        reason = printable(str(error))
-        raise ValueError(
-            f"`{directory}` does not record its configuration ({reason}): it is damaged, or of a later version."
-        ) from error
-
-
-def _state(adapter: StoredAdapter, prefix: str, config: LoRAConfig) -> dict[str, Tensor]:
-    """The pairs under the keys of a checkpoint."""
-    for key in (*adapter.in_full, *(name for name, pair in adapter.pairs.items() if pair.times > 1)):
-        raise ValueError(
-            f"`{adapter.path}` holds more than pairs of plain layers: only the module can place `{key}`. Load it by "
-            "load_adapter(model, directory), or LoRACallback(init_from=...)."
-        )
-    return {
-        join(prefix, f"{name}.lora.{config.name}.{letter}"): tensor.read_finite()
-        for name, pair in adapter.pairs.items()
-        for letter, tensor in (("A", pair.A), ("B", pair.B))
-    }
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,14 +74,22 @@ def _safetensors(name: str) -> Path:
 @contextmanager
 def _adapter(name: str) -> Iterator[Path]:
     """The path ``name``, of an adapter or a model; of a run's checkpoint a PEFT directory that is made for the time."""
+    from lightning_lora.peft_format.directories import check_is_one
+
     path = Path(name)
     if not _is_checkpoint(path):
+        check_is_one(path)
         yield path
         return
     from lightning_lora.cli.convert import export_checkpoint
 
     with TemporaryDirectory() as folder:
-        export_checkpoint(path, Path(folder, path.stem))
+        several = export_checkpoint(path, Path(folder, path.stem)).adapters
+        if several:
+            raise ValueError(
+                f"`{path}` holds the adapters {', '.join(several)}, and this takes one at a time. Make a directory of "
+                f"each by `lightning-lora export {path} DIR`, and give those."
+            )
         yield Path(folder, path.stem)
 
 
@@ -104,10 +113,27 @@ def _inspect(options: Namespace) -> Result:
 def _merge(options: Namespace) -> Result:
     from lightning_lora.cli.merge import merge_files
 
-    base = _safetensors(options.base)
-    with _adapter(options.adapter) as adapter, _progress(base) as progress:
-        report = merge_files(base, adapter, Path(options.out), options.overwrite, progress)
+    base, names = _safetensors(options.base), options.adapters
+    factors = options.weights or [1.0] * len(names)
+    _check_weights(factors, names)
+    with ExitStack() as stack:
+        adapters = {stack.enter_context(_adapter(name)): factor for name, factor in zip(names, factors, strict=True)}
+        progress = stack.enter_context(_progress(base))
+        report = merge_files(base, adapters, Path(options.out), options.overwrite, progress)
     return reports.merge_text(report, options.out), reports.merge_data(report)
+
+
+def _check_weights(factors: Sequence[float], adapters: Sequence[str]) -> None:
+    if len(factors) != len(adapters):
+        raise ValueError(
+            f"`--weights` must give one number for each adapter, but got {len(factors)} for {len(adapters)}: "
+            f"{', '.join(adapters)}."
+        )
+    if len({Path(adapter).resolve() for adapter in adapters}) < len(adapters):
+        raise ValueError("ADAPTER names one adapter twice. Name it once, and give the sum of its weights.")
+    for factor in factors:
+        if not isfinite(factor):
+            raise ValueError(f"`--weights` must be finite numbers, but got {factor}.")
 
 
 def _diff(options: Namespace) -> Result:
@@ -140,12 +166,14 @@ def _plan(options: Namespace) -> Result:
 def _export(options: Namespace) -> Result:
     from lightning_lora.cli.convert import export_checkpoint
 
-    exported = export_checkpoint(Path(options.checkpoint), Path(options.directory), options.inner, options.overwrite)
+    exported = export_checkpoint(
+        Path(options.checkpoint), Path(options.directory), options.inner, options.overwrite, options.name
+    )
     return reports.exported_text(exported), reports.exported_data(exported)
 
 
 def _import(options: Namespace) -> Result:
-    from lightning_lora.cli.convert import import_directory
+    from lightning_lora.cli.import_directory import import_directory
 
     imported = import_directory(Path(options.directory), Path(options.checkpoint), options.inner, options.overwrite)
     return reports.exported_text(imported), reports.exported_data(imported)

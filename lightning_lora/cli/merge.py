@@ -1,4 +1,4 @@
-"""``W = W0 + scale * B A`` in files: a base and a PEFT directory to a merged model, a few rows in memory at a time.
+"""``W = W0 + scale * B A`` in files: a base and PEFT directories to a merged model, a few rows in memory at a time.
 
 The sums are those of :func:`lightning_lora.merge_lora`, to the bit: in fp32 (fp64 for an fp64 base), rounded once.
 Everything else is copied byte by byte.
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
+from lightning_lora.cli.combined_changes import CombinedChanges, combined
 from lightning_lora.cli.output import new_output
 from lightning_lora.files.in_turns import read_ahead
 from lightning_lora.files.json_files import read_object
@@ -88,16 +89,20 @@ class MergeReport:
 
 
 def merge_files(
-    base: Path, adapter: Path, out: Path, overwrite: bool = False, progress: Callable[[int], object] = lambda _: None
+    base: Path,
+    adapter: Path | Mapping[Path, float],
+    out: Path,
+    overwrite: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> MergeReport:
-    """Merge the PEFT directory ``adapter`` into the model ``base`` and write the result to ``out``.
+    """Merge the PEFT directory ``adapter``, or several, into the model ``base`` and write the result to ``out``.
 
     ``out`` gets the files of ``base``: the same shards and index, and the other files. It appears when it is
     complete. Memory is that of the adapter's largest pair and a few million numbers, whatever the size of the model.
 
     Args:
         base: a ``.safetensors`` file, or a directory with one or with several and their index.
-        adapter: a PEFT directory.
+        adapter: a PEFT directory, or several with the factor of the update of each.
         out: a file if ``base`` is one, else a directory.
         overwrite: replace what is at ``out``.
         progress: called with numbers of bytes as they are written.
@@ -105,7 +110,8 @@ def merge_files(
     Raises:
         FileNotFoundError: if something is missing.
         FileExistsError: if ``out`` is there already.
-        ValueError: if files are damaged, do not fit each other, have NaN or infinity, or a target is tied.
+        ValueError: if files are damaged, do not fit each other, have NaN or infinity, or a target is tied, or two
+            adapters have a tensor in full.
 
     Example:
         >>> import tempfile
@@ -123,14 +129,14 @@ def merge_files(
         >>> load_file(folder / "merged.safetensors")["up.weight"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    weights, stored, workspace = open_weights(base), open_adapter(adapter), Workspace()
-    change = changes(stored, weights)
-    _check_base(stored, change)
+    factors = {adapter: 1.0} if isinstance(adapter, Path) else dict(adapter)
+    weights, workspace = open_weights(base), Workspace()
+    change = combined({path: _changes(path, weights) for path in factors}, factors)
     directory = base.is_dir()
     report = MergeReport(replaced=[name for name in change.in_full if name in weights.tensors])
     report.added = [name for name in change.in_full if name not in weights.tensors]
     report.written = sum(file.path.stat().st_size for file in weights.files)
-    sources = [base, adapter]
+    sources = [base, *factors]
     output = new_output(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
     )
@@ -144,6 +150,13 @@ def merge_files(
             report.left_out = _copy_others(weights, part)
             _write_index(weights, part, {name: change.in_full[name] for name in report.added})
     return report
+
+
+def _changes(adapter: Path, base: Weights) -> Changes:
+    stored = open_adapter(adapter)
+    change = changes(stored, base)
+    _check_base(stored, change)
+    return change
 
 
 def _check_base(adapter: StoredAdapter, change: Changes) -> None:
@@ -161,7 +174,7 @@ def _check_base(adapter: StoredAdapter, change: Changes) -> None:
 def _write(
     file: TensorFile,
     path: Path,
-    change: Changes,
+    change: CombinedChanges,
     added: dict[str, Tensor],
     report: MergeReport,
     progress: Callable[[int], object],
@@ -180,14 +193,14 @@ def _write(
 
 
 def _sums(
-    weight: StoredTensor, target: StoredTarget, report: MergeReport, workspace: Workspace, memory: Iterator[str]
+    weight: StoredTensor, targets: list[StoredTarget], report: MergeReport, workspace: Workspace, memory: Iterator[str]
 ) -> Iterator[Tensor]:
     dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
-    B, A = target.pair.read_finite(dtype)
-    delta = exact_product([(A.T, B.T) if target.transposed else (B, A)], dtype)
+    pairs = [(target.pair.read_finite(dtype, target.factor), target.transposed) for target in targets]
+    delta = exact_product([(A.T, B.T) if transposed else (B, A) for (B, A), transposed in pairs], dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
     squares = exact.Squares()
-    for rows, values in read_ahead(target.start.slabs()):
+    for rows, values in read_ahead(targets[0].start.slabs()):
         matrix = values.to(weight.torch_dtype())
         total = workspace.memory(next(memory), matrix, matrix.dtype)
         squares += exact.add_delta(matrix, delta.part(rows), total, workspace)

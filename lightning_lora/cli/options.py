@@ -36,8 +36,17 @@ def _add_merge(parser: ArgumentParser) -> None:
     parser.add_argument(
         "base", metavar="BASE", help="Model: a .safetensors file, or a directory with one or with shards."
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT directory, or .ckpt of LoRACallback.")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="PEFT directory, or .ckpt of LoRACallback; one or several."
+    )
     parser.add_argument("out", metavar="OUT", help="Where to write: a file if BASE is one, else a directory.")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="NUMBER",
+        help="Factor of each adapter's update, in the order of the adapters; null means 1 for all.",
+    )
     _add_overwrite(parser)
 
 
@@ -78,6 +87,14 @@ def _add_plan(parser: ArgumentParser) -> None:
 def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help=".ckpt of a Trainer with LoRACallback.")
     parser.add_argument("directory", metavar="DIR", help="PEFT directory to write.")
+    parser.add_argument(
+        "--name",
+        type=str | None,
+        default=None,
+        metavar="NAME",
+        help="The adapter to write, into DIR itself; null writes all, of several each into the sub-directory of its "
+        "name.",
+    )
     _add_inner(
         parser,
         "Module that peft will wrap, by its name in the LightningModule; null takes the one that holds everything.",
@@ -108,9 +125,11 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     ),
     "merge": (
         _add_merge,
-        "Add an adapter to a model's weights",
+        "Add adapters to a model's weights",
         "OUT gets the same files as BASE, with W + scale * B A in place of W, summed in fp32 and rounded once. It "
-        "appears only when it is complete. The share of the update that rounding lost is reported.",
+        "appears only when it is complete. The share of the update that rounding lost is reported. Several adapters "
+        "are added at once: `lightning-lora merge BASE fr de OUT --weights 0.7 0.3`. Of a .ckpt that holds several, "
+        "`lightning-lora export` makes directories first.",
     ),
     "diff": (
         _add_diff,
@@ -132,7 +151,7 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "export": (
         _add_export,
         "Make a PEFT directory of a run's checkpoint",
-        "It holds the adapters of linear layers and embeddings in a .ckpt that LoRACallback wrote, and the fingerprint "
+        "It holds the adapter of linear layers and embeddings in a .ckpt that LoRACallback wrote, and the fingerprint "
         "of their base. For other layers use save_adapter(load_from_checkpoint(...), ...) in Python.",
     ),
     "import": (

@@ -211,13 +211,17 @@ def extraction_data(extraction: Extraction) -> dict[str, Any]:
 def exported_text(exported: Exported) -> str:
     """The written file, and the module that its names are relative to."""
     relative = f"names relative to `{exported.inner}`" if exported.inner else "names as the checkpoint has them"
-    return printable(f"{exported.path}: {layers_text(len(exported.layers))}, {bytes_text(exported.nbytes)}; {relative}")
+    several = f"adapters {', '.join(exported.adapters)}, each in a sub-directory; " if exported.adapters else ""
+    size = f"{layers_text(len(exported.layers))}, {bytes_text(exported.nbytes)}"
+    return printable(f"{exported.path}: {several}{size}; {relative}")
 
 
 def exported_data(exported: Exported) -> dict[str, Any]:
     """The same for programs."""
     layers = [{"name": name} for name in exported.layers]
-    return result(layers, {"nbytes": exported.nbytes}, path=exported.path, inner=exported.inner)
+    return result(
+        layers, {"nbytes": exported.nbytes}, path=exported.path, inner=exported.inner, adapters=exported.adapters
+    )
 
 
 def costs_text(planned: PlannedCosts) -> str:

@@ -50,23 +50,14 @@ def atomic_write(target: Path, *, directory: bool = False) -> Iterator[Path]:
         _flush_directory(target.parent)
 
 
-def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files of one directory that belong together: after an error the old ones are all there.
-
-    Args:
-        directory: made if it does not exist.
-        writers: function that writes each file, by the file's name; the largest file last.
-    """
-    write_directories({directory: writers})
-
-
-def write_directories(directories: Mapping[Path, Mapping[str, Callable[[Path], object]]]) -> None:
-    """As :func:`write_together`, of several directories: after an error the old files are in all of them.
+def write_together(directories: Mapping[Path, Mapping[str, Callable[[Path], object]]]) -> None:
+    """Write files of one or several directories that belong together: after an error the old ones are all there.
 
     After a kill while files are renamed some directories are new and some are old.
 
     Args:
-        directories: for each directory the functions that write its files, by the file's name; the largest file last.
+        directories: for each directory, made if it does not exist, the functions that write its files, by the file's
+            name; the largest file last.
     """
     with _new_directories(directories), ExitStack() as stack:
         parts: dict[Path, Path] = {}

@@ -42,6 +42,22 @@ def directories_in(directory: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(directory.iterdir()) if path.is_dir() and is_adapter_directory(path)}
 
 
+def check_is_one(directory: Path) -> None:
+    """Raise if ``directory`` holds several adapters in sub-directories, where one is needed.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not directory.is_dir() or any(directory.glob("*.safetensors")):  # a file, one adapter, or a model
+        return
+    several = directories_in(directory)
+    if several:
+        raise ValueError(
+            f"`{directory}` holds the adapters {', '.join(several)} in sub-directories, and this takes one at a time. "
+            f"Give the sub-directory, such as `{next(iter(several.values()))}`."
+        )
+
+
 def check_are_names(directories: Mapping[str, Path], directory: Path) -> None:
     """Raise unless the names of the sub-directories of ``directory`` that hold adapters can be those of adapters.
 

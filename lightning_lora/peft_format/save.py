@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.files.atomic import write_directories
+from lightning_lora.files.atomic import write_together
 from lightning_lora.files.safetensors_writing import write_tensors
 from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.fingerprint import Fingerprint
@@ -91,7 +91,7 @@ def save_adapter(
         files[places[each]] = _files(model, each, prefix, part, base, flavor, metadata)
     if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
         warnings.warn(to_know, stacklevel=2)
-    _first_of_all(lambda: write_directories(files))
+    _first_of_all(lambda: write_together(files))
 
 
 def _names_to_save(model: nn.Module, name: str | None) -> list[str]:

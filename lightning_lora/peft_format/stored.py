@@ -70,14 +70,14 @@ class StoredPair:
         A, B = (tensor.read().to(dtype).flatten(1) for tensor in (self.A, self.B))
         return self._factor() * B, A
 
-    def read_finite(self, dtype: torch.dtype = torch.float64) -> DeltaFactors:
-        """The same as :meth:`read`, without NaN and infinity.
+    def read_finite(self, dtype: torch.dtype = torch.float64, factor: float = 1.0) -> DeltaFactors:
+        """``factor`` times what :meth:`read` gives, without NaN and infinity.
 
         Raises:
             ValueError: if there are such numbers.
         """
         A, B = (tensor.read_finite().to(dtype).flatten(1) for tensor in (self.A, self.B))
-        return self._factor() * B, A
+        return factor * self._factor() * B, A
 
     def _factor(self) -> float:
         return self.times * (1.0 if self.scale is None else self.scale)

@@ -9,11 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lightning_lora import LoRACallback, load_from_checkpoint, save_adapter
-from lightning_lora.cli.convert import export_checkpoint, import_directory
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    use_adapters,
+)
+from lightning_lora.cli.convert import export_checkpoint
+from lightning_lora.cli.import_directory import import_directory
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
+from tests.helpers.several import callback_of, fill, opened_by_peft, outputs, outputs_in_peft
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -280,3 +291,30 @@ def test_a_directory_of_pefts_says_too_little(tmp_path):
     with pytest.raises(ValueError, match=re.escape("start from it by LoRACallback(init_from=...)")):
         import_directory(tmp_path / "peft", tmp_path / "back.ckpt")
     assert not (tmp_path / "back.ckpt").exists()
+
+
+def test_several_adapters_go_into_sub_directories(tmp_path):
+    """Those that trained, and one that was kept; or the one that is asked for."""
+    apply_lora(module := Lit(), LoRAConfig(r=2, alpha=6, targets=["q", "v"], name="fr"))
+    fill(module)
+    config = LoRAConfig(targets=["q", "mlp"], adapters={"de": {"r": 3, "rslora": True}, "es": {"targets": ["o"]}})
+    files = checkpoints(tmp_path / "files")
+    settings = {"max_epochs": 1, "limit_train_batches": 2}
+    trainer(callback_of(config, {"fr": 1.0}), files, **settings).fit(module, data(), data(1))
+    exported = export_checkpoint(Path(files.last_model_path), tmp_path / "out")
+    assert (exported.inner, exported.adapters) == ("net", ["de", "es", "fr"])
+    theirs = opened_by_peft(net(), {name: tmp_path / "out" / name for name in exported.adapters})
+    for name in exported.adapters:
+        with use_adapters(module, name):
+            torch.testing.assert_close(outputs_in_peft(theirs, name, X), outputs(module, X))
+        alone = export_checkpoint(Path(files.last_model_path), tmp_path / name, name=name)
+        assert alone.adapters == []
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "out" / name / file).read_bytes()
+    loaded = Lit()
+    load_adapter(loaded, tmp_path / "out")
+    save_adapter(loaded, tmp_path / "again")
+    by_path = (load_file(tmp_path / place / "de" / "adapter_model.safetensors") for place in ("out", "again"))
+    assert len({str({key: value.tolist() for key, value in tensors.items()}) for tensors in by_path}) == 1
+    with pytest.raises(ValueError, match=r"`--name` must be that of an adapter in .* got 'ds'. It holds `es`, `de`"):
+        export_checkpoint(Path(files.last_model_path), tmp_path / "more", name="ds")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lightning_lora import LoRAConfig, apply_lora, load_lora_state_dict, lora_parameters, merge_lora, save_adapter
 from lightning_lora.cli.merge import merge_files
 from lightning_lora.files.safetensors import open_tensors
+from tests.helpers.models import net
 from tests.helpers.on_disk import (
     attention_pairs,
     base_tensors,
@@ -28,6 +29,7 @@ from tests.helpers.on_disk import (
     write_base,
 )
 from tests.helpers.oracles import same_bits
+from tests.helpers.several import THREE, with_adapters
 
 SAFETENSORS = tuple(map(int, safetensors.__version__.split(".")[:2]))
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -509,3 +511,44 @@ def test_a_snapshot_of_a_hugging_face_cache(tmp_path):
         path.symlink_to(blobs / str(number))
     report = merge_files(base, write_adapter(tmp_path / "adapter", attention_pairs()), tmp_path / "out")
     assert report.left_out == [] and (tmp_path / "out/tokenizer.json").read_text() == '{"version": "1.0"}'
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [{"fr": 0.7, "de": 0.3, "es": -1.5}, {"de": 1.0, "fr": 0.0, "es": 0.25}])
+def test_several_with_weights_give_the_bits_of_merge_lora(tmp_path, dtype, factors):
+    base = net().to(dtype)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    model = with_adapters(base, {name: THREE[name] for name in factors})
+    save_adapter(model, tmp_path / "adapters")
+    report = merge_files(
+        tmp_path / "base.safetensors",
+        {tmp_path / "adapters" / name: factor for name, factor in factors.items()},
+        tmp_path / "merged.safetensors",
+    )
+    lost = merge_lora(model, factors)
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == model.state_dict().keys()
+    assert all(same_bits(merged[key], value) for key, value in model.state_dict().items())
+    assert {name.removesuffix(".weight"): layer.lost for name, layer in report.layers.items()} == pytest.approx(
+        {name: share for name, share in lost.items() if f"{name}.weight" in report.layers}
+    )
+
+
+def test_tensors_in_full_of_several(tmp_path):
+    """The same in both adapters, in one of them, or refused."""
+    base, name = write_base(tmp_path / "base", base_tensors()), "model.layers.0.self_attn.q_proj"
+    head = values(2, 8, seed=5)
+    places = {
+        "first": write_adapter(tmp_path / "first", {name: pair(8, 8)}, {"score.weight": head}),
+        "same": write_adapter(tmp_path / "same", {name: pair(8, 8)}, {"score.weight": head}),
+        "other": write_adapter(tmp_path / "other", {name: pair(8, 8)}, {"score.weight": head + 1}),
+        "without": write_adapter(tmp_path / "without", {name: pair(8, 8)}),
+    }
+    for second in ("same", "without"):
+        merge_files(base, {places["first"]: 0.5, places[second]: 0.5}, tmp_path / f"with-{second}")
+        assert same_bits(everything_in(tmp_path / f"with-{second}")["score.weight"], head)
+    with pytest.raises(
+        ValueError, match=r"`score\.weight` is in `.*first` in full, with other values than in `.*other`"
+    ):
+        merge_files(base, {places["first"]: 0.5, places["other"]: 0.5}, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lightning_lora.files import atomic
-from lightning_lora.files.atomic import PART, atomic_write, write_directories, write_together
+from lightning_lora.files.atomic import PART, atomic_write, write_together
 from lightning_lora.trainer.checkpointing.contents import write_checkpoint
 
 DEAD = PART.format("0" * 16)
@@ -238,10 +238,11 @@ def test_two_files_or_none(tmp_path):
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        write_together(tmp_path / "new", {"one": lambda path: path.write_text("1"), "two": fails})
+        write_together({tmp_path / "new": {"one": lambda path: path.write_text("1"), "two": fails}})
     assert names_in(tmp_path) == []
     for text in "ab":
-        write_together(tmp_path / "new", dict.fromkeys(("one", "two"), lambda path, text=text: path.write_text(text)))
+        files = dict.fromkeys(("one", "two"), lambda path, text=text: path.write_text(text))
+        write_together({tmp_path / "new": files})
     assert {path.read_text() for path in (tmp_path / "new").iterdir()} == {"b"} and len(names_in(tmp_path / "new")) == 2
 
 
@@ -252,7 +253,7 @@ def test_all_directories_or_none(tmp_path, monkeypatch, broken, has_links):
 
     def write(text, *names):
         files = dict.fromkeys(("small", "large"), lambda path: path.write_text(text))
-        write_directories({tmp_path / name: files for name in names})
+        write_together({tmp_path / name: files for name in names})
 
     def read():
         return {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
@@ -282,7 +283,7 @@ def test_all_directories_or_none(tmp_path, monkeypatch, broken, has_links):
 def test_two_files_in_a_folder_behind_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    write_together(tmp_path / "link", {"one": Path.touch, "two": Path.touch})
+    write_together({tmp_path / "link": {"one": Path.touch, "two": Path.touch}})
     assert names_in(tmp_path / "real") == ["one", "two"]
 
 
@@ -291,6 +292,6 @@ def test_a_folder_that_the_user_has_locked_is_written_all_the_same(tmp_path, mon
     monkeypatch.setattr(atomic, "PATIENCE", 0.05)
     file = os.open(tmp_path, os.O_RDONLY)
     atomic.fcntl.flock(file, atomic.fcntl.LOCK_EX)
-    write_together(tmp_path, {"one": Path.touch, "two": Path.touch})
+    write_together({tmp_path: {"one": Path.touch, "two": Path.touch}})
     os.close(file)
     assert names_in(tmp_path) == ["one", "two"]

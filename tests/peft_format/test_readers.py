@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, save_adapter
-from lightning_lora.cli.convert import import_directory
 from lightning_lora.cli.diff import diff_files
+from lightning_lora.cli.import_directory import import_directory
 from lightning_lora.cli.inspect import inspect_files
 from lightning_lora.cli.merge import merge_files
 from tests.helpers.models import Lit, data, trainer

@@ -22,6 +22,7 @@ from tests.helpers.on_disk import attention_pairs, base_tensors, pair, values, w
 from tests.helpers.remedies.case import Expected, fit, fit_to_file, outputs, remedy
 
 CONVERT = "cli/convert.py"
+IMPORT = "cli/import_directory.py"
 MERGE = "cli/merge.py"
 MATCH = "cli/base_match.py"
 
@@ -95,7 +96,7 @@ def a_directory_needs_no_export(message: Expected, folder: Path) -> None:
     command("inspect", adapter)
 
 
-@remedy(CONVERT, "`{}` is a file, and DIR must be", "`lightning-lora export CKPT DIR`")
+@remedy(IMPORT, "`{}` is a file, and DIR must be", "`lightning-lora export CKPT DIR`")
 def a_checkpoint_needs_no_import(message: Expected, folder: Path) -> None:
     trained, path = checkpoint(folder)
     with message:
@@ -106,7 +107,7 @@ def a_checkpoint_needs_no_import(message: Expected, folder: Path) -> None:
 
 
 @remedy(
-    CONVERT, "`{}` does not record its base and configuration", "LoRACallback(init_from=...)", "load_adapter(model, "
+    IMPORT, "`{}` does not record its base and configuration", "LoRACallback(init_from=...)", "load_adapter(model, "
 )
 def a_directory_of_peft(message: Expected, folder: Path) -> None:
     directory = of_peft(folder / "peft")
@@ -149,7 +150,7 @@ def what_the_module_exports(message: Expected, folder: Path) -> None:
 
 
 @remedy(
-    CONVERT, "`{}` holds more than pairs of plain layers", "`head.bias`", "load_adapter(model, directory)", "init_from"
+    IMPORT, "`{}` holds more than pairs of plain layers", "`head.bias`", "load_adapter(model, directory)", "init_from"
 )
 def what_the_module_imports(message: Expected, folder: Path) -> None:
     trained, _ = checkpoint(folder, also_train=["head"])

@@ -98,7 +98,7 @@ NOT_TRIED = {
     ("methods/subspace/sites.py", "its few bits cannot be summed"): "needs bitsandbytes; without it is what others run",
     ("methods/subspace/sites.py", "FSDP1 or ZeRO 3 keeps it in pieces"): "needs processes, as the next",
     ("methods/subspace/sites.py", "tensor parallelism splits it"): "needs processes; without it is what others run",
-    ("cli/options.py", "Add an adapter to a model's weights"): "the help of a command",
+    ("cli/options.py", "Add adapters to a model's weights"): "the help of a command",
     ("cli/options.py", "Compare two adapters, or two models"): "the help of a command",
     ("cli/options.py", "Make an adapter of a full fine-tune"): "the help of a command",
     ("cli/options.py", "Make a PEFT directory of a run's checkpoint"): "the help of a command",

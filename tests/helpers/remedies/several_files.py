@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import (
@@ -18,6 +19,7 @@ from lightning_lora import (
 from lightning_lora.trainer.method_callback import MethodCallback
 from tests.helpers.models import Lit, net
 from tests.helpers.remedies.case import Expected, fit, fit_to_file, outputs, remedy, warnings_ignored
+from tests.helpers.remedies.command_line import command
 from tests.helpers.several import THREE, callback_of, with_adapters
 
 DIRECTORIES, COMMON = "peft_format/directories.py", "peft_format/common_values.py"
@@ -26,6 +28,8 @@ EXCHANGE = "trainer/checkpointing/init_and_export.py"
 NAMES = "trainer/checkpointing/adapters_by_name.py"
 TWO = {name: THREE[name] for name in ("fr", "de")}
 HEAD = {"also_train": ["head"]}
+HEADS = (("fr", 0.5, HEAD), ("de", 1.0, HEAD), ("es", 0.0, {}))
+MAIN, COMBINED = "cli/main.py", "cli/combined_changes.py"
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -180,3 +184,72 @@ def a_rank_above_the_slot(message: Expected, folder: Path) -> None:
         load_adapter(model, directory, into="slot")
     load_adapter(model, directory, name="fr")
     assert torch.equal(alone(model, "fr"), outputs(source))
+
+
+def saved_base(folder: Path) -> Path:
+    save_file(net().state_dict(), folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def merged(folder: Path, name: str = "merged.safetensors") -> torch.Tensor:
+    """The outputs of the merged model."""
+    model = net()
+    model.load_state_dict(load_file(folder / name))
+    return outputs(model)
+
+
+@remedy(DIRECTORIES, "`{}` holds the adapters {} in sub-directories", "de, fr", "Give the sub-directory")
+def one_of_a_directory(message: Expected, folder: Path) -> None:
+    model, base = with_adapters(net(), TWO), saved_base(folder)
+    save_adapter(model, folder / "out")
+    with message:
+        command("merge", base, folder / "out", folder / "merged.safetensors")
+    command("merge", base, folder / "out" / "de", folder / "merged.safetensors")
+    assert close(merged(folder), alone(model, "de"))
+
+
+@remedy(MAIN, "`{}` holds the adapters {}, and this takes one", "fr, de", "lightning-lora export", "give those")
+def directories_of_a_checkpoint(message: Expected, folder: Path) -> None:
+    path, base = fit_to_file(folder / "run", callback_of(several(fr={}, de={"r": 2}))), folder / "base.safetensors"
+    save_file(Lit().state_dict(), base)
+    with message:
+        command("merge", base, path, folder / "merged.safetensors")
+    command("export", path, folder / "out")
+    command("merge", base, folder / "out" / "fr", folder / "out" / "de", folder / "merged.safetensors")
+    module = Lit()
+    module.load_state_dict(load_file(folder / "merged.safetensors"))
+    assert close(outputs(module), outputs(load_from_checkpoint(Lit, path)))
+
+
+@remedy(MAIN, "`--weights` must give one number for each adapter", "got 1 for 2")
+def as_many_weights_as_adapters(message: Expected, folder: Path) -> None:
+    model, base = with_adapters(net(), TWO), saved_base(folder)
+    save_adapter(model, folder / "out")
+    call = ("merge", base, folder / "out" / "fr", folder / "out" / "de", folder / "merged.safetensors", "--weights")
+    with message:
+        command(*call, 0.5)
+    command(*call, 0.5, -1)
+    with use_adapters(model, {"fr": 0.5, "de": -1}):
+        assert close(merged(folder), outputs(model))
+
+
+@remedy(MAIN, "ADAPTER names one adapter twice", "give the sum of its weights")
+def an_adapter_once(message: Expected, folder: Path) -> None:
+    (directory, model), base = saved(folder, "fr"), saved_base(folder)
+    with message:
+        command("merge", base, directory, directory, folder / "merged.safetensors", "--weights", 0.5, 0.25)
+    command("merge", base, directory, folder / "merged.safetensors", "--weights", 0.75)
+    with use_adapters(model, {"fr": 0.75}):
+        assert close(merged(folder), outputs(model))
+
+
+@remedy(COMBINED, "{} is in `{}` in full", "`head.weight`", "Merge adapters that do not train it, or one of these")
+def one_head(message: Expected, folder: Path) -> None:
+    base = saved_base(folder)
+    fr, de, es = (saved(folder, name, seed, **more) for name, seed, more in HEADS)
+    with message:
+        command("merge", base, fr[0], de[0], folder / "merged.safetensors")
+    command("merge", base, fr[0], folder / "merged.safetensors")
+    assert close(merged(folder), outputs(fr[1]))
+    command("merge", base, es[0], folder / "plain.safetensors")
+    assert close(merged(folder, "plain.safetensors"), outputs(es[1]))
