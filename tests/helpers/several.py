@@ -51,8 +51,8 @@ def callback_of(config: LoRAConfig, keep: Mapping[str, float] | None = None, **r
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     """What ``model`` computes in evaluation."""
     with torch.no_grad():
-        y: Tensor = model.eval()(x)
-    return y
+        y = model.eval()(x)
+    return y if isinstance(y, Tensor) else y.logits
 
 
 @contextmanager

@@ -61,10 +61,14 @@ def each_alone(model, x=X):
     return every
 
 
-def fused():
+def seeded(make):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return FusedBlocks(16)
+        return make()
+
+
+def fused():
+    return seeded(lambda: FusedBlocks(16))
 
 
 @pytest.mark.parametrize("first", THREE)
@@ -214,3 +218,61 @@ def test_fused_layers(tmp_path):
     save_adapter(model, tmp_path)
     theirs = opened_by_peft(fused(), {name: tmp_path / name for name in ("fr", "de")})
     assert all(close(outputs_in_peft(theirs, name, x), y) for name, y in expected.items())
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def embedding():
+    return nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 6), nn.Linear(6, 3))
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv1d(3, 2, 3, stride=2))
+
+
+INDEX = torch.tensor([[1, 5, 0, 3], [2, 2, 6, 4]])
+TRANSPOSED = {"fan_in_fan_out": True}
+KINDS = {
+    "gpt2": (
+        gpt2,
+        INDEX,
+        {
+            "a": {"r": 2, "target_modules": ["c_attn"], **TRANSPOSED},
+            "b": {"r": 3, "lora_alpha": 9, "target_modules": ["c_fc", "c_attn"], "use_rslora": True, **TRANSPOSED},
+            "c": {"r": 1, "target_modules": ["wpe"]},
+        },
+    ),
+    "embedding": (
+        embedding,
+        INDEX,
+        {"a": {"r": 2, "target_modules": ["0", "2"]}, "b": {"r": 3, "lora_alpha": 5, "target_modules": ["0", "1"]}},
+    ),
+    "convolutions": (
+        convolutions,
+        torch.linspace(-1, 1, 2 * 2 * 8).reshape(2, 2, 8),
+        {"a": {"r": 2, "target_modules": ["0"]}, "b": {"r": 3, "lora_alpha": 5, "target_modules": ["0", "2"]}},
+    ),
+}
+
+
+@pytest.mark.usefixtures("quiet_transformers")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer(tmp_path, kind):
+    """From peft side by side, back to peft, and into a slot that is larger."""
+    make, x, configs = KINDS[kind]
+    base = seeded(make)
+    theirs = opened_by_peft(base, written_by_peft(base, tmp_path / "peft", configs))
+    model, slot = copy.deepcopy(base), copy.deepcopy(base)
+    load_adapter(model, tmp_path / "peft")
+    save_adapter(model, tmp_path / "ours")
+    back = opened_by_peft(base, {name: tmp_path / "ours" / name for name in configs})
+    layers = sorted({key.partition(".lora.")[0] for key, _ in lora_parameters(model)})
+    apply_lora(slot, LoRAConfig(r=4, alpha=2, targets=layers, name="slot"))
+    for name, y in each_alone(model, x).items():
+        load_adapter(slot, tmp_path / "peft" / name, into="slot")
+        assert all(close(outputs_in_peft(each, name, x), y) for each in (theirs, back))
+        assert close(outputs(slot, x), y) and not close(outputs(copy.deepcopy(base), x), y)
