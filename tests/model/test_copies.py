@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, lora_state_dict, merge_lora
 from lightning_lora.layers.base import is_adapted
 from lightning_lora.model.copies import make_base, make_plain
+from lightning_lora.model.several.strengths import set_strengths
 from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.selection import slow_except
+from tests.helpers.several import THREE, fill, outputs
 
 TARGETS = ["q", "k", "v", "o"]
 
@@ -113,6 +115,20 @@ def test_a_trained_update_stays_in_the_copy_as_merging_leaves_it():
     assert model["ref"].state_dict().keys() == net().state_dict().keys()
     assert same_values(model["ref"], merged)
     assert make_plain(model, known) == [] and is_adapted(model["net"])
+
+
+def test_a_copy_computes_as_the_adapters_acted_that_it_had():
+    """Of several one rests, and one acts with another strength."""
+    model, x = nn.ModuleDict({"net": net()}), torch.linspace(-1, 1, 80).reshape(5, 16)
+    for name, arguments in THREE.items():
+        apply_lora(model, LoRAConfig(**arguments, name=name))
+    fill(model)
+    set_strengths(model, {"fr": 0.0, "de": 0.5})
+    known, expected = list(model.modules()), outputs(model["net"], x)
+    model["ref"] = copy.deepcopy(model["net"])
+    assert make_plain(model, known) == ["ref"] and not is_adapted(model["ref"])
+    assert torch.allclose(outputs(model["ref"], x), expected, atol=1e-5)
+    assert torch.equal(outputs(model["net"], x), expected)
 
 
 @pytest.mark.parametrize("is_merged", [False, True], ids=["live", "merged"])

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.fingerprint import exactly_same, fingerprint, other_base
 from lightning_lora.trainer.checkpointing import checkpoint_io as files
 from tests.helpers.models import Lit, data, trainer
@@ -102,6 +111,18 @@ def test_adapters_do_not_count():
     unmerge_lora(model)
     assert fingerprint(model) == expected
     remove_lora(model)
+    assert fingerprint(model) == expected
+
+
+def test_adapters_that_do_not_train_do_not_count():
+    model, expected = net(), fingerprint(net())
+    apply_lora(model, LoRAConfig(r=2, targets="all", name="fr"))
+    LoRAMethod(LoRAConfig(r=3, targets="all", name="de"), keep={"fr": 0.5}).complete(model)
+    for _, parameter in lora_parameters(model):
+        parameter.data += 0.1
+    assert fingerprint(model) == expected
+    merge_lora(model, {"de": 1.0})
+    unmerge_lora(model)
     assert fingerprint(model) == expected
 
 

@@ -38,6 +38,18 @@ def test_a_teacher_starts_with_the_adapters_of_its_student():
             assert torch.equal(A[f"teacher.{name}"], A[f"student.{name}"])
 
 
+def test_a_second_adapter_has_twins_of_its_own():
+    """Also where the first was only on one of the two networks."""
+    student = net()
+    model = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    apply_lora(model["student"], LoRAConfig(r=2, targets=["q"], name="first"))
+    apply_lora(model, LoRAConfig(r=3, targets=["q", "v"], name="second"))
+    state = model.state_dict()
+    of_student = [key for key in state if key.startswith("student.") and key.endswith("second.A")]
+    assert len(of_student) == 4 and len({str(state[key].tolist()) for key in of_student}) == 4
+    assert all(torch.equal(state[key], state[key.replace("student.", "teacher.", 1)]) for key in of_student)
+
+
 def test_an_average_of_the_parameters_is_the_average_of_the_student():
     """Averaging A and B of a teacher by position, from equal starts, gives the average of the student's."""
     model = nn.ModuleDict({"student": (student := net()), "ema": torch.optim.swa_utils.AveragedModel(student)})

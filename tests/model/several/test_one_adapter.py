@@ -1,10 +1,24 @@
 """One of several adapters is taken off; the others stay as they are."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, remove_lora
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+)
+from lightning_lora.model.fingerprint import fingerprint
+from tests.helpers.models import net
+from tests.helpers.several import THREE, fill, outputs
 
 
 def model_with(**targets):
@@ -48,3 +62,31 @@ def test_what_cannot_be_removed():
     merge_lora(model)
     with pytest.raises(ValueError, match=r"call `unmerge_lora\(model\)` first, to remove `de` alone"):
         remove_lora(model, name="de")
+
+
+@pytest.mark.parametrize("compute", ["activations", "weights"])
+@pytest.mark.parametrize("gone", THREE)
+def test_it_is_as_if_the_adapter_had_never_been_there(compute, gone):
+    """The other adapters, the classes, what trains and the base."""
+
+    def with_all(names):
+        model = net()
+        for name in names:
+            apply_lora(model, LoRAConfig(**THREE[name], name=name), compute=compute)
+        return model
+
+    rest = [name for name in THREE if name != gone]
+    model, without, x = with_all(THREE), with_all(rest), torch.linspace(-1, 1, 80).reshape(5, 16)
+    fill(model)
+    for name in rest:
+        load_lora_state_dict(without, lora_state_dict(model, name), name=name)
+    remove_lora(model, name=gone)
+    assert torch.allclose(outputs(model, x), outputs(without, x), atol=1e-6)
+    assert [type(module) for module in model.modules()] == [type(module) for module in without.modules()]
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == list(lora_state_dict(without))
+    assert fingerprint(model) == fingerprint(net())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    remove_lora(model)
+    assert torch.equal(outputs(model, x), outputs(net(), x))
+    assert torch.equal(outputs(copied, x), outputs(copy.deepcopy(copied), x))
+    assert not torch.allclose(outputs(copied, x), outputs(net(), x), atol=1e-3)
