@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from lightning_lora.files.safetensors import TORCH_DTYPES, StoredTensor
 from lightning_lora.files.weights import open_weights
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import cosine, distance, norm
+from lightning_lora.peft_format.directories import check_is_one, directories_in
 from lightning_lora.peft_format.stored import StoredPair, config_of, is_adapter, open_adapter
 
 
@@ -77,10 +78,11 @@ class Differences:
 def diff_files(first: Path, second: Path, progress: Callable[[int], object] = lambda _: None) -> Differences:
     """Compare two PEFT directories by their deltas, or two models by their weights.
 
-    Two adapters can have equal deltas with other A and B, ranks or scales, so A and B themselves are not compared.
+    Two adapters can have equal deltas with other A and B, ranks or scales, so A and B themselves are not compared. Two
+    directories with sub-directories of several adapters are compared adapter by adapter, by their names.
 
     Args:
-        first: an adapter's directory, or a model's file or directory.
+        first: an adapter's directory, one with sub-directories of several, or a model's file or directory.
         second: another one of the same kind.
         progress: called with numbers of bytes as they are read.
 
@@ -99,6 +101,11 @@ def diff_files(first: Path, second: Path, progress: Callable[[int], object] = la
     for path in (first, second):
         if not path.exists():
             raise FileNotFoundError(f"`{path}` does not exist: give a model or a PEFT directory.")
+    several = [_several(path) for path in (first, second)]
+    if all(several):
+        return _by_name(*several)
+    for path in (first, second):
+        check_is_one(path)
     adapters = is_adapter(first), is_adapter(second)
     if adapters[0] != adapters[1]:
         by_kind = dict(zip(adapters, (first, second), strict=True))
@@ -107,6 +114,24 @@ def diff_files(first: Path, second: Path, progress: Callable[[int], object] = la
             "adapter does to the model, merge it and compare the result with the model."
         )
     return _adapters(first, second) if adapters[0] else _models(first, second, progress)
+
+
+def _several(path: Path) -> dict[str, Path]:
+    """The sub-directories of adapters in ``path``, if it is no model that has such."""
+    return directories_in(path) if path.is_dir() and not any(path.glob("*.safetensors")) else {}
+
+
+def _by_name(first: Mapping[str, Path], second: Mapping[str, Path]) -> Differences:
+    rows: list[Difference] = []
+    for name in _union([first, second]):
+        if name in first and name in second:
+            found = _adapters(first[name], second[name]).rows
+        else:
+            sides = (first.get(name), second.get(name))
+            pairs = [{} if side is None else open_adapter(side).pairs for side in sides]
+            found = [_pairs(layer, *(side.get(layer) for side in pairs)) for layer in _union(pairs)]
+        rows += [replace(row, name=f"{name}: {row.name}") for row in found]
+    return Differences("adapters", _most_first(rows))
 
 
 def _adapters(*paths: Path) -> Differences:

@@ -73,24 +73,32 @@ def _safetensors(name: str) -> Path:
 
 @contextmanager
 def _adapter(name: str) -> Iterator[Path]:
-    """The path ``name``, of an adapter or a model; of a run's checkpoint a PEFT directory that is made for the time."""
-    from lightning_lora.peft_format.directories import check_is_one
-
+    """The path ``name``, of adapters or a model; of a run's checkpoint a directory that is made for the time."""
     path = Path(name)
     if not _is_checkpoint(path):
-        check_is_one(path)
         yield path
         return
     from lightning_lora.cli.convert import export_checkpoint
 
     with TemporaryDirectory() as folder:
-        several = export_checkpoint(path, Path(folder, path.stem)).adapters
+        export_checkpoint(path, Path(folder, path.stem))
+        yield Path(folder, path.stem)
+
+
+@contextmanager
+def _one_adapter(name: str) -> Iterator[Path]:
+    """As :func:`_adapter`, of one adapter."""
+    from lightning_lora.peft_format.directories import check_is_one, directories_in
+
+    with _adapter(name) as path:
+        several = directories_in(path) if path != Path(name) else {}
         if several:
             raise ValueError(
-                f"`{path}` holds the adapters {', '.join(several)}, and this takes one at a time. Make a directory of "
-                f"each by `lightning-lora export {path} DIR`, and give those."
+                f"`{name}` holds the adapters {', '.join(several)}, and this takes one at a time. Make a directory of "
+                f"each by `lightning-lora export {name} DIR`, and give those."
             )
-        yield Path(folder, path.stem)
+        check_is_one(path)
+        yield path
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -117,7 +125,8 @@ def _merge(options: Namespace) -> Result:
     factors = options.weights or [1.0] * len(names)
     _check_weights(factors, names)
     with ExitStack() as stack:
-        adapters = {stack.enter_context(_adapter(name)): factor for name, factor in zip(names, factors, strict=True)}
+        paths = [stack.enter_context(_one_adapter(name)) for name in names]
+        adapters = dict(zip(paths, factors, strict=True))
         progress = stack.enter_context(_progress(base))
         report = merge_files(base, adapters, Path(options.out), options.overwrite, progress)
     return reports.merge_text(report, options.out), reports.merge_data(report)

@@ -29,7 +29,12 @@ def make_parser() -> ArgumentParser:
 
 
 def _add_inspect(parser: ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="PEFT directory, its .safetensors file, or .ckpt of LoRACallback.")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="PEFT directory, or one with sub-directories of several adapters; .safetensors file of an "
+        "adapter; or .ckpt of a callback of this package.",
+    )
 
 
 def _add_merge(parser: ArgumentParser) -> None:
@@ -134,7 +139,8 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "diff": (
         _add_diff,
         "Compare two adapters, or two models",
-        "Of adapters the updates B A are compared, not A and B. The largest differences come first.",
+        "Of adapters the updates B A are compared, not A and B; of several in sub-directories or in a .ckpt each by "
+        "its name. The largest differences come first.",
     ),
     "extract": (
         _add_extract,
@@ -152,7 +158,8 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
         _add_export,
         "Make a PEFT directory of a run's checkpoint",
         "It holds the adapter of linear layers and embeddings in a .ckpt that LoRACallback wrote, and the fingerprint "
-        "of their base. For other layers use save_adapter(load_from_checkpoint(...), ...) in Python.",
+        "of their base. Of several adapters each gets a sub-directory. For other layers use "
+        "save_adapter(load_from_checkpoint(...), ...) in Python.",
     ),
     "import": (
         _add_import,

@@ -100,3 +100,19 @@ def test_two_kinds(tmp_path):
         diff_files(base, adapter)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         diff_files(base, tmp_path / "none")
+
+
+def test_several_adapters_by_their_names(tmp_path):
+    """Those that only one side has count too; several against one are refused."""
+    for side, factor in (("first", 1), ("second", 2)):
+        write_adapter(tmp_path / side / "fr", attention_pairs())
+        write_adapter(tmp_path / side / "de", {name: (A, factor * B) for name, (A, B) in attention_pairs().items()})
+    write_adapter(tmp_path / "second" / "es", attention_pairs())
+    rows = {row.name: row for row in diff_files(tmp_path / "first", tmp_path / "second").rows}
+    assert rows.keys() == {f"{name}: {layer}" for name in ("fr", "de", "es") for layer in attention_pairs()}
+    for layer in attention_pairs():
+        assert not rows[f"fr: {layer}"].changed()
+        assert rows[f"de: {layer}"].relative == pytest.approx(1.0)
+        assert rows[f"es: {layer}"].note == "only in B"
+    with pytest.raises(ValueError, match="holds the adapters de, fr in sub-directories"):
+        diff_files(tmp_path / "first", tmp_path / "first" / "fr")

@@ -208,7 +208,7 @@ def one_of_a_directory(message: Expected, folder: Path) -> None:
     assert close(merged(folder), alone(model, "de"))
 
 
-@remedy(MAIN, "`{}` holds the adapters {}, and this takes one", "fr, de", "lightning-lora export", "give those")
+@remedy(MAIN, "`{}` holds the adapters {}, and this takes one", "de, fr", "lightning-lora export", "give those")
 def directories_of_a_checkpoint(message: Expected, folder: Path) -> None:
     path, base = fit_to_file(folder / "run", callback_of(several(fr={}, de={"r": 2}))), folder / "base.safetensors"
     save_file(Lit().state_dict(), base)
