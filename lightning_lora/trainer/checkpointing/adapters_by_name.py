@@ -73,6 +73,24 @@ def adapters_in(checkpoint: Mapping[str, Any]) -> set[str]:
     return {*(config.name for config in trained), *reading.kept_in(checkpoint)}
 
 
+def check_no_others(file: AdapterFile, module: nn.Module) -> None:
+    """Raise if ``module`` has adapters that are not in ``file``, which would act in addition.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if not isinstance(file.config, LoRAConfig):
+        return
+    others = [name for name in configs_of(module) if name not in adapters_in(file.content)]
+    if others:
+        raise ValueError(
+            f"The module has an adapter {others[0]!r}, which is not in {file.path}. load_from_checkpoint gives the "
+            f"module that the run trained: call `remove_lora(module, name={others[0]!r})` first. To have both make a "
+            "directory of the file by `lightning-lora export CKPT DIR`, and call `load_adapter(module, directory, "
+            "name=...)`."
+        )
+
+
 def check_kept(checkpoint: Mapping[str, Any], path: Any, model: nn.Module) -> None:
     """Raise if an adapter that the file keeps has another configuration in ``model``.
 

@@ -29,7 +29,7 @@ from lightning_lora.names import clean, counted
 from lightning_lora.trainer.adapter_callback import AdapterCallback
 from lightning_lora.trainer.callback import LoRACallback
 from lightning_lora.trainer.checkpointing import contents, reading
-from lightning_lora.trainer.checkpointing.adapters_by_name import AdapterFile
+from lightning_lora.trainer.checkpointing.adapters_by_name import AdapterFile, check_no_others
 from lightning_lora.trainer.checkpointing.base_weights import Copied, Source, copy_base, tensors_of
 from lightning_lora.trainer.checkpointing.checks import check_room
 from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
@@ -233,6 +233,7 @@ def _load(
     file: AdapterFile, module: nn.Module, source: Source | None, strict_base: bool, overwritten: Copied | None
 ) -> None:
     """Give ``module`` the base in ``source`` and the adapters in ``file``."""
+    check_no_others(file, module)
     file.method.check_same(module)
     if is_merged(module):
         file.method.unmerge(module)

@@ -13,6 +13,7 @@ from lightning_lora import (
     apply_lora,
     load_adapter,
     load_from_checkpoint,
+    remove_lora,
     save_adapter,
     use_adapters,
 )
@@ -164,6 +165,24 @@ def the_kept_adapter_of_the_file(message: Expected, folder: Path) -> None:
     with message:
         fit(callback(), module=module(2), ckpt_path=path, max_epochs=2)
     fit(callback(), module=load_from_checkpoint(Lit, path), ckpt_path=path, max_epochs=2)
+
+
+@remedy(
+    NAMES, "The module has an adapter {}, which is not in", "remove_lora(module, name='fr')", "load_adapter(module, "
+)
+def a_module_without_others(message: Expected, folder: Path) -> None:
+    trained = Lit()
+    path = fit_to_file(folder, callback_of(LoRAConfig(r=2, targets=["q"], name="de")), module=trained)
+    module, both = Lit(), Lit()
+    for each in (module, both):
+        apply_lora(each, LoRAConfig(r=2, targets=["q", "v"], name="fr"))
+    with message:
+        load_from_checkpoint(module, path)
+    remove_lora(module, name="fr")
+    assert torch.equal(outputs(load_from_checkpoint(module, path)), outputs(trained))
+    command("export", path, folder / "out")
+    load_adapter(both, folder / "out", name="de")
+    assert close(alone(both, "de"), outputs(trained))
 
 
 @remedy(SLOT, "`{}` has an adapter in the file and none in", "Give `name`")
