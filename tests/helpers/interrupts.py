@@ -36,6 +36,7 @@ from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.record import records
 from tests.helpers import oracles
 from tests.helpers.models import EveryKind, Net, net
+from tests.helpers.several import THREE, with_adapters
 
 PACKAGE = str(Path(lightning_lora.__file__).parent)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -151,6 +152,8 @@ def _subject(kind: str) -> nn.Module:
             return EveryKind().eval()
     if kind == "plain net":
         return net()
+    if kind == "net with two":
+        return with_adapters(net(), {"fr": THREE["fr"], "slot": {"r": 8, "targets": "all"}})
     model = trained()
     if kind == "merged":
         merge_lora(model)
@@ -158,7 +161,10 @@ def _subject(kind: str) -> nn.Module:
 
 
 def subject(kind: str) -> nn.Module:
-    """A new model that is ``"bare"``, ``"live"`` or ``"merged"``, or a ``"plain net"`` that PEFT's format can hold."""
+    """A new model that is ``"bare"``, ``"live"`` or ``"merged"``, or a net that PEFT's format can hold.
+
+    That is a ``"plain net"`` or a ``"net with two"`` adapters.
+    """
     return copy.deepcopy(_subject(kind))
 
 
@@ -176,6 +182,14 @@ def peft_directory() -> tempfile.TemporaryDirectory[str]:
     oracles.train_by_hand(model, 0.3)
     directory = tempfile.TemporaryDirectory()
     save_adapter(model, directory.name)
+    return directory
+
+
+@cache
+def directory_of_three() -> tempfile.TemporaryDirectory[str]:
+    """A directory of three adapters for ``"net with two"``."""
+    directory = tempfile.TemporaryDirectory()
+    save_adapter(with_adapters(net()), directory.name)
     return directory
 
 
@@ -203,13 +217,16 @@ VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "load": ("live", lambda model: load_lora_state_dict(model, other_state())),
     "load into merged": ("merged", lambda model: model.load_state_dict(dict(other_state()))),
     "load a directory": ("plain net", lambda model: load_adapter(model, peft_directory().name)),
+    "load several": ("net with two", lambda model: load_adapter(model, directory_of_three().name)),
+    "swap": ("net with two", lambda model: load_adapter(model, f"{directory_of_three().name}/de", into="slot")),
+    "remove one": ("net with two", lambda model: remove_lora(model, name="fr")),
     "disable": ("live", within(disable_lora)),
     "as found": ("live", within(LoRAMethod(CONFIG).as_found)),
     "forward": ("live", lambda model: model(INDEX)),
 }
 
 
-ONCE = ("merge for good", "forget")  # on a model that has no adapters any more they are an error
+ONCE = ("merge for good", "forget", "remove one")  # on a model that has no adapters any more they are an error
 
 
 def lines_of(verb: str) -> list[str]:
