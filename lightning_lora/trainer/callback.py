@@ -75,9 +75,10 @@ class LoRACallback(MethodCallback):
         liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient, and
             that frozen parameters do not change.
         init_from: Directory in PEFT's format, or checkpoint of another run, whose values fresh adapters start from. The
-            arguments and the base must be the same, and a ckpt_path takes precedence. None starts from the base.
-        export: Directory in which to write the adapters in PEFT's format at the end of fit: the best ones with
-            merge="best", else the last. None writes nothing.
+            arguments and the base must be the same, and a ckpt_path takes precedence. Where a run trains several
+            adapters, the directory has a sub-directory for each. None starts from the base.
+        export: Directory in which to write the adapters in PEFT's format at the end of fit, several into
+            sub-directories of their names: the best ones with merge="best", else the last. None writes nothing.
         base_dtype: Under mixed precision, keep the frozen weights of linear layers and convolutions in the dtype to
             which autocast casts them: "bf16" with bf16-mixed, "fp16" with 16-mixed. The results are the same with less
             memory on the device; the fp32 values wait in CPU memory until the end of the run. None changes nothing.
