@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,13 +58,15 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any], name: str |
         ...     _ = apply_lora(model, LoRAConfig(targets="all"))
         >>> load_lora_state_dict(fresh, lora_state_dict(trained))
     """
-    if name is not None and is_adapted(model):
-        state = _with_pairs(model, state, name)
-    all_or_nothing(model, lambda journal: load(model, state, journal))
+    if name is None or not is_adapted(model):
+        all_or_nothing(model, lambda journal: load(model, state, journal))
+    else:
+        pairs = _pairs_in(state, model, name)
+        all_or_nothing(model, lambda journal: load_part(model, pairs, journal))
 
 
-def _with_pairs(model: nn.Module, state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The state of ``model`` with the entries of the adapter ``name`` from ``state``."""
+def _pairs_in(state: Mapping[str, Any], model: nn.Module, name: str) -> dict[str, Any]:
+    """The entries of the adapter ``name`` of ``model``."""
     own = lora_state_dict(model, name)
     missing = [key for key in own if key not in state]
     if missing:
@@ -72,7 +74,7 @@ def _with_pairs(model: nn.Module, state: Mapping[str, Any], name: str) -> dict[s
             f"`state` lacks `{missing[0]}` of the adapter `{name}` ({len(missing)} missing). Were `targets`, `exclude` "
             "and `name` the same when it was made?"
         )
-    return {**lora_state_dict(model), **{key: state[key] for key in own}}
+    return {key: state[key] for key in own}
 
 
 def load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
@@ -90,16 +92,34 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Any], journal: Jour
     """Load the result of :func:`trained_state` into a model that is adapted by the same method, as it is."""
     check_state(model, state)
     _load(model, state, journal)
+    _reset_buffers(model, state, journal)
+    _call_post_hooks(model)
 
 
-def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_part(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
+    """Load these entries of a state of ``model``; everything else stays as it is.
+
+    Raises:
+        ValueError: as :func:`check_state`.
+    """
+    check_state(model, state, needed=())
+    _load(model, state, journal)
+    _call_post_hooks(model)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any], needed: Iterable[str] | None = None) -> None:
     """Raise if ``state`` is not exactly an adapter of ``model``, or its values are none that training gives.
+
+    Args:
+        model: an adapted or merged model.
+        state: of a file, or of another model.
+        needed: the entries that it must have; ``None`` for those that every adapter of ``model`` has.
 
     Raises:
         ValueError: naming the first key that is missing, unknown, or of another shape or kind, or not finite.
     """
     present, frozen = clean_state(model) | merged_state(model), frozen_names(model)
-    missing = [key for key in needed_names(model) if key not in state]
+    missing = [key for key in (needed_names(model) if needed is None else needed) if key not in state]
     unknown = [key for key in state if key not in present or key in frozen]
     if missing or unknown:
         wrong = [f"lacks `{key}`" for key in missing]
@@ -140,7 +160,9 @@ def _load(model: nn.Module, state: Mapping[str, Any], journal: Journal) -> None:
         if new:
             journal.steps.append(LoadedStep(module, prefix, {key: present[key] for key in new}))
             _load_own(module, prefix, present, new)
-    _reset_buffers(model, state, journal)
+
+
+def _call_post_hooks(model: nn.Module) -> None:
     for module in set(model.modules()) - set(fsdp1_units(model)):  # a module may compute something from what was loaded
         for hook in module._load_state_dict_post_hooks.values():
             hook(module, nn.modules.module._IncompatibleKeys([], []))

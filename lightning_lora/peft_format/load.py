@@ -17,7 +17,7 @@ from lightning_lora.model import record
 from lightning_lora.model.apply import adapt
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
-from lightning_lora.model.loading import load
+from lightning_lora.model.loading import load, load_part
 from lightning_lora.model.same_config import check_method
 from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.model.state import lora_state_dict
@@ -32,6 +32,7 @@ from lightning_lora.peft_format.placement import (
     config_for,
     filled,
     read_values,
+    under_every_name,
     values_for,
     with_attentions,
 )
@@ -219,10 +220,11 @@ def _load(model: nn.Module, files: Mapping[str, OpenFile], journal: Journal) -> 
             adapt(model, replace(config, name=name), journal)
         check_adapted(file.values, file.part, name)
     for name, file in files.items():
-        state |= file.in_model(values_for(file.values, file.part, name))
+        state |= under_every_name(file.in_model(values_for(file.values, file.part, name)), model)
     load(model, state if files.keys() <= present else filled(state, model), journal)
 
 
 def _swap(model: nn.Module, into: str, file: OpenFile, journal: Journal) -> None:
     check_common({into: file.in_model(file.values.in_full)}, model, all_use_it=True)
-    load(model, {**lora_state_dict(model), **file.in_model(slot_values(file.values, file.part, into))}, journal)
+    values = file.in_model(slot_values(file.values, file.part, into))
+    load_part(model, under_every_name(values, model), journal)

@@ -241,6 +241,21 @@ def _check_tied(plain: Mapping[str, Tensor], inner: nn.Module) -> None:
                 )
 
 
+def under_every_name(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``state`` with the entries of modules that ``model`` has under several names under each of these."""
+    first: dict[int, str] = {}
+    every = dict(state)
+    for name, module in names.named_modules(model):
+        other = first.setdefault(id(module), name)
+        if other != name:
+            every |= {
+                names.join(name, key): state[names.join(other, key)]
+                for key in (*module._parameters, *module._buffers)
+                if names.join(other, key) in state
+            }
+    return every
+
+
 def filled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """``state`` with the trained biases of a new ``model`` that peft does not save, as their names are not ``bias``."""
     present = clean_state(model)

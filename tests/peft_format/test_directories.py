@@ -276,3 +276,20 @@ def test_every_kind_of_layer(tmp_path, kind):
         load_adapter(slot, tmp_path / "peft" / name, into="slot")
         assert all(close(outputs_in_peft(each, name, x), y) for each in (theirs, back))
         assert close(outputs(slot, x), y) and not close(outputs(copy.deepcopy(base), x), y)
+
+
+@pytest.mark.parametrize("others", [[], ["de"]])
+def test_a_network_under_two_names(tmp_path, others):
+    """The file has its layers once."""
+
+    def make():
+        network = net()
+        return nn.ModuleDict({"first": network, "second": network})
+
+    model, loaded = make(), make()
+    with_adapters(model, {"fr": THREE["fr"]})
+    save_adapter(model, tmp_path)
+    with_adapters(loaded, {name: THREE[name] for name in others})
+    load_adapter(loaded, tmp_path, name="fr")
+    for key, value in lora_state_dict(model, "fr").items():
+        assert same_bits(loaded.state_dict()[key], value), key
