@@ -47,6 +47,7 @@ class LoRALayer(Adapted):
 def add_adapter(module: nn.Module, name: str, adapter: Adapter | Pairs, cls: type[LoRALayer]) -> None:
     """Give ``module`` one adapter more, and the class ``cls`` in which all of them act."""
     adapters = module.lora if isinstance(module, LoRALayer) else Adapters()
+    _check_no_choice(adapters)
     adapter.train(module.training)
     adapters.add_module(name, adapter)
     if len(adapters) > 1 or adapters.acting is not None:
@@ -57,11 +58,20 @@ def add_adapter(module: nn.Module, name: str, adapter: Adapter | Pairs, cls: typ
 
 def remove_adapter(layer: LoRALayer, name: str, cls: type[LoRALayer]) -> None:
     """Take one of several adapters off ``layer``, and give it the class ``cls`` in which the others act."""
+    _check_no_choice(layer.lora)
     del layer.lora._modules[name]
     layer.lora.strengths = {key: value for key, value in layer.lora.strengths.items() if key != name}
     layer.lora.prepare_choices()
     if type(layer) is not cls:
         set_adapters(layer, cls, layer.lora)
+
+
+def _check_no_choice(adapters: Adapters) -> None:
+    if adapters.acting is not None and adapters.acting.choice is not None:
+        raise ValueError(
+            "Inside `use_adapters` no adapter can be added or removed: the choice would end in some layers. Leave the "
+            "`with` block first."
+        )
 
 
 def set_adapters(module: nn.Module, cls: type[LoRALayer], adapters: Adapters) -> None:

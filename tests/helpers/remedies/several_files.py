@@ -185,6 +185,22 @@ def a_module_without_others(message: Expected, folder: Path) -> None:
     assert close(alone(both, "de"), outputs(trained))
 
 
+@remedy("layers/base.py", "Inside `use_adapters` no adapter can be added or removed", "Leave the `with` block first")
+def outside_of_a_choice(message: Expected, folder: Path) -> None:
+    directory, source = saved(folder, "fr")
+    model = with_adapters(net(), TWO)
+    with use_adapters(model, "de"):
+        expected = outputs(model)
+        with message:
+            load_adapter(model, directory, name="es")
+        with message:
+            remove_lora(model, name="fr")
+        assert torch.equal(outputs(model), expected)
+    load_adapter(model, directory, name="es")
+    remove_lora(model, name="fr")
+    assert torch.equal(alone(model, "es"), outputs(source)) and torch.equal(alone(model, "de"), expected)
+
+
 @remedy(SLOT, "`{}` has an adapter in the file and none in", "Give `name`")
 def layers_without_a_slot(message: Expected, folder: Path) -> None:
     directory, source = saved(folder, "fr")
