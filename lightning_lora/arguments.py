@@ -151,3 +151,88 @@ def check_mapping(argument: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"`{argument}` must be a dict from module names to numbers, but got {value!r}.")
     check_patterns(argument, list(value))
+
+
+def check_adapters(adapters: Any, name: str, own_arguments: tuple[str, ...]) -> None:
+    """Raise unless ``adapters`` gives several adapters by name, each with arguments of its own.
+
+    Args:
+        adapters: the argument.
+        name: the argument that names a single one.
+        own_arguments: the arguments that may differ.
+    """
+    if not isinstance(adapters, Mapping) or not all(isinstance(own, Mapping) for own in adapters.values()):
+        raise TypeError(
+            "`adapters` must be a dict from names to dicts of arguments, such as {'fr': {}, 'de': {'r': 4}}, but got "
+            f"{adapters!r}."
+        )
+    if not adapters:
+        raise ValueError("`adapters` must name at least one adapter, but got {}.")
+    if name != "default":
+        raise ValueError(f"`name={name!r}` and `adapters` both name adapters. Leave `name` out.")
+    for key, own in adapters.items():
+        unknown = [argument for argument in own if argument not in own_arguments]
+        if unknown:
+            raise ValueError(
+                f"`adapters[{key!r}]` must hold only {', '.join(own_arguments)}, but got {unknown[0]!r}: that is the "
+                "same for all adapters."
+            )
+        if "lr_scale" in own:
+            check_positive(f"adapters[{key!r}]['lr_scale']", own["lr_scale"])
+
+
+def check_factors(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is a dict from names of adapters to finite numbers."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"`{argument}` must be a dict from names of adapters to numbers, but got {value!r}.")
+    for name, factor in value.items():
+        check_number(f"{argument}[{name!r}]", factor)
+        if not math.isfinite(factor):
+            raise ValueError(f"`{argument}[{name!r}]` must be finite, but got {factor}.")
+
+
+def strengths_of(keep: Any) -> Any:
+    """The argument ``keep`` as a dict: adapters in a list rest.
+
+    Example:
+        >>> strengths_of(["fr", "de"])
+        {'fr': 0.0, 'de': 0.0}
+    """
+    names = plain_data(keep)
+    return dict.fromkeys(names, 0.0) if isinstance(names, list) else names
+
+
+def check_route(route: Any, balance: Any) -> None:
+    """Raise unless ``route`` can name an entry of a batch, and ``balance`` has one to count by."""
+    if route is not None and (not isinstance(route, (str, int)) or isinstance(route, bool) or route == ""):
+        raise TypeError(
+            f"`route` must be a key of the batch, its index in a sequence, or 'dataloader', but got {route!r}."
+        )
+    check_flag("balance", balance)
+    if balance and route is None:
+        raise ValueError(
+            "`balance=True` divides each adapter's gradient by its share of the samples, and without `route` no sample "
+            "belongs to one adapter. Give `route`, or leave `balance` out."
+        )
+
+
+def check_merge(merge: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless ``merge`` is one of ``choices``, or gives the factors of updates by adapter."""
+    if isinstance(merge, Mapping):
+        check_factors("merge", merge)
+    else:
+        check_choice("merge", merge, choices)
+
+
+def check_base_dtype(base_dtype: str | None, compute: str, save: str) -> None:
+    """Raise if ``compute`` or ``save`` needs the weights that ``base_dtype`` takes off the module."""
+    if compute == "weights" and base_dtype is not None:
+        raise ValueError(
+            f"`compute='weights'` adds B A to weights that `base_dtype={base_dtype!r}` has rounded, which "
+            "gives other results than without it. Leave one of the two out."
+        )
+    if save == "merged" and base_dtype is not None:
+        raise ValueError(
+            f"`save='merged'` writes sums with the full-precision weights, which `base_dtype={base_dtype!r}` "
+            "takes off the module during the run. Leave one of the two out."
+        )

@@ -10,15 +10,20 @@ from typing import Any, Protocol
 import torch
 
 from lightning_lora.arguments import (
+    check_adapters,
     check_argument_names,
+    check_base_dtype,
     check_choice,
+    check_factors,
     check_flag,
     check_mapping,
+    check_merge,
     check_number,
     check_path,
     check_patterns,
     check_positive,
     check_rank,
+    check_route,
     plain_data,
 )
 from lightning_lora.names import first_match
@@ -160,7 +165,7 @@ class LoRAConfig:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"`name` must be a Python identifier, as it becomes a module name, but got {self.name!r}.")
         if self.adapters is not None:
-            _check_adapters(self.adapters, self.name)
+            check_adapters(self.adapters, self.name, OWN_ARGUMENTS)
             self.each()  # their arguments are checked too
 
     def each(self) -> list[LoRAConfig]:
@@ -217,50 +222,30 @@ def check_compute(compute: str, config: LoRAConfig) -> None:
         )
 
 
-def _check_adapters(adapters: Any, name: str) -> None:
-    if not isinstance(adapters, Mapping) or not all(isinstance(own, Mapping) for own in adapters.values()):
-        raise TypeError(
-            "`adapters` must be a dict from names to dicts of arguments, such as {'fr': {}, 'de': {'r': 4}}, but got "
-            f"{adapters!r}."
-        )
-    if not adapters:
-        raise ValueError("`adapters` must name at least one adapter, but got {}.")
-    if name != "default":
-        raise ValueError(f"`name={name!r}` and `adapters` both name adapters. Leave `name` out.")
-    for key, own in adapters.items():
-        unknown = [argument for argument in own if argument not in OWN_ARGUMENTS]
-        if unknown:
-            raise ValueError(
-                f"`adapters[{key!r}]` must hold only {', '.join(OWN_ARGUMENTS)}, but got {unknown[0]!r}: that is the "
-                "same for all adapters."
-            )
-        if "lr_scale" in own:
-            check_positive(f"adapters[{key!r}]['lr_scale']", own["lr_scale"])
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """What a run does with its adapters, whatever they are: the arguments of a callback that no module needs.
 
     Args:
         lr_scale: factor on the learning rate of optimizer groups that hold adapters.
-        merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters) or ``False``.
+        merge: ``True`` or ``"last"``, ``"best"`` (the best checkpoint's adapters), ``False``, or factors by adapter.
         liveness: check that every adapter runs and gets a gradient.
         init_from: PEFT directory, or checkpoint of another run, that fresh adapters start from.
         export: directory in which the end of fit writes the adapters in PEFT's format.
-        base_dtype: dtype in which frozen weights are kept during a run under mixed precision, ``"bf16"`` or
-            ``"fp16"``; ``None`` leaves them as they are.
+        base_dtype: dtype of frozen weights during a run under mixed precision, ``"bf16"`` or ``"fp16"``, or ``None``.
         save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
         merged: safetensors file into which the end of fit writes the merged model.
         compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``; see :func:`apply_lora`.
+        route: the entry of a batch that says which adapter each sample uses; ``None`` where all act.
+        balance: divide each adapter's gradient by its share of the samples.
+        keep: adapters of earlier runs that stay as they are, with their strengths.
 
     Raises:
-        ValueError: if a value is out of its range.
-        TypeError: if a value has the wrong type.
+        ValueError, TypeError: if a value is out of its range, or has the wrong type.
     """
 
     lr_scale: float = 1.0
-    merge: bool | str = True
+    merge: bool | str | Mapping[str, float] = True
     liveness: bool = True
     init_from: str | None = None
     export: str | None = None
@@ -268,29 +253,24 @@ class RunConfig:
     save: str = "adapter"
     merged: str | None = None
     compute: str = "auto"
+    route: str | int | None = None
+    balance: bool = False
+    keep: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         """Make every argument plain data and check it."""
         _make_plain(self)
         check_positive("lr_scale", self.lr_scale)
-        check_choice("merge", self.merge, MERGES)
+        check_merge(self.merge, MERGES)
+        check_route(self.route, self.balance)
+        check_factors("keep", self.keep or {})
         check_flag("liveness", self.liveness)
-        check_path("init_from", self.init_from)
-        check_path("export", self.export)
+        for argument in ("init_from", "export", "merged"):
+            check_path(argument, getattr(self, argument))
         check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
         check_choice("save", self.save, SAVES)
-        check_path("merged", self.merged)
         check_choice("compute", self.compute, SIDES)
-        if self.compute == "weights" and self.base_dtype is not None:
-            raise ValueError(
-                f"`compute='weights'` adds B A to weights that `base_dtype={self.base_dtype!r}` has rounded, which "
-                "gives other results than without it. Leave one of the two out."
-            )
-        if self.save == "merged" and self.base_dtype is not None:
-            raise ValueError(
-                f"`save='merged'` writes sums with the full-precision weights, which `base_dtype={self.base_dtype!r}` "
-                "takes off the module during the run. Leave one of the two out."
-            )
+        check_base_dtype(self.base_dtype, self.compute, self.save)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain data."""

@@ -144,6 +144,9 @@ def test_defaults_are_those_of_the_design():
     }
     assert dataclasses.asdict(RunConfig()) == {
         "compute": "auto",
+        "route": None,
+        "balance": False,
+        "keep": None,
         "lr_scale": 1.0,
         "merge": True,
         "liveness": True,

@@ -48,7 +48,7 @@ class Choice:
     ) -> None:
         used = frozenset(name for sample in samples for name, weight in sample.items() if weight)
         first = samples[0]
-        self.is_uniform = all(sample == first for sample in samples) and present <= used
+        self.is_uniform = all(sample == first for sample in samples)
         self.samples = [first] if self.is_uniform else list(samples)
         self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
         self.names = used | present

@@ -26,6 +26,7 @@ class Watched:
         weight: the name of the base's parameter that it adapts, which an error can advise to name; empty where there
             is none.
         shared: whether ``parameter`` gets a gradient from other modules too, so that only a call tells of this one.
+        adapter: which of several adapters it belongs to; empty where there is one.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Watched:
     calls: tuple[str, ...] = ("forward",)
     weight: str = ""
     shared: bool = False
+    adapter: str = ""
 
 
 class Method(ABC):

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig, MethodConfig, check_compute
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.layers.base import adapted_layers, disable_adapters, is_adapted, parameter_of
+from lightning_lora.layers.base import adapted_layers, disable_adapters, has_adapter, is_adapted, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.base import Watched
 from lightning_lora.methods.recorded import RecordedMethod
@@ -34,11 +34,14 @@ from lightning_lora.model.same_config import check_same, difference_by_name
 from lightning_lora.model.state import (
     lora_parameters,
     lora_state_dict,
+    parameters_of,
 )
 from lightning_lora.model.twins import Agree, own_answer
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
 from lightning_lora.targets.survey import Survey
+
+CALLS = ("forward", "add_to_weight", "operands", "note_read")  # of which a forward pass calls one of a pair
 
 
 class LoRAMethod(RecordedMethod):
@@ -67,6 +70,10 @@ class LoRAMethod(RecordedMethod):
         super().__init__(config)
         check_compute(compute, config)
         self.compute, self.keep = compute, dict(keep or {})
+        self.names = [each.name for each in config.each()]
+        twice = next((name for name in self.names if name in self.keep), None)
+        if twice is not None:
+            raise ValueError(f"`keep` has {twice!r}, which this run trains. Leave it out of one of the two.")
 
     @override
     def difference(self, other: MethodConfig) -> str | None:
@@ -129,6 +136,10 @@ class LoRAMethod(RecordedMethod):
     def added_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return lora_parameters(model)
 
+    def name_of_parameters(self, model: nn.Module) -> dict[int, str]:
+        """The name of the adapter that each parameter of those which train belongs to, by ``id``."""
+        return {key: name for name in self.names for key in parameters_of(model, name)}
+
     @override
     def adapted_weights(self, model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]:
         return {
@@ -155,14 +166,16 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, Watched]:
-        calls = ("forward", "add_to_weight", "operands", "note_read")
-        return {
-            join(name, adapter.part.name) if adapter.part.name else name: Watched(
-                adapter, adapter.B, calls, join(name, adapter.part.key)
-            )
-            for name, layer in adapted_layers(model)
-            for adapter in layer.lora.all_pairs()
-        }
+        several = len(self.names) > 1
+        watched: dict[str, Watched] = {}
+        for name, layer in adapted_layers(model):
+            for adapter in (each for each in self.names if has_adapter(layer, each)):
+                for pair in layer.lora.pairs_of(adapter):
+                    matrix = join(name, pair.part.name) if pair.part.name else name
+                    watched[f"{matrix} ({adapter})" if several else matrix] = Watched(
+                        pair, pair.B, CALLS, join(name, pair.part.key), adapter=adapter if several else ""
+                    )
+        return watched
 
     @override
     def copies(self, model: nn.Module) -> dict[str, str]:

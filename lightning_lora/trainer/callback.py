@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+from lightning_lora.arguments import strengths_of
 from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.trainer.method_callback import MethodCallback
+from lightning_lora.trainer.several.routed_callback import RoutedCallback
 
 
-class LoRACallback(MethodCallback):
+class LoRACallback(RoutedCallback):
     """LoRA for the LightningModule of this Trainer (Hu et al. 2021, arXiv 2106.09685).
 
     The module's code stays as it is. At the start of a run the layers that ``targets`` selects get adapters and the
@@ -35,6 +36,13 @@ class LoRACallback(MethodCallback):
     convolutions. A model without attention (Mamba, ConvNeXt) has no "attn": the error lists the linear layers to name.
     "qv" of a fused projection trains the rows of query and value; where a trial run of the attention block does not
     show these rows, name the projection to adapt all of it.
+
+    Several adapters: ``adapters`` trains some side by side. With ``route`` each sample of a batch uses the one that its
+    entry names, in training, validation, test and prediction; what no sample of any process used since the last step
+    has no gradient, so that no optimizer moves it. A loss that is a sum over the samples trains each adapter as a run
+    of its own on its own samples would; a mean over the batch divides each adapter's gradient by the whole batch, which
+    ``balance`` undoes. Without ``route`` all act at once, unless ``use_adapters`` in ``training_step`` says which;
+    under DDP that needs DDPStrategy(find_unused_parameters=True).
 
     Callbacks: averaging ones (WeightAveraging, StochasticWeightAveraging) copy the module in ``setup``, so they come
     after this one. BaseFinetuning unfreezes what must stay frozen and is refused, as is a second LoRACallback.
@@ -70,7 +78,8 @@ class LoRACallback(MethodCallback):
             needs about ten times the rate of full fine-tuning.
         merge: What to merge into the weights at the end of fit: True or "last", "best" (the adapters of the best
             checkpoint of a ModelCheckpoint with a monitor), or False. Quantized weights cannot hold the sum and are not
-            merged.
+            merged. Of several adapters nothing is merged unless a dict says which, with the factor of each update, such
+            as {"fr": 1.0}.
         name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
         liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient, and
             that frozen parameters do not change.
@@ -95,6 +104,20 @@ class LoRACallback(MethodCallback):
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
             for small layers and short inputs, where launching kernels takes longer than computing them. Both give the
             same to rounding. Dropout, sharded weights and base_dtype need the activations' side.
+
+        adapters: Several adapters by name in place of the one called name, each with the arguments in which it differs:
+            r, alpha, targets, dropout, rslora, rank_pattern, alpha_pattern, lr_scale. An example is {"fr": {}, "de":
+            {"r": 4, "lr_scale": 2.0}}, on the command line as JSON. Its lr_scale multiplies that of the callback.
+        route: Key of the batch, attribute, or index in a sequence, of the entry that says which adapter acts: a name or
+            an index into adapters (then into keep), one for the whole batch or one for each sample. In evaluation
+            "dataloader" takes the index of the data loader instead. None lets every adapter act.
+        balance: Multiply the gradient of each adapter by all samples over its own, counted since the last step and over
+            all processes. With a loss that is a mean over batches of one size it is then the mean over the adapter's
+            own samples, whatever accumulate_grad_batches and the number of processes are. A route that gives one
+            adapter for a whole batch counts the batch as one sample. What also_train names is not changed.
+        keep: Adapters that the module has from earlier runs, as a list of names, or as a dict from names to the
+            strength with which they act, such as {"fr": 1.0}. They stay as they are, and the checkpoints hold them. A
+            list lets them rest, as 0.0 does. The strengths stay after the run, and a merge follows them.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -123,7 +146,7 @@ class LoRACallback(MethodCallback):
         alpha_pattern: dict[str, float] | None = None,
         seed: int | None = None,
         lr_scale: float = 1.0,
-        merge: bool | Literal["last", "best"] = True,
+        merge: bool | Literal["last", "best"] | dict[str, float] = True,
         name: str = "default",
         liveness: bool = True,
         init_from: str | None = None,
@@ -132,6 +155,10 @@ class LoRACallback(MethodCallback):
         save: Literal["adapter", "merged"] = "adapter",
         merged: str | None = None,
         compute: Literal["auto", "activations", "weights"] = "auto",
+        adapters: dict[str, dict[str, Any]] | None = None,
+        route: str | int | None = None,
+        balance: bool = False,
+        keep: list[str] | dict[str, float] | None = None,
     ) -> None:
         config = LoRAConfig(
             r=r,
@@ -147,6 +174,7 @@ class LoRACallback(MethodCallback):
             alpha_pattern=alpha_pattern,
             seed=seed,
             name=name,
+            adapters=adapters,
         )
         run_config = RunConfig(
             lr_scale=lr_scale,
@@ -158,7 +186,11 @@ class LoRACallback(MethodCallback):
             save=save,
             merged=merged,
             compute=compute,
+            route=route,
+            balance=balance,
+            keep=strengths_of(keep),
         )
         # A sum with a weight that `base_dtype` has rounded would differ from the sum without it.
-        super().__init__(LoRAMethod(config, "activations" if base_dtype else compute), run_config)
+        method = LoRAMethod(config, "activations" if base_dtype else compute, run_config.keep)
+        super().__init__(method, run_config)
         self.config = config

@@ -93,14 +93,10 @@ def _check_other_adapters(trainer: Any, callback: Any, config: MethodConfig) -> 
                 f"The Trainer has {type(callback).__name__} and {type(other).__name__}, and a model takes one "
                 "method. Keep one; what else is to train in full goes into its `also_train`."
             )
-        if other.config.name == config.name:
-            raise MisconfigurationException(
-                f"The Trainer has two LoRACallbacks named {config.name!r}, and a model takes one adapter for now. Keep "
-                "one: a list in `targets` and `rank_pattern` say all that two could."
-            )
         raise MisconfigurationException(
-            f"The Trainer has LoRACallbacks named {config.name!r} and {other.config.name!r}, and several adapters on "
-            "one model are not supported yet. Keep one."
+            "The Trainer has two LoRACallbacks, and each would take the optimizers, the files and the merge for "
+            "itself. Keep one: `adapters` gives several adapters their own arguments, adapters={'fr': {}, 'de': "
+            "{'r': 4}}, and for one adapter a list in `targets` and `rank_pattern` say all that two callbacks could."
         )
 
 

@@ -17,7 +17,12 @@ CPU = torch.device("cpu")
 def test_a_list_of_equal_entries_is_one_choice_for_the_batch():
     assert Choice([{"fr": 1.0}] * 3, size=3).is_uniform
     assert not Choice([{"fr": 1.0}, {}], size=2).is_uniform
-    assert not Choice([{"fr": 1.0}], present=frozenset({"de"})).is_uniform, "`de` must get a gradient of zeros"
+
+
+def test_what_is_present_takes_part_with_a_coefficient_of_zero():
+    choice = Choice([{"fr": 1.0}] * 3, size=3, present=frozenset({"de"}))
+    assert choice.is_uniform and choice.names == {"fr", "de"}
+    assert [choice.weight_of(name) for name in ("fr", "de")] == [1.0, 0.0]
 
 
 def test_coefficients_are_those_of_the_samples():

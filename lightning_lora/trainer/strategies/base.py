@@ -53,6 +53,10 @@ class StrategyAdapter:
     def after_optimizers(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """After the optimizers were restricted to what trains."""
 
+    def needs_every_gradient(self) -> bool:
+        """Whether a backward pass must reach every trained parameter, on every rank."""
+        return False
+
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the states of the optimizers from a file, where the strategy shards."""
 

@@ -26,6 +26,11 @@ class DDP(StrategyAdapter):
         patch_method(stack, self.strategy, "pre_backward", parts.begin)
         patch_method(stack, self.strategy, "post_backward", parts.end)
 
+    def needs_every_gradient(self) -> bool:
+        """DDP waits for every parameter in every pass, unless it looks for unused ones."""
+        kwargs = self.strategy._ddp_kwargs
+        return bool(kwargs.get("static_graph")) or not kwargs.get("find_unused_parameters")
+
 
 class GradientParts:
     """Raises in the first backward pass if a parameter gets its gradient in several parts.

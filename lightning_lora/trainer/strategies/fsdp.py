@@ -72,6 +72,10 @@ class Sharded(StrategyAdapter):
         patch_method(stack, self.strategy, "block_backward_sync", lambda original: averaging.pause())
         patch_method(stack, self.strategy, "pre_backward", _queueing(averaging))
 
+    def needs_every_gradient(self) -> bool:
+        """FSDP2 scatters the gradients of a unit's parameters together; those that are whole are averaged here."""
+        return any(is_sharded(parameter) for parameter in adapter_parameters(self.module).values())
+
     def step_singly(self, optimizers: list[Any]) -> None:
         """Step parameter by parameter on a mixture: torch's default on CUDA, ``foreach``, fails on one."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

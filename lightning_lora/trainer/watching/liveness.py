@@ -35,6 +35,10 @@ class Liveness:
         module: the module that trains.
         watched: its adapters by the name of their site.
         named: adapted layers that a warning named before; a layer is named once.
+
+    Attributes:
+        used: where a batch chooses among several adapters, those that the samples of this step chose.
+        evaluated_adapters: those that evaluation chose so far.
     """
 
     def __init__(self, module: nn.Module, watched: Mapping[str, Watched], named: Collection[str] = ()) -> None:
@@ -43,7 +47,9 @@ class Liveness:
         self.trained: dict[int, int] = {}
         self.evaluated: dict[int, int] | None = None
         self.evaluation_checked = self.stepped = False
-        self.checked: set[int] = set()
+        self.checked: set[tuple[int, str]] = set()  # optimizers with the adapters in them
+        self.used: Collection[str] | None = None
+        self.evaluated_adapters: Collection[str] | None = None
         self.waiting: dict[str, Watched] = {}
         self.patience = PATIENCE
         self.stack = ExitStack()
@@ -54,7 +60,9 @@ class Liveness:
     def watch(self, ran: dict[int, int]) -> None:
         """Record in ``ran`` which adapters run from now on. Compiled code is not patched; gradients alone tell."""
         self.close()
-        for adapter in self.adapters.values() if self.watches else ():
+        checked = {name for _, name in self.checked} if ran is self.trained and self.used is not None else set()
+        due = {name: each for name, each in self.adapters.items() if each.adapter not in checked}
+        for adapter in (due | self.waiting).values() if self.watches else ():
             for method in adapter.calls:
                 if hasattr(adapter.module, method):
                     patch_method(self.stack, adapter.module, method, _noting(adapter.module, ran))
@@ -77,27 +85,46 @@ class Liveness:
     def check_step(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
         """At the first step of ``optimizer`` that has any gradient: name the adapters in it that got none.
 
+        Where batches choose, an adapter is checked at the first step in which a sample used it.
+
         Raises:
             MisconfigurationException: if no adapter in it got one.
         """
-        self._check_waiting()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if id(optimizer) in self.checked or all(parameter.grad is None for parameter in parameters):
+        if self.stepped and not self.waiting:
             return
-        self.checked.add(id(optimizer))
-        self._check_dropout()
-        if all_zero(parameters):
-            rank_zero_warn(zero_gradients(self.module))
-        held = set(map(id, parameters))
-        inside = {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
-        dead = {name: adapter for name, adapter in inside.items() if self._is_dead(adapter)}
-        if dead and len(dead) == len(inside):
+        self._check_waiting()
+        inside, unchecked = self._inside(optimizer), self._unchecked(optimizer)
+        now = unchecked if self.used is None else {name for name in unchecked if not name or name in self.used}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not now or all(parameter.grad is None for parameter in parameters):
+            return
+        if not any(key == id(optimizer) for key, _ in self.checked):
+            self._check_dropout()
+            if all_zero(parameters):
+                rank_zero_warn(zero_gradients(self.module))
+        self.checked |= {(id(optimizer), name) for name in now}
+        self._check_gradients({name: adapter for name, adapter in inside.items() if adapter.adapter in now})
+        self.stepped = not any(map(self._unchecked, optimizers))
+        self._close_if_done()
+        if self.used is not None and not self.stepped:
+            self.watch(self.trained)  # those alone that no sample has used
+
+    def _inside(self, optimizer: Optimizer) -> dict[str, Watched]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: adapter for name, adapter in self.adapters.items() if id(adapter.parameter) in held}
+
+    def _unchecked(self, optimizer: Optimizer) -> set[str]:
+        """The adapters in ``optimizer`` that are not checked yet; one without a name where there are no several."""
+        names = {adapter.adapter for adapter in self._inside(optimizer).values()} or {""}
+        return {name for name in names if (id(optimizer), name) not in self.checked}
+
+    def _check_gradients(self, adapters: dict[str, Watched]) -> None:
+        dead = {name: adapter for name, adapter in adapters.items() if self._is_dead(adapter)}
+        if dead and len(dead) == len(adapters):
             raise MisconfigurationException(f"No {self.what} got a gradient at the first step. " + self._causes(dead))
         idle = {name: adapter for name, adapter in dead.items() if self.watches and self._state(adapter) is None}
         self.waiting |= {name: adapter for name, adapter in idle.items() if name not in self.named}
-        self._warn({name: dead[name] for name in dead if name not in idle}, len(inside), "at the first step")
-        self.stepped = self.checked >= set(map(id, optimizers))
-        self._close_if_done()
+        self._warn({name: dead[name] for name in dead if name not in idle}, len(adapters), "at the first step")
 
     def _is_dead(self, adapter: Watched) -> bool:
         """Whether it has no gradient; of a parameter that others give one too, whether it did not run."""
@@ -164,6 +191,8 @@ class Liveness:
         if self.evaluated is None or self.evaluation_checked:
             return
         used = {name: adapter for name, adapter in self.adapters.items() if self._state(adapter) is not None}
+        if self.evaluated_adapters is not None:
+            used = {name: adapter for name, adapter in used.items() if adapter.adapter in self.evaluated_adapters}
         idle = [n for n, adapter in used.items() if id(adapter.module) not in self.evaluated and n not in self.named]
         self.evaluation_checked = True
         self.close()
@@ -199,7 +228,7 @@ class Liveness:
             parts = name.split(".")
             around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
             free = (module for module in around if not any(f"{other}.".startswith(f"{module}.") for other in others))
-            patterns.append(next(free, name))
+            patterns.append(next(free, name.partition(" (")[0]))
         return list(dict.fromkeys(patterns))
 
     def _why_idle(self, idle: list[str]) -> str:

@@ -14,7 +14,7 @@ from tests.helpers.models import Lit
 from tests.helpers.remedies.case import Expected, fit, remedy
 
 
-@remedy("config.py", "`save='merged'` writes sums", "`base_dtype='bf16'`", "Leave one of the two out")
+@remedy("arguments.py", "`save='merged'` writes sums", "`base_dtype='bf16'`", "Leave one of the two out")
 def merged_files_or_a_lower_base(message: Expected, folder: Path) -> None:
     with message:
         LoRACallback(save="merged", base_dtype="bf16")
@@ -30,7 +30,7 @@ def summed_weights_or_dropout(message: Expected, folder: Path) -> None:
     fit(LoRACallback(dropout=0.1))
 
 
-@remedy("config.py", "`compute='weights'` adds B A", "`base_dtype='bf16'`", "Leave one of the two out")
+@remedy("arguments.py", "`compute='weights'` adds B A", "`base_dtype='bf16'`", "Leave one of the two out")
 def summed_weights_or_a_lower_base(message: Expected, folder: Path) -> None:
     with message:
         LoRACallback(compute="weights", base_dtype="bf16")

@@ -88,6 +88,9 @@ TRIED = {
 
 # By file and the first words: why nothing is tried.
 NOT_TRIED = {
+    ("trainer/several/routed_callback.py", "{} gives an adapter that no sample used"): (
+        "needs a DeepSpeed engine; the others are what two processes run"
+    ),
     ("trainer/strategies/fsdp.py", "FSDPStrategy shards what is frozen"): "needs processes; both are what others run",
     ("trainer/strategies/fsdp.py", "`{}=True` cannot step"): "needs a sharded model; without it is what others run",
     (

@@ -21,7 +21,7 @@ def several(model: nn.Module | None = None, *, exclude: list[str] | None = None)
     return model
 
 
-@remedy("config.py", "`name={}` and `adapters` both name adapters", "`name='fr'`", "Leave `name` out")
+@remedy("arguments.py", "`name={}` and `adapters` both name adapters", "`name='fr'`", "Leave `name` out")
 def a_name_and_adapters(message: Expected, folder: Path) -> None:
     with message:
         LoRAConfig(name="fr", adapters={"de": {}})

@@ -105,19 +105,14 @@ class NoLoss(Lit):
         return self.net(x.to(self.net.head.weight.dtype)).float()
 
 
-@remedy(COMPATIBILITY, "The Trainer has two LoRACallbacks named", "'default'", "`targets` and `rank_pattern`")
+@remedy(COMPATIBILITY, "The Trainer has two LoRACallbacks", "`adapters` gives", "`targets` and `rank_pattern`")
 def a_list_for_two_callbacks(message: Expected, folder: Path) -> None:
     with message:
         fit(LoRACallback(targets=["q"]), LoRACallback(targets=["v"], r=2))
     module = fit(LoRACallback(targets=["q", "v"], rank_pattern={"v": 2}, merge=False))
     assert {module.net.layers[0].q.lora.default.A.shape[0], module.net.layers[0].v.lora.default.A.shape[0]} == {8, 2}
-
-
-@remedy(COMPATIBILITY, "The Trainer has LoRACallbacks named {} and {}", "'default' and 'other'", "Keep one")
-def one_callback_of_two(message: Expected, folder: Path) -> None:
-    with message:
-        fit(LoRACallback(), LoRACallback(name="other"))
-    fit(LoRACallback(name="other"))
+    module = fit(LoRACallback(adapters={"fr": {}, "de": {"r": 4}}, merge=False))
+    assert set(module.net.layers[0].q.lora) == {"fr", "de"}
 
 
 @remedy(COMPATIBILITY, "{} freezes and unfreezes the modules", "BackboneFinetuning", "`also_train`")

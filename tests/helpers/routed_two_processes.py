@@ -1,0 +1,72 @@
+"""Runs of two CPU processes (gloo) with several adapters: `python routed_two_processes.py FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora
+from tests.helpers.models import net, trainer
+from tests.helpers.routed import ADAPTERS, OPTIMIZERS, RoutedLit, Trace, rows
+from tests.helpers.strategy_runs import Sharded, fsdp1, fsdp2
+from tests.helpers.two_processes import all_equal, end
+
+
+class RoutedSharded(RoutedLit):
+    """Sharded in `configure_model`, before it has adapters or after it."""
+
+    def __init__(self, *args: object, before: bool = False) -> None:
+        super().__init__(*args)
+        self.before, self.done = before, False
+
+    def configure_model(self) -> None:
+        if not self.done:
+            self.done, self.net = True, net()
+            if self.before:
+                apply_lora(self, LoRAConfig(r=2, adapters=ADAPTERS))
+            Sharded.shard(self, self.net)
+
+
+STRATEGIES = {
+    "ddp": (DDPStrategy, RoutedLit),
+    "ddp-find-unused": (lambda: DDPStrategy(find_unused_parameters=True), RoutedLit),
+    "ddp-static-graph": (lambda: DDPStrategy(static_graph=True), RoutedLit),
+    "ddp-bucket-view": (lambda: DDPStrategy(gradient_as_bucket_view=True), RoutedLit),
+    "fsdp1": (fsdp1, RoutedLit),
+    "fsdp2": (fsdp2, RoutedSharded),
+    "fsdp2-apply-before": (fsdp2, lambda *args: RoutedSharded(*args, before=True)),
+}
+
+
+def fit(name: str, optimizer: str, reduction: str = "sum", accumulate: int = 1, **kwargs: object) -> dict:
+    """The adapters after each step, and whether both ranks have the same."""
+    strategy, make = STRATEGIES[name]
+    trace, module = Trace(), make(optimizer, reduction)
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, **kwargs)
+    settings = {"devices": 2, "strategy": strategy(), "max_epochs": 2, "accumulate_grad_batches": accumulate}
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    trainer(callback, trace, **settings, use_distributed_sampler=False).fit(module, rows(4 // accumulate, rank))
+    same = all_equal(torch.cat([value.flatten() for value in trace.steps[-1].values()]))
+    return {"steps": trace.steps, "same": same}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        folder, results = Path(sys.argv[1]), {}
+        for name in STRATEGIES:
+            for optimizer in OPTIMIZERS:
+                results[name, optimizer] = fit(name, optimizer)
+            if name != "ddp-static-graph":  # it cannot leave a pass unaveraged
+                results[name, "accumulated"] = fit(name, "adamw", accumulate=2)
+            results[name, "balanced"] = fit(name, "adamw", "mean", balance=True)
+        torch.save(results, folder / "results.pt")
+    except BaseException:
+        traceback.print_exc()
+        end(1)
+    end(0)

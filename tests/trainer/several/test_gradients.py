@@ -1,0 +1,156 @@
+"""An adapter in a mixed run trains as in a run of its own, step by step; what no sample used has no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from lightning_lora import LoRACallback
+from tests.helpers.models import trainer
+from tests.helpers.routed import (
+    ADAPTERS,
+    OPTIMIZERS,
+    RoutedLit,
+    Trace,
+    difference,
+    own_run,
+    rows,
+    steps_of,
+    values_of,
+)
+from tests.helpers.scripts import run_script
+
+
+def fit(module: RoutedLit, batch_size: int = 8, by_index: bool = False, settings: dict | None = None, **kwargs):
+    trace = Trace()
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, **kwargs)
+    trainer(callback, trace, **{"max_epochs": 2, **(settings or {})}).fit(module, rows(batch_size, by_index=by_index))
+    return trace.steps
+
+
+def check(steps: list, **kwargs) -> None:
+    for name in ADAPTERS:
+        assert difference(steps, own_run(name, steps_of(2), **kwargs)) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_an_adapter_trains_as_alone(optimizer, checkpointing):
+    check(fit(RoutedLit(optimizer, checkpointing=checkpointing), by_index=checkpointing is None), optimizer=optimizer)
+
+
+def test_accumulated_gradients_are_those_of_all_their_batches():
+    check(fit(RoutedLit(), 4, settings={"accumulate_grad_batches": 2}), factor=0.5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_balanced_means_are_those_of_the_adapter_alone(accumulate):
+    module = RoutedLit(reduction="mean")
+    steps = fit(module, 8 // accumulate, settings={"accumulate_grad_batches": accumulate}, balance=True)
+    check(steps, reduction="mean")
+
+
+def test_means_without_balance_are_scaled_by_the_share_of_the_batch():
+    steps = fit(RoutedLit("sgd", "mean"))
+    assert difference(steps, own_run("fr", steps_of(2), "sgd", factor=1 / 8)) < 1e-6
+    assert difference(steps, own_run("fr", steps_of(2), "sgd", reduction="mean")) > 1e-5
+
+
+class KeepsZeros(RoutedLit):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+class Manual(RoutedLit):
+    """Steps once in two batches, with gradients of zeros in between; with a backward pass that Lightning knows of."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.go_back(self.loss(batch) / 2)
+        if index % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad(set_to_none=False)
+
+    def go_back(self, loss):
+        self.manual_backward(loss)
+
+
+def test_gradients_that_are_set_to_zeros_are_none_at_the_step():
+    check(fit(KeepsZeros()))
+    check(fit(Manual(), 4), factor=0.5)
+
+
+class Raw(Manual):
+    def training_step(self, batch, index):
+        self.optimizers().zero_grad(set_to_none=False)
+        self.loss(batch).backward()
+        self.optimizers().step()
+
+
+def test_a_backward_pass_that_lightning_does_not_see_counts_the_present_batch():
+    check(fit(Raw()))
+
+
+def scaler() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+        {"plugins": scaler},
+    ],
+    ids=["norm", "value", "bf16", "scaler"],
+)
+def test_what_no_sample_used_does_not_move(settings):
+    settings = {key: value() if callable(value) else value for key, value in settings.items()}
+    module = RoutedLit()
+    steps = fit(module, settings=settings)
+    for number, places in enumerate(steps_of(2)):
+        used = {rows().dataset.tasks[place] for place in places}
+        for name in ADAPTERS if number else ():
+            keys = values_of(module, name)
+            still = all(torch.equal(steps[number][key], steps[number - 1][key]) for key in keys)
+            assert still != (name in used)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What two processes made under each strategy."""
+    folder = tmp_path_factory.mktemp("routed")
+    done = run_script("routed_two_processes.py", folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return torch.load(folder / "results.pt")
+
+
+STRATEGIES = [
+    "ddp",
+    "ddp-find-unused",
+    "ddp-static-graph",
+    "ddp-bucket-view",
+    "fsdp1",
+    "fsdp2",
+    "fsdp2-apply-before",
+]
+RUNS = {
+    "sgd": {"optimizer": "sgd", "factor": 0.5},
+    "adamw": {"factor": 0.5},
+    "accumulated": {"factor": 0.25},
+    "balanced": {"reduction": "mean"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("run", RUNS)
+def test_an_adapter_trains_as_alone_where_processes_lack_it(ran, strategy, run):
+    if (strategy, run) not in ran:
+        assert (strategy, run) == ("ddp-static-graph", "accumulated")
+        return
+    check(ran[strategy, run]["steps"], **RUNS[run])
+    assert ran[strategy, run]["same"]
