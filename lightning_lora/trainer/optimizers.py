@@ -140,6 +140,14 @@ def _edit(optimizer: Optimizer, group: Group, wanted: list[nn.Parameter], label:
         group["param_names"][:] = [label[id(parameter)] for parameter in wanted]
 
 
+def seed_missing(optimizers: list[Optimizer]) -> None:
+    """Make the states of parameters that a file does not know, where an optimizer makes them in ``__init__``."""
+    for optimizer in optimizers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if optimizer.state and any(parameter not in optimizer.state for parameter in held):
+            _seed_state(optimizer)
+
+
 def _seed_state(optimizer: Optimizer) -> None:
     """Make the state of new parameters where an optimizer makes it in ``__init__``, as Adagrad does."""
     for group in optimizer.param_groups:

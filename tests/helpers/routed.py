@@ -77,9 +77,20 @@ class RoutedLit(LightningModule):
         return OPTIMIZERS[self.kind](self.parameters())
 
 
-def rows(batch_size: int = STEP, rank: int | None = None, **kwargs: object) -> DataLoader:
-    """All rows, or every other one for one of two processes: Lightning's own sampler would shuffle them."""
+def rows(batch_size: int = STEP, rank: int | None = None, without: str | None = None, **kwargs: object) -> DataLoader:
+    """All rows, or every other one for one of two processes: Lightning's own sampler would shuffle them.
+
+    Args:
+        batch_size: of a process.
+        rank: of the process.
+        without: the adapter whose rows the batches leave out.
+        kwargs: of the rows.
+    """
     data = Rows(**kwargs)
+    if without is not None:
+        own = [[place for place in step if place % 2 == (rank or 0) or rank is None] for step in steps_of()]
+        kept = [[place for place in step if TASKS[place] != without] for step in own]
+        return DataLoader(data, batch_sampler=kept)
     sampler = None if rank is None else DistributedSampler(data, 2, rank, shuffle=False)
     return DataLoader(data, batch_size, sampler=sampler)
 

@@ -21,13 +21,15 @@ from lightning_lora.names import counted
 from lightning_lora.peft_format.contents import kinds
 from lightning_lora.peft_format.task import CLASSES, classes_in
 from lightning_lora.trainer.checkpointing import contents, reading
-from lightning_lora.trainer.checkpointing.adapters_by_name import check_kept, for_resume, kept_adapters
+from lightning_lora.trainer.checkpointing.adapters_by_name import for_resume, kept_adapters
 from lightning_lora.trainer.checkpointing.checks import ENTRIES
 from lightning_lora.trainer.checkpointing.file_contents import warn_of_modules
 from lightning_lora.trainer.checkpointing.hook_state import fill_in, trained_entries, whole_state
 from lightning_lora.trainer.checkpointing.hyperparameters import plain_callbacks
 from lightning_lora.trainer.checkpointing.kept_states import with_base_values
 from lightning_lora.trainer.checkpointing.merged_saves import with_merged_state
+from lightning_lora.trainer.checkpointing.optimizer_states import load_by_names, matched, names_of
+from lightning_lora.trainer.checkpointing.resumed_adapters import compare_runs
 from lightning_lora.trainer.imports import rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
 from lightning_lora.trainer.replaced_layers import Layers, layers_of, move_to_replaced
@@ -98,6 +100,7 @@ class CheckpointFiles:
         """Give and load the state of the module by this class, too, until ``stack`` closes."""
         patch_method(stack, self.strategy, "lightning_module_state_dict", self.module_state)
         patch_method(stack, self.strategy, "load_model_state_dict", self.load_module_state)
+        load_by_names(stack, self.strategy, self.module)
 
     def base_fingerprint(self) -> Fingerprint:
         """The fingerprint of the base, taken once; every rank must call it.
@@ -159,7 +162,8 @@ class CheckpointFiles:
         self.loaded_state = state
         self.method.load(self.module, state)
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":
-            self.strategy_adapter.load_optimizers({**checkpoint, "state_dict": state})
+            states = matched(checkpoint, self.strategy.optimizers, self.module)
+            self.strategy_adapter.load_optimizers({**states, "state_dict": state})
         self.loaded = True
 
     def save(self, original: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> Any:
@@ -195,6 +199,7 @@ class CheckpointFiles:
         checkpoint[contents.KEY][ENTRIES] = sorted(checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             checkpoint[contents.KEY]["random_states"] = self._random_states()
+            checkpoint[contents.KEY][contents.OPTIMIZER_NAMES] = names_of(self.strategy.optimizers, self.module)
         if not self.warned_of_modules and self.run_config.save == "adapter" and self.trainer.is_global_zero:
             self.warned_of_modules = warn_of_modules(checkpoint, self.module)
         if self.run_config.save == "merged":
@@ -234,7 +239,7 @@ class CheckpointFiles:
         if not self.method.is_adapted(self.module):
             self.adapt_late()
         self._check(checkpoint, checkpoint_path)
-        reading.warn_of_other_rate(checkpoint, checkpoint_path, self.run_config.lr_scale)
+        compare_runs(checkpoint, checkpoint_path, self.method, self.module, self.run_config)
         self.random_states = checkpoint[contents.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()
@@ -267,7 +272,6 @@ class CheckpointFiles:
             self.frozen.rebase(base)
         late = names_in(checkpoint[contents.KEY], LATE) if self.trainer.state.fn == "fit" else []
         reading.check(checkpoint, path, self.method, base, except_for=late)
-        check_kept(checkpoint, path, self.module)
         self.expected = partial(reading.check_late, checkpoint, path) if late else None
         self.late = [*late]
 

@@ -16,6 +16,7 @@ from lightning_lora.files.json_files import is_name, shown
 from lightning_lora.model.fingerprint import is_fingerprint
 from lightning_lora.model.report.plan import plan_lora
 from lightning_lora.peft_format.task import CLASSES, recorded_classes
+from lightning_lora.trainer.checkpointing.contents import OPTIMIZER_NAMES
 
 ENTRIES = "entries"  # the names in the state dict, as they were written
 Facts = Mapping[str, Any]
@@ -50,8 +51,17 @@ def check_facts(facts: Any, state: Mapping[str, Any]) -> None:
     states = facts.get("random_states")
     if states is not None and not (isinstance(states, list) and all(map(is_random_state, states))):
         raise ValueError("its random state is damaged")
+    if facts.get(OPTIMIZER_NAMES) is not None and not _is_names(facts[OPTIMIZER_NAMES]):
+        raise ValueError("the names of the parameters in its optimizers are damaged")
     recorded_classes(facts.get(CLASSES))
     _check_entries(facts.get(ENTRIES), state)
+
+
+def _is_names(value: Any) -> bool:
+    """Whether ``value`` has the form of names of parameters by optimizer and group."""
+    of_optimizers = value if isinstance(value, list) else [None]
+    groups = [group for each in of_optimizers for group in (each if isinstance(each, list) else [None])]
+    return all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups)
 
 
 def _check_entries(written: Any, state: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ KEY = "lightning_lora"
 KEPT = "kept"  # under our key: the adapters that did not train
 FORMATS = (1, 2)
 ENTRIES_OF_RUN = ("state_dict", "optimizer_states", "lr_schedulers")  # under our key in a file of save="merged"
+OPTIMIZER_NAMES = "optimizer_names"  # the names of the parameters in each group of each optimizer
 WEIGHTS = ("state_dict", "current_model_state")  # the second is WeightAveraging's
 
 
