@@ -26,11 +26,11 @@ from lightning_lora.trainer.checkpointing.late_saves import save_adapters_until_
 from lightning_lora.trainer.compatibility import gpu_of, overrides
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_lora.trainer.kept_copies import merge_copies, unmerge_copies
-from lightning_lora.trainer.lr_scale import scale_rates
 from lightning_lora.trainer.optimizers import restrict
 from lightning_lora.trainer.patching import call_on_close, patch_method
 from lightning_lora.trainer.replaced_layers import layers_of, move_to_replaced
 from lightning_lora.trainer.same_on_ranks import check_same_on_ranks
+from lightning_lora.trainer.several.update_scale import scale_learning_rates
 from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 from lightning_lora.trainer.watching.first_steps import FirstSteps
 from lightning_lora.trainer.watching.liveness import listed
@@ -217,9 +217,8 @@ class Run:
         for snapshot in self.first_steps.snapshots:
             self.optimizer_edits.callback(snapshot.restore)
         self.strategy_adapter.after_optimizers(self.stack, optimizers, schedulers)
-        if self.run_config.lr_scale != 1:
-            added = {id(parameter) for _, parameter in self.method.main_parameters(self.module)}
-            self.optimizer_edits.callback(scale_rates(optimizers, schedulers, self.run_config.lr_scale, added))
+        scale, of_run = self.run_config.lr_scale, (self.method, self.module)
+        self.optimizer_edits.callback(scale_learning_rates(optimizers, schedulers, scale, *of_run))
         self.first_steps.watch_frozen()
         return result
 
