@@ -251,12 +251,17 @@ class Method(ABC):
         """Why the weights cannot take the update where they are, though a file of merged weights could be written."""
         return None
 
-    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
+    def merged_as(self, model: nn.Module) -> Any:
+        """How the update is in the weights of ``model`` now, for :meth:`merge`; ``None`` where there is one way."""
+        return None
+
+    def merge(self, model: nn.Module, device: torch.device | None = None, like: Any = None) -> dict[str, float]:
         """Put the update into the base's weights; :meth:`unmerge` takes it out bit for bit.
 
         Args:
             model: any module; its weights stay where they are.
             device: where to compute, one weight at a time; the bits are the same on each.
+            like: what :meth:`merged_as` gave of another merge.
 
         Returns:
             For each site the share of the update's norm that rounding to the weight's dtype lost.

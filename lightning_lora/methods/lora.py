@@ -17,6 +17,7 @@ from lightning_lora.layers.base import adapted_layers, disable_adapters, has_ada
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.methods.base import Watched
 from lightning_lora.methods.recorded import RecordedMethod
+from lightning_lora.methods.several import check_all_named, check_kept, check_names, drop_adapters, why_not_all
 from lightning_lora.model.adapter_loading import mark_merged
 from lightning_lora.model.apply import checked_targets, names_of
 from lightning_lora.model.copies import targets_of
@@ -27,10 +28,11 @@ from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_in, quantized_layers, unmerge_in, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
-from lightning_lora.model.record import configs_of, is_merged
+from lightning_lora.model.record import configs_of, is_merged, merged_layers
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
 from lightning_lora.model.same_config import check_same, difference_by_name
+from lightning_lora.model.several.strengths import set_strengths
 from lightning_lora.model.state import (
     lora_parameters,
     lora_state_dict,
@@ -51,6 +53,7 @@ class LoRAMethod(RecordedMethod):
         config: what to adapt and how.
         compute: the side of the equation, as of :func:`lightning_lora.apply_lora`.
         keep: adapters that the model has already and that do not train, with the strength with which they act.
+        factors: of the updates that a merge adds, by adapter; ``None`` for what acts, if one adapter trains.
 
     Example:
         >>> method, model = LoRAMethod(LoRAConfig(r=2, targets="all")), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -66,14 +69,18 @@ class LoRAMethod(RecordedMethod):
     key: ClassVar[str] = "lora"
     config: LoRAConfig
 
-    def __init__(self, config: LoRAConfig, compute: str = "auto", keep: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        config: LoRAConfig,
+        compute: str = "auto",
+        keep: Mapping[str, float] | None = None,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(config)
         check_compute(compute, config)
         self.compute, self.keep = compute, dict(keep or {})
-        self.names = [each.name for each in config.each()]
-        twice = next((name for name in self.names if name in self.keep), None)
-        if twice is not None:
-            raise ValueError(f"`keep` has {twice!r}, which this run trains. Leave it out of one of the two.")
+        self.names, self.factors = [each.name for each in config.each()], factors
+        check_names(self.names, self.keep, factors or {})
 
     @override
     def difference(self, other: MethodConfig) -> str | None:
@@ -85,14 +92,7 @@ class LoRAMethod(RecordedMethod):
     def check_same(self, model: nn.Module) -> None:
         for config in self.config.each():
             check_same(model, config)
-        others = configs_of(model).keys() - {config.name for config in self.config.each()} - self.keep.keys()
-        if others:
-            other = min(others)
-            raise ValueError(
-                f"The module has an adapter `{other}`, which this run does not name. To keep it as it is write "
-                f"keep=[{other!r}]; to take it off call `remove_lora(model, name={other!r})`; to keep what it learned "
-                "in the base's weights call `merge_lora(model, undo=False)`."
-            )
+        check_all_named(model, {*self.names, *self.keep})
 
     @override
     def is_adapted(self, model: nn.Module) -> bool:
@@ -104,6 +104,7 @@ class LoRAMethod(RecordedMethod):
             survey = Survey(model)
             wanted = [(targets_of(survey, config), config) for config in self.config.each()]
             inject_each(wanted, agree, self.compute, self.keep)
+            self._set_strengths(model)
 
         all_or_nothing(model, change)
 
@@ -113,10 +114,28 @@ class LoRAMethod(RecordedMethod):
 
     def _complete(self, model: nn.Module, agree: Agree) -> list[str]:
         survey = Survey(model)
+        check_kept(model, self.keep, self.names)
         wanted = checked_targets(survey, self.config)
         inject_each(wanted, agree, self.compute, self.keep)
+        self._set_strengths(model)
         remember(survey)
         return names_of(wanted)
+
+    def _set_strengths(self, model: nn.Module) -> None:
+        set_strengths(model, {**dict.fromkeys(self.names, 1.0), **self.keep})
+
+    @override
+    def present(self, model: nn.Module) -> MethodConfig | None:
+        """The configuration of the first adapter of this run that ``model`` has; kept ones are no part of it."""
+        present = configs_of(model)
+        return next((present[name] for name in self.names if name in present), None)
+
+    @override
+    def drop(self, model: nn.Module) -> None:
+        if configs_of(model).keys() <= set(self.names):
+            super().drop(model)
+        else:
+            drop_adapters(model, self.names)
 
     @override
     def meant(self, model: nn.Module) -> set[int]:
@@ -160,8 +179,10 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def is_untrained(self, model: nn.Module) -> bool:
-        """Whether every B is zero: a B on the meta device is."""
-        every_B = [local_shard(p) for name, p in lora_parameters(model) if name.endswith(".B") and not p.is_meta]
+        """Whether every B of what trains is zero: a B on the meta device is."""
+        own = self.name_of_parameters(model)
+        pairs = [(name, p) for name, p in lora_parameters(model) if id(p) in own]
+        every_B = [local_shard(p) for name, p in pairs if name.endswith(".B") and not p.is_meta]
         return not any(bool(B.any()) for B in every_B)
 
     @override
@@ -200,7 +221,7 @@ class LoRAMethod(RecordedMethod):
     @override
     def never_merges(self, model: nn.Module) -> str | None:
         if not quantized_layers(model):
-            return None
+            return why_not_all(self.names) if len(self.names) > 1 and self.factors is None else None
         return (
             "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
             "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
@@ -211,8 +232,14 @@ class LoRAMethod(RecordedMethod):
         return unwritable(model)
 
     @override
-    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
-        return merge_in(model, Workspace(device))
+    def merged_as(self, model: nn.Module) -> Any:
+        """The factors of the adapters that are merged."""
+        merged = [merged for _, _, merged in merged_layers(model)]
+        return {name: factor for each in merged for name, factor in each.factors.items()} or None
+
+    @override
+    def merge(self, model: nn.Module, device: torch.device | None = None, like: Any = None) -> dict[str, float]:
+        return merge_in(model, Workspace(device), weights=self.factors if like is None else like)
 
     @override
     def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
@@ -220,12 +247,12 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return merged_values(model)
+        return merged_values(model, self.factors)
 
     @override
     def merged_state(
         self, model: nn.Module, state: Mapping[str, Any], adapter: Mapping[str, Any], names: Mapping[str, str]
     ) -> dict[str, Any]:
-        merged = with_merged_weights(model, state, dict(merged_weights(model, adapter)), names)
+        merged = with_merged_weights(model, state, dict(merged_weights(model, adapter, self.factors)), names)
         mark_merged(merged, adapter)
         return merged

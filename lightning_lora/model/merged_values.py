@@ -99,19 +99,23 @@ def check_entries(model: nn.Module, present: Container[str]) -> None:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module, adapter: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: nn.Module, adapter: Mapping[str, Any], factors: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """What a merge would write into each adapted weight of ``model``, one at a time, by clean name and on the CPU.
 
     Args:
         model: a model whose weights are whole on this rank, with live adapters.
         adapter: the values of A and B by name, which may be others than those in ``model``, such as an average.
+        factors: of the updates by adapter, as :func:`merge_lora` takes them.
     """
     given = {id(parameter): adapter[name] for name, parameter in lora_parameters(model) if name in adapter}
     workspace = Workspace()
     for name, layer in named_modules(model):
         if isinstance(layer, LoRALayer):
-            for key in layer.lora.to_merge():
-                yield join(name, key), _merged_weight(layer, key, parameter_of(layer, key), given, workspace).cpu()
+            for key in layer.lora.to_merge(factors):
+                weight = parameter_of(layer, key)
+                yield join(name, key), _merged_weight(layer, key, weight, given, workspace, factors).cpu()
 
 
 @torch.no_grad()

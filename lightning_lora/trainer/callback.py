@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning_lora.arguments import strengths_of
@@ -191,6 +192,7 @@ class LoRACallback(RoutedCallback):
             keep=strengths_of(keep),
         )
         # A sum with a weight that `base_dtype` has rounded would differ from the sum without it.
-        method = LoRAMethod(config, "activations" if base_dtype else compute, run_config.keep)
+        factors = run_config.merge if isinstance(run_config.merge, Mapping) else None
+        method = LoRAMethod(config, "activations" if base_dtype else compute, run_config.keep, factors)
         super().__init__(method, run_config)
         self.config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def finish(run: Run) -> None:
             )
             return
         which = f"the adapters of the best checkpoint, {_best_path(run)}"
+    if isinstance(config.merge, Mapping):
+        which += f", with the factors {config.merge}"
     if config.export is not None and not is_dry and run.first_steps.can_export():
         export(run.trainer, run.module, config.export, best)
     done = (

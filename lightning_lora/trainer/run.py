@@ -115,6 +115,7 @@ class Run:
 
     def unmerge(self) -> None:
         """Take a merge out, and keep what is needed to put it back."""
+        self.merged_as = self.method.merged_as(self.module)
         if self.method.is_merged(self.module):
             self.snapshot = deepcopy(self.method.state(self.module))
             self.method.unmerge(self.module, gpu_of(self.trainer))
@@ -285,7 +286,7 @@ class Run:
             state = self.method.state(self.module)  # a head that `setup` built anew is in this alone, and stays
             needed = {key: state[key] for key in self.method.needed_names(self.module)}
             self.method.load(self.module, {**needed, **self.snapshot})
-            self.method.merge(self.module, gpu_of(self.trainer))
+            self.method.merge(self.module, gpu_of(self.trainer), self.merged_as)
             merge_copies(self.trainer, self.module, self.method)
         elif self.was_bare and (self.stage == "fit" or self.abandoned or not self.files.loaded):
             self.method.drop(self.module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class SubspaceMethod(AddedMethod):
         return None
 
     @override
-    def merge(self, model: nn.Module, device: torch.device | None = None) -> dict[str, float]:
+    def merge(self, model: nn.Module, device: torch.device | None = None, like: Any = None) -> dict[str, float]:
         def change(journal: Journal) -> dict[str, float]:
             lost = merge(model, journal, device)
             for module, _ in adapted_as_a_whole(model):

@@ -36,7 +36,7 @@ def compare_runs(
     reading.warn_of_other_rate(checkpoint, path, run_config.lr_scale)
     if not isinstance(method, LoRAMethod):
         return
-    then, now = _acting(reading.strengths_in(checkpoint)), _acting(run_config.keep or {})
+    then, now = _acting(reading.strengths_in(checkpoint)), _acting(method.keep)
     if then != now:
         raise ValueError(
             f"`ckpt_path={str(path)!r:.400}` was written while kept adapters acted with the strengths {then}, and in "

@@ -30,6 +30,12 @@ class RoutedCallback(MethodCallback):
 
     def __init__(self, method: LoRAMethod, run_config: RunConfig) -> None:
         super().__init__(method, run_config)
+        if run_config.merge == "best" and len(method.names) > 1:
+            raise ValueError(
+                f"`merge='best'` would merge {', '.join(f'`{name}`' for name in method.names)} together. To merge of "
+                f"the last step say which, merge={{{method.names[0]!r}: 1.0}}; to take the best checkpoint write "
+                "merge=False, and load it by load_from_checkpoint."
+            )
         self._chosen: ChosenAdapters | None = None
         self._gradients: AdapterGradients | None = None
 

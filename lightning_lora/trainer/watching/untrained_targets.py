@@ -26,7 +26,8 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
         method: what it is adapted by.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    adapted = dict(method.adapted_weights(model).values())
+    trains = {id(parameter) for _, parameter in method.trained_parameters(model)}
+    adapted = dict(weight for key, weight in method.adapted_weights(model).items() if key in trains)
     if not adapted:
         return _untrained_twins(held, model, method)
     weights = {name: p for name, p in adapted.items() if p.is_floating_point()}  # integers hold a quantized base

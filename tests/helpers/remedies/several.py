@@ -82,7 +82,7 @@ def a_weight_for_the_whole_batch(message: Expected, folder: Path) -> None:
         model(x)
 
 
-@remedy("methods/lora.py", "The module has an adapter `{}`, which this run", "`fr`", "remove_lora(model, name='fr')")
+@remedy("methods/several.py", "The module has an adapter `{}`, which this run", "`fr`", "remove_lora(model, name='fr')")
 def an_adapter_that_the_run_does_not_name(message: Expected, folder: Path) -> None:
     def adapted() -> Lit:
         model = Lit()
@@ -94,6 +94,7 @@ def an_adapter_that_the_run_does_not_name(message: Expected, folder: Path) -> No
     model = adapted()
     remove_lora(model, name="fr")
     fit(LoRACallback(r=1, name="de"), module=model)
+    fit(LoRACallback(r=1, name="de", keep=["fr"]), module=adapted())
     model = adapted()
     merge_lora(model, undo=False)
     fit(LoRACallback(r=1, name="de"), module=model)
