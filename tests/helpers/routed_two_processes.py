@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora
-from tests.helpers.models import net, trainer
+from tests.helpers.models import checkpoints, net, trainer
 from tests.helpers.routed import ADAPTERS, OPTIMIZERS, RoutedLit, Trace, rows
 from tests.helpers.strategy_runs import Sharded, fsdp1, fsdp2
 from tests.helpers.two_processes import all_equal, end
@@ -43,14 +43,33 @@ STRATEGIES = {
 }
 
 
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+TWO = {name: own for name, own in ADAPTERS.items() if name != "it"}
+
+
+def resume(name: str, folder: Path) -> dict:
+    """The adapters after each step of a resumed run: of one with an adapter more, and of one with an adapter fewer."""
+    strategy, make = STRATEGIES[name]
+
+    def run(epochs: int, adapters: dict, ckpt: object = None) -> tuple[object, list]:
+        files, trace = checkpoints(folder / f"{name}-{len(adapters)}-{epochs}", monitor=None, save_top_k=1), Trace()
+        own = LoRACallback(r=2, adapters=adapters, route="task", merge=False)
+        settings = {"devices": 2, "strategy": strategy(), "max_epochs": epochs, "use_distributed_sampler": False}
+        batches = rows(4, RANK, without=None if "it" in adapters else "it")
+        trainer(own, files, trace, **settings).fit(make("adamw"), batches, ckpt_path=ckpt)
+        return files.last_model_path, trace.steps
+
+    (of_two, _), (of_three, _) = run(2, TWO), run(2, ADAPTERS)
+    return {"more": run(4, {"it": ADAPTERS["it"], **TWO}, of_two)[1], "fewer": run(4, TWO, of_three)[1]}
+
+
 def fit(name: str, optimizer: str, reduction: str = "sum", accumulate: int = 1, **kwargs: object) -> dict:
     """The adapters after each step, and whether both ranks have the same."""
     strategy, make = STRATEGIES[name]
     trace, module = Trace(), make(optimizer, reduction)
     callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, **kwargs)
     settings = {"devices": 2, "strategy": strategy(), "max_epochs": 2, "accumulate_grad_batches": accumulate}
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    trainer(callback, trace, **settings, use_distributed_sampler=False).fit(module, rows(4 // accumulate, rank))
+    trainer(callback, trace, **settings, use_distributed_sampler=False).fit(module, rows(4 // accumulate, RANK))
     same = all_equal(torch.cat([value.flatten() for value in trace.steps[-1].values()]))
     return {"steps": trace.steps, "same": same}
 
@@ -65,6 +84,8 @@ if __name__ == "__main__":
             if name != "ddp-static-graph":  # it cannot leave a pass unaveraged
                 results[name, "accumulated"] = fit(name, "adamw", accumulate=2)
             results[name, "balanced"] = fit(name, "adamw", "mean", balance=True)
+        for name in ("ddp", "fsdp2"):
+            results[name, "resumed"] = resume(name, folder)
         torch.save(results, folder / "results.pt")
     except BaseException:
         traceback.print_exc()

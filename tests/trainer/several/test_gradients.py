@@ -154,3 +154,14 @@ def test_an_adapter_trains_as_alone_where_processes_lack_it(ran, strategy, run):
         return
     check(ran[strategy, run]["steps"], **RUNS[run])
     assert ran[strategy, run]["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_resumed_run_of_two_processes_goes_on_with_one_adapter_more_or_fewer(ran, strategy):
+    resumed = ran[strategy, "resumed"]
+    for name in ("fr", "de"):
+        alone = own_run(name, steps_of(4), factor=0.5)[10:]
+        assert difference(resumed["more"], alone) < 1e-6
+        assert difference(resumed["fewer"], alone) < 1e-6
+    assert difference(resumed["more"], own_run("it", steps_of(2), factor=0.5)) < 1e-6
