@@ -23,6 +23,7 @@ TASKS = [*["fr", "de"] * 4, *["fr"] * 8, *["fr", "de", "fr", "it"] * 2, *["de"] 
 STEP = 8
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters, scale=1.0: torch.optim.SGD(parameters, 1e-3 * scale, momentum=0.9, weight_decay=0.1),
+    "plain": lambda parameters, scale=1.0: torch.optim.SGD(parameters, 1e-3 * scale),
     "adamw": lambda parameters, scale=1.0: torch.optim.AdamW(parameters, 1e-2 * scale, weight_decay=0.1),
 }
 

@@ -8,7 +8,7 @@ import torch
 from lightning_lora import LoRACallback
 from tests.helpers.models import checkpoints, trainer
 from tests.helpers.remedies.case import lines_of_log
-from tests.helpers.routed import ADAPTERS, OPTIMIZERS, RoutedLit, Trace, difference, own_run, rows, steps_of, values_of
+from tests.helpers.routed import ADAPTERS, RoutedLit, Trace, difference, own_run, rows, steps_of, values_of
 from tests.helpers.runs import load, same
 
 TWO = {name: own for name, own in ADAPTERS.items() if name != "it"}
@@ -25,7 +25,7 @@ def fit(folder, epochs, ckpt=None, adapters=ADAPTERS, optimizer="adamw", batches
     return folder / str(epochs) / "last.ckpt", trace.steps[10 if ckpt else 0 :], module
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_and_two_epochs_are_four_bit_for_bit(tmp_path, optimizer):
     def run(folder, epochs, ckpt=None):
         return fit(folder, epochs, ckpt, optimizer=optimizer, batches=rows(4), accumulate_grad_batches=2)[0]
@@ -38,7 +38,7 @@ def test_two_and_two_epochs_are_four_bit_for_bit(tmp_path, optimizer):
         assert all(torch.equal(value, states["state"][place][key]) for key, value in state.items() if value is not None)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_one_adapter_more_starts_fresh_and_the_others_go_on(tmp_path, optimizer):
     reordered = {"it": ADAPTERS["it"], **TWO}  # the file has other places in the optimizer
     two, _, _ = fit(tmp_path, 2, adapters=TWO, optimizer=optimizer, batches=rows(without="it"))
@@ -51,7 +51,7 @@ def test_one_adapter_more_starts_fresh_and_the_others_go_on(tmp_path, optimizer)
     assert any("last.ckpt: adapter `it` is not in the file, and starts fresh." in line for line in lines)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_one_adapter_fewer_stays_out_and_the_others_go_on(tmp_path, optimizer):
     two, _, _ = fit(tmp_path, 2, optimizer=optimizer)
     lines: list[str] = []

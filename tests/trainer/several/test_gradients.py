@@ -10,7 +10,6 @@ from lightning_lora import LoRACallback
 from tests.helpers.models import trainer
 from tests.helpers.routed import (
     ADAPTERS,
-    OPTIMIZERS,
     RoutedLit,
     Trace,
     difference,
@@ -34,7 +33,7 @@ def check(steps: list, **kwargs) -> None:
         assert difference(steps, own_run(name, steps_of(2), **kwargs)) < 1e-6
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_an_adapter_trains_as_alone(optimizer, checkpointing):
     check(fit(RoutedLit(optimizer, checkpointing=checkpointing), by_index=checkpointing is None), optimizer=optimizer)

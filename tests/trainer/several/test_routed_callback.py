@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, use_adapters
+from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
-from tests.helpers.models import trainer
-from tests.helpers.routed import ADAPTERS, TASKS, RoutedLit, Rows, Trace, difference, own_run, rows, steps_of
+from tests.helpers.models import checkpoints, trainer
+from tests.helpers.routed import ADAPTERS, TASKS, RoutedLit, Rows, Trace, difference, own_run, rows, steps_of, values_of
+from tests.helpers.runs import load
 
 
 def callback(**kwargs) -> LoRACallback:
@@ -194,3 +200,46 @@ def test_the_command_line_takes_the_arguments_as_json(monkeypatch):
 def test_arguments_that_cannot_be_meant(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         callback(**arguments)
+
+
+def test_loggers_and_hyperparameters_get_plain_data(tmp_path):
+    own = callback(keep=["es"], balance=True, merge={"fr": 1.0})
+    module = RoutedLit()
+    apply_lora(module, LoRAConfig(r=2, name="es"))
+    module.save_hyperparameters({"callbacks": [own]}, logger=False)
+    logger = CSVLogger(tmp_path)
+    files = checkpoints(tmp_path, monitor=None, save_top_k=1)
+    trainer(own, files, logger=logger, max_epochs=1).fit(module, rows())
+    logged = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())["lora"]
+    assert (logged["adapters"], logged["route"], logged["balance"]) == (ADAPTERS, "task", True)
+    assert (logged["keep"], logged["merge"]) == ({"es": 0.0}, {"fr": 1.0})
+    checkpoint = with_callbacks(load(tmp_path / "last.ckpt"), {"LoRACallback": LoRACallback})
+    [again] = checkpoint["hyper_parameters"]["callbacks"]
+    assert (again.config, again.run_config) == (own.config, own.run_config)
+
+
+def test_a_second_fit_goes_on_with_the_same_adapters():
+    module, both = RoutedLit("plain"), RoutedLit("plain")
+    trainer(callback(), max_epochs=2).fit(both, rows())
+    for _ in range(2):
+        trainer(callback(), max_epochs=1).fit(module, rows())
+    twice, at_once = values_of(module), values_of(both)
+    assert twice.keys() == at_once.keys() and all(torch.equal(value, at_once[key]) for key, value in twice.items())
+
+
+def test_the_finders_of_batch_sizes_and_rates_choose_too():
+    class Sized(RoutedLit):
+        batch_size, lr = 2, 1e-3
+
+        def train_dataloader(self):
+            return rows(self.batch_size)
+
+        def val_dataloader(self):
+            return rows()
+
+    module = Sized()
+    runner = trainer(callback(), max_epochs=1)
+    Tuner(runner).scale_batch_size(module, max_trials=2, steps_per_trial=1, mode="power", init_val=2)
+    assert module.batch_size >= 4 and not list(lora_parameters(module))
+    Tuner(trainer(callback(), max_epochs=1)).lr_find(module, num_training=4, update_attr=False)
+    assert not list(lora_parameters(module))

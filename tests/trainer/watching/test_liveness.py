@@ -15,6 +15,7 @@ from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.trainer.watching.liveness import Liveness
 from tests.helpers import models
 from tests.helpers.models import Lit
+from tests.helpers.routed import ADAPTERS, RoutedLit, rows
 
 
 def weights(layer):
@@ -275,3 +276,74 @@ def test_an_adapted_teacher_gets_advice_that_works():
     (told,) = fit(Taught(), targets=["q", "k"])
     assert "`teacher.layers.*.k` (4 in all) ran where gradients are off" in told and "exclude=['teacher']" in told
     assert fit(Taught(), targets=["q", "k"], exclude=["teacher"]) == []
+
+
+class Branching(RoutedLit):
+    """Takes another branch for one adapter, from which its second layer gets no gradient."""
+
+    def __init__(self, broken="", evaluates=True):
+        super().__init__("sgd")
+        self.net, self.broken, self.evaluates = Bypassing(), broken, evaluates
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        self.net.how = "detached" if self.broken in batch["task"] else "plain"
+        return self.loss(batch)
+
+    def validation_step(self, batch, index):
+        self.net.how = "plain" if self.evaluates else "unused"
+        self.loss(batch)
+
+
+# In turn by batch; "it" comes at the end of the epoch alone, after more steps than a part that is idle may wait.
+IN_TURN = [*(["fr"] * 8 + ["de"] * 8) * 5, *["it"] * 8]
+
+
+def said_of_routes(model, tasks=IN_TURN, evaluation=("fr",) * 8):
+    callback = LoRACallback(r=2, targets=["first", "second"], adapters=ADAPTERS, route="task", merge=False)
+    trainer = models.trainer(callback, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, rows(tasks=tasks), rows(tasks=evaluation))
+    messages = [str(each.message) for each in caught]
+    return [message for message in messages if "adapters" in message or "did not run" in message]
+
+
+def test_what_no_batch_chose_yet_is_not_dead():
+    model = Branching()
+    assert said_of_routes(model) == []
+    assert not any(vars(pair).keys() & {"forward", "operands"} for pair in pairs_of(model))
+    assert said_of_routes(Branching(), ["fr"] * 16) == []  # two of them never come
+
+
+def pairs_of(model):
+    return [pair for layer in model.modules() if hasattr(layer, "lora") for pair in layer.lora.all_pairs()]
+
+
+@pytest.mark.parametrize("broken", ["fr", "de", "it"])
+def test_what_was_chosen_and_got_no_gradient_is_named_with_its_adapter(broken):
+    [said] = said_of_routes(Branching(broken))
+    assert said.startswith(f"1 of 2 adapters got no gradient at the first step. `net.second ({broken})` ran, but not")
+
+
+def test_an_evaluation_names_only_what_it_chose():
+    [said] = said_of_routes(Branching(evaluates=False))
+    assert "`net.second (fr)` ran in training and did not run in the first evaluation" in said
+    assert "(de)" not in said
+
+
+def test_all_of_one_adapter_without_gradients_is_an_error_when_it_is_first_chosen():
+    class Cut(Branching):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            if "it" not in batch["task"]:
+                return loss
+            return 0 * loss.detach() + self.net.head.bias.sum()
+
+    callback = LoRACallback(
+        r=2, targets=["first", "second"], adapters=ADAPTERS, route="task", merge=False, also_train=["head"]
+    )
+    with pytest.raises(MisconfigurationException, match=r"No adapter got a gradient .*`net.first \(it\)`"):
+        models.trainer(callback, max_epochs=1).fit(Cut(), rows(tasks=IN_TURN))
