@@ -239,7 +239,7 @@ class CheckpointFiles:
         if not self.method.is_adapted(self.module):
             self.adapt_late()
         self._check(checkpoint, checkpoint_path)
-        compare_runs(checkpoint, checkpoint_path, self.method, self.module, self.run_config)
+        compare_runs(checkpoint, checkpoint_path, self.method, self.module, self.run_config, self.callback_key)
         self.random_states = checkpoint[contents.KEY].get("random_states")
         if self.strategy_adapter.loads_late and self.trainer.state.fn == "fit":  # after `on_fit_start`
             self.restore_random_state()

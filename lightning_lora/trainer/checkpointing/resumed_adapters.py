@@ -17,7 +17,7 @@ from lightning_lora.trainer.imports import rank_zero_info
 
 
 def compare_runs(
-    checkpoint: dict[str, Any], path: Any, method: Method, module: nn.Module, run_config: RunConfig
+    checkpoint: dict[str, Any], path: Any, method: Method, module: nn.Module, run_config: RunConfig, callback_key: str
 ) -> None:
     """Report another rate than that of the run, the adapters that the file lacks, and those that the run has not.
 
@@ -27,6 +27,7 @@ def compare_runs(
         method: what the module is adapted by.
         module: the module of the run.
         run_config: what the run does with it.
+        callback_key: of the callback, which the file has under its own name.
 
     Raises:
         ValueError: if kept adapters of another configuration or strength acted while the file was trained: what was
@@ -42,11 +43,20 @@ def compare_runs(
             f"`ckpt_path={str(path)!r:.400}` was written while kept adapters acted with the strengths {then}, and in "
             f"this run they act with {now}. What was trained belongs to what they add: give `keep` the same strengths."
         )
+    _rename_callback(checkpoint, callback_key)
     held, present = adapters_in(checkpoint), list(configs_of(module))
     parts = _said([name for name in present if name not in held], "not in the file, and starts fresh")
     parts += _said(sorted(held.difference(present)), "not in this run, and its values stay out")
     if parts:
         rank_zero_info(" ".join([f"Resumed from {path}:", *parts]))
+
+
+def _rename_callback(checkpoint: dict[str, Any], callback_key: str) -> None:
+    """Lightning would miss the callback of the file, whose key has the name of its adapter."""
+    callbacks, kind = checkpoint.get("callbacks", {}), callback_key.partition("[")[0]
+    names = {key: callback_key if key.partition("[")[0] == kind else key for key in callbacks}
+    if "callbacks" in checkpoint:
+        checkpoint["callbacks"] = {names[key]: state for key, state in callbacks.items()}
 
 
 def _acting(strengths: Mapping[str, float]) -> dict[str, float]:

@@ -58,6 +58,7 @@ class RoutedCallback(MethodCallback):
                 "own buffers, with which Adam would move it. Train several adapters with strategy='ddp' or an FSDP "
                 "strategy, or one adapter in a run."
             )
+        self._chosen = self._gradients = None  # an earlier run may have ended with an error
         super().setup(trainer, pl_module, stage)
         if route is None:
             return

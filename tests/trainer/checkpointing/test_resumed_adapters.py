@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
 from tests.helpers.models import checkpoints, trainer
@@ -87,3 +88,19 @@ def test_anything_else_that_differs_is_an_error(tmp_path, adapters, message):
     two, _, _ = fit(tmp_path, 2, adapters=TWO, batches=rows(without="it"))
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, 4, two, adapters=adapters)
+
+
+def test_a_file_of_one_adapter_goes_on_beside_another(tmp_path):
+    batches = [{**batch, "task": "fr"} for batch in rows()]
+    one = DataLoader(batches, batch_size=None)
+    files = checkpoints(tmp_path / "one", monitor=None, save_top_k=1)
+    module = RoutedLit()
+    trainer(LoRACallback(r=2, name="fr", merge=False), files, max_epochs=1).fit(module, one)
+    trained = values_of(module)
+    own = LoRACallback(r=2, adapters={"fr": {}, "de": {}}, route="task", merge=False)
+    resumed = RoutedLit()
+    runner = trainer(own, max_epochs=2)
+    runner.validate(resumed, one, ckpt_path=files.last_model_path, verbose=False)
+    assert all(torch.equal(values_of(resumed)[key], value) for key, value in trained.items())
+    runner.fit(resumed, one, ckpt_path=files.last_model_path)
+    assert runner.global_step == 10

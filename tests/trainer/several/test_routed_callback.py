@@ -21,7 +21,19 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.trainer.checkpointing.hyperparameters import with_callbacks
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 from tests.helpers.models import checkpoints, trainer
-from tests.helpers.routed import ADAPTERS, TASKS, RoutedLit, Rows, Trace, difference, own_run, rows, steps_of, values_of
+from tests.helpers.routed import (
+    ADAPTERS,
+    TASKS,
+    ChoosesItself,
+    RoutedLit,
+    Rows,
+    Trace,
+    difference,
+    own_run,
+    rows,
+    steps_of,
+    values_of,
+)
 from tests.helpers.runs import load
 
 
@@ -125,18 +137,6 @@ def test_a_batch_without_the_entry_is_an_error_that_leaves_the_module_bare(where
             batches = {"fit": (without,), "sanity check": (rows(), without)}[where]
             trainer(callback()).fit(module, *batches)
     assert module.state_dict().keys() == before.keys()
-
-
-class ChoosesItself(RoutedLit):
-    """Gives each adapter its own rows in the step; the backward pass comes after the blocks."""
-
-    def training_step(self, batch, index):
-        total = 0
-        for name in dict.fromkeys(batch["task"]):
-            own = [place for place, task in enumerate(batch["task"]) if task == name]
-            with use_adapters(self, name):
-                total = total + self.loss({"x": batch["x"][own], "y": batch["y"][own]})
-        return total
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
