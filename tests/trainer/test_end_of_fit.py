@@ -76,9 +76,9 @@ def test_every_merge_of_a_run_is_computed_on_its_gpu(monkeypatch, tmp_path):
     devices, gpu = [], torch.device("meta")
 
     def watched(verb):
-        def called(method, model, device=None):
+        def called(method, model, device=None, *like):
             devices.append(device)
-            return verb(method, model, device)
+            return verb(method, model, device, *like)
 
         return called
 
