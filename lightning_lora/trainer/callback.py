@@ -108,7 +108,8 @@ class LoRACallback(RoutedCallback):
 
         adapters: Several adapters by name in place of the one called name, each with the arguments in which it differs:
             r, alpha, targets, dropout, rslora, rank_pattern, alpha_pattern, lr_scale. An example is {"fr": {}, "de":
-            {"r": 4, "lr_scale": 2.0}}, on the command line as JSON. Its lr_scale multiplies that of the callback.
+            {"r": 4, "lr_scale": 2.0}}, on the command line as JSON. Its lr_scale comes on top of the callback's: it
+            multiplies the updates of SGD, Adam and their like, and a LearningRateMonitor shows the rate without it.
         route: Key of the batch, attribute, or index in a sequence, of the entry that says which adapter acts: a name or
             an index into adapters (then into keep), one for the whole batch or one for each sample. In evaluation
             "dataloader" takes the index of the data loader instead. None lets every adapter act.

@@ -186,7 +186,7 @@ def test_help_comes_from_the_docstring():
         "--lora.r R Rank of the update. A has shape (r, in_features)",
         "--lora.targets TARGETS",
         "--lora.also_train",
-        "(type: Union[bool, Literal['last', 'best']], default: True)",
+        "(type: Union[bool, Literal['last', 'best'], dict[str, float]], default: True)",
         "(type: float, default: 1.0)",
     ):
         assert words in text, words
