@@ -51,6 +51,8 @@ SECTIONS = {  # name: module and function, imported when the section runs, as no
     "llama-compiled": "language.llama_compiled",
     "mixed": "language.mixed",
     "layers": "layers.layers",
+    "several": "several.several",
+    "several-paths": "several_paths.several_paths",
     "small": "small.small",
     "fit": "fit.fixed_cost",
     "fit-7b": "fit.fixed_cost_7b",

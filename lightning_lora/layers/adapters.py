@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.choice import Acting, Choice, Weights, default_table, traced_coefficient
 from lightning_lora.ops.linear import Coefficient
+from lightning_lora.ops.mixture import Mixture
 
-Terms = list[tuple[Adapter, Coefficient]]
+
+class Terms(list[tuple[Adapter, Coefficient]]):
+    """The pairs that act, each with its coefficient; ``mixture`` has those of a pair of each adapter, by sample."""
+
+    mixture: Mixture | None = None
 
 
 class Adapters(nn.ModuleDict):
@@ -80,7 +85,7 @@ class Adapters(nn.ModuleDict):
             ValueError: if samples use different adapters, and ``x`` has another number of samples.
         """
         if self.acting is None or not self.enabled:
-            return [(pair, None) for pair in self.active_pairs()]
+            return Terms((pair, None) for pair in self.active_pairs())
         if size is None:
             size = x.shape[dim] if x.dim() + extra > 1 + dim else 1
         shape = (size, *[1] * (x.dim() + extra - 1 - dim))
@@ -88,14 +93,17 @@ class Adapters(nn.ModuleDict):
             return self._traced(shape)
         choice = self.acting.now()
         if choice is None:
-            return [(pair, None) for pair in self.all_pairs()]
+            return Terms((pair, None) for pair in self.all_pairs())
         names = [name for name in self._modules if name in choice.names]
         if names:
             choice.check_batch(x, size, dim, self)
         if choice.is_uniform:
             return self._chosen(choice)
         coefficients = {name: choice.coefficients(name, x.device).view(shape) for name in names}
-        return [(pair, coefficients[name]) for name in names for pair in self.pairs_of(name)]
+        terms = Terms((pair, coefficients[name]) for name in names for pair in self.pairs_of(name))
+        if len(terms) == len(names):
+            terms.mixture = choice.mixture(tuple(names), x.device)
+        return terms
 
     def terms_of_weight(self) -> Terms:
         """The pairs that act now, each with its coefficient, in a layer that acts by its weight.
@@ -104,7 +112,7 @@ class Adapters(nn.ModuleDict):
             ValueError: if the samples of the batch use different adapters.
         """
         if self.acting is None or not self.enabled:
-            return [(pair, None) for pair in self.active_pairs()]
+            return Terms((pair, None) for pair in self.active_pairs())
         if torch.compiler.is_compiling():
             return self._traced(())
         choice = self.acting.now()
@@ -114,15 +122,15 @@ class Adapters(nn.ModuleDict):
 
     def _chosen(self, choice: Choice | None) -> Terms:
         if choice is None:
-            return [(pair, None) for pair in self.all_pairs()]
+            return Terms((pair, None) for pair in self.all_pairs())
         weights = {name: choice.weight_of(name) for name in self._modules if name in choice.names}
-        return [(pair, None if c == 1 else c) for name, c in weights.items() for pair in self.pairs_of(name)]
+        return Terms((pair, None if c == 1 else c) for name, c in weights.items() for pair in self.pairs_of(name))
 
     def _traced(self, shape: tuple[int, ...]) -> Terms:
         """Every pair, with coefficients from the table, so that compiled code serves every choice."""
         assert self.acting is not None
         table = self.acting.table
-        terms: Terms = []
+        terms = Terms()
         for column, name in enumerate(self._modules):
             c = None
             if table is not None:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.mixture import Mixture
 from lightning_lora.torch_internals import backward_id, running_checkpoints, saved_tensors_have_hooks
 
 Weights = Mapping[str, float]
@@ -54,6 +55,7 @@ class Choice:
         self.names = used | present
         self.began_with_grad = torch.is_grad_enabled()
         self._made: dict[object, Tensor] = {}
+        self._mixtures: dict[object, Mixture] = {}
 
     def weight_of(self, name: str) -> float:
         """The coefficient of the adapter ``name`` in a uniform choice."""
@@ -66,6 +68,14 @@ class Choice:
             values = torch.tensor([sample.get(name, 0.0) for sample in self.samples], dtype=torch.float32)
             self._made[key] = values.to(device, non_blocking=True)
         return self._made[key]
+
+    def mixture(self, names: tuple[str, ...], device: torch.device) -> Mixture:
+        """The coefficients of ``names`` for each sample, as products read them."""
+        key = names, device
+        if key not in self._mixtures:
+            samples = [[sample.get(name, 0.0) for name in names] for sample in self.samples]
+            self._mixtures[key] = Mixture(samples, device)
+        return self._mixtures[key]
 
     def table(self, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The coefficients of ``names`` as one tensor of fixed size, which compiled code takes as an input.

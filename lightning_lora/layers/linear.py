@@ -49,7 +49,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             return base_linear(input, weight, self.bias)
         if adapters.acting is None:
             return linear(input, self.weight, self.bias, adapters.active_pairs())
-        return linear_by_choice(input, self.weight, self.bias, adapters.terms(input))
+        terms = adapters.terms(input)
+        return linear_by_choice(input, self.weight, self.bias, terms, terms.mixture)
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
