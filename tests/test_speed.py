@@ -24,7 +24,7 @@ BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 MODEL_ROWS = ["bound", "full fine-tuning", "peft, bf16 adapters", "lightning_lora"]
 BOTH_PEFT = ["bound", "full fine-tuning", "peft, fp32 adapters", "peft, bf16 adapters", "lightning_lora"]
 LAYERS = ["Linear 64 -> 64, 64 rows", "Linear 64 -> 224", "Linear 64 -> 224, dropout 0.1", "Linear 224 -> 64, bias"]
-SEVERAL = [f"lightning_lora, {what}" for what in ("one adapter", "8 adapters, one chosen", "2 adapters, mixed")]
+SEVERAL = [f"lightning_lora, {what}" for what in ("one adapter", "one of several chosen", "2 adapters, mixed")]
 ROWS = {
     "bert": MODEL_ROWS,
     "qwen": MODEL_ROWS,
@@ -47,8 +47,8 @@ ROWS = {
     ],
     "layers": [*LAYERS, "Conv2d 64 -> 128, 3 x 3, 2 images of 14 x 14"],
     "several": [
-        *("bound", "full fine-tuning", "peft, bf16 adapters", *SEVERAL),
-        *("bound", "peft, 8 adapters, mixed", *SEVERAL),
+        *(*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"),
+        *(*SEVERAL, "bound", "peft, 8 adapters, mixed"),
         *(f"{name}, host" for name in SEVERAL),
     ],
     "several-paths": ["64, 64, 2, 2", "64, 64, 2, 2"],

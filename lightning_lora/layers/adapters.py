@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.choice import Acting, Choice, Weights, default_table, traced_coefficient
-from lightning_lora.ops.linear import Coefficient
-from lightning_lora.ops.mixture import Mixture
-
-
-class Terms(list[tuple[Adapter, Coefficient]]):
-    """The pairs that act, each with its coefficient; ``mixture`` has those of a pair of each adapter, by sample."""
-
-    mixture: Mixture | None = None
+from lightning_lora.layers.terms import MixedTerms, Terms
 
 
 class Adapters(nn.ModuleDict):
@@ -69,7 +62,7 @@ class Adapters(nn.ModuleDict):
         """Whether not every adapter acts fully now, or compiled code must serve every choice."""
         return self.acting is not None and (torch.compiler.is_compiling() or self.acting.now() is not None)
 
-    def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms:
+    def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms | MixedTerms:
         """The pairs that act on the input ``x``, each with its coefficient.
 
         Args:
@@ -78,14 +71,11 @@ class Adapters(nn.ModuleDict):
             dim: the dimension of the samples.
             size: the number of samples, where no dimension of ``x`` has it; that of ``A x`` does.
 
-        Returns:
-            Coefficients of samples have a shape that broadcasts with ``A x``.
-
         Raises:
             ValueError: if samples use different adapters, and ``x`` has another number of samples.
         """
         if self.acting is None or not self.enabled:
-            return Terms((pair, None) for pair in self.active_pairs())
+            return [(pair, None) for pair in self.active_pairs()]
         if size is None:
             size = x.shape[dim] if x.dim() + extra > 1 + dim else 1
         shape = (size, *[1] * (x.dim() + extra - 1 - dim))
@@ -93,17 +83,14 @@ class Adapters(nn.ModuleDict):
             return self._traced(shape)
         choice = self.acting.now()
         if choice is None:
-            return Terms((pair, None) for pair in self.all_pairs())
+            return [(pair, None) for pair in self.all_pairs()]
         names = [name for name in self._modules if name in choice.names]
         if names:
             choice.check_batch(x, size, dim, self)
-        if choice.is_uniform:
+        if choice.is_uniform or not names:
             return self._chosen(choice)
-        coefficients = {name: choice.coefficients(name, x.device).view(shape) for name in names}
-        terms = Terms((pair, coefficients[name]) for name in names for pair in self.pairs_of(name))
-        if len(terms) == len(names):
-            terms.mixture = choice.mixture(tuple(names), x.device)
-        return terms
+        mixture = choice.mixture(tuple(names), x.device)
+        return MixedTerms([self.pairs_of(name) for name in names], mixture, shape, dim)
 
     def terms_of_weight(self) -> Terms:
         """The pairs that act now, each with its coefficient, in a layer that acts by its weight.
@@ -112,7 +99,7 @@ class Adapters(nn.ModuleDict):
             ValueError: if the samples of the batch use different adapters.
         """
         if self.acting is None or not self.enabled:
-            return Terms((pair, None) for pair in self.active_pairs())
+            return [(pair, None) for pair in self.active_pairs()]
         if torch.compiler.is_compiling():
             return self._traced(())
         choice = self.acting.now()
@@ -122,15 +109,15 @@ class Adapters(nn.ModuleDict):
 
     def _chosen(self, choice: Choice | None) -> Terms:
         if choice is None:
-            return Terms((pair, None) for pair in self.all_pairs())
+            return [(pair, None) for pair in self.all_pairs()]
         weights = {name: choice.weight_of(name) for name in self._modules if name in choice.names}
-        return Terms((pair, None if c == 1 else c) for name, c in weights.items() for pair in self.pairs_of(name))
+        return [(pair, None if c == 1 else c) for name, c in weights.items() for pair in self.pairs_of(name)]
 
     def _traced(self, shape: tuple[int, ...]) -> Terms:
         """Every pair, with coefficients from the table, so that compiled code serves every choice."""
         assert self.acting is not None
         table = self.acting.table
-        terms = Terms()
+        terms: Terms = []
         for column, name in enumerate(self._modules):
             c = None
             if table is not None:

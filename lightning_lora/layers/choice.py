@@ -61,14 +61,6 @@ class Choice:
         """The coefficient of the adapter ``name`` in a uniform choice."""
         return self.samples[0].get(name, 0.0)
 
-    def coefficients(self, name: str, device: torch.device) -> Tensor:
-        """The coefficient of the adapter ``name`` for each sample, ``(batch,)`` in fp32."""
-        key = name, device
-        if key not in self._made:
-            values = torch.tensor([sample.get(name, 0.0) for sample in self.samples], dtype=torch.float32)
-            self._made[key] = values.to(device, non_blocking=True)
-        return self._made[key]
-
     def mixture(self, names: tuple[str, ...], device: torch.device) -> Mixture:
         """The coefficients of ``names`` for each sample, as products read them."""
         key = names, device

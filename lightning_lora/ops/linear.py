@@ -78,18 +78,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
 
 
 def linear_by_choice(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: Sequence[tuple[Pair, Coefficient]],
-    mixture: Mixture | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[tuple[Pair, Coefficient]]
 ) -> Tensor:
-    """As :func:`linear`, of pairs that act with coefficients; a ``mixture`` has those of a mixed batch by sample."""
+    """As :func:`linear`, of pairs that act with coefficients."""
     if all(coefficient is None for _, coefficient in terms):
         return linear(x, weight, bias, [pair for pair, _ in terms])
-    mixed = None if mixture is None else _mixed(x, weight, bias, [pair for pair, _ in terms], mixture)
-    if mixed is not None:
-        return mixed
     if len(terms) == 1:
         ((pair, coefficient),) = terms
         fused = _fused(x, weight, bias, pair, coefficient) if isinstance(coefficient, float) else None
@@ -99,6 +92,34 @@ def linear_by_choice(
     for pair, coefficient in terms:
         y = pair(y, x, coefficient)
     return y
+
+
+def fuse_mixed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Sequence[Pair]], mixture: Mixture
+) -> Tensor | None:
+    """The sum of a batch whose samples use different adapters, as one node of autograd.
+
+    Args:
+        x: ``(samples, ..., in_features)``.
+        weight: as of :func:`linear`.
+        bias: as of :func:`linear`.
+        adapters: the pairs of each adapter.
+        mixture: which samples use which adapter.
+
+    Returns:
+        ``None`` where one node is not possible.
+    """
+    if any(len(pairs) != 1 for pairs in adapters):
+        return None
+    pairs = [pair for (pair,) in adapters]
+    operands: Any = [pair.operands() for pair in pairs]
+    chances = {pair.dropout if pair.training else 0.0 for pair in pairs}
+    if None in operands or len(chances) > 1 or (mixture.slots > 1 and chances != {0.0}):
+        return None  # each pair has a dropout of its own
+    if not can_mix(x, weight, bias, operands, mixture):
+        return None
+    x, weight, bias = _cast_by_autocast(x, weight, bias)
+    return mixed_linear(x, weight, bias, operands, [pair.scale for pair in pairs], mixture, chances.pop())
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,19 +183,6 @@ def weighed(hidden: Tensor, coefficient: Coefficient) -> Tensor:
     if coefficient is None:
         return hidden
     return hidden * (coefficient.to(hidden.dtype) if isinstance(coefficient, Tensor) else coefficient)
-
-
-def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair], mixture: Mixture) -> Tensor | None:
-    """The sum of a mixed batch as one node of autograd; ``None`` where that is not possible."""
-    operands = [pair.operands() for pair in pairs]
-    chances = {pair.dropout if pair.training else 0.0 for pair in pairs}
-    if None in operands or len(chances) > 1 or (mixture.slots > 1 and chances != {0.0}):
-        return None  # each pair has a dropout of its own
-    matrices: Any = operands
-    if not can_mix(x, weight, bias, matrices, mixture):
-        return None
-    x, weight, bias = _cast_by_autocast(x, weight, bias)
-    return mixed_linear(x, weight, bias, matrices, [pair.scale for pair in pairs], mixture, chances.pop())
 
 
 def _cast_by_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

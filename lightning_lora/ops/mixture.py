@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Mixture:
@@ -37,6 +37,31 @@ class Mixture:
         self.has_empty_slots = empty in self._rows
         self.rows = torch.tensor(self._rows).to(device, non_blocking=True)
         self._made: dict[object, Tensor] = {}
+        self._waves: dict[torch.dtype, list[Wave]] = {}
+
+    def waves(self, dtype: torch.dtype) -> list[Wave]:
+        """The pairs in their order, as many at once as have no sample in common; coefficients in ``dtype``."""
+        if dtype not in self._waves:
+            waves: list[list[int]] = []
+            for pair in range(self.pairs):
+                taken = {sample for each in waves[-1] for sample in self._users(each)} if waves else set()
+                if waves and taken.isdisjoint(self._users(pair)):
+                    waves[-1].append(pair)
+                else:
+                    waves.append([pair])
+            self._waves[dtype] = [Wave([self._user(pair, dtype) for pair in wave]) for wave in waves]
+        return self._waves[dtype]
+
+    def _users(self, pair: int) -> list[int]:
+        return [index for index, sample in enumerate(self.samples) if sample[pair]]
+
+    def _user(self, pair: int, dtype: torch.dtype) -> tuple[int, Tensor, Tensor | float | None]:
+        users = self._users(pair)
+        values = [self.samples[index][pair] for index in users]
+        factor: Tensor | float | None = values[0] if values and values[0] != 1 else None
+        if len(set(values)) > 1:
+            factor = torch.tensor(values, dtype=torch.float64).to(self.device, dtype)
+        return pair, torch.tensor(users, dtype=torch.long).to(self.device), factor
 
     def of_slots(self, dtype: torch.dtype, weighed: bool) -> Tensor:
         """The sums over slots, ``(pairs, samples * slots)``: 1 or the coefficient where the pair is in the slot."""
@@ -51,10 +76,11 @@ class Mixture:
         return self._made[key]
 
     def of_samples(self, dtype: torch.dtype) -> Tensor:
-        """The coefficients, ``(samples, pairs)``."""
+        """The coefficients, ``(samples, 1, pairs, 1)``."""
         key = "samples", dtype
         if key not in self._made:
-            self._made[key] = torch.tensor(self.samples, dtype=torch.float64).to(self.device, dtype)
+            values = torch.tensor(self.samples, dtype=torch.float64).view(self.size, 1, self.pairs, 1)
+            self._made[key] = values.to(self.device, dtype)
         return self._made[key]
 
     def column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -65,72 +91,149 @@ class Mixture:
         return self._made[key]
 
 
-def side_by_side(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """``matrices`` as one tensor, ``(n, rows, columns)``; those that are shorter in dimension ``dim`` end in zeros."""
-    longest = max(matrix.shape[dim] for matrix in matrices)
-    if all(matrix.shape[dim] == longest for matrix in matrices):
-        return torch.stack(list(matrices))
-    shape = list(matrices[0].shape)
-    shape[dim] = longest
-    total = matrices[0].new_zeros(len(matrices), *shape)
-    for place, matrix in zip(total, matrices, strict=True):
-        place.narrow(dim, 0, matrix.shape[dim]).copy_(matrix)
-    return total
+class Wave:
+    """Pairs that have no sample in common.
 
-
-class BySample:
-    """Products with A and B of each sample: every sample is a group of rows of its own.
-
-    A and B are copied for each sample, which costs less than the product where a sample has many positions.
+    Args:
+        users: a pair, the indices of its samples, and their coefficients: one number, a tensor, or ``None`` for 1.
     """
 
-    def __init__(
-        self, mixture: Mixture, every_A: Sequence[Tensor], every_B: Sequence[Tensor], scales: Any, dtype: torch.dtype
-    ) -> None:
-        self.mixture, self.scales, self.groups = mixture, scales, mixture.size
-        pairs = [pair for pair, _ in mixture.factors]
-        self.stacked_A = self._cast(
-            side_by_side([every_A[pair] for pair in pairs], 0), [c * scales[pair] for pair, c in mixture.factors], dtype
-        )
-        self.stacked_B = self._cast(side_by_side([every_B[pair] for pair in pairs], 1), [1.0] * len(pairs), dtype)
+    def __init__(self, users: list[tuple[int, Tensor, Tensor | float | None]]) -> None:
+        self.users = users
+        self.rows = torch.cat([rows for _, rows, _ in users])
 
-    def _cast(self, stacked: Tensor, factors: list[float], dtype: torch.dtype) -> Tensor:
-        n, rows, columns = stacked.shape
-        total = stacked.new_empty(n + self.mixture.has_empty_slots, rows, columns, dtype=dtype)
-        if set(factors) == {1.0}:
-            total[:n].copy_(stacked)
-        elif len(set(factors)) == 1:
-            torch.mul(stacked, factors[0], out=total[:n])
-        else:
-            torch.mul(stacked, self.mixture.column(factors, stacked.dtype), out=total[:n])
-        total[n:].zero_()
+    def put(self, y: Tensor, dim: int, parts: Sequence[Tensor]) -> Tensor:
+        """``y`` with the rows of each pair's samples replaced."""
+        return y.index_copy(dim, self.rows, torch.cat(list(parts), dim) if len(parts) > 1 else parts[0])
+
+
+class PairsInGroups:
+    """A and B of several pairs in one tensor each, as products with groups of rows read them.
+
+    Args:
+        mixture: which samples use which pairs.
+        every_A: of each pair, ``(r, in_features)``; r may differ.
+        every_B: of each pair, ``(out_features, r)``.
+        scales: of each pair.
+        dtype: of the products.
+
+    Attributes:
+        groups: how many groups of rows there are.
+        A: times the scale, ``(groups, rank, in_features)``, where ``rank`` is that of all pairs in a group.
+        B: ``(groups, out_features, rank)``.
+    """
+
+    groups: int
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        every_A: Sequence[Tensor],
+        every_B: Sequence[Tensor],
+        scales: Sequence[float],
+        dtype: torch.dtype,
+    ) -> None:
+        self.mixture, self.dtype = mixture, dtype
+        self.ranks = [len(A) for A in every_A]
+        self.has_one_rank = len(set(self.ranks)) == 1
+        self.scale = scales[0] if len(set(scales)) == 1 else None
+        self.scales = scales
+        self._arrange(every_A, every_B)
+
+    def _arrange(self, every_A: Sequence[Tensor], every_B: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    @property
+    def A(self) -> Tensor:
+        """``(groups, rank, in_features)``."""
+        raise NotImplementedError
+
+    @property
+    def B(self) -> Tensor:
+        """``(groups, out_features, rank)``."""
+        raise NotImplementedError
+
+    def weigh_(self, hidden: Tensor) -> Tensor:
+        """``hidden``, ``(groups, rows, rank)``, times coefficients that are not in A."""
+        raise NotImplementedError
+
+    def gradients_of_A(self, total: Tensor) -> Sequence[Tensor]:
+        """The gradient of each A by that of :attr:`A`; coefficients are in it only if :meth:`weigh_` applies them."""
+        dA = self._sum_A(total)
+        if self.scale is None:
+            dA.mul_(self.mixture.column(self.scales, dA.dtype))
+        elif self.scale != 1:
+            dA.mul_(self.scale)
+        return dA.unbind() if self.has_one_rank else [each[:r] for each, r in zip(dA, self.ranks, strict=True)]
+
+    def gradients_of_B(self, total: Tensor) -> Sequence[Tensor]:
+        """The gradient of each B by that of :attr:`B`."""
+        dB = self._sum_B(total)
+        return dB.unbind() if self.has_one_rank else [each[:, :r] for each, r in zip(dB, self.ranks, strict=True)]
+
+    def _sum_A(self, total: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _sum_B(self, total: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _side_by_side(self, matrices: Sequence[Tensor], dim: int) -> Tensor:
+        """``matrices`` as one tensor, ``(n, rows, columns)``; lower ranks, in dimension ``dim``, end in zeros."""
+        if self.has_one_rank:
+            return torch.stack(list(matrices))
+        shape = list(matrices[0].shape)
+        shape[dim] = max(self.ranks)
+        total = matrices[0].new_zeros(len(matrices), *shape)
+        for place, matrix in zip(total, matrices, strict=True):
+            place.narrow(dim, 0, matrix.shape[dim]).copy_(matrix)
         return total
 
-    def A(self) -> Tensor:
-        """A times c and the scale, ``(samples, slots * r, in_features)``."""
-        gathered = self.stacked_A.index_select(0, self.mixture.rows)
-        return gathered.view(self.groups, -1, gathered.shape[-1])
+    def _scaled(self, stacked: Tensor, factors: Sequence[float]) -> Tensor:
+        """Each matrix times its factor in :attr:`dtype`, rounded once."""
+        if set(factors) == {1.0}:
+            return stacked.to(self.dtype)
+        total = torch.empty_like(stacked, dtype=self.dtype)
+        return torch.mul(stacked, self.mixture.column(factors, stacked.dtype), out=total)
 
+
+class BySample(PairsInGroups):
+    """Every sample is a group of rows of its own, with copies of the pairs that it uses.
+
+    The copies cost less than the products where a sample has many positions.
+    """
+
+    def _arrange(self, every_A: Sequence[Tensor], every_B: Sequence[Tensor]) -> None:
+        self.groups, factors = self.mixture.size, self.mixture.factors
+        scales = [c * self.scales[pair] for pair, c in factors]
+        self.stacked_A = self._scaled(self._side_by_side([every_A[pair] for pair, _ in factors], 0), scales)
+        self.stacked_B = self._side_by_side([every_B[pair] for pair, _ in factors], 1).to(self.dtype)
+        if self.mixture.has_empty_slots:
+            self.stacked_A, self.stacked_B = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (self.stacked_A, self.stacked_B))
+
+    @property
+    def A(self) -> Tensor:
+        """Times the coefficients, too."""
+        gathered = self.stacked_A.index_select(0, self.mixture.rows)
+        return gathered if self.mixture.slots == 1 else gathered.view(self.groups, -1, gathered.shape[-1])
+
+    @property
     def B(self) -> Tensor:
-        """``(samples, out_features, slots * r)``."""
+        """As of :class:`PairsInGroups`."""
         gathered = self.stacked_B.index_select(0, self.mixture.rows)
         if self.mixture.slots == 1:
             return gathered
         return gathered.view(self.groups, self.mixture.slots, *gathered.shape[1:]).transpose(1, 2).flatten(2)
 
     def weigh_(self, hidden: Tensor) -> Tensor:
-        """``hidden``: A has the coefficients."""
+        """``hidden`` as it is."""
         return hidden
 
-    def gradients_of_A(self, total: Tensor) -> Tensor:
-        """The gradients of each A, by that of :meth:`A` without the coefficients, ``(pairs, r, in_features)``."""
+    def _sum_A(self, total: Tensor) -> Tensor:
         slots = total.view(self.groups * self.mixture.slots, -1)
         sums = self.mixture.of_slots(total.dtype, weighed=True)
-        dA = (sums @ slots).view(self.mixture.pairs, -1, total.shape[-1])
-        return scaled_by(dA, self.scales, self.mixture)
+        return (sums @ slots).view(self.mixture.pairs, -1, total.shape[-1])
 
-    def gradients_of_B(self, total: Tensor) -> Tensor:
-        """The gradients of each B, by that of :meth:`B`, ``(pairs, out_features, r)``."""
+    def _sum_B(self, total: Tensor) -> Tensor:
         slots, out_features = self.mixture.slots, total.shape[1]
         if slots > 1:
             total = total.view(self.groups, out_features, slots, -1).transpose(1, 2)
@@ -138,53 +241,37 @@ class BySample:
         return (sums @ total.reshape(self.groups * slots, -1)).view(self.mixture.pairs, out_features, -1)
 
 
-class Stacked:
-    """Products with A and B of all pairs side by side: all rows are one group, and coefficients act on ``A x``.
+class Stacked(PairsInGroups):
+    """All rows are one group, which is multiplied with all pairs; coefficients act on ``A x``.
 
-    Every row is multiplied with every pair, which costs less than a copy of the pairs for each sample where samples
-    have few positions, or pairs are few.
+    This costs less than copies of the pairs for each sample where samples have few positions, or pairs are few.
     """
 
     groups = 1
 
-    def __init__(
-        self, mixture: Mixture, every_A: Sequence[Tensor], every_B: Sequence[Tensor], scales: Any, dtype: torch.dtype
-    ) -> None:
-        self.mixture, self.scales = mixture, scales
-        stacked_A, stacked_B = side_by_side(every_A, 0), side_by_side(every_B, 1)
-        cast_A = torch.empty_like(stacked_A, dtype=dtype)
-        torch.mul(stacked_A, mixture.column(scales, stacked_A.dtype), out=cast_A)
-        self.stacked_A = cast_A.flatten(0, 1).unsqueeze(0)
-        self.stacked_B = stacked_B.to(dtype).transpose(0, 1).flatten(1).unsqueeze(0)
+    def _arrange(self, every_A: Sequence[Tensor], every_B: Sequence[Tensor]) -> None:
+        self.stacked_A = self._scaled(self._side_by_side(every_A, 0), self.scales).flatten(0, 1).unsqueeze(0)
+        self.stacked_B = self._side_by_side(every_B, 1).transpose(0, 1).flatten(1).to(self.dtype).unsqueeze(0)
 
+    @property
     def A(self) -> Tensor:
-        """A times the scale, ``(1, pairs * r, in_features)``."""
+        """As of :class:`PairsInGroups`."""
         return self.stacked_A
 
+    @property
     def B(self) -> Tensor:
-        """``(1, out_features, pairs * r)``."""
+        """As of :class:`PairsInGroups`."""
         return self.stacked_B
 
     def weigh_(self, hidden: Tensor) -> Tensor:
-        """``c * hidden`` in place, for ``hidden`` of shape ``(1, rows, pairs * r)``."""
+        """``c * hidden``, in place."""
         mixture = self.mixture
-        hidden.view(mixture.size, -1, mixture.pairs, hidden.shape[-1] // mixture.pairs).mul_(
-            mixture.of_samples(torch.promote_types(hidden.dtype, torch.float32)).view(mixture.size, 1, mixture.pairs, 1)
-        )
+        c = mixture.of_samples(torch.promote_types(hidden.dtype, torch.float32))
+        hidden.view(mixture.size, -1, mixture.pairs, max(self.ranks)).mul_(c)
         return hidden
 
-    def gradients_of_A(self, total: Tensor) -> Tensor:
-        """As of :class:`BySample`."""
-        dA = total.view(self.mixture.pairs, -1, total.shape[-1])
-        return scaled_by(dA, self.scales, self.mixture)
+    def _sum_A(self, total: Tensor) -> Tensor:
+        return total.view(self.mixture.pairs, -1, total.shape[-1])
 
-    def gradients_of_B(self, total: Tensor) -> Tensor:
-        """As of :class:`BySample`."""
+    def _sum_B(self, total: Tensor) -> Tensor:
         return total.view(total.shape[1], self.mixture.pairs, -1).transpose(0, 1).contiguous()
-
-
-def scaled_by(stacked: Tensor, scales: Sequence[float], mixture: Mixture) -> Tensor:
-    """Each matrix of ``stacked`` times its scale, in place."""
-    if len(set(scales)) > 1:
-        return stacked.mul_(mixture.column(scales, stacked.dtype))
-    return stacked if scales[0] == 1 else stacked.mul_(scales[0])

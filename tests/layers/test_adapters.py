@@ -44,11 +44,11 @@ def test_a_choice_of_one_adapter_leaves_that_alone():
 def test_coefficients_of_samples_broadcast_with_A_x():
     adapters = layer("fr", "de")
     adapters.acting.choice = Choice([{"fr": 1.0}, {}, {"fr": 0.5}], size=3)
-    ((acting, c),) = adapters.terms(torch.ones(3, 7, 4))
+    ((acting, c),) = adapters.terms(torch.ones(3, 7, 4)).for_all_samples(torch.float32)
     assert (acting, c.shape, c.flatten().tolist()) == (adapters["fr"], (3, 1, 1), [1, 0, 0.5])
-    ((_, c),) = adapters.terms(torch.zeros(3, dtype=torch.long), extra=1)
+    ((_, c),) = adapters.terms(torch.zeros(3, dtype=torch.long), extra=1).for_all_samples(torch.float32)
     assert c.shape == (3, 1), "A x of an index has a dimension more"
-    ((_, c),) = adapters.terms(torch.ones(7, 3, 4), dim=1)
+    ((_, c),) = adapters.terms(torch.ones(7, 3, 4), dim=1).for_all_samples(torch.float32)
     assert c.shape == (3, 1)
 
 

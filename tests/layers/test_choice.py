@@ -20,11 +20,12 @@ def test_a_list_of_equal_entries_is_one_choice_for_the_batch():
     assert not Choice([{"fr": 1.0}], present=frozenset({"de"})).is_uniform, "`de` must get a gradient of zeros"
 
 
-def test_coefficients_are_those_of_the_samples():
+def test_a_mixture_has_the_coefficients_of_the_samples():
     choice = Choice([{"fr": 1.0}, {"de": 0.5}, {}], size=3)
     assert choice.names == {"fr", "de"}
-    assert choice.coefficients("fr", CPU).tolist() == [1, 0, 0]
-    assert choice.coefficients("de", CPU).tolist() == [0, 0.5, 0]
+    mixture = choice.mixture(("fr", "de"), CPU)
+    assert mixture.of_samples(torch.float32).view(3, 2).tolist() == [[1, 0], [0, 0.5], [0, 0]]
+    assert choice.mixture(("fr", "de"), CPU) is mixture, "layers share it"
 
 
 @pytest.mark.parametrize("samples", [1, 3, CAPACITY + 5])

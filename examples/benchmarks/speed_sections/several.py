@@ -21,9 +21,10 @@ from speed_sections.timing import Step, in_turns, threads
 from speed_sections.training import training
 
 R, FEW, MANY = 16, 8, 64
-ONE, CHOSEN = f"{OURS}, one adapter", f"{OURS}, {FEW} adapters, one chosen"
+ONE, CHOSEN = f"{OURS}, one adapter", f"{OURS}, one of several chosen"
 PEFT_MIXED = f"peft, {FEW} adapters, mixed"
 Make = Callable[[], nn.Module]
+Starts = dict[str, Start]
 Choose = Callable[[nn.Module], AbstractContextManager[object]]
 
 
@@ -85,16 +86,15 @@ def inference_step(shape: tuple[int, int], choose: Choose, model: nn.Module, **a
 
 
 def rows_of(
-    step: Callable[..., Step], batch: int, make: Callable[[], nn.Module], counts: list[int]
+    step: Callable[..., Step], batch: int, make: Make, loaded: nn.Module, counts: list[int]
 ) -> dict[str, Start]:
-    """This package with one adapter, with one of several, and mixed."""
-    rows: dict[str, Start] = {
+    """This package with one adapter; and with many, of which one or several are chosen."""
+    rows: Starts = {
         ONE: lambda: step(nothing, several_adapters(make(), 1, EVERY)),
-        CHOSEN: lambda: step(first_alone, several_adapters(make(), FEW, EVERY)),
+        CHOSEN: lambda: step(first_alone, loaded),
     }
     for count in counts:
-        choose = partial(by_sample, batch, count)
-        rows[mixed_row(count)] = lambda count=count, choose=choose: step(choose, several_adapters(make(), count, EVERY))
+        rows[mixed_row(count)] = lambda count=count: step(partial(by_sample, batch, count), loaded)
     return rows
 
 
@@ -120,25 +120,26 @@ def several(settings: Settings) -> list[str]:
     """Steps and forward passes of 64 rows; then the host's time."""
     size, batch, counts = ("tiny", 4, [2]) if settings.small else ("1.1 B", 64, [FEW, MANY])
     make, lines = partial(llama, size), []
+    loaded = several_adapters(make(), max(counts), EVERY)
     for length in [8] if settings.small else [128, 512]:
         step = partial(training_step, (batch, length))
-        starts: dict[str, Start] = {
+        starts: Starts = {
+            **rows_of(step, batch, make, loaded, counts),
             BOUND: lambda step=step: step(nothing, frozen_but(make(), first_norm)),
             FULL: lambda step=step: step(nothing, make()),
             PEFT_BF16: lambda step=step: step(nothing, adapted_by_peft(make(), EVERY, R)),
-            **rows_of(step, batch, make, counts),
         }
         title = f"Several adapters, a step: {shapes(size, batch, length)}"
-        lines += compared(title, starts, settings.windows(5, 4), settings, counts)
+        lines += compared(title, starts, settings.windows(3, 3), settings, counts)
     for length in [8] if settings.small else [1, 32, 256]:
         step = partial(inference_step, (batch, length))
         starts = {
+            **rows_of(step, batch, make, loaded, counts),
             BOUND: lambda step=step: step(nothing, make()),
             PEFT_MIXED: lambda length=length: peft_inference((batch, length), make),
-            **rows_of(step, batch, make, counts),
         }
         title = f"Several adapters, a forward pass: {shapes(size, batch, length)}"
-        lines += compared(title, starts, settings.windows(7, 8), settings, counts)
+        lines += compared(title, starts, settings.windows(5, 4), settings, counts)
     return [*lines, *host_time(settings)]
 
 
@@ -146,9 +147,7 @@ def shapes(size: str, batch: int, length: int) -> str:
     return f"shapes of Llama, {size}, {batch} x {length} tokens, r = {R} on all projections"
 
 
-def compared(
-    title: str, starts: dict[str, Start], windows: Windows, settings: Settings, counts: list[int]
-) -> list[str]:
+def compared(title: str, starts: Starts, windows: Windows, settings: Settings, counts: list[int]) -> list[str]:
     rows = measure(starts, windows, settings)
     lines = table(title, rows, settings)
     for name in [CHOSEN, *map(mixed_row, counts)]:
