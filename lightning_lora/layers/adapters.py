@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter, Pairs
-from lightning_lora.layers.choice import Acting, Choice, Weights, default_table, traced_coefficient
-from lightning_lora.layers.terms import MixedTerms, Terms
+from lightning_lora.layers.choice import (
+    Acting,
+    Choice,
+    Weights,
+    default_table,
+    traced_coefficient,
+    traced_coefficient_of_batch,
+)
+from lightning_lora.layers.mixed.terms import MixedTerms, Terms
 
 
 class Adapters(nn.ModuleDict):
@@ -121,7 +128,8 @@ class Adapters(nn.ModuleDict):
         for column, name in enumerate(self._modules):
             c = None
             if table is not None:
-                c = traced_coefficient(table, column, shape[0]).view(shape) if shape else table[0, column]
+                of_samples = traced_coefficient(table, column, shape[0]).view(shape) if shape else None
+                c = traced_coefficient_of_batch(table, column) if of_samples is None else of_samples
             terms += [(pair, c) for pair in self.pairs_of(name)]
         return terms
 

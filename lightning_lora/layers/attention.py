@@ -18,8 +18,8 @@ from lightning_lora.layers.merged_forward import (
     can_use_merged_weights,
     has_active_adapters,
 )
+from lightning_lora.layers.mixed.terms import add_terms, of_part
 from lightning_lora.layers.summed_weight import summed_weight
-from lightning_lora.layers.terms import add_terms, of_part
 from lightning_lora.layers.weight_view import Rows, WeightPart
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.terms import add_terms
+from lightning_lora.layers.mixed.terms import add_terms
 from lightning_lora.ops.linear import Coefficient, weighed
 
 

@@ -37,6 +37,7 @@ class Choice:
     Attributes:
         is_uniform: whether every sample has the same coefficients.
         names: of the adapters that take part.
+        blocks: shapes of the inputs of the blocks around experts, by the ``id`` of the experts' adapters.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Choice:
         self.began_with_grad = torch.is_grad_enabled()
         self._made: dict[object, Tensor] = {}
         self._mixtures: dict[object, Mixture] = {}
+        self.blocks: dict[int, set[torch.Size]] = {}
 
     def weight_of(self, name: str) -> float:
         """The coefficient of the adapter ``name`` in a uniform choice."""
@@ -68,6 +70,13 @@ class Choice:
             samples = [[sample.get(name, 0.0) for name in names] for sample in self.samples]
             self._mixtures[key] = Mixture(samples, device)
         return self._mixtures[key]
+
+    def groups(self, names: tuple[str, ...]) -> dict[tuple[tuple[str, float], ...], list[int]]:
+        """The samples that have the same coefficients of ``names``, by these."""
+        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            groups.setdefault(tuple((name, sample[name]) for name in names if sample.get(name)), []).append(index)
+        return groups
 
     def table(self, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The coefficients of ``names`` as one tensor of fixed size, which compiled code takes as an input.
@@ -133,15 +142,19 @@ class Acting(threading.local):
 
     Attributes:
         choice: of this thread; ``None`` without one.
+        only: a choice that goes before all others, while a layer calls its code for some samples.
         table: its coefficients for compiled code.
     """
 
     def __init__(self, default: Choice | None = None, table: Tensor | None = None) -> None:
         self.default, self.table = default, table  # a new thread calls this with the same arguments
         self.choice: Choice | None = None
+        self.only: Choice | None = None
 
     def now(self) -> Choice | None:
         """What acts in the call of the layer that runs now."""
+        if self.only is not None:
+            return self.only
         choice = self.choice
         if backward_id() < 0:
             if choice is None:
@@ -167,6 +180,12 @@ def traced_coefficient(table: Tensor, column: int, size: int) -> Tensor:
     index = torch.arange(size, device=table.device).clamp(max=table.shape[0] - 1)
     wrong = (table[0, -1] >= 0) & (table[0, -1] != size)
     return torch.where(wrong, float("nan"), table[:, column].index_select(0, index))
+
+
+def traced_coefficient_of_batch(table: Tensor, column: int) -> Tensor:
+    """The coefficient of one adapter for the whole batch; NaN where its samples differ, as above."""
+    column_values = table[:, column]
+    return torch.where((column_values == column_values[0]).all(), column_values[0], float("nan"))
 
 
 def default_table(strengths: Mapping[str, float], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import merged_weight
-from lightning_lora.layers.terms import MixedTerms, add_terms
+from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.fused_embedding import can_fuse_embedding, fused_embedding
 from lightning_lora.ops.linear import Coefficient, add_low_rank_term, weighed

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.source_code import is_library, is_linear_forward
 from lightning_lora.layers.summed_weight import summed_weight
-from lightning_lora.layers.terms import MixedTerms, add_terms
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, fuse_mixed, linear, linear_by_choice
 from lightning_lora.ops.shared_input import SharedInputGroup

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, adapted_layers
 from lightning_lora.layers.choice import Choice, Weights
+from lightning_lora.layers.mixed.experts import watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
 from lightning_lora.model.record import is_merged
@@ -26,9 +27,9 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
     Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
     the second forward acts as the first. What no sample used gets no gradient. A list chooses for each sample of the
     batch; then layers that compute with their weight alone (recurrent layers, parameters that are adapted by name)
-    are refused, as are layers whose first dimension is not the batch. Under ``torch.compile`` one graph serves every
-    choice; where the batch is not as long as the list, compiled code gives NaN. Trained biases and ``also_train``
-    modules are the same for all adapters; :func:`disable_lora` takes these off too.
+    are refused, as are layers whose first dimension is not the batch. Experts in one parameter are called once for
+    each choice. Under ``torch.compile`` one graph serves every choice; what is refused in eager mode gives NaN.
+    Trained biases and ``also_train`` modules are the same for all adapters; :func:`disable_lora` takes these off too.
 
     Args:
         model: a module with live adapters, or any part of one.
@@ -85,9 +86,11 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         layers={id(layer.lora): name for name, layer in layers} if by_sample else {},
         is_ambiguous=by_sample and any(getattr(module, "batch_first", None) is False for module in model.modules()),
     )
-    for _, layer in layers:
+    for name, layer in layers:
         if len(layer.lora):
             _set(layer, choice, undo)
+            if by_sample and not choice.is_uniform and name:
+                watch_batch(layer, model.get_submodule(name.rpartition(".")[0]), choice, undo)
 
 
 def _set(layer: LoRALayer, choice: Choice, undo: Undo) -> None:
