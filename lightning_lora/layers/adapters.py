@@ -65,9 +65,11 @@ class Adapters(nn.ModuleDict):
         """What acts now; ``None`` if every adapter does, fully."""
         return None if self.acting is None or torch.compiler.is_compiling() else self.acting.now()
 
-    def has_choice(self) -> bool:
-        """Whether not every adapter acts fully now, or compiled code must serve every choice."""
-        return self.acting is not None and (torch.compiler.is_compiling() or self.acting.now() is not None)
+    def acts_by_default(self) -> bool:
+        """Whether this thread made no choice; under a compiler, whether none was ever made."""
+        if self.acting is None:
+            return True
+        return not torch.compiler.is_compiling() and self.acting.now() is self.acting.default
 
     def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms | MixedTerms:
         """The pairs that act on the input ``x``, each with its coefficient.
@@ -139,6 +141,16 @@ class Adapters(nn.ModuleDict):
         for adapter in self.all_pairs():
             pairs.setdefault(adapter.part.key, []).append(adapter)
         return pairs
+
+    def summed(self, key: str) -> list[Adapter]:
+        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part."""
+        if self.acting is None:
+            return [pair for pair in self.all_pairs() if pair.part.key == key]
+        strengths = self.strengths_now()
+        if set(strengths.values()) - {0.0, 1.0}:
+            return []
+        acting = [pair for name, strength in strengths.items() if strength for pair in self.pairs_of(name)]
+        return [pair for pair in acting if pair.part.key == key]
 
     def to_merge(self, factors: Weights | None = None) -> dict[str, list[Adapter]]:
         """The pairs whose sum is merged into each parameter, by its name.
