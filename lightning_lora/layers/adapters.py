@@ -179,7 +179,8 @@ class Adapters(nn.ModuleDict):
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""
-        device = next((pair.A.device for pair in self.all_pairs()), None)
+        name = next(iter(self._modules), None)
+        device = None if name is None else self.pairs_of(name)[0].A.device
         return None if device is None or device.type == "meta" else device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:

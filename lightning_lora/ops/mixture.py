@@ -60,8 +60,8 @@ class Mixture:
         values = [self.samples[index][pair] for index in users]
         factor: Tensor | float | None = values[0] if values and values[0] != 1 else None
         if len(set(values)) > 1:
-            factor = torch.tensor(values, dtype=torch.float64).to(self.device, dtype)
-        return pair, torch.tensor(users, dtype=torch.long).to(self.device), factor
+            factor = torch.tensor(values, dtype=torch.float64).to(self.device, dtype, non_blocking=True)
+        return pair, torch.tensor(users, dtype=torch.long).to(self.device, non_blocking=True), factor
 
     def of_slots(self, dtype: torch.dtype, weighed: bool) -> Tensor:
         """The sums over slots, ``(pairs, samples * slots)``: 1 or the coefficient where the pair is in the slot."""
@@ -72,7 +72,7 @@ class Mixture:
                 if row < len(self.factors):
                     pair, c = self.factors[row]
                     sums[pair, column] = c if weighed else 1.0
-            self._made[key] = sums.to(self.device, dtype)
+            self._made[key] = sums.to(self.device, dtype, non_blocking=True)
         return self._made[key]
 
     def of_samples(self, dtype: torch.dtype) -> Tensor:
@@ -80,14 +80,15 @@ class Mixture:
         key = "samples", dtype
         if key not in self._made:
             values = torch.tensor(self.samples, dtype=torch.float64).view(self.size, 1, self.pairs, 1)
-            self._made[key] = values.to(self.device, dtype)
+            self._made[key] = values.to(self.device, dtype, non_blocking=True)
         return self._made[key]
 
     def column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """``values`` on the device, ``(len(values), 1, 1)``."""
         key = "column", dtype, tuple(values)
         if key not in self._made:
-            self._made[key] = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1).to(self.device, dtype)
+            column = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
+            self._made[key] = column.to(self.device, dtype, non_blocking=True)
         return self._made[key]
 
 

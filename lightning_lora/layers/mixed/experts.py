@@ -38,18 +38,17 @@ class LoRAExperts(LoRAParameterHolder):
         return _by_choice(self, forward, choice, count, (args, kwargs)) if count else forward(*args, **kwargs)
 
 
-def watch_batch(layer: LoRALayer, block: nn.Module, choice: Choice, undo: Undo) -> None:
+def watch_batch(layer: LoRAExperts, block: nn.Module, choice: Choice, undo: Undo) -> None:
     """Note the shapes of the inputs of ``block``, which contains ``layer``, as long as ``choice`` holds.
 
     Args:
-        layer: experts, or any other layer, which is ignored.
+        layer: the experts.
         block: the module that has ``layer`` as its child.
         choice: gets the shapes.
         undo: gets the function that ends it.
     """
-    if isinstance(layer, LoRAExperts):
-        shapes = choice.blocks.setdefault(id(layer.lora), set())
-        undo.append(block.register_forward_pre_hook(partial(_note, shapes), with_kwargs=True).remove)
+    shapes = choice.blocks.setdefault(id(layer.lora), set())
+    undo.append(block.register_forward_pre_hook(partial(_note, shapes), with_kwargs=True).remove)
 
 
 def _note(shapes: set[torch.Size], block: nn.Module, args: Any, kwargs: Any) -> None:

@@ -8,15 +8,16 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.layers.base import LoRALayer, adapted_layers
-from lightning_lora.layers.choice import Choice, Weights
-from lightning_lora.layers.mixed.experts import watch_batch
+from lightning_lora.layers.adapters import Adapters as LayerAdapters
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.choice import Acting, Choice, Weights
+from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
-from lightning_lora.model.record import is_merged
-from lightning_lora.names import nearest
+from lightning_lora.model.record import is_merged_layer
+from lightning_lora.names import clean, nearest
 
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
 
@@ -68,11 +69,12 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         undo: gets the functions that undo it.
         present: names that take part in the graph also where no sample uses them, with gradients of zeros.
     """
-    complete_undo(model)
-    if is_merged(model):
+    modules = _modules(model)
+    complete_undo(model, modules.values())
+    if any(map(is_merged_layer, modules.values())):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `use_adapters`.")
-    layers = list(adapted_layers(model))
-    names = list(dict.fromkeys(name for _, layer in layers for name in layer.lora))
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.lora._modules))
     if not names:
         raise ValueError("The model has no adapters to choose from: call `apply_lora` first.")
     by_sample = isinstance(adapters, Sequence) and not isinstance(adapters, str)
@@ -83,30 +85,43 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         samples,
         size=len(samples) if by_sample else None,
         present=frozenset(present),
-        layers={id(layer.lora): name for name, layer in layers} if by_sample else {},
-        is_ambiguous=by_sample and any(getattr(module, "batch_first", None) is False for module in model.modules()),
+        layers={id(layer.lora): clean(name) for name, layer in layers.items()} if by_sample else {},
+        is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
     )
-    for name, layer in layers:
-        if len(layer.lora):
-            _set(layer, choice, undo)
-            if by_sample and not choice.is_uniform and name:
-                watch_batch(layer, model.get_submodule(name.rpartition(".")[0]), choice, undo)
+    for name, layer in layers.items():
+        if layer.lora._modules:
+            _set(layer.lora, choice, undo)
+            if by_sample and isinstance(layer, LoRAExperts) and name:
+                watch_batch(layer, modules[name.rpartition(".")[0]], choice, undo)
 
 
-def _set(layer: LoRALayer, choice: Choice, undo: Undo) -> None:
-    if layer.lora.acting is None:
-        layer.lora.prepare_choices()
-    acting, device = layer.lora.acting, layer.lora.device()
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its first name, without those of adapters: one short walk, as a run chooses in every step."""
+    modules: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        seen.add(id(module))
+        modules[name] = module
+        for key, child in module._modules.items():
+            if child is not None and id(child) not in seen and not isinstance(child, LayerAdapters):
+                visit(f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    return modules
+
+
+def _set(adapters: LayerAdapters, choice: Choice, undo: Undo) -> None:
+    if adapters.acting is None:
+        adapters.prepare_choices()
+    acting, device = adapters.acting, adapters.device()
     assert acting is not None
-    before = {"choice": acting.choice, "table": acting.table}
-    undo.append(partial(_put, acting, before))
-    table = None if device is None else choice.table(tuple(layer.lora), device)
-    _put(acting, {"choice": choice, "table": table})
+    undo.append(partial(_put, acting, acting.choice, acting.table))
+    _put(acting, choice, None if device is None else choice.table(tuple(adapters._modules), device))
 
 
-def _put(acting: Any, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(acting, key, value)
+def _put(acting: Acting, choice: Choice | None, table: Tensor | None) -> None:
+    acting.choice, acting.table = choice, table
 
 
 def _weights(adapters: Any, names: list[str]) -> Weights:
