@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
-from lightning_lora.ops.fused_linear import can_fuse, undropped
+from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, undropped
 from lightning_lora.ops.mixture import BySample, Mixture, PairsInGroups, Stacked
 from lightning_lora.ops.products import as_matrix, batched_matmul, like
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
@@ -26,7 +26,8 @@ def can_mix(
         bool(mixture.factors)
         and x.dim() > 1
         and x.shape[0] == mixture.size
-        and all(can_fuse(x, weight, bias, A, B) for A, B in matrices)
+        and can_fuse(x, weight, bias, *matrices[0])
+        and all(type(A) in PLAIN_CLASSES and type(B) in PLAIN_CLASSES for A, B in matrices)
     )
 
 
