@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from copy import copy
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from lightning_lora.layers.choice import (
     traced_coefficient_of_batch,
 )
 from lightning_lora.layers.mixed.terms import MixedTerms, Terms
+
+_LOCK = threading.Lock()
 
 
 class Adapters(nn.ModuleDict):
@@ -171,11 +174,30 @@ class Adapters(nn.ModuleDict):
         return {name: self.strengths.get(name, 1.0) for name in self._modules}
 
     def prepare_choices(self) -> None:
-        """Called when adapters came or went, and before the first choice: none is made now."""
-        strengths = self.strengths_now()
+        """Called when adapters came or went, when strengths changed, and before the first choice."""
+        strengths, device = self.strengths_now(), self.device()
         default = Choice([strengths]) if set(strengths.values()) - {1.0} else None
-        device = self.device()
-        self.acting = Acting(default, None if device is None else default_table(strengths, device))
+        table = None if device is None else default_table(strengths, device)
+        with _LOCK:  # two threads may make their first choices at once
+            if self.acting is None:
+                self.acting = Acting(default, table)
+            else:
+                self.acting.set_default(default, table)
+        self.acting.make_table(tuple(self._modules), device)
+
+    def begin(self, choice: Choice) -> None:
+        """Let ``choice`` hold in this thread."""
+        if self.acting is None:
+            self.prepare_choices()
+        assert self.acting is not None
+        self.acting.begin(choice)
+        self.acting.make_table(tuple(self._modules), self.device())
+
+    def end(self, choice: Choice) -> None:
+        """Let ``choice`` hold no longer."""
+        if self.acting is not None:
+            self.acting.end(choice)
+            self.acting.make_table(tuple(self._modules), self.device())
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""
@@ -187,8 +209,8 @@ class Adapters(nn.ModuleDict):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.device()
         if self.acting is not None and device is not None:
-            table = self.acting.table
-            self.acting.table = default_table(self.strengths_now(), device) if table is None else table.to(device)
+            self.acting.set_default(self.acting.default, default_table(self.strengths_now(), device))
+            self.acting.make_table(tuple(self._modules), device)
         return self
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer, parameter_of
-from lightning_lora.layers.choice import Acting, Choice
+from lightning_lora.layers.choice import Choice
 from lightning_lora.layers.parameter import LoRAParameterHolder
 from lightning_lora.layers.restoring import Undo
 from lightning_lora.ops.stacked import StackedSum
@@ -85,7 +85,8 @@ def _by_choice(
     for weights, samples in choice.groups(tuple(layer.lora._modules)).items():
         rows = _rows(samples, count // len(choice.samples), device)
         args, kwargs = _selected(arguments, rows)
-        outputs.append(_with_choice(acting, Choice([dict(weights)]), forward, args, kwargs))
+        with acting.only(Choice([dict(weights)])):
+            outputs.append(forward(*args, **kwargs))
         order.append(rows)
     if not all(isinstance(y, Tensor) and len(y) == len(rows) for y, rows in zip(outputs, order, strict=True)):
         choice.check_uniform(layer.lora)
@@ -93,16 +94,6 @@ def _by_choice(
     for nothing in _unused(layer, choice):
         total = total + nothing
     return total
-
-
-def _with_choice(
-    acting: Acting, choice: Choice, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
-    acting.only = choice
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        acting.only = None
 
 
 def _unused(layer: LoRALayer, choice: Choice) -> Iterator[Tensor]:

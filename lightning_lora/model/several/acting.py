@@ -8,11 +8,11 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.layers.adapters import Adapters as LayerAdapters
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.choice import Acting, Choice, Weights
+from lightning_lora.layers.choice import Choice, Weights
 from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
@@ -90,7 +90,8 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
     )
     for name, layer in layers.items():
         if layer.lora._modules:
-            _set(layer.lora, choice, undo)
+            undo.append(partial(layer.lora.end, choice))
+            layer.lora.begin(choice)
             if by_sample and isinstance(layer, LoRAExperts) and name:
                 watch_batch(layer, modules[name.rpartition(".")[0]], choice, undo)
 
@@ -109,19 +110,6 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit("", model)
     return modules
-
-
-def _set(adapters: LayerAdapters, choice: Choice, undo: Undo) -> None:
-    if adapters.acting is None:
-        adapters.prepare_choices()
-    acting, device = adapters.acting, adapters.device()
-    assert acting is not None
-    undo.append(partial(_put, acting, acting.choice, acting.table))
-    _put(acting, choice, None if device is None else choice.table(tuple(adapters._modules), device))
-
-
-def _put(acting: Acting, choice: Choice | None, table: Tensor | None) -> None:
-    acting.choice, acting.table = choice, table
 
 
 def _weights(adapters: Any, names: list[str]) -> Weights:

@@ -124,7 +124,7 @@ def test_what_is_noted_ends_with_the_block():
     with use_adapters(model, ENTRIES):
         assert len(model._forward_pre_hooks) == 1
     assert not model._forward_pre_hooks
-    assert model.experts.lora.acting.only is None
+    assert model.experts.lora.acting.now() is None
 
 
 def test_a_choice_for_the_whole_batch_calls_the_experts_once(monkeypatch):
