@@ -245,7 +245,8 @@ class BySample(PairsInGroups):
 class Stacked(PairsInGroups):
     """All rows are one group, which is multiplied with all pairs; coefficients act on ``A x``.
 
-    This costs less than copies of the pairs for each sample where samples have few positions, or pairs are few.
+    This costs less than copies of the pairs for each sample where samples have few positions, or pairs are few. Unlike
+    copies it lets values of a pair that are not finite reach every sample, as NaN.
     """
 
     groups = 1

@@ -26,11 +26,15 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
     """Inside the ``with`` block only these adapters of ``model`` act: one, several with weights, or none.
 
     Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
-    the second forward acts as the first. What no sample used gets no gradient. A list chooses for each sample of the
-    batch; then layers that compute with their weight alone (recurrent layers, parameters that are adapted by name)
-    are refused, as are layers whose first dimension is not the batch. Experts in one parameter are called once for
-    each choice. Under ``torch.compile`` one graph serves every choice; what is refused in eager mode gives NaN.
-    Trained biases and ``also_train`` modules are the same for all adapters; :func:`disable_lora` takes these off too.
+    the second forward acts as the first. What no sample used gets no gradient. Trained biases and ``also_train``
+    modules are the same for all adapters; :func:`disable_lora` takes these off too.
+
+    A list chooses for each sample of the batch; with beam search, for each beam. Then layers that compute with their
+    weight alone (recurrent layers, parameters that are adapted by name) are refused, as are layers whose first
+    dimension is not the batch. Experts in one parameter are called once for each choice.
+
+    Under ``torch.compile`` one graph serves every choice, and what is refused in eager mode gives NaN. An activation
+    checkpoint around compiled code repeats it with the choice of the moment: compile the code around the checkpoint.
 
     Args:
         model: a module with live adapters, or any part of one.
