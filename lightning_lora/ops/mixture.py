@@ -28,7 +28,7 @@ class Mixture:
         used = [[(pair, c) for pair, c in enumerate(sample) if c] for sample in samples]
         self.samples, self.device = samples, device
         self.size, self.pairs = len(samples), len(samples[0])
-        self.slots = max(1, *map(len, used)) if len(used) > 1 else max(1, len(used[0]))
+        self.slots = max([1, *map(len, used)])
         self.factors = list(dict.fromkeys(factor for sample in used for factor in sample))
         places = {factor: row for row, factor in enumerate(self.factors)}
         empty = len(self.factors)

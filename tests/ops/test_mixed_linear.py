@@ -84,8 +84,28 @@ def test_a_sample_in_a_mixed_batch_is_that_sample_alone(products, samples, dtype
 
 
 @both_ways
+@pytest.mark.parametrize("shape", [(5, 6), (5, 2, 3, 6)])
+def test_samples_of_one_position_and_of_several_dimensions(products, shape):
+    x, weight, bias, pairs = tensors(shape=shape)
+    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), Mixture(SAMPLES["weights"], DEVICE), products=products)
+    expected = reference(x, weight, bias, pairs, (1, 1, 1), SAMPLES["weights"])
+    torch.testing.assert_close(y, expected)
+    for got, wanted in zip(gradients(y, x, pairs), gradients(expected, x, pairs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@both_ways
+def test_a_pair_of_higher_rank_that_no_sample_uses_gets_zeros(products):
+    x, weight, bias, pairs = tensors(ranks=(2, 2, 5))
+    mixture = Mixture([[1, 0, 0], [0, 1, 0]] * 2 + [[0, 0, 0]], DEVICE)
+    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, products=products)
+    *_, dA, dB = torch.autograd.grad(y.sum(), [x, *(matrix for pair in pairs for matrix in pair)])
+    assert dA.shape == (5, 6) and not dA.any() and dB.shape == (4, 5) and not dB.any()
+
+
+@both_ways
 def test_gradients_of_every_order(products):
-    x, weight, bias, pairs = tensors(ranks=(2, 1, 2))
+    x, weight, bias, pairs = tensors(ranks=(2, 1, 1), shape=(5, 2, 3), out=2)
     mixture = Mixture(SAMPLES["several of one sample"], DEVICE)
 
     def function(x, *matrices):
@@ -100,7 +120,7 @@ def test_gradients_of_every_order(products):
 
 @both_ways
 def test_dropout_has_one_mask_in_both_passes(products):
-    x, weight, bias, pairs = tensors()
+    x, weight, bias, pairs = tensors(ranks=(1, 1, 1), shape=(5, 2, 3), out=2)
     mixture = Mixture(SAMPLES["one each"], DEVICE)
 
     def function(x, *matrices):
