@@ -46,11 +46,10 @@ ROWS = {
         'lightning_lora, base_dtype="bf16"',
     ],
     "layers": [*LAYERS, "Conv2d 64 -> 128, 3 x 3, 2 images of 14 x 14"],
-    "several": [
-        *(*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"),
-        *(*SEVERAL, "bound", "peft, 8 adapters, mixed"),
-        *(f"{name}, host" for name in SEVERAL),
-    ],
+    "several": [*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"],
+    "several-long": [*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"],
+    "several-inference": [*SEVERAL, "bound", "peft, 8 adapters, mixed"],
+    "several-host": SEVERAL,
     "several-paths": ["64, 64, 2, 2", "64, 64, 2, 2"],
     "small": [
         *("bound", "full fine-tuning", "peft, fp32 adapters", "lightning_lora"),
@@ -64,7 +63,7 @@ ROWS = {
     "merge": ["peft", "lightning_lora"],
     "files": ["lightning-lora merge", "peft merge_and_unload"],
 }
-FAST = ("embedding", "several-paths", "injection", "inference", "host", "merge")
+FAST = ("embedding", "several-host", "several-paths", "injection", "inference", "host", "merge")
 
 
 class SmallResNet(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, use_adapters
 from speed_sections.adapters import adapted_by_peft, frozen_but, with_trained_B
 from speed_sections.bars import at_most
-from speed_sections.comparison import table
+from speed_sections.comparison import heading, table
 from speed_sections.decoders import EVERY, first_norm, llama
 from speed_sections.host import PROJECTIONS, Block, paths_of_gpus
 from speed_sections.rows import BOUND, FULL, PEFT_BF16, Rows, Start, measure
@@ -85,16 +85,14 @@ def inference_step(shape: tuple[int, int], choose: Choose, model: nn.Module, **a
     return step
 
 
-def rows_of(
-    step: Callable[..., Step], batch: int, make: Make, loaded: nn.Module, counts: list[int]
-) -> dict[str, Start]:
+def rows_of(step: Callable[..., Step], batch: int, make: Make, model: nn.Module, counts: list[int]) -> Starts:
     """This package with one adapter; and with many, of which one or several are chosen."""
     rows: Starts = {
         ONE: lambda: step(nothing, several_adapters(make(), 1, EVERY)),
-        CHOSEN: lambda: step(first_alone, loaded),
+        CHOSEN: lambda: step(first_alone, model),
     }
     for count in counts:
-        rows[mixed_row(count)] = lambda count=count: step(partial(by_sample, batch, count), loaded)
+        rows[mixed_row(count)] = lambda count=count: step(partial(by_sample, batch, count), model)
     return rows
 
 
@@ -116,31 +114,54 @@ def peft_inference(shape: tuple[int, int], make: Callable[[], nn.Module]) -> Ste
     return inference_step(shape, nothing, model, **arguments)
 
 
+@cache
+def loaded(size: str) -> nn.Module:
+    """A model with many adapters, for all sections."""
+    return several_adapters(llama(size), FEW if size == "tiny" else MANY, EVERY)
+
+
+def sizes(settings: Settings) -> tuple[str, int, list[int]]:
+    """The size of the model, rows, and how many adapters are mixed."""
+    return ("tiny", 4, [2]) if settings.small else ("1.1 B", 64, [FEW, MANY])
+
+
 def several(settings: Settings) -> list[str]:
-    """Steps and forward passes of 64 rows; then the host's time."""
-    size, batch, counts = ("tiny", 4, [2]) if settings.small else ("1.1 B", 64, [FEW, MANY])
-    make, lines = partial(llama, size), []
-    loaded = several_adapters(make(), max(counts), EVERY)
-    for length in [8] if settings.small else [128, 512]:
-        step = partial(training_step, (batch, length))
-        starts: Starts = {
-            **rows_of(step, batch, make, loaded, counts),
-            BOUND: lambda step=step: step(nothing, frozen_but(make(), first_norm)),
-            FULL: lambda step=step: step(nothing, make()),
-            PEFT_BF16: lambda step=step: step(nothing, adapted_by_peft(make(), EVERY, R)),
-        }
-        title = f"Several adapters, a step: {shapes(size, batch, length)}"
-        lines += compared(title, starts, settings.windows(3, 3), settings, counts)
+    """Steps on 64 rows of 128 tokens."""
+    return steps(settings, 8 if settings.small else 128)
+
+
+def several_long(settings: Settings) -> list[str]:
+    """Steps on 64 rows of 512 tokens."""
+    return steps(settings, 8 if settings.small else 512)
+
+
+def steps(settings: Settings, length: int) -> list[str]:
+    size, batch, counts = sizes(settings)
+    make, step = partial(llama, size), partial(training_step, (batch, length))
+    starts: Starts = {
+        **rows_of(step, batch, make, loaded(size), counts),
+        BOUND: lambda: step(nothing, frozen_but(make(), first_norm)),
+        FULL: lambda: step(nothing, make()),
+        PEFT_BF16: lambda: step(nothing, adapted_by_peft(make(), EVERY, R)),
+    }
+    title = f"Several adapters, a step: {shapes(size, batch, length)}"
+    return compared(title, starts, settings.windows(3, 3), settings, counts)
+
+
+def several_inference(settings: Settings) -> list[str]:
+    """Forward passes on 64 rows: one token, as with a cache, and more."""
+    (size, batch, counts), lines = sizes(settings), []
+    make = partial(llama, size)
     for length in [8] if settings.small else [1, 32, 256]:
         step = partial(inference_step, (batch, length))
-        starts = {
-            **rows_of(step, batch, make, loaded, counts),
+        starts: Starts = {
+            **rows_of(step, batch, make, loaded(size), counts),
             BOUND: lambda step=step: step(nothing, make()),
             PEFT_MIXED: lambda length=length: peft_inference((batch, length), make),
         }
         title = f"Several adapters, a forward pass: {shapes(size, batch, length)}"
         lines += compared(title, starts, settings.windows(5, 4), settings, counts)
-    return [*lines, *host_time(settings)]
+    return lines
 
 
 def shapes(size: str, batch: int, length: int) -> str:
@@ -159,7 +180,7 @@ def ratio(rows: Rows, name: str, reference: str) -> float:
     return rows[name].ms / rows[reference].ms
 
 
-def host_time(settings: Settings) -> list[str]:
+def several_host(settings: Settings) -> list[str]:
     """Python and launches of a layer, as in the section "host"."""
     blocks, windows, batch = (1, Windows(2, 1), 4) if settings.tiny else (6, Windows(15, 12), 64)
     counts = [2] if settings.tiny else [FEW, MANY]
@@ -172,12 +193,11 @@ def host_time(settings: Settings) -> list[str]:
                 step()
         times = in_turns(steps, windows, summary=min)
     us = {name: ms * 1000 / (blocks * len(PROJECTIONS)) for name, ms in times.items()}
-    lines = [f"Host time of a layer, forward and backward: CPU, one thread, r = {R}, {batch} rows", ""]
-    lines += ["| | us |", "|---|---|", *(f"| {name}, host | {value:.0f} |" for name, value in us.items()), ""]
-    return [
-        *lines,
-        at_most(f"{mixed_row(counts[0])}, host time over that of one adapter", us[mixed_row(counts[0])] / us[ONE], 3.0),
-    ]
+    title = f"Several adapters, host time of a layer, forward and backward: CPU, one thread, r = {R}, {batch} rows"
+    lines = heading(title, settings.tiny)
+    lines += ["| | us |", "|---|---|", *(f"| {name} | {value:.0f} |" for name, value in us.items()), ""]
+    name = mixed_row(counts[0])
+    return [*lines, at_most(f"{name}, host time over that of one adapter", us[name] / us[ONE], 3.0)]
 
 
 def host_step(blocks: int, batch: int, count: int, choose: Choose) -> Step:
