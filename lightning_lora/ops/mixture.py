@@ -253,7 +253,8 @@ class Stacked(PairsInGroups):
 
     def _arrange(self, every_A: Sequence[Tensor], every_B: Sequence[Tensor]) -> None:
         self.stacked_A = self._scaled(self._side_by_side(every_A, 0), self.scales).flatten(0, 1).unsqueeze(0)
-        self.stacked_B = self._side_by_side(every_B, 1).transpose(0, 1).flatten(1).to(self.dtype).unsqueeze(0)
+        every_B = every_B if self.has_one_rank else list(self._side_by_side(every_B, 1))
+        self.stacked_B = torch.cat(list(every_B), 1).to(self.dtype).unsqueeze(0)
 
     @property
     def A(self) -> Tensor:
