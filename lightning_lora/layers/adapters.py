@@ -68,6 +68,13 @@ class Adapters(nn.ModuleDict):
         """What acts now; ``None`` if every adapter does, fully."""
         return None if self.acting is None or torch.compiler.is_compiling() else self.acting.now()
 
+    def has_samples(self) -> bool:
+        """Whether the choice is a list, with an entry for each sample; under a compiler, whether it may become one."""
+        if self.acting is None or torch.compiler.is_compiling():
+            return self.acting is not None
+        choice = self.acting.now()
+        return choice is not None and choice.size is not None
+
     def acts_by_default(self) -> bool:
         """Whether this thread made no choice; under a compiler, whether none was ever made."""
         if self.acting is None:

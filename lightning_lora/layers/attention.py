@@ -82,7 +82,7 @@ def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -
 def _project_out(layer: nn.MultiheadAttention, heads: Tensor) -> Tensor:
     """``out_proj`` of the heads' outputs, ``(length, batch, embed_dim)``: to choose by sample, the batch is first."""
     projection: nn.Module = layer.out_proj
-    if isinstance(projection, LoRALayer) and projection.lora.acting is not None:
+    if isinstance(projection, LoRALayer) and projection.lora.has_samples():
         output: Tensor = projection(heads.transpose(0, 1)).transpose(0, 1)
         return output
     return output_projection(layer, heads)

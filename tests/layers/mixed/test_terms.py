@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, use_adapters
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, remove_lora, use_adapters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.model.several.acting import choose
 from tests.helpers.layer_cases import LAYER_CASES, Subject, cast, tensors
-from tests.helpers.oracles import SCALE
+from tests.helpers.oracles import SCALE, same_bits
 from tests.helpers.selection import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -152,3 +152,19 @@ def test_values_that_are_not_finite_stay_in_the_samples_that_use_them(name):
     with use_adapters(subject.model, entries):
         y = subject.run()[0].movedim(0, dim)
     assert y[0].isnan().any() and not y[1:].isnan().any()
+
+
+@every_case
+def test_a_choice_for_the_whole_batch_has_the_bits_of_that_adapter_alone(name):
+    subject = several(name)
+    count, _ = samples_of(name, subject)
+    outputs = []
+    for choice in ("fr", ["fr"] * count):
+        if choice == "fr" or not name.startswith(("recurrent", "parameter")):
+            with use_adapters(subject.model, choice):
+                outputs.append(subject.run())
+    for other in ("de", "es", "idle"):
+        remove_lora(subject.model, name=other)
+    alone = subject.run()
+    for found in outputs:
+        assert all(same_bits(y, expected) for y, expected in zip(found, alone, strict=True))
