@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, remove_lora, use_adapters
 from lightning_lora.layers.adapter import Adapter
@@ -168,3 +168,34 @@ def test_a_choice_for_the_whole_batch_has_the_bits_of_that_adapter_alone(name):
     alone = subject.run()
     for found in outputs:
         assert all(same_bits(y, expected) for y, expected in zip(found, alone, strict=True))
+
+
+class EveryKind(nn.Module):
+    """One layer of each kind that has a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.bag = nn.Embedding(20, 8), nn.EmbeddingBag(20, 3)
+        self.conv, self.transposed = nn.Conv1d(8, 8, 3, padding=1), nn.ConvTranspose1d(8, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear, self.bilinear = nn.Linear(8, 4), nn.Bilinear(4, 4, 3)
+
+    def forward(self, index):
+        x = self.transposed(self.conv(self.embedding(index).mT)).mT
+        x = self.linear(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.bilinear(x, x).mean(1) + self.bag(index)
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_every_choice_in_every_kind_of_layer():
+    torch.manual_seed(0)
+    model, index, graphs = EveryKind(), torch.randint(0, 20, (5, 6)), []
+    for name in ("fr", "de", "es"):
+        apply_lora(model, LoRAConfig(r=2, targets=["*"], name=name))
+    for _, parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.5)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    for choice in ("fr", None, {"fr": 0.5, "de": 1.0}, ["fr", "de", None, {"es": 0.3}, "es"], ["fr"] * 5):
+        with use_adapters(model, choice):
+            torch.testing.assert_close(compiled(index), model(index))
+    assert len(graphs) == 1
