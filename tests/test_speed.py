@@ -24,6 +24,7 @@ BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 MODEL_ROWS = ["bound", "full fine-tuning", "peft, bf16 adapters", "lightning_lora"]
 BOTH_PEFT = ["bound", "full fine-tuning", "peft, fp32 adapters", "peft, bf16 adapters", "lightning_lora"]
 LAYERS = ["Linear 64 -> 64, 64 rows", "Linear 64 -> 224", "Linear 64 -> 224, dropout 0.1", "Linear 224 -> 64, bias"]
+SEVERAL = [f"lightning_lora, {what}" for what in ("one adapter", "one of several chosen", "2 adapters, mixed")]
 ROWS = {
     "bert": MODEL_ROWS,
     "qwen": MODEL_ROWS,
@@ -45,6 +46,11 @@ ROWS = {
         'lightning_lora, base_dtype="bf16"',
     ],
     "layers": [*LAYERS, "Conv2d 64 -> 128, 3 x 3, 2 images of 14 x 14"],
+    "several": [*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"],
+    "several-long": [*SEVERAL, "bound", "full fine-tuning", "peft, bf16 adapters"],
+    "several-inference": [*SEVERAL, "bound", "peft, 8 adapters, mixed"],
+    "several-host": SEVERAL,
+    "several-paths": ["64, 64, 2, 2", "64, 64, 2, 2"],
     "small": [
         *("bound", "full fine-tuning", "peft, fp32 adapters", "lightning_lora"),
         *("bound", "full fine-tuning", "lightning_lora") * 2,
@@ -57,7 +63,7 @@ ROWS = {
     "merge": ["peft", "lightning_lora"],
     "files": ["lightning-lora merge", "peft merge_and_unload"],
 }
-FAST = ("embedding", "injection", "inference", "host", "merge")
+FAST = ("embedding", "several-host", "several-paths", "injection", "inference", "host", "merge")
 
 
 class SmallResNet(nn.Module):

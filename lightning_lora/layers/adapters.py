@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from copy import copy
 from types import MappingProxyType
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.adapter import Adapter, Pairs
-from lightning_lora.layers.choice import Acting, Choice, Weights, default_table, traced_coefficient
-from lightning_lora.ops.linear import Coefficient
+from lightning_lora.layers.choice import (
+    Acting,
+    Choice,
+    Weights,
+    default_table,
+    traced_coefficient,
+    traced_coefficient_of_batch,
+)
+from lightning_lora.layers.mixed.terms import MixedTerms, Terms
 
-Terms = list[tuple[Adapter, Coefficient]]
+_LOCK = threading.Lock()
 
 
 class Adapters(nn.ModuleDict):
@@ -60,11 +68,20 @@ class Adapters(nn.ModuleDict):
         """What acts now; ``None`` if every adapter does, fully."""
         return None if self.acting is None or torch.compiler.is_compiling() else self.acting.now()
 
-    def has_choice(self) -> bool:
-        """Whether not every adapter acts fully now, or compiled code must serve every choice."""
-        return self.acting is not None and (torch.compiler.is_compiling() or self.acting.now() is not None)
+    def has_samples(self) -> bool:
+        """Whether the choice is a list, with an entry for each sample; under a compiler, whether it may become one."""
+        if self.acting is None or torch.compiler.is_compiling():
+            return self.acting is not None
+        choice = self.acting.now()
+        return choice is not None and choice.size is not None
 
-    def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms:
+    def acts_by_default(self) -> bool:
+        """Whether this thread made no choice; under a compiler, whether none was ever made."""
+        if self.acting is None:
+            return True
+        return not torch.compiler.is_compiling() and self.acting.now() is self.acting.default
+
+    def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms | MixedTerms:
         """The pairs that act on the input ``x``, each with its coefficient.
 
         Args:
@@ -72,9 +89,6 @@ class Adapters(nn.ModuleDict):
             extra: by how many dimensions ``A x`` has more than ``x``.
             dim: the dimension of the samples.
             size: the number of samples, where no dimension of ``x`` has it; that of ``A x`` does.
-
-        Returns:
-            Coefficients of samples have a shape that broadcasts with ``A x``.
 
         Raises:
             ValueError: if samples use different adapters, and ``x`` has another number of samples.
@@ -92,10 +106,10 @@ class Adapters(nn.ModuleDict):
         names = [name for name in self._modules if name in choice.names]
         if names:
             choice.check_batch(x, size, dim, self)
-        if choice.is_uniform:
+        if choice.is_uniform or not names:
             return self._chosen(choice)
-        coefficients = {name: choice.coefficients(name, x.device).view(shape) for name in names}
-        return [(pair, coefficients[name]) for name in names for pair in self.pairs_of(name)]
+        mixture = choice.mixture(tuple(names), x.device)
+        return MixedTerms([self.pairs_of(name) for name in names], mixture, shape, dim)
 
     def terms_of_weight(self) -> Terms:
         """The pairs that act now, each with its coefficient, in a layer that acts by its weight.
@@ -126,7 +140,8 @@ class Adapters(nn.ModuleDict):
         for column, name in enumerate(self._modules):
             c = None
             if table is not None:
-                c = traced_coefficient(table, column, shape[0]).view(shape) if shape else table[0, column]
+                of_samples = traced_coefficient(table, column, shape[0]).view(shape) if shape else None
+                c = traced_coefficient_of_batch(table, column) if of_samples is None else of_samples
             terms += [(pair, c) for pair in self.pairs_of(name)]
         return terms
 
@@ -136,6 +151,16 @@ class Adapters(nn.ModuleDict):
         for adapter in self.all_pairs():
             pairs.setdefault(adapter.part.key, []).append(adapter)
         return pairs
+
+    def summed(self, key: str) -> list[Adapter]:
+        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part."""
+        if self.acting is None:
+            return [pair for pair in self.all_pairs() if pair.part.key == key]
+        strengths = self.strengths_now()
+        if set(strengths.values()) - {0.0, 1.0}:
+            return []
+        acting = [pair for name, strength in strengths.items() if strength for pair in self.pairs_of(name)]
+        return [pair for pair in acting if pair.part.key == key]
 
     def to_merge(self, factors: Weights | None = None) -> dict[str, list[Adapter]]:
         """The pairs whose sum is merged into each parameter, by its name.
@@ -156,23 +181,43 @@ class Adapters(nn.ModuleDict):
         return {name: self.strengths.get(name, 1.0) for name in self._modules}
 
     def prepare_choices(self) -> None:
-        """Called when adapters came or went, and before the first choice: none is made now."""
-        strengths = self.strengths_now()
+        """Called when adapters came or went, when strengths changed, and before the first choice."""
+        strengths, device = self.strengths_now(), self.device()
         default = Choice([strengths]) if set(strengths.values()) - {1.0} else None
-        device = self.device()
-        self.acting = Acting(default, None if device is None else default_table(strengths, device))
+        table = None if device is None else default_table(strengths, device)
+        with _LOCK:  # two threads may make their first choices at once
+            if self.acting is None:
+                self.acting = Acting(default, table)
+            else:
+                self.acting.set_default(default, table)
+        self.acting.make_table(tuple(self._modules), device)
+
+    def begin(self, choice: Choice) -> None:
+        """Let ``choice`` hold in this thread."""
+        if self.acting is None:
+            self.prepare_choices()
+        assert self.acting is not None
+        self.acting.begin(choice)
+        self.acting.make_table(tuple(self._modules), self.device())
+
+    def end(self, choice: Choice) -> None:
+        """Let ``choice`` hold no longer."""
+        if self.acting is not None:
+            self.acting.end(choice)
+            self.acting.make_table(tuple(self._modules), self.device())
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""
-        device = next((pair.A.device for pair in self.all_pairs()), None)
+        name = next(iter(self._modules), None)
+        device = None if name is None else self.pairs_of(name)[0].A.device
         return None if device is None or device.type == "meta" else device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.device()
         if self.acting is not None and device is not None:
-            table = self.acting.table
-            self.acting.table = default_table(self.strengths_now(), device) if table is None else table.to(device)
+            self.acting.set_default(self.acting.default, default_table(self.strengths_now(), device))
+            self.acting.make_table(tuple(self._modules), device)
         return self
 
 

@@ -18,6 +18,7 @@ from lightning_lora.layers.merged_forward import (
     can_use_merged_weights,
     has_active_adapters,
 )
+from lightning_lora.layers.mixed.terms import add_terms, of_part
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import Rows, WeightPart
 
@@ -75,16 +76,13 @@ def _summed_weights(layer: LoRAMultiheadAttention, query: Tensor) -> dict[str, T
 
 def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:
     """The base output ``y`` plus the low-rank term for ``x`` of each pair of the projection ``name``."""
-    for adapter, coefficient in layer.lora.terms(x, dim=1):
-        if adapter.part.name == name:
-            y = adapter(y, x, coefficient)
-    return y
+    return add_terms(y, of_part(layer.lora.terms(x, dim=1), name), [x])
 
 
 def _project_out(layer: nn.MultiheadAttention, heads: Tensor) -> Tensor:
     """``out_proj`` of the heads' outputs, ``(length, batch, embed_dim)``: to choose by sample, the batch is first."""
     projection: nn.Module = layer.out_proj
-    if isinstance(projection, LoRALayer) and projection.lora.acting is not None:
+    if isinstance(projection, LoRALayer) and projection.lora.has_samples():
         output: Tensor = projection(heads.transpose(0, 1)).transpose(0, 1)
         return output
     return output_projection(layer, heads)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.mixed.terms import add_terms
 from lightning_lora.ops.linear import Coefficient, weighed
 
 
@@ -29,6 +30,4 @@ class LoRABilinear(LoRALayer, nn.Bilinear):
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """The base output plus the low-rank term of each adapter."""
         y = super().forward(input1, input2)
-        for adapter, coefficient in self.lora.terms(input1):
-            y = adapter(y, input1, input2, coefficient)
-        return y
+        return add_terms(y, self.lora.terms(input1), [input1, input2])

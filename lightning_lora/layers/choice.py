@@ -8,12 +8,14 @@ then takes the choice of the first call, which is noted on the checkpoint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.mixture import Mixture
 from lightning_lora.torch_internals import backward_id, running_checkpoints, saved_tensors_have_hooks
 
 Weights = Mapping[str, float]
@@ -35,7 +37,9 @@ class Choice:
 
     Attributes:
         is_uniform: whether every sample has the same coefficients.
+        backward: the number of the backward pass in which it was made, -1 outside of one.
         names: of the adapters that take part.
+        blocks: shapes of the inputs of the blocks around experts, by the ``id`` of the experts' adapters.
     """
 
     def __init__(
@@ -52,20 +56,29 @@ class Choice:
         self.samples = [first] if self.is_uniform else list(samples)
         self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
         self.names = used | present
-        self.began_with_grad = torch.is_grad_enabled()
+        self.began_with_grad, self.backward = torch.is_grad_enabled(), backward_id()
         self._made: dict[object, Tensor] = {}
+        self._mixtures: dict[object, Mixture] = {}
+        self.blocks: dict[int, set[torch.Size]] = {}
 
     def weight_of(self, name: str) -> float:
-        """The coefficient of the adapter ``name`` in a uniform choice."""
+        """The coefficient of the adapter ``name``, where that of every sample is the same."""
         return self.samples[0].get(name, 0.0)
 
-    def coefficients(self, name: str, device: torch.device) -> Tensor:
-        """The coefficient of the adapter ``name`` for each sample, ``(batch,)`` in fp32."""
-        key = name, device
-        if key not in self._made:
-            values = torch.tensor([sample.get(name, 0.0) for sample in self.samples], dtype=torch.float32)
-            self._made[key] = values.to(device, non_blocking=True)
-        return self._made[key]
+    def mixture(self, names: tuple[str, ...], device: torch.device) -> Mixture:
+        """The coefficients of ``names`` for each sample, as products read them."""
+        key = names, device
+        if key not in self._mixtures:
+            samples = [[sample.get(name, 0.0) for name in names] for sample in self.samples]
+            self._mixtures[key] = Mixture(samples, device)
+        return self._mixtures[key]
+
+    def groups(self, names: tuple[str, ...]) -> dict[tuple[tuple[str, float], ...], list[int]]:
+        """The samples that have the same coefficients of ``names``, by these."""
+        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            groups.setdefault(tuple((name, sample[name]) for name in names if sample.get(name)), []).append(index)
+        return groups
 
     def table(self, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The coefficients of ``names`` as one tensor of fixed size, which compiled code takes as an input.
@@ -122,39 +135,95 @@ class Choice:
         return self.layers.get(id(adapters), "a layer")
 
 
-class Acting(threading.local):
+class _Defaults:
+    """What acts in one layer without a choice."""
+
+    def __init__(self, choice: Choice | None, table: Tensor | None) -> None:
+        self.choice, self.table = choice, table
+
+
+class _Thread(threading.local):
+    """What one thread chose in one layer; its table is never absent where a compiler reads it, so one graph serves."""
+
+    def __init__(self, defaults: _Defaults) -> None:
+        self.choices: list[Choice] = []  # of the blocks that it is in; generators may leave them in any order
+        self.only: Choice | None = None
+        self.table = defaults.table
+
+
+class Acting:
     """What acts in one layer, in each thread.
 
     Args:
         default: what acts without a choice; ``None`` for every adapter with a coefficient of 1.
-        table: the coefficients of ``default`` for compiled code.
-
-    Attributes:
-        choice: of this thread; ``None`` without one.
         table: its coefficients for compiled code.
     """
 
     def __init__(self, default: Choice | None = None, table: Tensor | None = None) -> None:
-        self.default, self.table = default, table  # a new thread calls this with the same arguments
-        self.choice: Choice | None = None
+        self._defaults = _Defaults(default, table)
+        self._thread = _Thread(self._defaults)
+
+    @property
+    def default(self) -> Choice | None:
+        """What acts without a choice; ``None`` for every adapter with a coefficient of 1."""
+        return self._defaults.choice
+
+    @property
+    def choice(self) -> Choice | None:
+        """Of this thread; ``None`` without one."""
+        choices = self._thread.choices
+        return choices[-1] if choices else None
+
+    @property
+    def table(self) -> Tensor | None:
+        """The coefficients for compiled code."""
+        return self._thread.table
+
+    def set_default(self, default: Choice | None, table: Tensor | None) -> None:
+        """Change what acts without a choice; what threads have chosen still holds."""
+        self._defaults.choice, self._defaults.table = default, table
+
+    def begin(self, choice: Choice) -> None:
+        """Let ``choice`` hold in this thread."""
+        self._thread.choices.append(choice)
+
+    def end(self, choice: Choice) -> None:
+        """Let ``choice`` hold no longer, and the one that began before it, or after it, hold again."""
+        self._thread.choices = [each for each in self._thread.choices if each is not choice]
+
+    def make_table(self, names: tuple[str, ...], device: torch.device | None) -> None:
+        """Make the table of what acts in this thread, for adapters of these ``names`` on ``device``."""
+        choice, table = self.choice, self._defaults.table
+        self._thread.table = table if choice is None or device is None else choice.table(names, device)
+
+    @contextmanager
+    def only(self, choice: Choice) -> Iterator[None]:
+        """Let ``choice`` go before all others, while a layer calls its code for some samples."""
+        self._thread.only = choice
+        try:
+            yield
+        finally:
+            self._thread.only = None
 
     def now(self) -> Choice | None:
         """What acts in the call of the layer that runs now."""
-        choice = self.choice
-        if backward_id() < 0:
+        if self._thread.only is not None:
+            return self._thread.only
+        choice, backward = self.choice, backward_id()
+        if backward < 0:
             if choice is None:
-                return self.default
+                return self._defaults.choice
             if not (saved_tensors_have_hooks() or (choice.began_with_grad and not torch.is_grad_enabled())):
                 return choice
         begun, repeated = running_checkpoints()
-        if repeated is not None:
+        if repeated is not None and (choice is None or choice.backward != backward):
             choice = vars(repeated).get(_NOTES, {}).get(id(self))
         for checkpoint in begun:
             vars(checkpoint).setdefault(_NOTES, {})[id(self)] = choice
-        return choice or self.default
+        return choice or self._defaults.choice
 
     def __reduce__(self) -> tuple[type[Acting], tuple[Choice | None]]:
-        return Acting, (self.default,)
+        return Acting, (self._defaults.choice,)
 
 
 def traced_coefficient(table: Tensor, column: int, size: int) -> Tensor:
@@ -165,6 +234,12 @@ def traced_coefficient(table: Tensor, column: int, size: int) -> Tensor:
     index = torch.arange(size, device=table.device).clamp(max=table.shape[0] - 1)
     wrong = (table[0, -1] >= 0) & (table[0, -1] != size)
     return torch.where(wrong, float("nan"), table[:, column].index_select(0, index))
+
+
+def traced_coefficient_of_batch(table: Tensor, column: int) -> Tensor:
+    """The coefficient of one adapter for the whole batch; NaN where its samples differ, as above."""
+    column_values = table[:, column]
+    return torch.where((column_values == column_values[0]).all(), column_values[0], float("nan"))
 
 
 def default_table(strengths: Mapping[str, float], device: torch.device) -> Tensor:

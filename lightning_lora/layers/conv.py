@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
+from lightning_lora.layers.mixed.terms import add_terms
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import Coefficient, weighed
@@ -50,9 +51,7 @@ class LoRAConv(LoRALayer):
         if weight is not None:
             return self._conv_forward(input, weight, self.bias)
         y: Tensor = super().forward(input)
-        for adapter, coefficient in self.lora.terms(input, size=samples_in(self, input)):
-            y = adapter(y, input, self, coefficient)
-        return y
+        return add_terms(y, self.lora.terms(input, size=samples_in(self, input)), [input], self)
 
 
 def samples_in(layer: LoRALayer, x: Tensor) -> int:
@@ -127,10 +126,7 @@ class LoRAConvTranspose(LoRALayer, nn.modules.conv._ConvTransposeNd):
             return self.lora_transposed(input, weight, self.bias, *arguments, self.dilation)
         y = super().forward(input, output_size)
         terms = self.lora.terms(input, size=samples_in(self, input))
-        padding = self._padding_of_output(input, output_size) if terms else []
-        for adapter, coefficient in terms:
-            y = adapter(y, input, self, padding, coefficient)
-        return y
+        return add_terms(y, terms, [input], self, self._padding_of_output(input, output_size)) if terms else y
 
     def _padding_of_output(self, input: Tensor, output_size: list[int] | None) -> list[int]:
         stride, dilation, kernel = list(self.stride), list(self.dilation), list(self.kernel_size)

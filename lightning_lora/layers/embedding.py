@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merged_forward import merged_weight
+from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.fused_embedding import can_fuse_embedding, fused_embedding
 from lightning_lora.ops.linear import Coefficient, add_low_rank_term, weighed
@@ -67,12 +68,11 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         else:
             y = super().forward(input)
-            if len(terms) == 1 and terms[0][1] is None:
+            if not isinstance(terms, MixedTerms) and len(terms) == 1 and terms[0][1] is None:
                 pair, operands = terms[0][0], terms[0][0].operands()
                 if operands is not None and can_fuse_embedding(self.weight, *operands):
                     return fused_embedding(y, input, *operands, pair.scale, self.padding_idx, self.scale_grad_by_freq)
-        for adapter, coefficient in terms:
-            y = adapter(y, input, self.scale_grad_by_freq, coefficient)
+        y = add_terms(y, terms, [input], self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 
 
@@ -110,10 +110,10 @@ class EmbeddingBagAdapter(Adapter):
     def forward(
         self,
         y: Tensor,
-        layer: LoRAEmbeddingBag,
         index: Tensor,
-        offsets: Any,
-        weights: Any,
+        weights: Tensor | None,
+        layer: LoRAEmbeddingBag,
+        offsets: Tensor | None,
         coefficient: Coefficient = None,
     ) -> Tensor:
         """The base output ``y``, ``(bags, embedding_dim)``, plus the low-rank term; the padding index has none."""
@@ -139,9 +139,10 @@ class LoRAEmbeddingBag(LoRALookup, nn.EmbeddingBag):
             total = merged_weight(self, "weight") if self.lora.active_pairs() else self.weight.clone()
             return bags(self, total, input, offsets, per_sample_weights, self.max_norm)
         y = super().forward(input, offsets, per_sample_weights)
-        for adapter, coefficient in self.lora.terms(y):
-            y = adapter(y, self, input, offsets, per_sample_weights, coefficient)
-        return y
+        terms = self.lora.terms(y)
+        if isinstance(terms, MixedTerms) and input.dim() == 1:  # the indices of all bags in one row
+            terms = terms.for_all_samples(y.dtype)
+        return add_terms(y, terms, [input, per_sample_weights], self, offsets)
 
 
 def bags(

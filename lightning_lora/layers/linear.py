@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.source_code import is_library, is_linear_forward
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, linear, linear_by_choice
+from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, fuse_mixed, linear, linear_by_choice
 from lightning_lora.ops.shared_input import SharedInputGroup
 
 
@@ -49,7 +50,12 @@ class LoRALinear(LoRALayer, nn.Linear):
             return base_linear(input, weight, self.bias)
         if adapters.acting is None:
             return linear(input, self.weight, self.bias, adapters.active_pairs())
-        return linear_by_choice(input, self.weight, self.bias, adapters.terms(input))
+        terms = adapters.terms(input)
+        if not isinstance(terms, MixedTerms):
+            return linear_by_choice(input, self.weight, self.bias, terms)
+        pairs: Any = terms.pairs
+        y = fuse_mixed(input, self.weight, self.bias, pairs, terms.mixture)
+        return terms.add_to(base_linear(input, self.weight, self.bias), [input]) if y is None else y
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):
@@ -61,9 +67,7 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The base output of the quantized layer plus the low-rank term of each adapter."""
         y: Tensor = super().forward(input)
-        for adapter, coefficient in self.lora.terms(input):
-            y = adapter(y, input, coefficient)
-        return y
+        return add_terms(y, self.lora.terms(input), [input])
 
 
 class TransposedLinear(LoRALayer):
@@ -82,9 +86,7 @@ class TransposedLinear(LoRALayer):
         if weight is not None:
             return base_linear(x, weight.t(), self.bias)  # type: ignore[arg-type]
         y = super().forward(x)
-        for adapter, coefficient in self.lora.terms(x):
-            y = adapter(y, x, coefficient)
-        return y
+        return add_terms(y, self.lora.terms(x), [x])
 
 
 class OwnLinear(LoRALayer):
@@ -96,9 +98,7 @@ class OwnLinear(LoRALayer):
         """The base output plus the low-rank term of each adapter."""
         y = super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        for adapter, coefficient in self.lora.terms(x):
-            y = adapter(y, x, coefficient)
-        return y
+        return add_terms(y, self.lora.terms(x), [x])
 
 
 def own_linear_class(root: type[nn.Module]) -> type[LoRALayer]:

@@ -25,12 +25,20 @@ from lightning_lora.ops.stacked import StackedSum
 class ParameterAdapter(Adapter):
     """Adds ``scale * B A`` to a parameter; for stacked experts the sum is not built."""
 
-    def forward(self, weight: Tensor, build: bool = False, coefficient: Coefficient = None) -> Tensor | StackedSum:
-        """``weight + scale * B A``, differentiable by A and B; with ``build`` a tensor in any case."""
+    def forward(
+        self, weight: Tensor | StackedSum, build: bool = False, coefficient: Coefficient = None
+    ) -> Tensor | StackedSum:
+        """``weight + scale * B A``, differentiable by A and B; with ``build`` a tensor in any case.
+
+        The sum with another adapter's factors has theirs side by side with these.
+        """
+        base: Any = weight.weight if isinstance(weight, StackedSum) else weight
         if build or not self.part.stacked:
-            return self.add_to_weight(weight, coefficient)
-        left, right = (matrix.to(weight.dtype) for matrix in self.factors(weight, coefficient))
-        return StackedSum(weight, left, right)
+            return self.add_to_weight(base, coefficient)
+        left, right = (matrix.to(base.dtype) for matrix in self.factors(base, coefficient))
+        if isinstance(weight, StackedSum):
+            left, right = torch.cat([weight.left, left], -1), torch.cat([weight.right, right], -2)
+        return StackedSum(base, left, right)
 
 
 class LoRAParameterHolder(LoRALayer):
@@ -92,7 +100,12 @@ def _is_stored_transposed(module: nn.Module, key: str) -> bool:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether ``module`` stores the weights of many experts in one parameter."""
-    return "expert" in type(module).__name__.lower() and bool(expert_keys(module))
+    return is_named_experts(type(module)) and bool(expert_keys(module))
+
+
+def is_named_experts(cls: type) -> bool:
+    """Whether modules of class ``cls`` are experts by its name."""
+    return "expert" in cls.__name__.lower()
 
 
 def expert_keys(module: nn.Module) -> list[str]:

@@ -33,11 +33,13 @@ from lightning_lora.layers.linear import (
     own_linear_class,
 )
 from lightning_lora.layers.merged_forward import MergedForward
+from lightning_lora.layers.mixed.experts import LoRAExperts
 from lightning_lora.layers.parameter import (
     LoRAParameterHolder,
     adapted_property,
     expert_keys,
     holds_experts,
+    is_named_experts,
     part_of_parameter,
 )
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
@@ -147,7 +149,8 @@ def _derived(
 
 def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
     properties = {key: adapted_property(key) for key in keys}
-    return _derived(original, [LoRAParameterHolder, original], dict(properties), keys)
+    holder = LoRAExperts if is_named_experts(original) else LoRAParameterHolder
+    return _derived(original, [holder, original], dict(properties), keys)
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:

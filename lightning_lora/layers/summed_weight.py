@@ -54,7 +54,7 @@ class SummedWeight:
     value: Tensor | None = None
     index = 0  # in the group
     facts: Sequence[object] = ()
-    known: Sequence[object] = ()  # the adapters that `pairs` and `sources` are of
+    known: Sequence[object] = ()  # the adapters that `pairs` and `sources` are of, and with which strengths they act
     pairs: Sequence[Adapter] = ()
     sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
     is_whole = False  # A and B of one pair are the factors as they are
@@ -79,10 +79,11 @@ class SummedWeight:
             or adapters.sums.get(self.key) is not self
         ):
             return False
-        present = list(adapters._modules.values())
+        strengths = None if adapters.acting is None else dict(adapters.strengths)
+        present = [strengths, *adapters._modules.values()]
         if present != self.known:
             self.facts = ()
-            self.pairs = adapters.by_weight().get(self.key, ())
+            self.pairs = adapters.summed(self.key)
             matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
             self.sources = [(layer._parameters, self.key), *matrices]  # type: ignore[union-attr]
             self.is_whole = len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
@@ -188,11 +189,8 @@ def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | 
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
     adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
     summed: SummedWeight | None = adapters.sums.get(key)
-    if summed is None or (adapters.acting is not None and adapters.has_choice()):
+    if summed is None or not adapters.acts_by_default():
         return None
-    for pair in summed.pairs:
-        if pair.dropout and pair.training:
-            return None
     if torch.compiler.is_compiling():
         return _traced(layer, key) if summed.always else None
     return summed.read(layer, x)
@@ -220,9 +218,11 @@ def _needs_own_graph() -> bool:
 
 
 def _traced(layer: LoRALayer, key: str) -> Tensor | None:
-    """The sum in operations that a compiler traces."""
+    """The sum in operations that a compiler traces; ``None`` with dropout, which acts on the input."""
+    pairs: Sequence[Adapter] = layer.lora.summed(key) if layer.lora.enabled else ()
+    if any(pair.dropout and pair.training for pair in pairs):
+        return None
     total: Tensor = getattr(layer, key)
-    pairs: Sequence[Adapter] = layer.lora.by_weight().get(key, ())
-    for pair in pairs if layer.lora.enabled else ():
+    for pair in pairs:
         total = pair.add_to_weight(total)
     return total

@@ -8,7 +8,7 @@ on the model, and the next verb completes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -159,9 +159,14 @@ def all_or_nothing(model: nn.Module, change: Callable[[Journal], Result]) -> Res
     return result
 
 
-def complete_undo(model: nn.Module) -> None:
-    """Undo what a failed verb has left in ``model``, where a second interrupt cut its own undoing short."""
-    for module in _every_module(model):
+def complete_undo(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
+    """Undo what a failed verb has left in ``model``, where a second interrupt cut its own undoing short.
+
+    Args:
+        model: any module.
+        modules: those inside, if the caller has listed them.
+    """
+    for module in _every_module(model) if modules is None else modules:
         journal = vars(module).get(_ATTRIBUTE)
         if journal is not None:
             journal.undo()

@@ -7,13 +7,15 @@ possible, otherwise as the base output plus the low-rank term of each pair.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
+from lightning_lora.ops.mixed_linear import can_mix, mixed_linear
+from lightning_lora.ops.mixture import Mixture
 from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
 
@@ -81,10 +83,43 @@ def linear_by_choice(
     """As :func:`linear`, of pairs that act with coefficients."""
     if all(coefficient is None for _, coefficient in terms):
         return linear(x, weight, bias, [pair for pair, _ in terms])
+    if len(terms) == 1:
+        ((pair, coefficient),) = terms
+        fused = _fused(x, weight, bias, pair, coefficient) if isinstance(coefficient, float) else None
+        if fused is not None:
+            return fused
     y = base_linear(x, weight, bias)
     for pair, coefficient in terms:
         y = pair(y, x, coefficient)
     return y
+
+
+def fuse_mixed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Sequence[Pair]], mixture: Mixture
+) -> Tensor | None:
+    """The sum of a batch whose samples use different adapters, as one node of autograd.
+
+    Args:
+        x: ``(samples, ..., in_features)``.
+        weight: as of :func:`linear`.
+        bias: as of :func:`linear`.
+        adapters: the pairs of each adapter.
+        mixture: which samples use which adapter.
+
+    Returns:
+        ``None`` where one node is not possible.
+    """
+    if any(len(pairs) != 1 for pairs in adapters):
+        return None
+    pairs = [pair for (pair,) in adapters]
+    operands: Any = [pair.operands() for pair in pairs]
+    chances = {pair.dropout if pair.training else 0.0 for pair in pairs}
+    if None in operands or len(chances) > 1 or (mixture.slots > 1 and chances != {0.0}):
+        return None  # each pair has a dropout of its own
+    if not can_mix(x, weight, bias, operands, mixture):
+        return None
+    x, weight, bias = _cast_by_autocast(x, weight, bias)
+    return mixed_linear(x, weight, bias, operands, [pair.scale for pair in pairs], mixture, chances.pop())
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,14 +185,18 @@ def weighed(hidden: Tensor, coefficient: Coefficient) -> Tensor:
     return hidden * (coefficient.to(hidden.dtype) if isinstance(coefficient, Tensor) else coefficient)
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:
+def _cast_by_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of an op that autocast does not cast, ``x`` contiguous."""
+    if any_autocast_enabled():
+        dtype = compute_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x if x.is_contiguous() else x.contiguous(), weight, bias  # once for every product
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, coefficient: float = 1.0) -> Tensor | None:
     """The sum as one node of autograd; ``None`` where that is not possible."""
     operands = pair.operands()
     if operands is None or not can_fuse(x, weight, bias, *operands):
         return None
-    if any_autocast_enabled():
-        dtype = compute_dtype(x)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not x.is_contiguous():
-        x = x.contiguous()  # once for every product
-    return fused_linear(x, weight, bias, *operands, pair.scale, pair.dropout if pair.training else 0.0)
+    x, weight, bias = _cast_by_autocast(x, weight, bias)
+    return fused_linear(x, weight, bias, *operands, coefficient * pair.scale, pair.dropout if pair.training else 0.0)

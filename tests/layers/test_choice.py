@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ def test_what_is_present_takes_part_with_a_coefficient_of_zero():
     assert [choice.weight_of(name) for name in ("fr", "de")] == [1.0, 0.0]
 
 
-def test_coefficients_are_those_of_the_samples():
+def test_a_mixture_has_the_coefficients_of_the_samples():
     choice = Choice([{"fr": 1.0}, {"de": 0.5}, {}], size=3)
     assert choice.names == {"fr", "de"}
-    assert choice.coefficients("fr", CPU).tolist() == [1, 0, 0]
-    assert choice.coefficients("de", CPU).tolist() == [0, 0.5, 0]
+    mixture = choice.mixture(("fr", "de"), CPU)
+    assert mixture.of_samples(torch.float32).view(3, 2).tolist() == [[1, 0], [0, 0.5], [0, 0]]
+    assert choice.mixture(("fr", "de"), CPU) is mixture, "layers share it"
 
 
 @pytest.mark.parametrize("samples", [1, 3, CAPACITY + 5])
@@ -54,7 +56,7 @@ def test_layers_share_the_table_of_what_acts_by_default():
 
 def test_copies_act_by_default():
     acting = Acting(Choice([{"fr": 0.5}]))
-    acting.choice = Choice([{"de": 1.0}])
+    acting.begin(Choice([{"de": 1.0}]))
     for copied in (copy.deepcopy(acting), pickle.loads(pickle.dumps(acting))):
         assert copied.now().weight_of("fr") == 0.5
 
@@ -74,17 +76,70 @@ def test_a_second_forward_finds_the_choice_of_the_first(reentrant):
     x, total = torch.ones(2, requires_grad=True), 0
     for block in (inner, outer):
         for choice in choices:
-            acting.choice = choice
+            acting.begin(choice)
             total = total + checkpoint(block, x, use_reentrant=reentrant)
-    acting.choice = None
+            acting.end(choice)
     total = total + checkpoint(inner, x, use_reentrant=reentrant)
     first, seen = seen.copy(), []
-    acting.choice = Choice([{"other": 1.0}])
+    acting.begin(Choice([{"other": 1.0}]))
     total.sum().backward()
     names = {tuple(choice.names) for choice in seen if choice is not None}
     assert names == {("fr",), ("de",)}
     assert None in seen, "the forward without a choice is repeated without one"
     assert [choice and tuple(choice.names) for choice in first] == [*[("fr",), ("de",)] * 2, None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_choice_inside_of_a_checkpoint_is_made_again(reentrant):
+    acting, seen = Acting(), []
+
+    def block(x):
+        for name in ("fr", "de"):
+            choice = Choice([{name: 1.0}])
+            acting.begin(choice)
+            seen.extend(acting.now().names)
+            acting.end(choice)
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    y.sum().backward()
+    assert seen == ["fr", "de", "fr", "de"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_may_run_in_another_thread(reentrant):
+    """As on a GPU: the recomputation there finds the choice of the forward, and a choice of that thread is its own."""
+    acting, seen = Acting(), []
+
+    def block(x):
+        seen.append(acting.now())
+        return x.sin()
+
+    choice, x = Choice([{"fr": 1.0}]), torch.ones(2, requires_grad=True)
+    acting.begin(choice)
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert seen == [choice, choice]
+
+
+def test_blocks_may_end_in_any_order():
+    """Two generators in turns: the first one ends while the second one still runs."""
+    acting, first, second = Acting(), Choice([{"fr": 1.0}]), Choice([{"de": 1.0}])
+    acting.begin(first)
+    acting.begin(second)
+    acting.end(first)
+    assert acting.now() is second
+    acting.end(second)
+    assert acting.now() is None
+
+
+def test_one_choice_with_a_name_that_must_be_present_is_one_for_a_weight():
+    choice = Choice([{"fr": 1.0}] * 2, size=2, present=frozenset({"de"}))
+    choice.check_uniform(nn.ModuleDict())
+    assert (choice.weight_of("fr"), choice.weight_of("de")) == (1, 0)
 
 
 def test_outside_of_a_checkpoint_none_is_running():

@@ -9,7 +9,16 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, lora_state_dict, merge_lora, plan_lora
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    plan_lora,
+    use_adapters,
+)
 from tests.helpers.models import Block, Lit, checkpoints, data, trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -155,3 +164,20 @@ def test_eight_bits_and_an_embedding_that_is_plain():
     torch.testing.assert_close(model["few"](x), expected, rtol=0.02, atol=0.1)
     apply_lora(embedding := nn.Sequential(bitsandbytes.nn.StableEmbedding(8, 4)), LoRAConfig(r=2, targets=["0"]))
     merge_lora(embedding)
+
+
+def test_each_sample_of_a_mixed_batch_is_that_sample_alone():
+    torch.manual_seed(0)
+    layer = quantized(nn.Linear(64, 64))
+    for name in ("fr", "de", "idle"):
+        apply_lora(layer, LoRAConfig(r=2, targets="all", name=name))
+        nn.init.normal_(layer.lora[name].B)
+    x = torch.randn(3, 4, 64)
+    entries = ["fr", None, {"de": 0.5}]
+    with use_adapters(layer, entries):
+        mixed = layer(x)
+    for sample, y, entry in zip(x, mixed, entries, strict=True):
+        with use_adapters(layer, entry):
+            torch.testing.assert_close(y, layer(sample))
+    mixed.sum().backward()
+    assert layer.lora["idle"].A.grad is None and layer.lora["fr"].A.grad is not None

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import load_lora_state_dict, lora_state_dict
+from lightning_lora import load_lora_state_dict, lora_parameters, lora_state_dict, remove_lora, use_adapters
 from tests.helpers import oracles
 from tests.helpers.oracles import same_bits
 from tests.helpers.weight_side import (
     SIDES,
     WrittenOut,
     X,
+    adapted,
     assert_close,
     assert_same_gradients,
     counted_sums,
@@ -497,3 +498,121 @@ def test_an_optimizer_in_the_hooks_of_backward():
             model(X, order).square().sum().backward()
         results.append(model(X))
     assert_close(*results)
+
+
+# Several adapters.
+
+
+def several_adapters(strengths=None):
+    """A tower on the weight's side with two adapters, as after some training."""
+    model = tower()
+    adapted(model, name="de")
+    set_strengths(model, strengths or {})
+    return model
+
+
+def set_strengths(model, strengths):
+    for layer in model.layers:
+        layer.lora.strengths = strengths
+        layer.lora.prepare_choices()
+
+
+def by_hand(model, weights):
+    """The output with ``W0 + c * scale * B @ A``, and whatever gradients go through it."""
+    x = X.double()
+    for layer in model.layers:
+        total = layer.weight.detach().double()
+        for name, c in weights.items():
+            pair = layer.lora[name]
+            total = total + c * pair.scale * pair.B.double() @ pair.A.double()
+        x = torch.tanh(torch.nn.functional.linear(x, total, layer.bias.detach().double()))
+    return x
+
+
+def assert_acts(model, weights, sums):
+    """That the adapters act with these ``weights``, forward and backward, with that many sums of the group."""
+    with counted_sums() as counted:
+        y = model(X)
+    assert len(counted) == sums
+    expected = by_hand(model, weights)
+    assert_close(y, expected)
+    if not weights:
+        assert not y.requires_grad
+        return
+    parameters = dict(lora_parameters(model))
+    found = torch.autograd.grad(y.square().sum(), list(parameters.values()), allow_unused=True)
+    wanted = torch.autograd.grad(expected.square().sum(), list(parameters.values()), allow_unused=True)
+    for name, gradient, other in zip(parameters, found, wanted, strict=True):
+        assert (gradient is None) == (other is None), name
+        if gradient is not None:
+            assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("strengths", [{"default": 0.0}, {"de": 0.0}, {}])
+def test_an_adapter_that_rests_leaves_the_others_on_the_weights_side(strengths):
+    model = several_adapters(strengths)
+    assert_acts(model, {name: 1.0 for name in ("default", "de") if name not in strengths}, sums=1)
+
+
+def test_sums_are_made_anew_when_the_strengths_change():
+    model = several_adapters({"de": 0.0})
+    for strengths, weights, sums in (
+        ({"de": 0.0}, {"default": 1.0}, 1),
+        ({"default": 0.0}, {"de": 1.0}, 1),
+        ({}, {"default": 1.0, "de": 1.0}, 1),
+        ({"de": 0.5}, {"default": 1.0, "de": 0.5}, 0),
+        ({"de": 0.0, "default": 0.0}, {}, 0),
+        ({"default": 0.0}, {"de": 1.0}, 1),
+    ):
+        set_strengths(model, strengths)
+        for _ in range(2):
+            assert_acts(model, weights, sums)
+
+
+def test_strengths_that_are_written_in_place_are_seen():
+    strengths = {"de": 0.0}
+    model = several_adapters(strengths)
+    assert_acts(model, {"default": 1.0}, sums=1)
+    strengths.update({"de": 1.0, "default": 0.0})
+    for layer in model.layers:
+        layer.lora.prepare_choices()
+    assert_acts(model, {"de": 1.0}, sums=1)
+
+
+def test_a_choice_takes_the_other_side_and_leaves_the_sums_of_what_acts_without_one():
+    model = several_adapters({"de": 0.0})
+    for choice, weights in (("de", {"de": 1.0}), (None, {}), ({"default": 0.5}, {"default": 0.5})):
+        assert_acts(model, {"default": 1.0}, sums=1)
+        with use_adapters(model, choice):
+            assert_acts(model, weights, sums=0)
+            write_in_place(model, 1)
+            assert_acts(model, weights, sums=0)
+        assert_acts(model, {"default": 1.0}, sums=1)
+        with use_adapters(model.layers[1], choice):
+            x = torch.tanh(model.layers[0](X))
+            y = torch.tanh(model.layers[1](x))
+        plain = oracle_of_layer(model.layers[1], x, weights)
+        assert_close(y, torch.tanh(plain))
+
+
+def oracle_of_layer(layer, x, weights):
+    delta = sum(c * layer.lora[name].scale * layer.lora[name].B @ layer.lora[name].A for name, c in weights.items())
+    return torch.nn.functional.linear(x, layer.weight + delta, layer.bias)
+
+
+def test_dropout_of_a_resting_adapter_is_no_reason_for_the_other_side():
+    model = several_adapters()
+    for layer in model.layers:
+        layer.lora["de"].dropout = 0.5
+    with counted_sums() as sums:
+        model(X)
+    assert not sums
+    set_strengths(model, {"de": 0.0})
+    assert_acts(model, {"default": 1.0}, sums=1)
+
+
+def test_one_adapter_goes_while_the_others_are_summed():
+    model = several_adapters()
+    assert_acts(model, {"default": 1.0, "de": 1.0}, sums=1)
+    remove_lora(model, name="default")
+    assert_acts(model, {"de": 1.0}, sums=1)

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers.base import LoRALayer, adapted_layers
+from lightning_lora.layers.adapters import Adapters as LayerAdapters
+from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice, Weights
+from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
-from lightning_lora.model.record import is_merged
-from lightning_lora.names import nearest
+from lightning_lora.model.record import is_merged_layer
+from lightning_lora.names import clean, nearest
 
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
 
@@ -24,11 +26,15 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
     """Inside the ``with`` block only these adapters of ``model`` act: one, several with weights, or none.
 
     Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
-    the second forward acts as the first. What no sample used gets no gradient. A list chooses for each sample of the
-    batch; then layers that compute with their weight alone (recurrent layers, parameters that are adapted by name)
-    are refused, as are layers whose first dimension is not the batch. Under ``torch.compile`` one graph serves every
-    choice; where the batch is not as long as the list, compiled code gives NaN. Trained biases and ``also_train``
+    the second forward acts as the first. What no sample used gets no gradient. Trained biases and ``also_train``
     modules are the same for all adapters; :func:`disable_lora` takes these off too.
+
+    A list chooses for each sample of the batch; with beam search, for each beam. Then layers that compute with their
+    weight alone (recurrent layers, parameters that are adapted by name) are refused, as are layers whose first
+    dimension is not the batch. Experts in one parameter are called once for each choice.
+
+    Under ``torch.compile`` one graph serves every choice, and what is refused in eager mode gives NaN. An activation
+    checkpoint around compiled code repeats it with the choice of the moment: compile the code around the checkpoint.
 
     Args:
         model: a module with live adapters, or any part of one.
@@ -67,11 +73,12 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         undo: gets the functions that undo it.
         present: names that take part in the graph also where no sample uses them, with gradients of zeros.
     """
-    complete_undo(model)
-    if is_merged(model):
+    modules = _modules(model)
+    complete_undo(model, modules.values())
+    if any(map(is_merged_layer, modules.values())):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `use_adapters`.")
-    layers = list(adapted_layers(model))
-    names = list(dict.fromkeys(name for _, layer in layers for name in layer.lora))
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.lora._modules))
     if not names:
         raise ValueError("The model has no adapters to choose from: call `apply_lora` first.")
     by_sample = isinstance(adapters, Sequence) and not isinstance(adapters, str)
@@ -82,28 +89,31 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         samples,
         size=len(samples) if by_sample else None,
         present=frozenset(present),
-        layers={id(layer.lora): name for name, layer in layers} if by_sample else {},
-        is_ambiguous=by_sample and any(getattr(module, "batch_first", None) is False for module in model.modules()),
+        layers={id(layer.lora): clean(name) for name, layer in layers.items()} if by_sample else {},
+        is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
     )
-    for _, layer in layers:
-        if len(layer.lora):
-            _set(layer, choice, undo)
+    for name, layer in layers.items():
+        if layer.lora._modules:
+            undo.append(partial(layer.lora.end, choice))
+            layer.lora.begin(choice)
+            if by_sample and isinstance(layer, LoRAExperts) and name:
+                watch_batch(layer, modules[name.rpartition(".")[0]], choice, undo)
 
 
-def _set(layer: LoRALayer, choice: Choice, undo: Undo) -> None:
-    if layer.lora.acting is None:
-        layer.lora.prepare_choices()
-    acting, device = layer.lora.acting, layer.lora.device()
-    assert acting is not None
-    before = {"choice": acting.choice, "table": acting.table}
-    undo.append(partial(_put, acting, before))
-    table = None if device is None else choice.table(tuple(layer.lora), device)
-    _put(acting, {"choice": choice, "table": table})
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its first name, without those of adapters: one short walk, as a run chooses in every step."""
+    modules: dict[str, nn.Module] = {}
+    seen: set[int] = set()
 
+    def visit(name: str, module: nn.Module) -> None:
+        seen.add(id(module))
+        modules[name] = module
+        for key, child in module._modules.items():
+            if child is not None and id(child) not in seen and not isinstance(child, LayerAdapters):
+                visit(f"{name}.{key}" if name else key, child)
 
-def _put(acting: Any, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(acting, key, value)
+    visit("", model)
+    return modules
 
 
 def _weights(adapters: Any, names: list[str]) -> Weights:

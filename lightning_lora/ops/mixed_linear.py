@@ -1,0 +1,195 @@
+"""``W0 x + b + scale * B (c * (A x))`` where samples use different pairs, as one node of autograd on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_lora.ops.dispatch import check_unmodified, without_autocast
+from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, undropped
+from lightning_lora.ops.mixture import BySample, Mixture, PairsInGroups, Stacked
+from lightning_lora.ops.products import as_matrix, batched_matmul, like
+from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
+
+MAX_STACKED = 1024  # positions of a sample times pairs; measured on an H200 with 64 samples and r = 16
+
+
+def can_mix(
+    x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Sequence[tuple[Tensor, Tensor]], mixture: Mixture
+) -> bool:
+    """Whether :class:`MixedLinear` can be used: as the fused op of one pair."""
+    return (
+        bool(mixture.factors)
+        and x.dim() > 1
+        and x.shape[0] == mixture.size
+        and can_fuse(x, weight, bias, *matrices[0])
+        and all(type(A) in PLAIN_CLASSES and type(B) in PLAIN_CLASSES for A, B in matrices)
+    )
+
+
+class MixedLinear(torch.autograd.Function):
+    """The sum for a batch whose samples use different pairs.
+
+    Saved for backward are ``x``, with dropout the dropped input and its mask, and ``A x``; A and B as they were cast
+    are kept, but no copies of them for each sample.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        constants: tuple[Tensor, Mixture, Sequence[float], float, type[PairsInGroups]],
+        *matrices: Tensor,
+    ) -> Any:
+        """``(samples, ..., in_features)`` to ``(samples, ..., out_features)``; with dropout also the dropped input.
+
+        Args:
+            ctx: the node.
+            x: in the dtype of W0, contiguous.
+            bias: ``(out_features,)``.
+            constants: W0, who uses which pair, the scales, the probability of dropout, and the class of the products.
+            matrices: every A, then every B.
+        """
+        weight, mixture, scales, p, products = constants
+        half = len(matrices) // 2
+        pairs = products(mixture, matrices[:half], matrices[half:], scales, x.dtype)
+        x_of_A, mask = torch.native_dropout(x, p, True) if p else (x, None)
+        hidden = pairs.weigh_(torch.bmm(in_groups(x_of_A, pairs), pairs.A.mT))
+        y = base_plus_groups(x, weight, bias, hidden, pairs)
+        ctx.save_for_backward(x_of_A, mask, None if saved_tensors_have_hooks() else hidden)
+        ctx.pairs, ctx.matrices, ctx.versions = pairs, matrices, versions_of(weight, *matrices)
+        ctx.constants = constants
+        if not p:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, x_of_A
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor | None, d_dropped: Tensor | None = None) -> Any:
+        """The gradients of the inputs; those of A and B in their own dtype."""
+        x, mask, hidden = ctx.saved_tensors
+        weight, mixture, scales, p, _ = ctx.constants
+        needs_dx, needs_db, _, *needs = ctx.needs_input_grad
+        if dy is None:  # only a second derivative goes this way
+            dx = None if d_dropped is None else undropped(d_dropped, mask, p)
+            return dx, None, None, *[None] * len(needs)
+        again = torch.is_grad_enabled() or is_batched(dy)
+        _check(ctx, needs_dx, again)
+        db = as_matrix(dy).sum(0) if needs_db else None
+        if again:
+            base, low, gradients = differentiable_gradients(dy, x, weight, ctx.matrices, scales, mixture)
+            low = low if d_dropped is None else low + d_dropped
+            return base + (low if mask is None else undropped(low, mask, p)), db, None, *gradients
+        A, dy_groups = ctx.pairs.A, in_groups(dy, ctx.pairs)
+        d_hidden = ctx.pairs.weigh_(torch.bmm(dy_groups, ctx.pairs.B))
+        dx = None
+        if needs_dx:
+            low = as_matrix(torch.bmm(d_hidden, A))
+            low = low if mask is None else undropped(low, as_matrix(mask), p)
+            dx = like(low.addmm_(as_matrix(dy), weight), x)
+        return dx, db, None, *_gradients_of_pairs(ctx, dy_groups, d_hidden, in_groups(x, ctx.pairs), hidden, A)
+
+
+def _check(ctx: Any, needs_dx: bool, again: bool) -> None:
+    """Raise if W0, or A or B that were not copied by a cast, were modified since forward."""
+    weight, versions = ctx.constants[0], ctx.versions
+    if needs_dx:
+        check_unmodified(weight, versions[0])
+    for matrix, version in zip(ctx.matrices, versions[1:], strict=True) if again else ():
+        check_unmodified(matrix, version)
+
+
+def _gradients_of_pairs(
+    ctx: Any, dy: Tensor, d_hidden: Tensor, x: Tensor, hidden: Tensor | None, A: Tensor
+) -> list[Tensor | None]:
+    """The gradients of every A, then of every B, by those of the products in groups; ``None`` where not needed."""
+    pairs, matrices, needs = ctx.pairs, ctx.matrices, ctx.needs_input_grad[3:]
+    count = len(matrices) // 2
+    every_dA: Sequence[Tensor | None] = [None] * count
+    every_dB: Sequence[Tensor | None] = [None] * count
+    if any(needs[:count]):
+        every_dA = pairs.gradients_of_A(batched_matmul(d_hidden.mT, x, matrices[0].dtype))
+    if any(needs[count:]):
+        hidden = pairs.weigh_(torch.bmm(x, A.mT)) if hidden is None else hidden
+        every_dB = pairs.gradients_of_B(batched_matmul(dy.mT, hidden, matrices[count].dtype))
+    gradients = [*every_dA, *every_dB]
+    if all(needs):
+        return gradients
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+def in_groups(x: Tensor, pairs: PairsInGroups) -> Tensor:
+    """``(samples, ..., features)`` as ``(groups, rows, features)``."""
+    return x.reshape(pairs.groups, -1, x.shape[-1])
+
+
+def base_plus_groups(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, pairs: PairsInGroups) -> Tensor:
+    """As :func:`lightning_lora.ops.products.base_plus_low_rank`, with ``hidden`` and B in groups."""
+    B = pairs.B
+    shape = *x.shape[:-1], weight.shape[0]
+    if bias is None:
+        y = torch.bmm(hidden, B.mT).view(shape).data
+        as_matrix(y).addmm_(as_matrix(x), weight.t())
+    else:
+        y = F.linear(x, weight, bias).data
+        in_groups(y, pairs).baddbmm_(hidden, B.mT)
+    return y
+
+
+def differentiable_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, matrices: Sequence[Tensor], scales: Sequence[float], mixture: Mixture
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The two parts of the gradient of ``x``, those of W0 and of every A, then the gradients of every A and B.
+
+    Autograd can record these products, and ``torch.func`` batch them.
+    """
+    rows, dy_rows, count = as_matrix(x), as_matrix(dy), len(matrices) // 2
+    coefficients = mixture.of_samples(x.dtype).view(mixture.size, -1).repeat_interleave(len(rows) // mixture.size, 0)
+    low, every_dA, every_dB = torch.zeros_like(rows), [], []
+    for pair in range(count):
+        A, B, c = matrices[pair], matrices[count + pair], scales[pair] * coefficients[:, pair : pair + 1]
+        d_hidden = c * (dy_rows @ B.to(x.dtype))
+        low = low + d_hidden @ A.to(x.dtype)
+        every_dA.append((d_hidden.t() @ rows).to(A.dtype))
+        every_dB.append((dy_rows.t() @ (c * (rows @ A.to(x.dtype).t()))).to(B.dtype))
+    return like(dy_rows @ weight, x), like(low, x), [*every_dA, *every_dB]
+
+
+_apply = apply_of(MixedLinear)
+
+
+def mixed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    matrices: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    mixture: Mixture,
+    p: float = 0.0,
+    products: type[PairsInGroups] | None = None,
+) -> Tensor:
+    """The output of :class:`MixedLinear`, with dropout of probability ``p`` on the input of every A.
+
+    Products are chosen by sizes if they are not given.
+    """
+    every_A, every_B = zip(*matrices, strict=True)
+    products = products or (Stacked if is_stacked(x, mixture) else BySample)
+    y: Any = _apply(x, bias, (weight, mixture, scales, p, products), *every_A, *every_B)
+    output: Tensor = y[0] if p else y
+    return output
+
+
+def is_stacked(x: Tensor, mixture: Mixture) -> bool:
+    """Whether every pair for every row costs less than copies of the pairs for each sample.
+
+    For each sample the former is ``positions * pairs * r * (in + out)`` multiplications, the latter ``r * (in + out)``
+    numbers that are written and read, by a few kernels more.
+    """
+    positions = x.numel() // (x.shape[-1] * mixture.size)
+    return positions * mixture.pairs <= MAX_STACKED
