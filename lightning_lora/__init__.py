@@ -48,6 +48,7 @@ from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.merged_values import merged_state_dict
 from lightning_lora.model.report.plan import plan_lora
 from lightning_lora.model.several.acting import use_adapters
+from lightning_lora.model.several.combine import combine_adapters
 from lightning_lora.model.state import lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
@@ -80,6 +81,7 @@ __all__ = [
     "TuneConfig",
     "adapt",
     "apply_lora",
+    "combine_adapters",
     "disable_lora",
     "load_adapter",
     "load_from_checkpoint",

@@ -33,6 +33,7 @@ NAMES = [
     "TuneConfig",
     "adapt",
     "apply_lora",
+    "combine_adapters",
     "disable_lora",
     "load_adapter",
     "load_from_checkpoint",

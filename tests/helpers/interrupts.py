@@ -22,6 +22,7 @@ import lightning_lora
 from lightning_lora import (
     LoRAConfig,
     apply_lora,
+    combine_adapters,
     disable_lora,
     load_adapter,
     load_lora_state_dict,
@@ -104,7 +105,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             flat = zip(module._flat_weights, module._flat_weights_names, strict=True)
             state[f"{name}/flat"] = [weight is module._parameters[key] for weight, key in flat]
         if isinstance(module, LoRALayer):
-            state[f"{name}/enabled"] = module.lora.enabled
+            state[f"{name}/enabled"] = (module.lora.enabled, dict(module.lora.strengths))
     for name, _, record in records(model):
         plain = {key: value for key, value in vars(record).items() if key not in ("merged", "originals", "load_hook")}
         originals = {key: bits(value) for key, value in record.originals.items()}
@@ -203,13 +204,14 @@ VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "load": ("live", lambda model: load_lora_state_dict(model, other_state())),
     "load into merged": ("merged", lambda model: model.load_state_dict(dict(other_state()))),
     "load a directory": ("plain net", lambda model: load_adapter(model, peft_directory().name)),
+    "combine": ("live", lambda model: combine_adapters(model, {"default": 0.5}, "mix", "ties")),
     "disable": ("live", within(disable_lora)),
     "as found": ("live", within(LoRAMethod(CONFIG).as_found)),
     "forward": ("live", lambda model: model(INDEX)),
 }
 
 
-ONCE = ("merge for good", "forget")  # on a model that has no adapters any more they are an error
+ONCE = ("merge for good", "forget", "combine")  # done twice they are an error
 
 
 def lines_of(verb: str) -> list[str]:
