@@ -50,6 +50,7 @@ ELSEWHERE = {
     "model/record": ("model/test_merge", "the record is what a merge leaves, for an exact unmerge"),
     "model/several/combined_config": ("model/several/test_combine", "a combination has its configuration"),
     "model/several/common_form": ("model/several/test_combine", "what is combined is in one form"),
+    "model/several/trained_in_addition": ("model/several/test_one_adapter", "it goes with one adapter"),
     "model/several/recipe": ("model/several/test_combine", "its checks are those of the verb"),
     "model/report/table": ("model/report/test_summary", "the table is what the summary prints"),
     "ops/compiled_input": ("ops/test_shared_input", "it must equal the eager op, under a compiler"),

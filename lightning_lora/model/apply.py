@@ -110,7 +110,8 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
 
     Args:
         model: any module.
-        name: only the adapter of that name goes; what trains in addition stays as long as an adapter is there.
+        name: only the adapter of that name goes, and the biases and ``also_train`` modules that no other adapter trains
+            get their initial values back; buffers stay.
 
     Raises:
         ValueError: if a merged weight was changed since, so that the base cannot be restored, what trains is
@@ -125,7 +126,7 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     """
     complete_undo(model)
     if name is not None and not is_last(model, name):
-        all_or_nothing(model, lambda journal: drop_adapter(model, name))
+        all_or_nothing(model, lambda journal: drop_adapter(model, name, journal))
     elif isinstance(config_of(model), LoRAConfig | None):
         all_or_nothing(model, lambda journal: remove(model, journal))
 

@@ -155,11 +155,18 @@ def _subject(kind: str) -> nn.Module:
     model = trained()
     if kind == "merged":
         merge_lora(model)
+    if kind == "two adapters":
+        apply_lora(model, LoRAConfig(r=1, targets=["fc", "rnn"], also_train=["norm"], name="more"))
+        with torch.no_grad():
+            model.norm.weight.add_(1)
     return model
 
 
 def subject(kind: str) -> nn.Module:
-    """A new model that is ``"bare"``, ``"live"`` or ``"merged"``, or a ``"plain net"`` that PEFT's format can hold."""
+    """A new model that is ``"bare"``, ``"live"``, ``"merged"`` or has ``"two adapters"``.
+
+    Or it is a ``"plain net"``, which PEFT's format can hold.
+    """
     return copy.deepcopy(_subject(kind))
 
 
@@ -200,6 +207,7 @@ VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "unmerge": ("merged", unmerge_lora),
     "remove": ("live", remove_lora),
     "remove merged": ("merged", remove_lora),
+    "remove one": ("two adapters", lambda model: remove_lora(model, name="more")),
     "drop": ("live", LoRAMethod(CONFIG).drop),
     "load": ("live", lambda model: load_lora_state_dict(model, other_state())),
     "load into merged": ("merged", lambda model: model.load_state_dict(dict(other_state()))),
@@ -211,7 +219,7 @@ VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 }
 
 
-ONCE = ("merge for good", "forget", "combine")  # done twice they are an error
+ONCE = ("merge for good", "forget", "combine", "remove one")  # done twice they are an error
 
 
 def lines_of(verb: str) -> list[str]:
