@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.methods.adapt import adapt, remove_adapted
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
+from lightning_lora.methods.bottleneck.segments import use_segments
 from lightning_lora.methods.fusion.config import FusionConfig
 from lightning_lora.methods.plan import plan
 from lightning_lora.methods.prefix.config import PrefixConfig
@@ -97,6 +98,7 @@ __all__ = [
     "save_adapter",
     "unmerge_lora",
     "use_adapters",
+    "use_segments",
 ]
 
 _NEEDS_LIGHTNING = {

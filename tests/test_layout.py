@@ -32,6 +32,7 @@ ELSEWHERE = {
     "layers/sum_group": ("layers/test_summed_weight", "its layers read the sums"),
     "torch_internals": ("ops/test_linear", "the ops ask it"),
     "trainer/method_callback": ("trainer/test_callback", "LoRACallback is one"),
+    "trainer/batches/each_batch": ("trainer/batches/test_segments", "segments are set for each batch"),
     "trainer/strategies/fsdp": ("trainer/strategies/test_base", "the strategies are run by one table"),
     "distributed/deepspeed_optimizer": ("trainer/strategies/test_deepspeed", "its input is a DeepSpeed engine"),
     "distributed/sharded": ("trainer/strategies/test_sharded_edges", "its input is a model that a strategy sharded"),

@@ -48,6 +48,7 @@ NAMES = [
     "remove_lora",
     "save_adapter",
     "unmerge_lora",
+    "use_segments",
     "use_adapters",
 ]
 ROOT = Path(__file__).parent.parent
