@@ -64,7 +64,8 @@ def combine_adapters(
 
     Raises:
         ValueError: if an adapter is unknown, ``name`` is taken or no identifier, an argument is out of its range, or
-            the adapters are merged, have no values (the meta device) or are sharded; then nothing is changed.
+            the adapters are merged or sharded, or their values are not there (the meta device) or not finite; then
+            nothing is changed.
         TypeError: if an argument has the wrong type.
 
     Source: Yadav et al. 2023 (arXiv 2306.01708) for TIES, Yu et al. 2023 (arXiv 2311.03099) for DARE.
@@ -173,3 +174,5 @@ def _check_values(matrices: list[CommonMatrix]) -> None:
                 f"The adapters of `{matrix.layer_name}` are sharded over processes. Save them, load them into a model "
                 "on one device, and combine them there."
             )
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise ValueError(f"The adapters of `{matrix.layer_name}` hold NaN or infinity: the training diverged.")

@@ -341,6 +341,10 @@ def test_refused_models():
     sharded.layers[1].mlp.lora["de"].A._fsdp_flattened = True
     with pytest.raises(ValueError, match=r"The adapters of `layers.1.mlp` are sharded over processes. Save them, load"):
         combine_adapters(sharded, WEIGHTS, "mix")
+    diverged = two_adapters()
+    diverged.layers[0].q.lora["fr"].B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"The adapters of `layers.0.q` hold NaN or infinity: the training diverged"):
+        combine_adapters(diverged, WEIGHTS, "mix")
     with torch.device("meta"):
         on_meta = nn.Sequential(nn.Linear(4, 2))
     apply_lora(on_meta, LoRAConfig(r=1, targets="all", name="fr"))
