@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from lightning_lora.config import MethodConfig
-from lightning_lora.distributed.sharded import is_partitioned, local_shard
+from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.model.freeze import is_adapted_by, trains
+from lightning_lora.model.initial_values import check_writable
 from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import holders, records
+from lightning_lora.names import join
 from lightning_lora.targets.survey import Survey
 
 
@@ -56,15 +58,7 @@ def release(model: nn.Module, parameters: Collection[int], journal: Journal) -> 
         for key in [key for key in record.trained if id(module._parameters.get(key)) in parameters]:
             parameter = module._parameters[key]
             if parameter is not None and key in record.originals:
-                _check_not_partitioned(f"{name}.{key}", parameter)
+                check_writable(join(name, key), parameter)
                 journal.keep(parameter)
                 local_shard(parameter).copy_(record.originals.pop(key))
             record.trained.discard(key)
-
-
-def _check_not_partitioned(name: str, parameter: nn.Parameter) -> None:
-    if is_partitioned(parameter):
-        raise ValueError(
-            f"`{name}` is partitioned by ZeRO 3, so the base's initial value cannot be written into it. Load the "
-            "adapters into a model on one device, and call this on that model."
-        )
