@@ -13,7 +13,6 @@ from lightning_lora.distributed.sharded import is_sharded, is_split
 from lightning_lora.layers.adapter import Adapter, seed_of
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.apply import checked_targets
-from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import all_or_nothing, complete_undo
 from lightning_lora.model.record import configs_of, is_merged, record_of
@@ -92,9 +91,7 @@ def _combine(model: nn.Module, recipe: Recipe, name: str) -> dict[str, float]:
     configs = configs_of(model)
     sources = [config for each in recipe.weights if isinstance(config := configs[each], LoRAConfig)]
     config = combined_config(model, sources, name, {matrix.name: recipe.rank(matrix) for matrix in matrices})
-    survey = Survey(model)
-    inject_each(checked_targets(survey, config), kept=record_of(model).kept)
-    remember(survey)
+    inject_each(checked_targets(Survey(model), config), kept=record_of(model).kept)
     lost: dict[str, float] = {}
     for matrix in matrices:
         energy = _fill(matrix, recipe, name)
@@ -133,6 +130,8 @@ def _write(A: torch.Tensor, B: torch.Tensor, pair: Adapter) -> None:
     unused = ~(A.any(-1) | B.any(-2))
     pair.A.copy_(torch.where(unused.unsqueeze(-1), pair.A.to(A.device), A))
     pair.B.copy_(B)
+    if pair.padding_idx is not None:
+        pair.A[:, pair.padding_idx] = 0  # a decomposition leaves 1e-16 there, and files hold zero
 
 
 def _rest_others(model: nn.Module, name: str) -> None:

@@ -12,8 +12,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.record import records
 from lightning_lora.names import join
 
-AGREED = ("dropout", "init", "seed")  # taken from the combined adapters where all have the same
-
 
 def combined_config(model: nn.Module, sources: Sequence[LoRAConfig], name: str, ranks: Mapping[str, int]) -> LoRAConfig:
     """The configuration of the adapter ``name`` that combines those of ``sources``, with a scale of 1 everywhere.
@@ -35,7 +33,7 @@ def combined_config(model: nn.Module, sources: Sequence[LoRAConfig], name: str, 
         rank_pattern={exactly(matrix): r for matrix, r in ranks.items() if r != usual} or None,
         **(_agreed(sources, "targets", "exclude") or {"targets": [exactly(matrix) for matrix in ranks]}),
         **(_agreed(sources, "bias", "also_train") or {"also_train": _trained(model)}),
-        **{key: value for field in AGREED for key, value in _agreed(sources, field).items()},
+        **_agreed(sources, "dropout"),
     )
 
 

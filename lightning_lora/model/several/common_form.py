@@ -50,8 +50,6 @@ class CommonMatrix:
 
     def _factors_of(self, pair: Adapter) -> DeltaFactors:
         A, B = pair.A.detach().double(), pair.scale * pair.B.detach().double()
-        if pair.padding_idx is not None:
-            A[..., pair.padding_idx] = 0
         if pair.part.rows is not None and self.part.rows is None:
             B = pair.part.place_rows(B, self.part.full_features(parameter_of(self.layer, self.part.key))[1])
         return B, A
