@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.methods.adapt import adapt, remove_adapted
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
+from lightning_lora.methods.bottleneck.segments import use_segments
 from lightning_lora.methods.fusion.config import FusionConfig
 from lightning_lora.methods.plan import plan
 from lightning_lora.methods.prefix.config import PrefixConfig
@@ -48,6 +49,7 @@ from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.merged_values import merged_state_dict
 from lightning_lora.model.report.plan import plan_lora
 from lightning_lora.model.several.acting import use_adapters
+from lightning_lora.model.several.combine import combine_adapters
 from lightning_lora.model.state import lora_parameters, lora_state_dict
 from lightning_lora.peft_format.load import load_adapter
 from lightning_lora.peft_format.save import save_adapter
@@ -80,6 +82,7 @@ __all__ = [
     "TuneConfig",
     "adapt",
     "apply_lora",
+    "combine_adapters",
     "disable_lora",
     "load_adapter",
     "load_from_checkpoint",
@@ -95,6 +98,7 @@ __all__ = [
     "save_adapter",
     "unmerge_lora",
     "use_adapters",
+    "use_segments",
 ]
 
 _NEEDS_LIGHTNING = {

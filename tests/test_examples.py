@@ -59,3 +59,20 @@ def test_peft_both_ways(tmp_path):
     assert all(float(number) < 1e-4 for number in re.findall(r"by at most (\S+)", text))
     assert len(re.findall(r"by at most", text)) == 2
     assert float(re.search(r"after two more epochs ([\d.]+)", text)[1]) < 0.1
+
+
+@pytest.mark.slow
+def test_several_adapters(tmp_path):
+    text = run(tmp_path, "several_adapters.py", "--out", tmp_path / "picture.png")
+    rows = {
+        line.split("  ")[0]: [float(number) for number in re.findall(r"[\d.]+", line)]
+        for line in text.splitlines()
+        if line.startswith(("as written", "mirrored", "turned", "swapped"))
+    }
+    assert rows["as written"][0] > 91
+    for index, task in enumerate(("mirrored", "turned", "swapped"), 1):
+        assert rows[task][0] < 50 and rows[task][index] > 85, "the base fails, its own adapter reads them"
+        assert max(rows[task]) == rows[task][index]
+    without, routed = map(float, re.search(r"mixed in one batch: ([\d.]+) %.* ([\d.]+) %", text).groups())
+    assert without < 35 and routed > 85
+    assert (tmp_path / "picture.png").stat().st_size > 40_000

@@ -33,6 +33,7 @@ NAMES = [
     "TuneConfig",
     "adapt",
     "apply_lora",
+    "combine_adapters",
     "disable_lora",
     "load_adapter",
     "load_from_checkpoint",
@@ -47,6 +48,7 @@ NAMES = [
     "remove_lora",
     "save_adapter",
     "unmerge_lora",
+    "use_segments",
     "use_adapters",
 ]
 ROOT = Path(__file__).parent.parent

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, check_compute
-from lightning_lora.distributed.sharded import is_partitioned, is_sharded, local_shard, reshard
+from lightning_lora.distributed.sharded import is_sharded, local_shard, reshard
 from lightning_lora.layers.adapted import adapted_modules, swap_out
 from lightning_lora.layers.base import disable_adapters, is_adapted
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.copies import targets_of
 from lightning_lora.model.freeze import trained_parameters
 from lightning_lora.model.hooks import strip
-from lightning_lora.model.initial_values import moved, put_back, remember
+from lightning_lora.model.initial_values import check_writable, moved, put_back, remember
 from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge import unmerge
@@ -110,7 +110,8 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
 
     Args:
         model: any module.
-        name: only the adapter of that name goes; what trains in addition stays as long as an adapter is there.
+        name: only the adapter of that name goes, and the biases and ``also_train`` modules that no other adapter trains
+            get their initial values back; buffers stay.
 
     Raises:
         ValueError: if a merged weight was changed since, so that the base cannot be restored, what trains is
@@ -125,7 +126,7 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     """
     complete_undo(model)
     if name is not None and not is_last(model, name):
-        all_or_nothing(model, lambda journal: drop_adapter(model, name))
+        all_or_nothing(model, lambda journal: drop_adapter(model, name, journal))
     elif isinstance(config_of(model), LoRAConfig | None):
         all_or_nothing(model, lambda journal: remove(model, journal))
 
@@ -199,8 +200,4 @@ def _copy(tensor: Tensor, value: Tensor) -> None:
 
 def _check_not_partitioned(model: nn.Module) -> None:
     for name, parameter in trained_parameters(model):
-        if is_partitioned(parameter):
-            raise ValueError(
-                f"`{name}` is partitioned by ZeRO 3, so the base's initial value cannot be written into it. Load the "
-                "adapter's file into a model on one device, and call this on that model."
-            )
+        check_writable(name, parameter)

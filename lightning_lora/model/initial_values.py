@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.distributed.sharded import is_partitioned, local_shard
 from lightning_lora.layers.adapted import added_to
 from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import record_of, records
@@ -62,6 +62,19 @@ def moved(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 def is_trained(model: nn.Module) -> bool:
     """Whether a parameter changed since :func:`remember` or :func:`remember_added`."""
     return any(key in module._parameters for module, key, _ in moved(model))
+
+
+def check_writable(name: str, parameter: Tensor) -> None:
+    """Raise if the initial value of ``parameter`` cannot be written into it.
+
+    Raises:
+        ValueError: if ZeRO 3 has partitioned it.
+    """
+    if is_partitioned(parameter):
+        raise ValueError(
+            f"`{name}` is partitioned by ZeRO 3, so the base's initial value cannot be written into it. Load the "
+            "adapter's file into a model on one device, and call this on that model."
+        )
 
 
 @torch.no_grad()

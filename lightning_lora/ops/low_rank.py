@@ -106,7 +106,9 @@ def _full(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``r + OVERSAMPLING`` leading singular vectors and values of a large ``matrix``."""
-    with torch.random.fork_rng(devices=[]):  # the same vectors at every call, and none from the user's stream
-        torch.default_generator.manual_seed(0)
+    gpus = [matrix.device.index] if matrix.is_cuda else []
+    with torch.random.fork_rng(devices=gpus):  # the same vectors at every call, and none from the user's stream
+        for generator in [torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)]:
+            generator.manual_seed(0)
         U, S, V = torch.svd_lowrank(matrix, q=r + OVERSAMPLING, niter=ITERATIONS)
     return U, S, V.T

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from typing_extensions import override
 
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.bottleneck.config import BottleneckConfig
 from lightning_lora.methods.bottleneck.method import BottleneckMethod
-from lightning_lora.trainer.method_callback import MethodCallback
+from lightning_lora.trainer.batches.each_batch import EachBatchCallback
+from lightning_lora.trainer.batches.segments import BatchSegments
+from lightning_lora.trainer.imports import pl
+from lightning_lora.trainer.patching import call_on_close
 
 
-class AdapterCallback(MethodCallback):
+class AdapterCallback(EachBatchCallback):
     """Bottleneck adapters for the LightningModule of this Trainer: y + scale * up(act(down(x))).
 
     The module's code stays as it is. Where attention and MLPs end, small MLPs get added and the rest is frozen; the
@@ -36,6 +41,12 @@ class AdapterCallback(MethodCallback):
         activation: "gelu", "relu", "silu" or "tanh".
         init_std: Standard deviation of the initial "down", which is normal and cut off at twice that.
         scale: Factor on the update. He et al. take 4 for "parallel".
+        segments: With placement "block", the entry of a batch that says to which segment each token or sample belongs,
+            such as its task or its speaker: a key, an attribute or an index in a sequence. It holds integers, one for
+            each sample (batch,), one for each token (batch, length), or one for the batch. None leaves it to
+            use_segments in the module's own steps. Outside of a run calls of the module need use_segments too.
+        segment_count: How many segments there are. Each has an embedding of d numbers in every bottleneck, added to its
+            input before the LayerNorm (Versatile LM's task embedding), which starts at zero. 0 adds none.
         exclude: Names of modules that get no bottleneck, with all that is inside them. None excludes nothing.
         also_train: Names of modules or parameters of the base to train in full, such as a new head, or the norms as
             Houlsby et al. do. None trains only bottlenecks.
@@ -68,6 +79,8 @@ class AdapterCallback(MethodCallback):
         activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu",
         init_std: float = 0.01,
         scale: float = 1.0,
+        segments: str | int | None = None,
+        segment_count: int = 0,
         exclude: list[str] | None = None,
         also_train: list[str] | None = None,
         bias: Literal["none", "all"] = "none",
@@ -83,6 +96,8 @@ class AdapterCallback(MethodCallback):
             activation,
             init_std,
             scale,
+            segments,
+            segment_count,
             exclude=exclude,
             also_train=also_train,
             bias=bias,
@@ -92,3 +107,27 @@ class AdapterCallback(MethodCallback):
         run_config = RunConfig(lr_scale=lr_scale, liveness=liveness, init_from=init_from)
         super().__init__(BottleneckMethod(config), run_config)
         self.config = config
+        self._segments = None if segments is None else BatchSegments(segments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of the base class: what belongs to one run stays out."""
+        fresh = None if self.config.segments is None else BatchSegments(self.config.segments)
+        return super().__getstate__() | {"_segments": fresh}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Adapt the module, and be ready to set segments."""
+        super().setup(trainer, pl_module, stage)
+        if self._segments is not None and self._run is not None:
+            self._segments.acting = None
+            call_on_close(self._run.stack, self._segments.end)
+
+    @override
+    def begin_batch(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self._segments is not None:
+            self._segments.begin(pl_module, batch)
+
+    @override
+    def end_batch(self) -> None:
+        if self._segments is not None:
+            self._segments.end()

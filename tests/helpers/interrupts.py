@@ -22,6 +22,7 @@ import lightning_lora
 from lightning_lora import (
     LoRAConfig,
     apply_lora,
+    combine_adapters,
     disable_lora,
     load_adapter,
     load_lora_state_dict,
@@ -105,7 +106,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             flat = zip(module._flat_weights, module._flat_weights_names, strict=True)
             state[f"{name}/flat"] = [weight is module._parameters[key] for weight, key in flat]
         if isinstance(module, LoRALayer):
-            state[f"{name}/enabled"] = module.lora.enabled
+            state[f"{name}/enabled"] = (module.lora.enabled, dict(module.lora.strengths))
     for name, _, record in records(model):
         plain = {key: value for key, value in vars(record).items() if key not in ("merged", "originals", "load_hook")}
         originals = {key: bits(value) for key, value in record.originals.items()}
@@ -157,13 +158,17 @@ def _subject(kind: str) -> nn.Module:
     model = trained()
     if kind == "merged":
         merge_lora(model)
+    if kind == "two adapters":
+        apply_lora(model, LoRAConfig(r=1, targets=["fc", "rnn"], also_train=["norm"], name="more"))
+        with torch.no_grad():
+            model.norm.weight.add_(1)
     return model
 
 
 def subject(kind: str) -> nn.Module:
-    """A new model that is ``"bare"``, ``"live"`` or ``"merged"``, or a net that PEFT's format can hold.
+    """A new model that is ``"bare"``, ``"live"``, ``"merged"`` or has ``"two adapters"``.
 
-    That is a ``"plain net"`` or a ``"net with two"`` adapters.
+    Or it is one that PEFT's format can hold: a ``"plain net"``, or a ``"net with two"`` adapters.
     """
     return copy.deepcopy(_subject(kind))
 
@@ -213,20 +218,21 @@ VERBS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "unmerge": ("merged", unmerge_lora),
     "remove": ("live", remove_lora),
     "remove merged": ("merged", remove_lora),
+    "remove one": ("two adapters", lambda model: remove_lora(model, name="more")),
     "drop": ("live", LoRAMethod(CONFIG).drop),
     "load": ("live", lambda model: load_lora_state_dict(model, other_state())),
     "load into merged": ("merged", lambda model: model.load_state_dict(dict(other_state()))),
     "load a directory": ("plain net", lambda model: load_adapter(model, peft_directory().name)),
     "load several": ("net with two", lambda model: load_adapter(model, directory_of_three().name)),
     "swap": ("net with two", lambda model: load_adapter(model, f"{directory_of_three().name}/de", into="slot")),
-    "remove one": ("net with two", lambda model: remove_lora(model, name="fr")),
+    "combine": ("live", lambda model: combine_adapters(model, {"default": 0.5}, "mix", "ties")),
     "disable": ("live", within(disable_lora)),
     "as found": ("live", within(LoRAMethod(CONFIG).as_found)),
     "forward": ("live", lambda model: model(INDEX)),
 }
 
 
-ONCE = ("merge for good", "forget", "remove one")  # on a model that has no adapters any more they are an error
+ONCE = ("merge for good", "forget", "combine", "remove one")  # done twice they are an error
 
 
 def lines_of(verb: str) -> list[str]:

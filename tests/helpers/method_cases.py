@@ -199,6 +199,12 @@ CASES = [
 SLOW = {"tune-norm", "tune-head", "tune-patterns", "prompt-deep", "bottleneck-houlsby", "bottleneck-pfeiffer"}
 SLOW |= {"bottleneck-block", "fusion-houlsby"}
 FAST = [case for case in CASES if case.name not in SLOW]
+# Not among the others, which call the module without a batch: the segment of a sample is its class.
+SEGMENTS = MethodCase(
+    "bottleneck-segments",
+    lambda **shared: AdapterCallback(3, "block", segments=1, segment_count=3, also_train=["head"], **shared),
+    bottleneck("block").trained | {f"net.layers.{n}.bottleneck.segment_embedding" for n in (0, 1)},
+)
 
 
 def module(**kwargs: object) -> LitEncoder:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.helpers.method_cases import FAST, MethodCase
+from tests.helpers.method_cases import FAST, SEGMENTS, MethodCase
 from tests.helpers.models import EncoderBlock, LitEncoder, checkpoints, data, trainer
 from tests.helpers.strategy_runs import FSDP
 from tests.helpers.two_processes import all_equal, end
@@ -74,7 +74,7 @@ def life(strategy: str, case: MethodCase, folder: Path) -> dict[str, object]:
 def main() -> None:
     folder, results = Path(sys.argv[1]), {}
     for strategy in STRATEGIES:
-        for case in FAST:
+        for case in (*FAST, SEGMENTS):
             try:
                 results[strategy, case.name] = life(strategy, case, folder / strategy / case.name)
             except Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.method_cases import FAST, module
+from tests.helpers.method_cases import FAST, SEGMENTS, module
 from tests.helpers.runs import load, same
 from tests.helpers.scripts import run_script
 
@@ -14,7 +14,7 @@ STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 CASES = [
     pytest.param(strategy, case, id=f"{strategy}-{case}")
     for strategy in STRATEGIES
-    for case in FAST
+    for case in (*FAST, SEGMENTS)
     if not (strategy == "fsdp1" and case.without_fsdp1)
 ]
 

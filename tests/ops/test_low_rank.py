@@ -62,6 +62,14 @@ def test_zero_and_the_global_random_stream():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_random_stream_of_the_gpu_is_not_used():
+    matrix, before = torch.randn(600, 700, device="cuda"), torch.cuda.get_rng_state()
+    first, second = truncated_svd(matrix, 2), truncated_svd(matrix, 2)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(first.A, second.A)
+
+
 def test_the_same_twice():
     matrix = spectrum(FULL_SVD + 30, FULL_SVD + 10, SPECTRA["slow"])
     assert torch.equal(truncated_svd(matrix, 3).A, truncated_svd(matrix, 3).A)

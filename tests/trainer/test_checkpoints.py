@@ -240,7 +240,7 @@ def edited(file: Path, path: Path, edit) -> Path:
 
 def test_other_arguments_and_another_base_are_refused_and_nothing_is_changed(file):
     cases = [
-        ({"r": 2}, Lit, r"was written with `r=4` instead of `r=2`: give LoRACallback the same arguments"),
+        ({"r": 2}, Lit, r"was written with `r=4` instead of `r=2`: give the callback the same arguments"),
         ({"alpha": 32}, Lit, r"was written with `alpha=None` instead of `alpha=32`"),
         ({"targets": "qv"}, Lit, r"was written with `targets='attn'` instead of `targets='qv'`"),
         ({"name": "other"}, Lit, r"`name='default'` instead of `name='other'`"),

@@ -29,6 +29,10 @@ class BottleneckConfig(AddedConfig):
         init_std: standard deviation of the initial ``W_down``, a normal distribution truncated at two of it. ``W_up``
             and the biases are zero, so the model starts as the base.
         scale: factor on the update. He et al. take 4 for ``"parallel"``.
+        segments: with ``"block"`` the entry of a batch that says to which segment each token or sample belongs, such as
+            its task or speaker: a key, attribute or index. By the verbs :func:`lightning_lora.use_segments` says it.
+        segment_count: how many segments there are: each has an embedding of ``d`` parameters in each bottleneck, which
+            is added to its input (Lin et al.'s task embedding) and starts at zero. 0 adds none.
 
     The other arguments are those of :class:`~lightning_lora.methods.added_config.AddedConfig`: ``exclude``,
     ``also_train``, ``bias``, ``seed`` (of ``W_down``) and ``name``.
@@ -42,13 +46,15 @@ class BottleneckConfig(AddedConfig):
         16
     """
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"seed", "init_std"})
+    FREE: ClassVar[frozenset[str]] = frozenset({"seed", "init_std", "segments"})
 
     size: int = 64
     placement: str = "houlsby"
     activation: str = "gelu"
     init_std: float = 0.01
     scale: float = 1.0
+    segments: str | int | None = None
+    segment_count: int = 0
 
     @override
     def __post_init__(self) -> None:
@@ -64,3 +70,22 @@ class BottleneckConfig(AddedConfig):
         check_choice("activation", self.activation, ACTIVATIONS)
         check_positive("init_std", self.init_std)
         check_positive("scale", self.scale)
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        if not isinstance(self.segment_count, int) or isinstance(self.segment_count, bool):
+            raise TypeError(f"`segment_count` must be an integer, but got {self.segment_count!r}.")
+        if self.segment_count < 0:
+            raise ValueError(f"`segment_count` must be at least 0, but got {self.segment_count}.")
+        if self.segments is not None and (not isinstance(self.segments, (str, int)) or isinstance(self.segments, bool)):
+            raise TypeError(f"`segments` must be a key of the batch or an index in it, but got {self.segments!r}.")
+        if self.segments is not None and not self.segment_count:
+            raise ValueError(
+                f"`segments={self.segments!r}` needs the number of segments, which a batch does not tell. Give "
+                "`segment_count`."
+            )
+        if self.segment_count and self.placement != "block":
+            raise ValueError(
+                f"`segment_count={self.segment_count}` adds task embeddings with placement='block' alone, but got "
+                f"placement={self.placement!r}. Leave `segments` and `segment_count` out, or take placement='block'."
+            )

@@ -19,6 +19,7 @@ from lightning_lora.methods.bottleneck.layer import (
     ParallelLayer,
     new_bottleneck,
 )
+from lightning_lora.methods.bottleneck.segments import connect
 from lightning_lora.methods.bottleneck.sites import entries, find_sites
 from lightning_lora.methods.fast_paths import Host, fast_path_hosts
 from lightning_lora.targets.blocks import Sublayer
@@ -57,6 +58,15 @@ class BottleneckMethod(AddedMethod):
     @override
     def new(self, name: str, module: nn.Module, seed: int) -> nn.Module:
         return new_bottleneck(Bottleneck, self.config, self._sublayers[name], next(module.parameters()).device, seed)
+
+    @override
+    def connect(self, survey: Survey) -> None:
+        """Let bottlenecks with task embeddings read the segments in one place."""
+        if self.config.segment_count:
+            children = [survey.by_name[name]._modules.get(self.key) for name in self._sublayers]
+            bottlenecks = [child for child in children if isinstance(child, Bottleneck)]  # a plain copy has none
+            is_ambiguous = any(getattr(module, "batch_first", None) is False for _, module in survey.modules)
+            connect(bottlenecks, self.config.segment_count, is_ambiguous)
 
     @override
     def hosts(self, survey: Survey) -> dict[str, Host]:

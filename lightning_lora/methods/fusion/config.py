@@ -59,7 +59,13 @@ class FusionConfig(AddedConfig):
             _check_name(name)
         check_positive("init_std", self.init_std)
         if self.bottleneck is not None:
-            object.__setattr__(self, "bottleneck", plain_data(BottleneckConfig(**self.bottleneck).to_dict()))
+            bottleneck = BottleneckConfig(**self.bottleneck)
+            if bottleneck.segment_count:
+                raise ValueError(
+                    f"The bottlenecks have task embeddings (`segment_count={bottleneck.segment_count}`), and a fusion "
+                    "cannot say which segment a token belongs to. Fuse bottlenecks without task embeddings."
+                )
+            object.__setattr__(self, "bottleneck", plain_data(bottleneck.to_dict()))
 
     @override
     def difference(self, other: AddedConfig) -> str | None:

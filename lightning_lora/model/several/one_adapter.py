@@ -8,7 +8,9 @@ from lightning_lora.layers.adapted import swap_out
 from lightning_lora.layers.base import LoRALayer, adapted_layers, has_adapter, remove_adapter
 from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.model.hooks import equip
+from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import configs_of, holders, is_merged, records
+from lightning_lora.model.several.trained_in_addition import release, trained_by
 from lightning_lora.names import nearest
 
 
@@ -36,23 +38,26 @@ def is_last(model: nn.Module, name: str) -> bool:
     return list(configs_of(model)) == [name]
 
 
-def drop_adapter(model: nn.Module, name: str) -> None:
+def drop_adapter(model: nn.Module, name: str, journal: Journal) -> None:
     """Take the adapter ``name`` off ``model``, which has others, as a part of a larger change.
 
+    What trains in addition to it, and to no other adapter, gets its initial values back.
+
     Raises:
-        ValueError: if the adapters are merged.
+        ValueError: if the adapters are merged, or what gets its values back is partitioned by ZeRO 3.
     """
     if is_merged(model):
         raise ValueError(
             f"The adapters are merged into the model: call `unmerge_lora(model)` first, to remove `{name}` alone."
         )
-    layers = [layer for _, layer in adapted_layers(model) if has_adapter(layer, name)]
-    for layer in layers:
+    trained = trained_by(model, name)
+    for layer in [layer for _, layer in adapted_layers(model) if has_adapter(layer, name)]:
         _drop_from(layer, name)
     for _, _, record in records(model):
         record.configs.pop(name, None)
         record.adapted_by.pop(name, None)
         record.kept.discard(name)
+    release(model, trained - trained_by(model), journal)
     for holder, configs in holders(model):
         equip(holder, *configs)
 

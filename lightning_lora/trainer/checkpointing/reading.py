@@ -180,8 +180,9 @@ def check_config(written: MethodConfig, path: Any, method: Method, argument: str
         )
     difference = method.difference(written)
     if difference is not None:
-        callback = type(method.config).__name__.replace("Config", "Callback")
-        raise ValueError(f"{_named(path, argument)} was written with {difference}: give {callback} the same arguments.")
+        raise ValueError(
+            f"{_named(path, argument)} was written with {difference}: give the callback the same arguments."
+        )
 
 
 def check_base(

@@ -111,7 +111,14 @@ NOT_TRIED = {
     ("methods/base.py", "`{}` cannot be merged into the weights: save"): "the checkpoints of every run hold it",
     ("methods/plan.py", "and train in full"): "a part of a table",
     ("trainer/watching/liveness.py", ": name the weight itself"): "a part of a message that is tried",
-    ("model/apply.py", "`{}` is partitioned by ZeRO 3"): "needs a DeepSpeed engine; the remedy is another model",
+    (
+        "model/several/combine.py",
+        "The adapters of `{}` are sharded",
+    ): "needs two processes; take another model",
+    (
+        "model/initial_values.py",
+        "`{}` is partitioned by ZeRO 3",
+    ): "needs a DeepSpeed engine; the remedy is another model",
     ("model/merge.py", "`{}` is quantized, and its few bits"): "needs bitsandbytes; the command tries the same remedy",
     ("peft_format/attention.py", "peft {} wrote an adapter"): "the remedy is to look at outputs",
     ("peft_format/config.py", "it adapts parameters by name"): "merged by peft as in the cases of DoRA and of rows",

@@ -17,6 +17,11 @@ WRONG = [
     ),
     ({"init_std": 0}, ValueError, "`init_std` must be positive and finite, but got 0"),
     ({"scale": -1}, ValueError, "`scale` must be positive and finite, but got -1"),
+    ({"placement": "block", "segment_count": -1}, ValueError, "`segment_count` must be at least 0, but got -1"),
+    ({"placement": "block", "segment_count": True}, TypeError, "`segment_count` must be an integer, but got True"),
+    ({"segments": 1.5}, TypeError, "`segments` must be a key of the batch or an index in it, but got 1.5"),
+    ({"placement": "block", "segments": "task"}, ValueError, "`segments='task'` needs the number of segments"),
+    ({"segments": "task", "segment_count": 2}, ValueError, "`segment_count=2` adds task embeddings with placement"),
 ]
 
 
@@ -35,5 +40,8 @@ def test_plain_data_there_and_back():
 def test_only_what_changes_the_model_is_a_difference():
     config = BottleneckConfig(size=3)
     assert config.difference(BottleneckConfig(size=3, init_std=0.1, seed=5)) is None
+    block = BottleneckConfig(placement="block", segments="task", segment_count=2)
+    assert block.difference(BottleneckConfig(placement="block", segment_count=2)) is None
+    assert block.difference(BottleneckConfig(placement="block")) == "`segment_count=0` instead of `segment_count=2`"
     assert config.difference(BottleneckConfig(size=4)) == "`size=4` instead of `size=3`"
     assert config.difference(BottleneckConfig(size=3, scale=4)) == "`scale=4` instead of `scale=1.0`"

@@ -45,3 +45,9 @@ def test_paths_are_no_difference_but_names_and_kinds_are():
     other = FusionConfig({"fr": "a.ckpt"}, bottleneck={"size": 4})
     assert config.difference(other) == "`size=4` instead of `size=3`"
     assert config.difference(FusionConfig({"fr": "a.ckpt"}, also_train=["head"])) is not None
+
+
+def test_bottlenecks_with_task_embeddings_are_refused():
+    bottleneck = {"size": 3, "placement": "block", "segment_count": 2}
+    with pytest.raises(ValueError, match=r"task embeddings \(`segment_count=2`\), and a fusion cannot say"):
+        FusionConfig(["fr.ckpt"], bottleneck=bottleneck)

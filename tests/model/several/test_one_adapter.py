@@ -17,7 +17,9 @@ from lightning_lora import (
     remove_lora,
 )
 from lightning_lora.model.fingerprint import fingerprint
+from tests.helpers import oracles
 from tests.helpers.models import net
+from tests.helpers.oracles import same_bits, train
 from tests.helpers.several import THREE, fill, outputs
 
 
@@ -90,3 +92,65 @@ def test_it_is_as_if_the_adapter_had_never_been_there(compute, gone):
     assert torch.equal(outputs(model, x), outputs(net(), x))
     assert torch.equal(outputs(copied, x), outputs(copy.deepcopy(copied), x))
     assert not torch.allclose(outputs(copied, x), outputs(net(), x), atol=1e-3)
+
+
+def with_statistics(**configs):
+    model = oracles.net()
+    for name, arguments in configs.items():
+        apply_lora(model, LoRAConfig(r=1, name=name, **arguments))
+    return train(model)
+
+
+def values_of(model, *names):
+    return {name: model.get_parameter(name).detach().clone() for name in names}
+
+
+def test_what_trained_with_it_alone_is_as_before():
+    model = with_statistics(
+        fr={"targets": ["body.0"], "also_train": ["head"], "bias": "lora_only"},
+        de={"targets": ["body.2"], "also_train": ["scale"], "bias": "lora_only"},
+    )
+    kept = values_of(model, "scale", "body.2.bias")
+    assert not same_bits(model.head.weight, oracles.net().head.weight), "it was trained"
+    remove_lora(model, name="fr")
+    for name, value in values_of(oracles.net(), "head.weight", "head.bias", "body.0.bias").items():
+        assert same_bits(model.get_parameter(name), value), name
+    assert all(same_bits(model.get_parameter(name), value) for name, value in kept.items())
+    assert {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name} == kept.keys()
+    assert set(lora_state_dict(model)) >= kept.keys()
+    assert not {"head.weight", "head.bias", "body.0.bias"} & lora_state_dict(model).keys()
+
+
+def test_what_another_one_trains_too_stays_trained():
+    model = with_statistics(
+        fr={"targets": ["body.0"], "also_train": ["head"], "bias": "all"},
+        de={"targets": ["body.2"], "also_train": ["head.weight"]},
+    )
+    trained = values_of(model, "head.weight")["head.weight"]
+    remove_lora(model, name="fr")
+    assert same_bits(model.head.weight, trained) and model.head.weight.requires_grad
+    assert same_bits(model.head.bias, oracles.net().head.bias) and not model.head.bias.requires_grad
+    remove_lora(model, name="de")
+    assert same_bits(model.head.weight, oracles.net().head.weight)
+
+
+def test_a_parameter_with_two_names_stays_while_one_of_them_is_asked_for():
+    model = oracles.net()
+    model.scale_too = nn.Module()
+    model.scale_too.register_parameter("weight", model.scale)
+    apply_lora(model, LoRAConfig(r=1, targets=["body.0"], name="fr", also_train=["scale"]))
+    apply_lora(model, LoRAConfig(r=1, targets=["body.2"], name="de", also_train=["scale_too"]))
+    trained = train(model).scale.detach().clone()
+    remove_lora(model, name="fr")
+    assert same_bits(model.scale, trained) and model.scale.requires_grad
+
+
+def test_the_initial_value_is_that_of_the_base_which_is_loaded_later():
+    model = with_statistics(fr={"targets": ["body.0"], "also_train": ["head"]}, de={"targets": ["body.2"]})
+    remove_lora(model, name="fr")
+    with torch.no_grad():
+        model.head.weight.fill_(2.0)  # as a base that is loaded now
+    apply_lora(model, LoRAConfig(r=1, targets=["body.0"], name="fr", also_train=["head"]))
+    train(model)
+    remove_lora(model)
+    assert bool((model.head.weight == 2.0).all())

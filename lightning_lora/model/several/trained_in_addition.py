@@ -1,0 +1,64 @@
+"""What trains in addition to one of several adapters, and is frozen again when that adapter is taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from lightning_lora.config import MethodConfig
+from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.model.freeze import is_adapted_by, trains
+from lightning_lora.model.initial_values import check_writable
+from lightning_lora.model.journal import Journal
+from lightning_lora.model.record import holders, records
+from lightning_lora.names import join
+from lightning_lora.targets.survey import Survey
+
+
+def trained_by(model: nn.Module, name: str | None = None) -> set[int]:
+    """The ``id`` of each parameter of the base that configurations on ``model`` and its parts ask to train.
+
+    Args:
+        model: an adapted model.
+        name: only what the configuration of that adapter asks for; ``None`` for what any does.
+    """
+    return {
+        parameter
+        for holder, configs in holders(model)
+        for config in configs
+        if name in (None, config.name)
+        for parameter in _asked_for(holder, config)
+    }
+
+
+def _asked_for(holder: nn.Module, config: MethodConfig) -> set[int]:
+    return {
+        id(parameter)
+        for site in Survey(holder).sites.values()
+        for key, parameter in site.module._parameters.items()
+        if trains(site, key, is_adapted_by(site.module, config), config)
+    }
+
+
+@torch.no_grad()
+def release(model: nn.Module, parameters: Collection[int], journal: Journal) -> None:
+    """Give ``parameters`` of the base their initial values back, and let them train no more.
+
+    Args:
+        model: the adapted model.
+        parameters: by ``id``.
+        journal: of the change.
+
+    Raises:
+        ValueError: if one of them is partitioned by ZeRO 3.
+    """
+    for name, module, record in records(model):
+        for key in [key for key in record.trained if id(module._parameters.get(key)) in parameters]:
+            parameter = module._parameters[key]
+            if parameter is not None and key in record.originals:
+                check_writable(join(name, key), parameter)
+                journal.keep(parameter)
+                local_shard(parameter).copy_(record.originals.pop(key))
+            record.trained.discard(key)
