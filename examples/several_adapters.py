@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flipped_digits import Digits, Images, small_mnist, trainer_for
+from flipped_digits import Digits, Images, loader, small_mnist, trainer_for
 from lightning.pytorch import seed_everything
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from lightning_lora import LoRAConfig, apply_lora, combine_adapters, use_adapters
+from lightning_lora import LoRACallback, combine_adapters, use_adapters
 
 CORRUPTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mirrored": lambda images: images.flip(-1),
@@ -55,21 +54,19 @@ class Corrupted(Dataset):
 
 
 class CorruptedDigits(Digits):
-    """The classifier of the flipped digits, on batches whose images have tasks."""
+    """The classifier of the flipped digits, on batches that are dicts. It knows nothing of LoRA either."""
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        with use_adapters(self, [TASKS[task] for task in batch["task"]]):
-            return cross_entropy(self(batch["images"]), batch["labels"])
+        return super().training_step([batch["images"], batch["labels"]], index)
+
+    def test_step(self, batch: dict[str, Tensor], index: int) -> None:
+        super().test_step([batch["images"], batch["labels"]], index)
 
 
-def plain_loader(digits: Images) -> DataLoader:
-    """Batches of digits as they are, for the base; ``task`` names nothing then."""
-    return DataLoader(list(zip(*digits, strict=True)), batch_size=128, shuffle=True)
-
-
-def corrupted_loader(digits: Images) -> DataLoader:
-    dataset = Corrupted(digits)
-    return DataLoader(dataset, sampler=BatchSampler(RandomSampler(dataset), 128, drop_last=False), batch_size=None)
+def corrupted_loader(digits: Images, seed: int | None = None) -> DataLoader:
+    dataset = Corrupted(digits, seed)
+    order = RandomSampler(dataset) if seed is None else SequentialSampler(dataset)
+    return DataLoader(dataset, sampler=BatchSampler(order, 128, drop_last=False), batch_size=None)
 
 
 # ------------------------------------------------------------------ what is measured
@@ -91,14 +88,6 @@ def table(model: Digits, test: Images) -> dict[str, dict[str, float]]:
         kind: {choice: accuracy(model, corrupted, labels, adapters) for choice, adapters in choices.items()}
         for kind, corrupted in kinds.items()
     }
-
-
-def mixed_accuracy(model: Digits, test: Images) -> tuple[float, float]:
-    """On one batch of all test digits, each with its own corruption: without adapters, and each with its own."""
-    batch = Corrupted(test, seed=0)[list(range(len(test[1])))]
-    own = [TASKS[task] for task in batch["task"]]
-    without, routed = (accuracy(model, batch["images"], batch["labels"], adapters) for adapters in (None, own))
-    return without, routed
 
 
 def report(accuracies: dict[str, dict[str, float]]) -> str:
@@ -180,19 +169,23 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: r.getMessage().startswith("LoRA"))
     seed_everything(0, verbose=False)
     train, test = small_mnist()
-    base = Digits()
-    trainer_for(15).fit(base, plain_loader(train))
-    model = CorruptedDigits(lr=5e-3)
+    base, model = Digits(), CorruptedDigits()
+    trainer_for(15).fit(base, loader(train, shuffle=True))
     model.load_state_dict(base.state_dict())
-    for task in TASKS:
-        apply_lora(model, LoRAConfig(r=8, targets="all", name=task))
-    trainer_for(arguments.epochs).fit(model, corrupted_loader(train))
+    mixed = corrupted_loader(test, seed=0)
+    [without] = trainer_for(1).test(model, mixed, verbose=False)
+    lora = LoRACallback(
+        r=8, targets="all", lr_scale=5.0, adapters={task: {} for task in TASKS}, route="task", merge=False
+    )
+    trainer = trainer_for(arguments.epochs, lora)
+    trainer.fit(model, corrupted_loader(train))
+    [routed] = trainer.test(model, mixed, verbose=False)
+    print(f"{'mixed in one batch':<30}{100 * without['accuracy']:.1f} % without adapters")
+    print(f"{'':<30}{100 * routed['accuracy']:.1f} % with each image's own")
     model.eval()
     combine_adapters(model, dict.fromkeys(TASKS, 0.5), "combined")
     accuracies = table(model, test)
     print(report(accuracies))
-    without, routed = mixed_accuracy(model, test)
-    print(f"mixed in one batch: {without:.1f} % without adapters, {routed:.1f} % with each image's own")
     draw(model, test, accuracies, arguments.out)
     print(f"digits and table: {arguments.out}")
 

@@ -73,6 +73,6 @@ def test_several_adapters(tmp_path):
     for index, task in enumerate(("mirrored", "turned", "swapped"), 1):
         assert rows[task][0] < 50 and rows[task][index] > 85, "the base fails, its own adapter reads them"
         assert max(rows[task]) == rows[task][index]
-    without, routed = map(float, re.search(r"mixed in one batch: ([\d.]+) %.* ([\d.]+) %", text).groups())
+    without, routed = map(float, re.search(r"mixed in one batch +([\d.]+) %.*\n +([\d.]+) %", text).groups())
     assert without < 35 and routed > 85
     assert (tmp_path / "picture.png").stat().st_size > 40_000
