@@ -19,6 +19,7 @@ docstring of each room states its rule. From the ground up:
     model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module; the plan and tables (report)
     peft_format        PEFT's directories, read and written
     methods            what a run asks of a method of fine-tuning; a class for each
+    analysis           metrics of an update: spectrum, size, subspace, amplification; their plots
     trainer            one run of a Lightning Trainer: callback, checkpointing, watching, strategies
     cli                the command lightning-lora
 
