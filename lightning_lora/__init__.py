@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_lora.trainer.callback import LoRACallback
     from lightning_lora.trainer.checkpointing.from_checkpoint import load_from_checkpoint
     from lightning_lora.trainer.fusion_callback import FusionCallback
+    from lightning_lora.trainer.monitor import LoRAMonitor
     from lightning_lora.trainer.prefix_callback import PrefixCallback
     from lightning_lora.trainer.prompt_callback import PromptCallback
     from lightning_lora.trainer.subspace_callback import SubspaceCallback
@@ -70,6 +71,7 @@ __all__ = [
     "FusionConfig",
     "LoRACallback",
     "LoRAConfig",
+    "LoRAMonitor",
     "PrefixCallback",
     "PrefixConfig",
     "PromptCallback",
@@ -100,6 +102,7 @@ _NEEDS_LIGHTNING = {
     "AdapterCallback": "lightning_lora.trainer.adapter_callback",
     "FusionCallback": "lightning_lora.trainer.fusion_callback",
     "LoRACallback": "lightning_lora.trainer.callback",
+    "LoRAMonitor": "lightning_lora.trainer.monitor",
     "PrefixCallback": "lightning_lora.trainer.prefix_callback",
     "PromptCallback": "lightning_lora.trainer.prompt_callback",
     "SubspaceCallback": "lightning_lora.trainer.subspace_callback",

@@ -50,6 +50,8 @@ TRIED = {
         "targets/test_role_names.py",
         "test_which_of_these_are_query_and_value_is_not_known",
     ),
+    ("trainer/monitor.py", "LoRAMonitor logs to"): ("trainer/test_monitor.py", "test_without_a_logger"),
+    ("trainer/monitor.py", "LoRAMonitor measures LoRA"): ("trainer/test_monitor.py", "test_without_adapters"),
     ("trainer/checkpointing/file_contents.py", "Files of this run are not small"): (
         "trainer/checkpointing/test_file_contents.py",
         "test_a_module_in_the_hyperparameters_is_named_and_the_remedy_works",
