@@ -24,7 +24,7 @@ LIBRARIES = {
     "analysis": {"torch", "torchmetrics", "matplotlib"},
     "methods": {"torch", "typing_extensions"},
     "trainer": {"torch", "numpy", "safetensors", "typing_extensions"} | LIGHTNING,
-    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm", "transformers"},
+    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "matplotlib", "tqdm", "transformers"},
 }
 
 

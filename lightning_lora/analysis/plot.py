@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_KINDS = 8  # lines of a legend
 MOST_NAMES = 6  # layers that are named on an axis; more are numbered
+WIDE = 15  # the largest of values over the smallest, above which an axis is logarithmic
 SIZE = (4.6, 3.0)  # inches: at the width of a column of paper the text is still 7 points
 MARKERS = "osD^vP*X"
 
@@ -54,14 +55,17 @@ def import_pyplot() -> Any:
 
 
 def draw_by_layer(values: Mapping[str, Tensor], ax: Axes) -> None:
-    """One point for each layer, in the order of ``values``; of a stack of matrices the mean."""
-    for kind, members in kinds(values).items():
-        marker = next_marker(ax)
+    """One point for each layer, of a stack of matrices the mean; layers of a kind are a line over the blocks."""
+    by_kind = kinds(values)
+    blocks = _are_blocks(by_kind)
+    for kind, members in by_kind.items():
         heights = [float(values[name].double().mean()) for _, name in members]
-        ax.plot([place for place, _ in members], heights, marker=marker, markersize=4, linewidth=1, label=kind)
+        places = range(len(members)) if blocks else [place for place, _ in members]
+        ax.plot(places, heights, marker=next_marker(ax), markersize=4, linewidth=1, label=kind)
     _scale_by_size(ax, values.values())
-    _name_layers(ax, list(values))
-    _legend(ax)
+    _name_layers(ax, list(values), "block" if blocks else "layer, in the order of the model")
+    if len(values) > MOST_NAMES:
+        _legend(ax)
 
 
 def draw_series(series: Mapping[str, Mapping[str, Tensor]], ax: Axes) -> None:
@@ -69,8 +73,8 @@ def draw_series(series: Mapping[str, Mapping[str, Tensor]], ax: Axes) -> None:
     for label, values in series.items():
         heights = [float(value.double().mean()) for value in values.values()]
         ax.plot(heights, marker=next_marker(ax), markersize=4, linestyle="none", label=label)
-        _scale_by_size(ax, values.values())
-        _name_layers(ax, list(values))
+        _name_layers(ax, list(values), "layer, in the order of the model")
+    _scale_by_size(ax, [value for values in series.values() for value in values.values()])
     _legend(ax)
 
 
@@ -107,33 +111,46 @@ def _filled(values: Tensor, r: int) -> Tensor:
 
 
 def kinds(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
-    """The places and names of layers by a short name of what they are; of too many kinds only the last part is kept.
+    """The places and names of layers by a short name of their kind.
+
+    A few layers are each their own kind. If there are too many kinds, those with the same last part are one.
 
     Example:
-        >>> kinds(["blocks.0.q", "blocks.0.v", "blocks.1.q"])
-        {'q': [(0, 'blocks.0.q'), (2, 'blocks.1.q')], 'v': [(1, 'blocks.0.v')]}
+        >>> {kind: places for kind, places in kinds(f"blocks.{i}.{n}" for i in range(4) for n in "qv").items()}["v"]
+        [(1, 'blocks.0.v'), (3, 'blocks.1.v'), (5, 'blocks.2.v'), (7, 'blocks.3.v')]
     """
     names = list(names)
-    short = short_names([folded(name) for name in names])
+    short = short_names(names if len(names) <= MOST_NAMES else [folded(name) for name in names])
     if len(set(short)) > MOST_KINDS:
         short = [name.rpartition(".")[2] for name in short]
     if len(set(short)) > MOST_KINDS:
         short = [""] * len(names)
     result: dict[str, list[tuple[int, str]]] = {}
     for place, (kind, name) in enumerate(zip(short, names, strict=True)):
-        result.setdefault(kind, []).append((place, name))
+        result.setdefault(kind.replace("$", r"\$"), []).append((place, name))
     return result
 
 
+def _are_blocks(by_kind: Mapping[str, Sequence[object]]) -> bool:
+    """Whether each kind is there once in every one of several blocks."""
+    counts = {len(members) for members in by_kind.values()}
+    return len(counts) == 1 and counts != {1} and "" not in by_kind
+
+
 def short_names(names: Sequence[str]) -> list[str]:
-    """Each of ``names`` by as many of its last parts as no other name ends with; the last part is no star.
+    """Each of ``names`` by as many of its last parts as no other name ends with, and not by a number or star alone.
 
     Example:
-        >>> short_names(["a.*.q", "a.*.v", "encoder.out", "decoder.out", "body.*"])
-        ['q', 'v', 'encoder.out', 'decoder.out', 'body.*']
+        >>> short_names(["a.*.q", "a.*.v", "encoder.out", "decoder.out", "body.0"])
+        ['q', 'v', 'encoder.out', 'decoder.out', 'body.0']
     """
     ends: Counter[str] = Counter(end for name in set(names) for end in _ends(name))
-    return [next((end for end in _ends(name) if ends[end] == 1 and not end.startswith("*")), name) for name in names]
+    return [next((end for end in _ends(name) if ends[end] == 1 and not _is_number(end)), name) for name in names]
+
+
+def _is_number(end: str) -> bool:
+    head = end.partition(".")[0]
+    return head == "*" or head.isdecimal()
 
 
 def _ends(name: str) -> list[str]:
@@ -153,15 +170,17 @@ def _scale_by_size(ax: Axes, values: Iterable[Tensor]) -> None:
     """A logarithmic axis for values of several sizes; zero has no place on one."""
     drawn = torch.cat([value.flatten().double().cpu() for value in values])
     drawn = drawn[drawn.isfinite()]
-    if len(drawn) and drawn.min() > 0 and drawn.max() > 5 * drawn.min():
+    if len(drawn) and drawn.min() > 0 and drawn.max() > WIDE * drawn.min():
         ax.set_yscale("log")
 
 
-def _name_layers(ax: Axes, names: Sequence[str]) -> None:
+def _name_layers(ax: Axes, names: Sequence[str], numbers: str) -> None:
+    """Name a few layers on the axis; of more it has ``numbers``."""
     if len(names) <= MOST_NAMES:
-        ax.set_xticks(range(len(names)), short_names(names), rotation=20, ha="right")
+        short = [name.replace("$", r"\$") for name in short_names(names)]
+        ax.set_xticks(range(len(names)), short, rotation=20, ha="right")
     else:
-        ax.set_xlabel("layer, in the order of the model")
+        ax.set_xlabel(numbers)
         _number(ax.xaxis)
 
 

@@ -18,15 +18,15 @@ def axes():
     return figure.Figure().subplots()
 
 
-BLOCKS = [f"blocks.{block}.attn.{name}" for block in range(3) for name in ("q", "v")]
+BLOCKS = [f"blocks.{block}.attn.{name}" for block in range(4) for name in ("q", "v")]
 
 
 def test_layers_of_blocks_share_a_line():
     ax = axes()
     draw_by_layer({name: torch.tensor(float(place)) for place, name in enumerate(BLOCKS)}, ax)
     assert [line.get_label() for line in ax.lines] == ["q", "v"]
-    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 2, 4], [1, 3, 5]]
-    assert list(ax.lines[1].get_ydata()) == [1, 3, 5] and ax.lines[0].get_marker() != ax.lines[1].get_marker()
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 1, 2, 3]] * 2 and ax.get_xlabel() == "block"
+    assert list(ax.lines[1].get_ydata()) == [1, 3, 5, 7] and ax.lines[0].get_marker() != ax.lines[1].get_marker()
     assert ax.get_yscale() == "linear"  # there is a zero
 
 
@@ -35,8 +35,9 @@ def test_few_layers_are_named_and_many_are_numbered():
     draw_by_layer({name: torch.tensor(1.0) for name in ("encoder.up", "encoder.down")}, ax)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["up", "down"]
     ax = axes()
-    draw_by_layer({f"{name}.{extra}": torch.tensor(1.0) for name in BLOCKS for extra in "ab"}, ax)
+    draw_by_layer({name: torch.tensor(1.0) for name in [*BLOCKS, "head"]}, ax)
     assert ax.get_xlabel() == "layer, in the order of the model"
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 2, 4, 6], [1, 3, 5, 7], [8]]
 
 
 def test_values_of_several_sizes_have_a_logarithmic_axis():
@@ -61,12 +62,19 @@ def test_short_names():
 
 def test_spectra_of_a_kind_are_a_line_and_a_range():
     ax = axes()
-    spectra = {"a.0.q": [4.0, 2.0], "a.1.q": [2.0, 1.0], "a.2.q": [8.0]}
-    draw_spectra({name: torch.tensor(values) for name, values in spectra.items()}, ax)
+    spectra = [[4.0, 2.0], [2.0, 1.0], [8.0], [8.0, 3.0], [8.0], [4.0, 2.0], [1.0, 0.5]]
+    draw_spectra({f"a.{index}.q": torch.tensor(values) for index, values in enumerate(spectra)}, ax)
     (line,), (band,) = ax.lines, ax.collections
-    assert list(line.get_ydata()) == [4.0, 1.0]  # the lower of two medians, as torch has it
+    assert list(line.get_ydata()) == [4.0, 2.0]
     heights = band.get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (1.0, 8.0)
+    assert (heights.min(), heights.max()) == (0.5, 8.0)
+
+
+def test_names_from_files_are_no_formulas():
+    ax = axes()
+    draw_by_layer({"$x_$": torch.tensor(1.0), "a$": torch.tensor(2.0)}, ax)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [r"\$x_\$", r"a\$"]
+    ax.figure.canvas.draw()
 
 
 def test_nothing_trained_can_be_drawn():
