@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 DRAWN = {
-    "weight_directions": r"$\|U^\top W V\|_F$, directions of $W$",
-    "delta_norm": r"$\|\Delta W\|_F$",
-    "update_directions": r"$\|U^\top W V\|_F$, directions of $\Delta W$",
-    "random_directions": r"$\|U^\top W V\|_F$, random directions",
+    "delta_norm": r"$\Delta W$",
+    "weight_directions": r"$W$ in its own directions",
+    "update_directions": r"$W$ in directions of $\Delta W$",
+    "random_directions": r"$W$ in random directions",
 }
 
 
@@ -113,7 +113,7 @@ class AmplificationFactor(UpdateMetric):
         fig, ax = new_axes(ax)
         layers = (self.compute() if val is None else val).items()
         draw_series({label: {layer: each[key] for layer, each in layers} for key, label in DRAWN.items()}, ax)
-        ax.set_ylabel("Frobenius norm")
+        ax.set_ylabel(r"$\|U^\top W V\|_F$ and $\|\Delta W\|_F$")
         ax.set_title("What the update amplifies")
         return fig, ax
 

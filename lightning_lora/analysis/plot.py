@@ -75,7 +75,7 @@ def draw_series(series: Mapping[str, Mapping[str, Tensor]], ax: Axes) -> None:
         ax.plot(heights, marker=next_marker(ax), markersize=4, linestyle="none", label=label)
         _name_layers(ax, list(values), "layer, in the order of the model")
     _scale_by_size(ax, [value for values in series.values() for value in values.values()])
-    _legend(ax)
+    ax.legend(fontsize="small", frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def draw_spectra(spectra: Mapping[str, Tensor], ax: Axes) -> None:
@@ -171,7 +171,12 @@ def _scale_by_size(ax: Axes, values: Iterable[Tensor]) -> None:
     drawn = torch.cat([value.flatten().double().cpu() for value in values])
     drawn = drawn[drawn.isfinite()]
     if len(drawn) and drawn.min() > 0 and drawn.max() > WIDE * drawn.min():
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # 0.2, not 2 x 10^-1
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _name_layers(ax: Axes, names: Sequence[str], numbers: str) -> None:

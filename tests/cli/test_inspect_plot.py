@@ -101,6 +101,8 @@ def test_refusals(adapter, tmp_path, capsys):
         assert main(["inspect", str(adapter), *arguments]) == 1
         assert words in capsys.readouterr().err
     assert out.read_text() == "mine"
+    (tmp_path / "none").mkdir()
+    assert main(["inspect", str(adapter), "--plot", str(tmp_path / "none" / "x.png")]) == 0
     assert main(["inspect", str(adapter), "--plot", str(out), "--overwrite"]) == 0
     assert out.read_bytes().startswith(MAGIC["png"])
 

@@ -26,6 +26,11 @@ TRIED = {
         "analysis/test_updates.py",
         "test_a_base_on_the_meta_device",
     ),
+    ("cli/inspect_plot.py", "`{}`, the folder of {}, is no directory"): (
+        "cli/test_inspect_plot.py",
+        "test_refusals",
+    ),
+    ("cli/inspect_plot.py", "`{}` holds no A and B"): ("cli/test_inspect_plot.py", "test_a_method_without_pairs"),
     ("methods/lora.py", "Quantized weights cannot hold the sum"): (
         "layers/test_quantized.py",
         "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
