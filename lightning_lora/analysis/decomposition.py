@@ -90,20 +90,16 @@ def grams(factors: DeltaFactors, r: int) -> Tensor:
 def core_of(stacked: Sequence[Tensor]) -> Core:
     """The decompositions of the deltas with these :func:`grams`, on the CPU.
 
-    With roots ``R^T R`` of the two Gram matrices, ``R_B R_A^T`` has the singular values of ``B A``. If its SVD is
-    ``X S Y^T`` then ``U = B A V / S = B R_A^T Y / S``, and ``V = A^T R_B^T X / S``.
+    With a root ``R^T R = B^T B``, the squares of the singular values of ``B A`` are the eigenvalues of ``R A A^T R^T``.
+    For its eigenvectors X it is ``V = A^T B^T U / S = A^T R^T X / S``, and ``U = B A V / S``.
     """
     both = torch.cat([each.to(stacked[0].device) for each in stacked], 1).cpu()
     finite = both.isfinite().flatten(-2).all(-1).all(0)
-    root_B, root_A = _root(both.where(finite[:, None, None], 0))
-    X, S, Y = torch.linalg.svd(root_B @ root_A.mT)
+    of_B, of_A = both.where(finite[:, None, None], 0)
+    values, vectors = torch.linalg.eigh(of_B)
+    root = values.clamp(min=0).sqrt()[..., None] * vectors.mT
+    squares, X = torch.linalg.eigh(root @ of_A @ root.mT)
+    S, X = squares.clamp(min=0).sqrt().flip(-1), X.flip(-1)
     inverse = (1 / S).where(_kept(S), 0)[:, None, :]
-    S = S.where(finite[:, None], torch.nan)
-    return Core(S, root_A.mT @ Y.mT * inverse, root_B.mT @ X * inverse)
-
-
-def _root(gram: Tensor) -> Tensor:
-    """R with ``R^T R = gram``."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = values.clamp(min=0).sqrt()[..., None] * vectors.mT
-    return root
+    right = root.mT @ X * inverse
+    return Core(S.where(finite[:, None], torch.nan), of_A @ right * inverse, right)

@@ -127,7 +127,7 @@ def _projected(update: Update, matrix: Tensor, core: Core) -> Tensor:
     """``|U^T W V|_F`` of each matrix, in fp64 on the device of W."""
     B, A = update.factors()
     r, dtype = B.shape[-1], torch.promote_types(matrix.dtype, torch.float32)
-    left, right = (side[:, :r].reshape(*B.shape[:-2], r, -1).to(B.device) for side in (core.left, core.right))
+    left, right = (side[:, :r, :r].reshape(*B.shape[:-2], r, r).to(B.device) for side in (core.left, core.right))
     U, V = (B @ left).to(matrix.device), (A.mT @ right).to(matrix.device, dtype)
     with torch.autocast(matrix.device.type, enabled=False):
         product = torch.cat([rows.to(dtype) @ V for rows in _blocks(matrix)], -2)
