@@ -129,6 +129,7 @@ def _quantities(measured: Measure, matrix: Tensor) -> tuple[Tensor, ...]:
 def _top_norm(matrix: Tensor, count: int) -> float:
     """The Frobenius norm of ``matrix`` in its first ``count`` singular directions."""
     precise = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    # A large matrix is decomposed from random vectors, drawn where it is; the stream of a run must not move.
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         energy = truncated_svd(precise, count).energy
     return float(torch.linalg.vector_norm(precise, dtype=torch.float64)) * math.sqrt(energy)
