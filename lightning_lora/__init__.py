@@ -19,6 +19,7 @@ docstring of each room states its rule. From the ground up:
     model              apply, freeze, merge, unmerge, remove, save: verbs on any nn.Module; the plan and tables (report)
     peft_format        PEFT's directories, read and written
     methods            what a run asks of a method of fine-tuning; a class for each
+    analysis           metrics of an update: spectrum, size, subspace, amplification; their plots
     trainer            one run of a Lightning Trainer: callback, checkpointing, watching, strategies
     cli                the command lightning-lora
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from lightning_lora.trainer.callback import LoRACallback
     from lightning_lora.trainer.checkpointing.from_checkpoint import load_from_checkpoint
     from lightning_lora.trainer.fusion_callback import FusionCallback
+    from lightning_lora.trainer.monitor import LoRAMonitor
     from lightning_lora.trainer.prefix_callback import PrefixCallback
     from lightning_lora.trainer.prompt_callback import PromptCallback
     from lightning_lora.trainer.subspace_callback import SubspaceCallback
@@ -72,6 +74,7 @@ __all__ = [
     "FusionConfig",
     "LoRACallback",
     "LoRAConfig",
+    "LoRAMonitor",
     "PrefixCallback",
     "PrefixConfig",
     "PromptCallback",
@@ -105,6 +108,7 @@ _NEEDS_LIGHTNING = {
     "AdapterCallback": "lightning_lora.trainer.adapter_callback",
     "FusionCallback": "lightning_lora.trainer.fusion_callback",
     "LoRACallback": "lightning_lora.trainer.callback",
+    "LoRAMonitor": "lightning_lora.trainer.monitor",
     "PrefixCallback": "lightning_lora.trainer.prefix_callback",
     "PromptCallback": "lightning_lora.trainer.prompt_callback",
     "SubspaceCallback": "lightning_lora.trainer.subspace_callback",

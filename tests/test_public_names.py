@@ -19,6 +19,7 @@ from tests.helpers.signatures import signatures
 NAMES = [
     "LoRACallback",
     "LoRAConfig",
+    "LoRAMonitor",
     "PrefixCallback",
     "PrefixConfig",
     "PromptCallback",

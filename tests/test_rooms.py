@@ -21,9 +21,10 @@ LIBRARIES = {
     "distributed": {"torch", "numpy", "deepspeed"},
     "files": {"torch", "safetensors"},
     "peft_format": {"torch", "safetensors"},
+    "analysis": {"torch", "torchmetrics", "matplotlib"},
     "methods": {"torch", "typing_extensions"},
     "trainer": {"torch", "numpy", "safetensors", "typing_extensions"} | LIGHTNING,
-    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "tqdm", "transformers"},
+    "cli": {"torch", "numpy", "safetensors", "jsonargparse", "matplotlib", "tqdm", "transformers"},
 }
 
 

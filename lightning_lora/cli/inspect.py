@@ -113,7 +113,39 @@ def inspect_files(path: Path) -> Inspection:
         raise FileNotFoundError(f"`{path}` does not exist: give a PEFT directory, a .safetensors file or a .ckpt file.")
     if path.is_dir() and (several := directories_in(path)):
         return _together(path, {name: _peft(place) for name, place in several.items()})
-    return _peft(path) if path.is_dir() or path.suffix == ".safetensors" else _checkpoint(path)
+    return _peft(path) if _is_peft(path) else _checkpoint(path)
+
+
+def read_deltas(path: Path) -> dict[str, list[DeltaFactors]]:
+    """The factors of each update in the same files, in fp64, by the name of the layer; several of stacked experts."""
+    if path.is_dir() and (several := directories_in(path)):
+        every = {name: read_deltas(place) for name, place in several.items()}
+        return {f"{layer} ({name})": factors for name, each in every.items() for layer, factors in each.items()}
+    if _is_peft(path):
+        pairs = sorted(open_adapter(path).pairs.values(), key=lambda pair: _by_number(pair.name))
+        return {pair.name: [pair.read()] for pair in pairs}
+    checkpoint = reading.read(reading.on_cpu, path, True, "path")
+    config, _ = reading.facts_in(checkpoint, path, "path")
+    if not isinstance(config, LoRAConfig):
+        return {}
+    state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    configs = [*config.each(), *reading.kept_in(checkpoint).values()]
+    return {
+        f"{_shown(name)} ({each.name})" if len(configs) > 1 else _shown(name): _deltas(
+            state[A].double(), state[B].double(), _scale(name, state[A], each)
+        )
+        for each in configs
+        for name, (A, B) in _pairs(state, each).items()
+    }
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that sorts blocks by their numbers: a file has the tenth before the second."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _is_peft(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".safetensors"
 
 
 def _together(path: Path, every: Mapping[str, Inspection]) -> Inspection:
@@ -206,16 +238,27 @@ def _pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[tuple[str, s
 
 
 def _live(name: tuple[str, str], A: Tensor, B: Tensor, config: LoRAConfig) -> InspectedLayer:
-    known_as = (join(*name), name[0]) if name[1] else (name[0],)
     r, size = A.shape[-2], A.numel() + B.numel()
     if A.dim() != B.dim() or B.shape[-1] != r:
         raise ValueError(f"`{join(*name)}` has A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}: damaged.")
-    scale = config.scale_for(*known_as) if config.rank_for(*known_as) == r else None
+    scale = _scale(name, A, config)
+    dtype, total = str(A.dtype).removeprefix("torch."), math.hypot(*map(norm, _deltas(A, B, scale)))
+    return InspectedLayer(_shown(name), A.shape[-1], B.shape[-2], r, scale, size, total, dtype)
+
+
+def _shown(name: tuple[str, str]) -> str:
+    return ".".join(part for part in name if part)
+
+
+def _scale(name: tuple[str, str], A: Tensor, config: LoRAConfig) -> float | None:
+    """``None`` where the rank is not the one that the configuration gives the layer."""
+    known_as = (join(*name), name[0]) if name[1] else (name[0],)
+    return config.scale_for(*known_as) if config.rank_for(*known_as) == A.shape[-2] else None
+
+
+def _deltas(A: Tensor, B: Tensor, scale: float | None) -> list[DeltaFactors]:
     factor = 1.0 if scale is None else scale
-    deltas: list[DeltaFactors] = [(factor * b, a) for b, a in zip(_stack(B), _stack(A), strict=True)]
-    dtype = str(A.dtype).removeprefix("torch.")
-    shown = ".".join(part for part in name if part)
-    return InspectedLayer(shown, A.shape[-1], B.shape[-2], r, scale, size, math.hypot(*map(norm, deltas)), dtype)
+    return [(factor * b, a) for b, a in zip(_stack(B), _stack(A), strict=True)]
 
 
 def _stack(matrix: Tensor) -> list[Tensor]:

@@ -114,8 +114,22 @@ def _is_checkpoint(path: Path) -> bool:
 def _inspect(options: Namespace) -> Result:
     from lightning_lora.cli.inspect import inspect_files
 
+    if options.plot is not None:
+        return _plotted(options)
     inspection = inspect_files(Path(options.path))
     return reports.inspection_text(inspection), reports.inspection_data(inspection)
+
+
+def _plotted(options: Namespace) -> Result:
+    from lightning_lora.cli.inspect import inspect_files, read_deltas
+    from lightning_lora.cli.inspect_plot import check_plot, write_plot
+
+    path, out = Path(options.path), Path(options.plot)
+    check_plot(out, options.overwrite)
+    inspection = inspect_files(path)
+    write_plot(inspection, read_deltas(path), out)
+    text = f"{reports.inspection_text(inspection)}\ndrawn in {reports.printable(str(out))}"
+    return text, {**reports.inspection_data(inspection), "plot": str(out)}
 
 
 def _merge(options: Namespace) -> Result:

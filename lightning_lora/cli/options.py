@@ -35,6 +35,14 @@ def _add_inspect(parser: ArgumentParser) -> None:
         help="PEFT directory, or one with sub-directories of several adapters; .safetensors file of an "
         "adapter; or .ckpt of a callback of this package.",
     )
+    parser.add_argument(
+        "--plot",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="Draw the norms and singular values of the updates into a .png, .pdf or .svg file; null draws nothing.",
+    )
+    _add_overwrite(parser)
 
 
 def _add_merge(parser: ArgumentParser) -> None:
@@ -126,7 +134,8 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
     "inspect": (
         _add_inspect,
         "Show what an adapter's files hold",
-        "It prints ranks, scales, sizes, the norm of each layer's update, the base it belongs to and the metadata.",
+        "It prints ranks, scales, sizes, the norm of each layer's update, the base it belongs to and the metadata. "
+        "With --plot it also draws the norm and the singular values of each layer's update.",
     ),
     "merge": (
         _add_merge,

@@ -12,6 +12,7 @@ FLOORS = [
     {"targets"},
     {"model"},
     {"methods", "peft_format"},
+    {"analysis"},
     {"trainer"},
     {"cli"},
     {"__init__", "__main__"},

@@ -4,6 +4,33 @@ from __future__ import annotations
 
 # By file and the first words: the test that does what the message says.
 TRIED = {
+    ("analysis/sources.py", " A state dict has no scale"): (
+        "analysis/test_sources.py",
+        "test_a_state_dict_has_no_scale",
+    ),
+    ("analysis/sources.py", "`{}` is no PEFT directory."): (
+        "analysis/test_sources.py",
+        "test_a_checkpoint_by_its_state_dict_or_its_module",
+    ),
+    ("analysis/sources.py", "No layer is adapted on both sides."): (
+        "analysis/test_sources.py",
+        "test_an_attention_is_compared_through_a_model",
+    ),
+    ("analysis/updates.py", "{} has no LoRA adapters"): ("analysis/test_updates.py", "test_without_adapters"),
+    ("analysis/updates.py", "{} has several adapters"): ("analysis/test_updates.py", "test_which_adapter"),
+    ("analysis/updates.py", "`{}` has a quantized weight"): (
+        "analysis/test_updates.py",
+        "test_a_quantized_weight_is_refused_and_the_spectrum_can_be_taken",
+    ),
+    ("analysis/updates.py", "`{}` is on the meta device"): (
+        "analysis/test_updates.py",
+        "test_a_base_on_the_meta_device",
+    ),
+    ("cli/inspect_plot.py", "`{}`, the folder of {}, is no directory"): (
+        "cli/test_inspect_plot.py",
+        "test_refusals",
+    ),
+    ("cli/inspect_plot.py", "`{}` holds no A and B"): ("cli/test_inspect_plot.py", "test_a_method_without_pairs"),
     ("methods/lora.py", "Quantized weights cannot hold the sum"): (
         "layers/test_quantized.py",
         "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
@@ -28,6 +55,8 @@ TRIED = {
         "targets/test_role_names.py",
         "test_which_of_these_are_query_and_value_is_not_known",
     ),
+    ("trainer/monitor.py", "LoRAMonitor logs to"): ("trainer/test_monitor.py", "test_without_a_logger"),
+    ("trainer/monitor.py", "LoRAMonitor measures LoRA"): ("trainer/test_monitor.py", "test_without_adapters"),
     ("trainer/checkpointing/file_contents.py", "Files of this run are not small"): (
         "trainer/checkpointing/test_file_contents.py",
         "test_a_module_in_the_hyperparameters_is_named_and_the_remedy_works",

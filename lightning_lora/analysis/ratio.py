@@ -1,0 +1,93 @@
+"""UpdateRatio: how large each layer's update is, and its stable rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_lora.analysis.measures import measure
+from lightning_lora.analysis.metric import UpdateMetric
+from lightning_lora.analysis.plot import draw_by_layer, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+
+class UpdateRatio(UpdateMetric):
+    r"""The size of each layer's update ``delta = scale * B A`` beside its weight, and the stable rank of it.
+
+    .. math::
+        \frac{\|\Delta W\|_F}{\|W\|_F}
+        \qquad
+        \mathrm{srank}(\Delta W) = \frac{\|\Delta W\|_F^2}{\|\Delta W\|_2^2} \in [1, r]
+
+    W is the part of the frozen weight that the pair adapts, such as the rows of query in a fused projection. After a
+    merge it is the weight from before. Neither delta nor W + delta is built.
+
+    Args:
+        name: Name of the adapter to measure. None is the only one of the model.
+        kwargs: As of :class:`torchmetrics.Metric`.
+
+    ``update`` takes a module with adapters in it, live or merged, or a part of one. A later update replaces what was
+    measured before. Under a strategy that shards, every rank must call it: weights are gathered one after the other.
+
+    ``compute`` gives for each layer, by its name, a dictionary of ``ratio``, ``stable_rank`` (NaN where delta is zero),
+    ``delta_norm`` and ``weight_norm``: numbers, or tensors of shape ``(experts,)`` for stacked experts.
+
+    Raises:
+        ValueError: If there are no adapters, or several and ``name`` is None, or a weight is quantized.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), table 7, has the two norms; the stable rank is that of Rudelson and
+    Vershynin 2007 (arXiv math/0503442).
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, apply_lora
+        >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
+        >>> _ = apply_lora(model, LoRAConfig(r=2, targets=["0"]))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.eye(4))
+        ...     _ = model[0].lora["default"].A.copy_(torch.eye(2, 4))
+        ...     _ = model[0].lora["default"].B.copy_(torch.eye(4, 2))
+        >>> ratio = UpdateRatio()
+        >>> ratio.update(model)
+        >>> {key: round(value.item(), 3) for key, value in ratio.compute()["0"].items()}
+        {'ratio': 0.707, 'stable_rank': 2.0, 'delta_norm': 1.414, 'weight_norm': 2.0}
+    """
+
+    quantities = ("ratio", "stable_rank", "delta_norm", "weight_norm")
+
+    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.name = name
+
+    def update(self, model: nn.Module) -> None:
+        """Measure ``model``."""
+        measures = measure(model, self.name).items()
+        self.store_quantities({layer: (m.ratio, m.stable_rank, m.delta, m.weight) for layer, m in measures})
+
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """The four numbers by layer."""
+        return self.stored_quantities()
+
+    def plot(
+        self, val: Mapping[str, Mapping[str, Tensor]] | None = None, ax: Axes | None = None
+    ) -> tuple[Figure | SubFigure, Axes]:
+        """Draw the ratio by layer.
+
+        Args:
+            val: a result of ``compute``, or some layers of one; ``None`` calls it.
+            ax: where to draw; ``None`` makes a figure.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        fig, ax = new_axes(ax)
+        layers = (self.compute() if val is None else val).items()
+        draw_by_layer({layer: each["ratio"] for layer, each in layers}, ax)
+        ax.set_ylabel(r"$\|\Delta W\|_F\ /\ \|W\|_F$")
+        ax.set_title("Size of the update")
+        return fig, ax
