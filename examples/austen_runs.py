@@ -87,8 +87,7 @@ class Study:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.sizes = ON_GPU if self.device.type == "cuda" else ON_CPU
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-        self.model = model.to(self.device, dtype)
+        self.model = load_base(folder).to(self.device, dtype)
         novels = [torch.from_numpy(np.load(path).astype(np.int64)) for path in sorted(folder.glob("novel_*.npy"))]
         cuts = [len(novel) - len(novel) // HELD_OUT for novel in novels]
         self.train = torch.cat([novel[:cut] for novel, cut in zip(novels, cuts, strict=True)]).to(self.device)
@@ -158,6 +157,11 @@ class Study:
         save_file(
             values, self.adapters / adapter_file(setting), metadata={"alpha": str(setting.alpha), "r": str(setting.r)}
         )
+
+
+def load_base(folder: Path) -> nn.Module:
+    """SmolLM2-135M in fp32; its weights are those of 4 and 8 bits."""
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
 
 
 def adapter_file(setting: Setting) -> str:

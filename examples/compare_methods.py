@@ -20,15 +20,15 @@ import shutil
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from compare_report import FULL, LORA, report
 from lightning.pytorch import Callback, Trainer, seed_everything
-from paired import Difference, difference, names
 from real_data import CACHE, MINILM, fetch, rotten_tomatoes
-from recorded_runs import Record, add_arguments, machines, of_settings, run_missing, storage_of
+from recorded_runs import Record, add_arguments, of_settings, run_missing, storage_of
 from safetensors.torch import load_file, save_file
 from text_classification import ReviewClassifier, Reviews, Watch
 from torch import Tensor
@@ -44,13 +44,11 @@ from lightning_lora import (
     TuneCallback,
 )
 
-LORA, PROBE, FULL = "LoRA, r=8 on q and v", "head alone (linear probe)", "full fine-tuning"
+PROBE = "head alone (linear probe)"
 HEAD = ["head"]
 UNUSED = ["encoder.pooler"]
 HEAD_RATE = 5e-3
-BUDGET = 73_728
 LONGEST = 48  # tokens of a review; longer ones are cut
-LENGTH_OF_SUBSPACE = 73_728
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ METHODS = {
     "bottlenecks of 8, Houlsby": Method(lambda: AdapterCallback(8, "houlsby", also_train=HEAD), 3e-3),
     "bottlenecks of 16, Pfeiffer": Method(lambda: AdapterCallback(16, "pfeiffer", also_train=HEAD), 3e-3),
     "deep prompt of 32": Method(lambda: PromptCallback(length=32, deep=True, also_train=HEAD), 1e-2),
-    "random subspace": Method(lambda: SubspaceCallback(LENGTH_OF_SUBSPACE, also_train=HEAD), 1e-2),
+    "random subspace": Method(lambda: SubspaceCallback(73_728, also_train=HEAD), 1e-2),
     "biases (BitFit)": Method(lambda: TuneCallback("bias", also_train=HEAD, exclude=UNUSED), 3e-3),
     "norms": Method(lambda: TuneCallback("norm", also_train=HEAD), 3e-3),
     "prompt of 16 at the input": Method(lambda: PromptCallback(length=16, also_train=HEAD), 1e-2),
@@ -221,164 +219,6 @@ def losses_of(module: ReviewClassifier, batches: list[tuple[dict[str, Tensor], T
     """The cross entropy of each review."""
     losses = [torch.nn.functional.cross_entropy(module(texts), labels, reduction="none") for texts, labels in batches]
     return torch.cat(losses).tolist()
-
-
-# ------------------------------------------------------------------ the report
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method at one rate.
-
-    Args:
-        method: its name.
-        rate: of the runs.
-        runs: by seed.
-        at_the_end: whether the rate is the smallest or the largest of the sweep.
-    """
-
-    method: str
-    rate: float
-    runs: dict[int, Record]
-    at_the_end: bool = False
-
-    @property
-    def validation_loss(self) -> float:
-        """The mean over seeds; infinite where a run diverged."""
-        mean = statistics.fmean(run["validation_loss"] for run in self.runs.values())
-        return mean if math.isfinite(mean) else math.inf
-
-    def losses(self, seeds: Sequence[int]) -> list[list[float]]:
-        """Of each seed and test review."""
-        return [self.runs[seed]["test_losses"] for seed in seeds]
-
-    def hits(self, seeds: Sequence[int]) -> list[list[float]]:
-        """100 for each review that is classified correctly, else 0: their mean is the accuracy in percent."""
-        return [[100.0 * (loss < math.log(2)) for loss in losses] for losses in self.losses(seeds)]
-
-
-def sweeps(records: Sequence[Record]) -> dict[str, list[Row]]:
-    """The rates of each method, ascending; those with fewer seeds than others are left out."""
-    rows: dict[tuple[str, float], Row] = {}
-    for record in records:
-        key = record["method"], record["rate"]
-        rows.setdefault(key, Row(*key, {})).runs[record["seed"]] = record
-    seeds = max(len(row.runs) for row in rows.values())
-    whole = sorted((row for row in rows.values() if len(row.runs) == seeds), key=lambda row: row.rate)
-    return {name: found for name in METHODS if (found := [row for row in whole if row.method == name])}
-
-
-def best(sweep: list[Row]) -> Row:
-    """The rate with the smallest loss on the validation set."""
-    row = min(sweep, key=lambda row: row.validation_loss)
-    return Row(row.method, row.rate, row.runs, at_the_end=len(sweep) > 1 and row in (sweep[0], sweep[-1]))
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """The mean over seeds and the standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def against(row: Row, reference: Row) -> tuple[Difference, Difference]:
-    """Differences in loss and in accuracy from ``reference``, on the same reviews by the same seeds."""
-    seeds = sorted(row.runs.keys() & reference.runs.keys())
-    return (
-        difference(row.losses(seeds), reference.losses(seeds)),
-        difference(row.hits(seeds), reference.hits(seeds)),
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The methods at their best rates, in Markdown."""
-    reference = next(row for row in rows if row.method == LORA)
-    lines = [
-        "| | trained parameters | rate | test loss | from LoRA's | accuracy in % | from LoRA's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        seeds = sorted(row.runs)
-        loss = mean_and_spread([statistics.fmean(losses) for losses in row.losses(seeds)], 4)
-        accuracy = mean_and_spread([statistics.fmean(hits) for hits in row.hits(seeds)], 2)
-        signs = ("", "") if row is reference else tuple(map(signed, against(row, reference), (4, 2)))
-        rate = f"{row.rate:g}{' (end of the sweep)' if row.at_the_end else ''}"
-        trained = f"{row.runs[seeds[0]]['trained']:,}"
-        lines.append(f"| {row.method} | {trained} | {rate} | {loss} | {signs[0]} | {accuracy} | {signs[1]} |")
-    return "\n".join(lines)
-
-
-def signed(difference: Difference, digits: int) -> str:
-    """The difference and its standard error; in brackets where it is noise."""
-    text = f"{difference.mean:+.{digits}f} ± {difference.error:.{digits}f}"
-    return f"({text})" if difference.is_noise else text
-
-
-def statement(rows: Sequence[Row]) -> str:
-    """Which methods differ from LoRA by more than noise, in a sentence for each measure."""
-    reference = next(row for row in rows if row.method == LORA)
-    others = [(row.method, *against(row, reference)) for row in rows if row is not reference]
-    sentences = []
-    for measure, sign, index in (("accuracy", 1, 2), ("loss", -1, 1)):
-        groups: dict[str, list[str]] = {"equal to LoRA within noise": [], "better": [], "worse": []}
-        for other in others:
-            gain = sign * other[index].mean
-            kind = "equal to LoRA within noise" if other[index].is_noise else "better" if gain > 0 else "worse"
-            groups[kind].append(other[0])
-        parts = [f"{kind}: {names(methods) or 'none'}" for kind, methods in groups.items()]
-        sentences.append(f"By test {measure} {'; '.join(parts)}.")
-    return "\n".join(sentences)
-
-
-def draw(chosen: Sequence[Row], every: dict[str, list[Row]], path: Path) -> None:
-    """The validation loss over the rates, and the test loss at the best rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.6), width_ratios=[1.25, 1], layout="constrained")
-    colours = (*pyplot.get_cmap("tab10").colors, "black")
-    styles = dict(zip(METHODS, zip(colours, "osD^vPX<>*h", strict=True), strict=True))
-    worst = max(row.validation_loss for row in chosen)
-    for name, sweep in every.items():
-        colour, marker = styles[name]
-        losses = [row.validation_loss for row in sweep]
-        left.plot(
-            [row.rate for row in sweep],
-            losses,
-            marker=marker,
-            color=colour,
-            linewidth=2.4 if name in (LORA, FULL) else 1,
-            label=name,
-        )
-    lowest = min(row.validation_loss for row in chosen)
-    left.set(xscale="log", xlabel="learning rate", ylabel="validation loss", ylim=(lowest - 0.01, worst + 0.06))
-    left.set_title("Each method over its rates", fontsize=10)
-    left.grid(alpha=0.25)
-    for place, row in enumerate(reversed(chosen)):
-        colour, marker = styles[row.method]
-        values = [statistics.fmean(losses) for losses in row.losses(sorted(row.runs))]
-        right.plot(values, [place] * len(values), marker, color=colour, alpha=0.35, markersize=5)
-        right.plot([statistics.fmean(values)], [place], marker, color=colour, markersize=8)
-    labels = [f"{row.method}\n{next(iter(row.runs.values()))['trained']:,} parameters" for row in reversed(chosen)]
-    right.set_yticks(range(len(chosen)), labels, fontsize=8)
-    right.set(xlabel="test loss (pale: single seeds)")
-    right.set_title("Each method at its best rate", fontsize=10)
-    right.grid(alpha=0.25, axis="x")
-    figure.savefig(path, dpi=150)
-
-
-def report(records: Sequence[Record], path: Path | None, picture: Path) -> None:
-    """Print the table, draw the picture, and write both into a result file."""
-    every = sweeps(records)
-    rows = [best(sweep) for sweep in every.values()]
-    text = f"{table(rows)}\n\n{statement(rows)}"
-    draw(rows, every, picture)
-    print(text)
-    print(f"losses over the rates: {picture}")
-    if path is not None:
-        path.write_text(f"{machines(records)}\n\n{text}\n")
 
 
 def main(arguments: list[str]) -> None:

@@ -19,7 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from austen_runs import Setting, Study, data_folder, prepare
-from recorded_runs import Record, Storage, add_arguments, of_settings, run_missing, storage_of
+from findings_report import (
+    Kept,
+    Row,
+    amplifications,
+    draw_losses,
+    draw_subspaces,
+    similarities,
+    table_5,
+    table_6,
+    table_7,
+    table_of_subspaces,
+)
+from recorded_runs import Record, Storage, add_arguments, machines, of_settings, run_missing, storage_of
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 ALPHA = 16
@@ -35,7 +47,7 @@ Choice = tuple[str, int]  # targets and rank
 def choices(full: bool) -> list[Choice]:
     """What the tables compare."""
     if not full:
-        return [("q", 10), ("v", 15), ("qv", 6), ("qv", 1), ("qv", 8), ("qv", 64)]
+        return [("q", 10), ("v", 15), ("qv", 6), ("qv", 1), ("qv", 4), ("qv", 64)]
     return [*SAME_BUDGET.items(), *((targets, r) for targets in ("qv", "qkvo") for r in RANKS)]
 
 
@@ -47,7 +59,8 @@ def sweep(choice: Choice, full: bool, steps: int | None) -> list[Setting]:
 
 def repeats(setting: Setting, full: bool) -> list[Setting]:
     """The runs that are reported: the chosen rate, by seeds that had no part in the choice."""
-    return [replace(setting, seed=seed) for seed in (SEEDS if full else ())]
+    seeds = SEEDS if full else SEEDS[:1] if setting.r == RANKS[-1] else ()  # figures 3 and 4 need two seeds
+    return [replace(setting, seed=seed) for seed in seeds]
 
 
 def best(settings: Sequence[Setting], records: Sequence[Record]) -> Setting:
@@ -74,6 +87,41 @@ def make_runs(study: Study, storage: Storage, full: bool, steps: int | None) -> 
         run_missing(repeats(best(rates, storage.read()), full), run, storage)
 
 
+def row_of(choice: Choice, records: Sequence[Record], full: bool, steps: int | None) -> Row:
+    """The results of a choice at its best rate."""
+    rates = sweep(choice, full, steps)
+    chosen = best(rates, records)
+    reported = repeats(chosen, full) if full else [chosen]
+    runs = {record["seed"]: record for record in of_settings(reported, records)}
+    return Row(chosen, runs, at_the_end=full and chosen.rate in (min(RATES), max(RATES)))
+
+
+def kept(rows: Sequence[Row], full: bool) -> Kept:
+    """What the figures compare: two ranks by two seeds, and the large rank by both."""
+    of_rank = {row.setting.r: row.setting for row in rows if row.setting.targets == "qv"}
+    first, second = SEEDS if full else (SWEEP_SEED, SEEDS[0])
+    small, large = of_rank[8 if 8 in of_rank else 4], of_rank[RANKS[-1]]
+    return Kept(replace(small, seed=first), replace(large, seed=second), replace(large, seed=first))
+
+
+def report(records: Sequence[Record], options: argparse.Namespace, data: Path) -> str:
+    """The tables; the pictures are written beside the result file."""
+    every = {choice: row_of(choice, records, options.full, options.steps) for choice in choices(options.full)}
+    budget = [row for choice, row in every.items() if choice in SAME_BUDGET.items()]
+    ranks = [row for (targets, r), row in every.items() if targets in ("qv", "qkvo") and r in RANKS]
+    figures = kept(ranks, options.full)
+    compared = similarities(figures, options.adapters)
+    of_rank = {
+        row.setting.r: replace(row.setting, seed=figures.small.seed) for row in ranks if row.setting.targets == "qv"
+    }
+    amplified = amplifications([of_rank[4], of_rank[RANKS[-1]]], options.adapters, data)
+    path = options.report or Path(__file__)
+    draw_losses(budget, ranks, path.with_name(f"{path.stem}_losses.png"))
+    draw_subspaces(compared, path.with_name(f"{path.stem}_subspaces.png"))
+    base = f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token."
+    return "\n\n".join([base, table_5(budget), table_6(ranks), table_of_subspaces(compared), table_7(amplified)])
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "findings")
@@ -84,10 +132,15 @@ def main(arguments: list[str]) -> None:
     if options.prepare:
         prepare(options.prepare)
         return
-    storage = storage_of(options)
+    storage, data = storage_of(options), data_folder(options.data)
     if options.report is None:
-        study = Study(data_folder(options.data), options.adapters)
-        make_runs(study, storage, options.full, options.steps)
+        make_runs(Study(data, options.adapters), storage, options.full, options.steps)
+    if storage.part[1] == 1:
+        records = storage.read()
+        text = report(records, options, data)
+        print(text)
+        if options.report is not None:
+            options.report.write_text(f"{machines(records)}\n\n{text}\n")
 
 
 if __name__ == "__main__":

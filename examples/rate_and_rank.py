@@ -8,14 +8,18 @@ package, on Jane Austen's novels, with adapters on query and value.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from austen_runs import Setting, Study, data_folder, prepare
-from recorded_runs import add_arguments, run_missing, storage_of
+from recorded_runs import Record, add_arguments, machines, of_settings, run_missing, storage_of
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 ALPHA = 16
-FIXED, EQUAL = f"alpha = {ALPHA} for every rank", "alpha = r (a scale of 1)"
+FIXED, EQUAL = f"alpha = {ALPHA} for every rank", "alpha = r, a scale of 1"
+Losses = dict[int, dict[float, float]]  # by rank and rate
 
 
 def settings(full: bool, steps: int | None) -> dict[str, list[Setting]]:
@@ -29,6 +33,61 @@ def settings(full: bool, steps: int | None) -> dict[str, list[Setting]]:
     }
 
 
+def losses(panel: Sequence[Setting], records: Sequence[Record]) -> Losses:
+    """The loss per token by rank and rate; infinite where a run diverged."""
+    found: Losses = {}
+    for setting in panel:
+        for record in of_settings([setting], records):
+            loss = record["loss"]
+            found.setdefault(setting.r, {})[setting.rate] = loss if math.isfinite(loss) else math.inf
+    return found
+
+
+def table(panels: dict[str, Losses]) -> str:
+    """A row for each rank, a column for each rate, the best of a row in bold."""
+    rates = sorted({rate for panel in panels.values() for row in panel.values() for rate in row})
+    lines = [f"| | r | {' | '.join(f'rate {rate:g}' for rate in rates)} |", "|---" * (len(rates) + 2) + "|"]
+    for title, panel in panels.items():
+        for r, row in panel.items():
+            lowest = min(row.values())
+            cells = [cell(row.get(rate), lowest) for rate in rates]
+            lines.append(f"| {title} | {r} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(loss: float | None, lowest: float) -> str:
+    """A loss; the best of a row in bold."""
+    if loss is None:
+        return ""
+    return f"**{loss:.4f}**" if loss == lowest else f"{loss:.4f}"
+
+
+def draw(panels: dict[str, Losses], base: float, path: Path) -> None:
+    """The loss over the rate, a line for each rank, a panel for each choice of alpha."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9})
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.9), sharey=True, layout="constrained")
+    lowest = min(min(row.values()) for panel in panels.values() for row in panel.values())
+    colours = pyplot.get_cmap("viridis")
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        for place, (r, row) in enumerate(panel.items()):
+            colour = colours(0.9 * place / max(1, len(panel) - 1))
+            axis.plot(list(row), list(row.values()), marker="osD^vP"[place % 6], color=colour, label=f"r = {r}")
+        axis.axhline(base, color="grey", linestyle="--", linewidth=1)
+        axis.annotate("base", (1, base), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey")
+        axis.set(xscale="log", xlabel="learning rate of AdamW")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+    margin = 0.1 * (base - lowest)
+    axes[0].set(ylabel="held-out loss per token, nats", ylim=(lowest - margin, base + 2 * margin))
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "rate_and_rank")
@@ -38,12 +97,22 @@ def main(arguments: list[str]) -> None:
     if options.prepare:
         prepare(options.prepare)
         return
-    storage = storage_of(options)
-    panels = settings(options.full, options.steps)
-    wanted = [setting for panel in panels.values() for setting in panel]
+    storage, panels = storage_of(options), settings(options.full, options.steps)
     if options.report is None:
-        study = Study(data_folder(options.data))
-        run_missing(storage.mine(wanted), study.run, storage)
+        run_missing(
+            storage.mine([setting for panel in panels.values() for setting in panel]),
+            Study(data_folder(options.data)).run,
+            storage,
+        )
+    if storage.part[1] == 1:
+        records = storage.read()
+        found = {title: losses(panel, records) for title, panel in panels.items()}
+        path = options.report or Path(__file__)
+        draw(found, records[0]["base_loss"], path.with_suffix(".png"))
+        text = f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token.\n\n{table(found)}"
+        print(text)
+        if options.report is not None:
+            options.report.write_text(f"{machines(records)}\n\n{text}\n")
 
 
 if __name__ == "__main__":
