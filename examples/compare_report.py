@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +30,9 @@ class Row:
     runs: dict[int, Record]
     at_the_end: bool = False
 
-    @property
-    def validation_loss(self) -> float:
+    def validation_loss(self, seeds: Iterable[int]) -> float:
         """The mean over seeds; infinite where a run diverged."""
-        mean = statistics.fmean(run["validation_loss"] for run in self.runs.values())
+        mean = statistics.fmean(self.runs[seed]["validation_loss"] for seed in seeds)
         return mean if math.isfinite(mean) else math.inf
 
     def losses(self, seeds: Sequence[int]) -> list[list[float]]:
@@ -46,20 +45,20 @@ class Row:
 
 
 def sweeps(records: Sequence[Record]) -> dict[str, list[Row]]:
-    """The rates of each method, ascending; those with fewer seeds than others are left out."""
+    """The rates of each method, ascending."""
     rows: dict[tuple[str, float], Row] = {}
     for record in records:
         key = record["method"], record["rate"]
         rows.setdefault(key, Row(*key, {})).runs[record["seed"]] = record
-    seeds = max(len(row.runs) for row in rows.values())
-    whole = sorted((row for row in rows.values() if len(row.runs) == seeds), key=lambda row: row.rate)
     methods = dict.fromkeys(record["method"] for record in records)
-    return {name: found for name in methods if (found := [row for row in whole if row.method == name])}
+    ascending = sorted(rows.values(), key=lambda row: row.rate)
+    return {name: [row for row in ascending if row.method == name] for name in methods}
 
 
 def best(sweep: list[Row]) -> Row:
-    """The rate with the smallest loss on the validation set."""
-    row = min(sweep, key=lambda row: row.validation_loss)
+    """The rate with the smallest loss on the validation set, by the seeds that all rates have."""
+    seeds = set.intersection(*(set(row.runs) for row in sweep))
+    row = min(sweep, key=lambda row: row.validation_loss(seeds))
     return replace(row, at_the_end=len(sweep) > 1 and row in (sweep[0], sweep[-1]))
 
 
@@ -82,17 +81,20 @@ def table(rows: Sequence[Row]) -> str:
     """The methods at their best rates, in Markdown."""
     reference = next(row for row in rows if row.method == LORA)
     lines = [
-        "| | trained parameters | rate | test loss | from LoRA's | accuracy in % | from LoRA's |",
-        "|---|---|---|---|---|---|---|",
+        "| | trained parameters | rate | seeds | test loss | from LoRA's | accuracy in % | from LoRA's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         seeds = sorted(row.runs)
         loss = mean_and_spread([statistics.fmean(losses) for losses in row.losses(seeds)], 4)
         accuracy = mean_and_spread([statistics.fmean(hits) for hits in row.hits(seeds)], 2)
-        signs = ("", "") if row is reference else tuple(map(signed, against(row, reference), (4, 2)))
+        comparable = row is not reference and len(seeds) >= len(reference.runs)
+        signs = tuple(map(signed, against(row, reference), (4, 2))) if comparable else ("", "")
         rate = f"{row.rate:g}{' (end of the sweep)' if row.at_the_end else ''}"
         trained = f"{row.runs[seeds[0]]['trained']:,}"
-        lines.append(f"| {row.method} | {trained} | {rate} | {loss} | {signs[0]} | {accuracy} | {signs[1]} |")
+        lines.append(
+            f"| {row.method} | {trained} | {rate} | {len(seeds)} | {loss} | {signs[0]} | {accuracy} | {signs[1]} |"
+        )
     return "\n".join(lines)
 
 
@@ -105,7 +107,8 @@ def signed(difference: Difference, digits: int) -> str:
 def statement(rows: Sequence[Row]) -> str:
     """Which methods differ from LoRA by more than noise, in a sentence for each measure."""
     reference = next(row for row in rows if row.method == LORA)
-    others = [(row.method, *against(row, reference)) for row in rows if row is not reference]
+    few = [row.method for row in rows if len(row.runs) < len(reference.runs)]
+    others = [(row.method, *against(row, reference)) for row in rows if row is not reference and row.method not in few]
     sentences = []
     for measure, sign, index in (("accuracy", 1, 2), ("loss", -1, 1)):
         groups: dict[str, list[str]] = {"equal to LoRA within noise": [], "better": [], "worse": []}
@@ -115,6 +118,8 @@ def statement(rows: Sequence[Row]) -> str:
             groups[kind].append(other[0])
         parts = [f"{kind}: {names(methods) or 'none'}" for kind, methods in groups.items()]
         sentences.append(f"By test {measure} {'; '.join(parts)}.")
+    if few:
+        sentences.append(f"Fewer seeds than LoRA, so no statement: {names(few)}.")
     return "\n".join(sentences)
 
 
@@ -132,9 +137,9 @@ def draw(chosen: Sequence[Row], every: dict[str, list[Row]], path: Path) -> None
     for name, sweep in every.items():
         colour, marker = styles[name]
         width = 2.4 if name in (LORA, FULL) else 1
-        heights = [row.validation_loss for row in sweep]
+        heights = [row.validation_loss(row.runs) for row in sweep]
         axes[0].plot([row.rate for row in sweep], heights, marker=marker, color=colour, linewidth=width)
-    losses = [row.validation_loss for row in chosen]
+    losses = [row.validation_loss(row.runs) for row in chosen]
     axes[0].set(xscale="log", xlabel="learning rate", ylabel="validation loss")
     axes[0].set_ylim(min(losses) - 0.01, max(losses) + 0.06)
     axes[0].set_title("Each method over its rates", fontsize=10)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from austen_runs import Setting, Study, data_folder, prepare
 from findings_report import (
+    PAPER_TABLE_6,
     Kept,
     Row,
     amplifications,
@@ -29,6 +30,7 @@ from findings_report import (
     table_5,
     table_6,
     table_7,
+    table_of_rates,
     table_of_subspaces,
 )
 from recorded_runs import Record, Storage, add_arguments, machines, of_settings, run_missing, storage_of
@@ -47,8 +49,13 @@ Choice = tuple[str, int]  # targets and rank
 def choices(full: bool) -> list[Choice]:
     """What the tables compare."""
     if not full:
-        return [("q", 10), ("v", 15), ("qv", 6), ("qv", 1), ("qv", 4), ("qv", 64)]
+        return [("q", 10), ("v", 15), ("qv", 6), ("qv", 1), ("qv", 8), ("qv", 64)]
     return [*SAME_BUDGET.items(), *((targets, r) for targets in ("qv", "qkvo") for r in RANKS)]
+
+
+def word(choice: Choice) -> str:
+    """``qv8`` for q and v with r=8."""
+    return f"{choice[0]}{choice[1]}"
 
 
 def sweep(choice: Choice, full: bool, steps: int | None) -> list[Setting]:
@@ -75,57 +82,87 @@ def is_kept(setting: Setting, full: bool) -> bool:
     return wanted and (setting.seed != SWEEP_SEED or not full)
 
 
-def make_runs(study: Study, storage: Storage, full: bool, steps: int | None) -> None:
+def make_runs(study: Study, storage: Storage, wanted: Sequence[Choice], full: bool, steps: int | None) -> None:
     """Choice by choice: the sweep, then the repeats."""
 
     def run(setting: Setting) -> Record:
         return study.run(setting, keep=is_kept(setting, full))
 
-    for choice in storage.mine(choices(full)):
+    for choice in storage.mine(wanted):
         rates = sweep(choice, full, steps)
         run_missing(rates, run, storage)
         run_missing(repeats(best(rates, storage.read()), full), run, storage)
 
 
-def row_of(choice: Choice, records: Sequence[Record], full: bool, steps: int | None) -> Row:
-    """The results of a choice at its best rate."""
+def row_of(choice: Choice, records: Sequence[Record], full: bool, steps: int | None) -> Row | None:
+    """The results of a choice at its best rate; of a study that was cut, of the rates that were tried."""
     rates = sweep(choice, full, steps)
+    tried = of_settings(rates, records)
+    if not tried:
+        return None
     chosen = best(rates, records)
-    reported = repeats(chosen, full) if full else [chosen]
-    runs = {record["seed"]: record for record in of_settings(reported, records)}
-    return Row(chosen, runs, at_the_end=full and chosen.rate in (min(RATES), max(RATES)))
+    repeated = of_settings(repeats(chosen, full), records) if full else []
+    complete = not full or (len(tried) == len(rates) and len(repeated) == len(SEEDS))
+    reported = repeated if complete and full else of_settings([chosen], records)
+    runs = {record["seed"]: record for record in reported}
+    note = "" if complete else f"{len(tried)} of {len(rates)} rates"
+    if complete and full and chosen.rate in (min(RATES), max(RATES)):
+        note = "end of the sweep"
+    return Row(chosen, runs, note)
 
 
-def kept(rows: Sequence[Row], full: bool) -> Kept:
-    """What the figures compare: two ranks by two seeds, and the large rank by both."""
-    of_rank = {row.setting.r: row.setting for row in rows if row.setting.targets == "qv"}
+def losses_by_rate(records: Sequence[Record], full: bool, steps: int | None) -> dict[float, dict[int, float]]:
+    """The loss of q and v in the sweep, by rate and rank."""
+    ranks = sorted(r for targets, r in choices(full) if targets == "qv")
+    losses: dict[float, dict[int, float]] = {}
+    for r in ranks:
+        for record in of_settings(sweep(("qv", r), full, steps), records):
+            losses.setdefault(record["rate"], {})[r] = record["loss"]
+    return losses
+
+
+def kept(full: bool, steps: int | None, records: Sequence[Record]) -> Kept | None:
+    """What the figures compare: two ranks by two seeds, and the large rank by both; None where a run is missing."""
+    ranks = {choice[1] for choice in choices(full) if choice[0] == "qv"} & set(RANKS_OF_FIGURES)
     first, second = SEEDS if full else (SWEEP_SEED, SEEDS[0])
-    small, large = of_rank[8 if 8 in of_rank else 4], of_rank[RANKS[-1]]
-    return Kept(replace(small, seed=first), replace(large, seed=second), replace(large, seed=first))
+    rows = {r: row_of(("qv", r), records, full, steps) for r in ranks}
+    if not all(rows.values()):
+        return None
+    small, large = rows[8].setting, rows[RANKS[-1]].setting
+    figures = Kept(
+        replace(small, seed=first), replace(large, seed=second), replace(large, seed=first), rows[min(ranks)].setting
+    )
+    wanted = [figures.small, figures.large, figures.again]
+    return figures if len(of_settings(wanted, records)) == len(wanted) else None
 
 
 def report(records: Sequence[Record], options: argparse.Namespace, data: Path) -> str:
-    """The tables; the pictures are written beside the result file."""
-    every = {choice: row_of(choice, records, options.full, options.steps) for choice in choices(options.full)}
-    budget = [row for choice, row in every.items() if choice in SAME_BUDGET.items()]
-    ranks = [row for (targets, r), row in every.items() if targets in ("qv", "qkvo") and r in RANKS]
-    figures = kept(ranks, options.full)
-    compared = similarities(figures, options.adapters)
-    of_rank = {
-        row.setting.r: replace(row.setting, seed=figures.small.seed) for row in ranks if row.setting.targets == "qv"
-    }
-    amplified = amplifications([of_rank[4], of_rank[RANKS[-1]]], options.adapters, data)
-    path = options.report or Path(__file__)
-    draw_losses(budget, ranks, path.with_name(f"{path.stem}_losses.png"))
-    draw_subspaces(compared, path.with_name(f"{path.stem}_subspaces.png"))
-    base = f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token."
-    return "\n\n".join([base, table_5(budget), table_6(ranks), table_of_subspaces(compared), table_7(amplified)])
+    """The tables of what was run; the pictures are written beside the result file."""
+    full, path = options.full, options.report or Path(__file__)
+    every = {choice: row_of(choice, records, full, options.steps) for choice in choices(full)}
+    budget = [row for choice, row in every.items() if row and choice in SAME_BUDGET.items()]
+    ranks = [row for (targets, r), row in every.items() if row and targets in PAPER_TABLE_6 and r in RANKS]
+    parts = [f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token."]
+    if budget and ranks:
+        by_rate = losses_by_rate(records, full, options.steps)
+        draw_losses(budget, by_rate, path.with_name(f"{path.stem}_losses.png"))
+        parts += [table_5(budget), table_6(ranks), table_of_rates(by_rate)]
+    figures = kept(full, options.steps, records)
+    if figures is not None:
+        compared = similarities(figures, options.adapters)
+        draw_subspaces(compared, path.with_name(f"{path.stem}_subspaces.png"))
+        amplified = amplifications(
+            [replace(figures.smallest, seed=figures.small.seed), figures.again], options.adapters, data
+        )
+        parts += [table_of_subspaces(compared), table_7(amplified)]
+    return "\n\n".join(parts)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "findings")
     parser.add_argument("--adapters", type=Path, default=Path("findings_adapters"), help="folder for A and B")
+    parser.add_argument("--only", nargs="*", metavar="CHOICE", help="runs of these matrices and ranks, as qv8 qv64")
     options = parser.parse_args(arguments)
     set_verbosity_error()
     disable_progress_bar()
@@ -134,7 +171,8 @@ def main(arguments: list[str]) -> None:
         return
     storage, data = storage_of(options), data_folder(options.data)
     if options.report is None:
-        make_runs(Study(data, options.adapters), storage, options.full, options.steps)
+        wanted = [choice for choice in choices(options.full) if word(choice) in (options.only or word(choice))]
+        make_runs(Study(data, options.adapters), storage, wanted, options.full, options.steps)
     if storage.part[1] == 1:
         records = storage.read()
         text = report(records, options, data)

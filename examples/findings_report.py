@@ -46,12 +46,12 @@ class Row:
     Args:
         setting: the chosen one; of several seeds the first.
         runs: by seed.
-        at_the_end: whether its rate is an end of the sweep.
+        note: on the rate, such as that it is an end of the sweep, or that the sweep was cut.
     """
 
     setting: Setting
     runs: dict[int, Record]
-    at_the_end: bool
+    note: str
 
     def losses(self, seeds: Sequence[int]) -> list[list[float]]:
         """Of each seed and held-out window."""
@@ -70,8 +70,8 @@ class Row:
 
 def table_5(rows: Sequence[Row]) -> str:
     """Which matrices at one budget."""
-    lines = [HEADER.format("q, v"), RULE]
-    reference = next(row for row in rows if row.setting.targets == "qv")
+    reference = next((row for row in rows if row.setting.targets == "qv"), rows[0])
+    lines = [HEADER.format(letters(reference)), RULE]
     for row in rows:
         paper = "{}, {}".format(*PAPER_TABLE_5[row.setting.targets])
         lines.append(f"| {letters(row)} | {row.setting.r} | {our_columns(row, reference)} | {paper} |")
@@ -80,14 +80,22 @@ def table_5(rows: Sequence[Row]) -> str:
 
 def table_6(rows: Sequence[Row]) -> str:
     """The rank."""
-    reference = 8 if any(row.setting.r == 8 for row in rows) else max(row.setting.r for row in rows)
-    lines = [HEADER.format(f"r={reference}"), RULE]
+    lines = [HEADER.format("r=8"), RULE]
     for row in rows:
-        [other] = [
-            other for other in rows if (other.setting.targets, other.setting.r) == (row.setting.targets, reference)
-        ]
+        same = [other for other in rows if other.setting.targets == row.setting.targets]
+        other = next((other for other in same if other.setting.r == 8), row)
         paper = "{}, {}".format(*PAPER_TABLE_6[row.setting.targets][row.setting.r])
         lines.append(f"| {letters(row)} | {row.setting.r} | {our_columns(row, other)} | {paper} |")
+    return "\n".join(lines)
+
+
+def table_of_rates(by_rate: dict[float, dict[int, float]]) -> str:
+    """The loss of q and v by rank and rate, of one seed."""
+    ranks = sorted({r for losses in by_rate.values() for r in losses})
+    lines = [f"| q, v, one seed | {' | '.join(f'r={r}' for r in ranks)} |", "|---" * (len(ranks) + 1) + "|"]
+    for rate, losses in sorted(by_rate.items()):
+        cells = [f"{losses[r]:.4f}" if r in losses else "" for r in ranks]
+        lines.append(f"| rate {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -99,14 +107,14 @@ def letters(row: Row) -> str:
 def our_columns(row: Row, reference: Row) -> str:
     """Parameters, rate, loss, and the difference from ``reference``; in brackets where it is noise."""
     trained = next(iter(row.runs.values()))["trained"]
-    rate = f"{row.setting.rate:g}{' (end of the sweep)' if row.at_the_end else ''}"
+    rate = f"{row.setting.rate:g}{f' ({row.note})' if row.note else ''}"
     spread = f" ± {statistics.stdev(row.means):.4f}" if len(row.runs) > 1 else ""
     return f"{trained:,} | {rate} | {statistics.fmean(row.means):.4f}{spread} | {gap(row, reference)}"
 
 
 def gap(row: Row, reference: Row) -> str:
-    """The difference from ``reference`` and its standard error."""
-    if row is reference:
+    """The difference from ``reference`` and its standard error; empty where they have no seed in common."""
+    if row is reference or not row.runs.keys() & reference.runs.keys():
         return ""
     found = row.against(reference)
     text = f"{found.mean:+.4f} ± {found.error:.4f}"
@@ -127,11 +135,13 @@ class Kept:
         small: of a small rank, by one seed.
         large: of the large rank, by another seed: A of one seed starts from the same numbers at every rank.
         again: of the large rank, by the seed of ``small``.
+        smallest: of the smallest rank in table 7.
     """
 
     small: Setting
     large: Setting
     again: Setting
+    smallest: Setting
 
 
 def similarities(kept: Kept, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -253,8 +263,8 @@ def norms(title: str, r: int, values: dict[str, Tensor | float]) -> str:
 # ------------------------------------------------------------------ the picture of the losses
 
 
-def draw_losses(budget: Sequence[Row], ranks: Sequence[Row], path: Path) -> None:
-    """Both tables: the loss of each choice of matrices, and over the rank."""
+def draw_losses(budget: Sequence[Row], by_rate: dict[float, dict[int, float]], path: Path) -> None:
+    """The loss of each choice of matrices at its best rate; and over the rank, a line for each rate."""
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
     for place, row in enumerate(reversed(budget)):
@@ -264,15 +274,15 @@ def draw_losses(budget: Sequence[Row], ranks: Sequence[Row], path: Path) -> None
     trained = next(iter(budget[0].runs.values()))["trained"]
     left.set_title(f"Which matrices, {trained:,} parameters each", fontsize=10)
     left.set_xlabel("held-out loss per token, nats (pale: single seeds)")
-    for targets, style in (("qv", "o-"), ("qkvo", "s--")):
-        own = [row for row in ranks if row.setting.targets == targets]
-        if own:
-            places, means = [row.setting.r for row in own], [statistics.fmean(row.means) for row in own]
-            right.plot(places, means, style, color="#d1495b" if targets == "qv" else "#2e6f95", label=letters(own[0]))
+    colours = pyplot.get_cmap("viridis")
+    for place, (rate, losses) in enumerate(sorted(by_rate.items())):
+        colour = colours(0.9 * place / max(1, len(by_rate) - 1))
+        right.plot(list(losses), list(losses.values()), marker="osD^"[place % 4], color=colour, label=f"rate {rate:g}")
+    ranks = sorted({r for losses in by_rate.values() for r in losses})
     right.set_xscale("log", base=2)
-    right.set_xticks([row.setting.r for row in ranks], [str(row.setting.r) for row in ranks])
-    right.set_title("Which rank", fontsize=10)
-    right.set_xlabel("rank r, alpha = 16")
+    right.set_xticks(ranks, [str(r) for r in ranks])
+    right.set_title("Which rank of q, v (alpha = 16, one seed)", fontsize=10)
+    right.set_xlabel("rank r")
     right.set_ylabel("held-out loss per token, nats")
     right.legend()
     for axis in (left, right):

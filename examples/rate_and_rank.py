@@ -44,19 +44,19 @@ def losses(panel: Sequence[Setting], records: Sequence[Record]) -> Losses:
 
 
 def table(panels: dict[str, Losses]) -> str:
-    """A row for each rank, a column for each rate, the best of a row in bold."""
+    """A row for each rank, a column for each rate."""
     rates = sorted({rate for panel in panels.values() for row in panel.values() for rate in row})
     lines = [f"| | r | {' | '.join(f'rate {rate:g}' for rate in rates)} |", "|---" * (len(rates) + 2) + "|"]
     for title, panel in panels.items():
         for r, row in panel.items():
-            lowest = min(row.values())
+            lowest = min(row.values()) if len(row) == len(rates) else None
             cells = [cell(row.get(rate), lowest) for rate in rates]
             lines.append(f"| {title} | {r} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def cell(loss: float | None, lowest: float) -> str:
-    """A loss; the best of a row in bold."""
+def cell(loss: float | None, lowest: float | None) -> str:
+    """A loss; the best of a row in bold, where no rate is missing."""
     if loss is None:
         return ""
     return f"**{loss:.4f}**" if loss == lowest else f"{loss:.4f}"
@@ -70,7 +70,7 @@ def draw(panels: dict[str, Losses], base: float, path: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 9})
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.9), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 3.9), sharex=True, sharey=True, layout="constrained")
     lowest = min(min(row.values()) for panel in panels.values() for row in panel.values())
     colours = pyplot.get_cmap("viridis")
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):

@@ -146,8 +146,8 @@ def test_the_report_says_what_is_noise(reports, tmp_path, capsys):
     text = (tmp_path / "result.md").read_text()
     assert "By test loss equal to LoRA within noise: same; better: lower; worse: higher." in text
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
-    assert rows["same"][2] == "0.003" and rows["same"][4].startswith("(")
-    assert rows["lower"][4].startswith("-0.0999 ± 0.00") and "±" in rows["lower"][3]
+    assert rows["same"][2:4] == ["0.003", "3"] and rows["same"][5].startswith("(")
+    assert rows["lower"][5].startswith("-0.0999 ± 0.00") and "±" in rows["lower"][4]
     assert text.startswith("CPU\n") and (tmp_path / "result.png").stat().st_size > 20_000
     assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
 
@@ -162,10 +162,23 @@ def test_a_diverged_rate_is_not_chosen_and_an_end_of_the_sweep_is_named(reports)
     assert "| 0.001 (end of the sweep) |" in reports.table(rows)
 
 
-def test_rates_of_fewer_seeds_are_left_out(reports):
+def test_the_rate_is_chosen_by_the_seeds_that_all_rates_have(reports):
     records = made_up(GAINS)
-    del records[-1]
-    assert [row.rate for row in reports.sweeps(records)["higher"]] == [1e-3, 3e-3]
+    cut = [record for record in records if (record["rate"], record["seed"]) not in {(1e-2, 1), (1e-2, 2), (1e-3, 2)}]
+    for record in cut:
+        if record["seed"] > 0 and record["method"] == "same" and record["rate"] == 3e-3:
+            record["validation_loss"] = 9.0
+    row = reports.best(reports.sweeps(cut)["same"])
+    assert row.rate == 3e-3 and sorted(row.runs) == [0, 1, 2]
+
+
+def test_of_a_method_with_fewer_seeds_nothing_is_said(reports):
+    records = [record for record in made_up(GAINS) if record["method"] != "lower" or record["seed"] == 0]
+    rows = [reports.best(sweep) for sweep in reports.sweeps(records).values()]
+    assert "better: none; worse: higher." in reports.statement(rows)
+    assert reports.statement(rows).endswith("Fewer seeds than LoRA, so no statement: lower.")
+    [line] = [line for line in reports.table(rows).splitlines() if line.startswith("| lower")]
+    assert line.count("±") == 0 and " | 1 | " in line
 
 
 def test_accuracy_counts_the_losses_under_the_logarithm_of_two(reports):

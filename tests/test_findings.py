@@ -115,6 +115,18 @@ def test_tables_of_matrices_and_ranks(findings):
     assert "| +0.0" in table[2] and "(" in table[-1] and table[-1].endswith("73.5, 91.4 |")
 
 
+def test_of_a_study_that_was_cut_the_tables_say_so(findings):
+    records = [record for record in made_up(findings) if record["rate"] == 1e-3 and record["seed"] == 0]
+    rows = [findings.row_of(("qv", r), records, True, None) for r in findings.RANKS]
+    assert [list(row.runs) for row in rows] == [[0]] * 5
+    assert all("| 0.001 (1 of 4 rates) |" in line for line in findings.table_6(rows).splitlines()[2:])
+    assert findings.row_of(("qv", 8), [], True, None) is None
+    assert findings.kept(True, None, records) is None
+    by_rate = findings.losses_by_rate(records, True, None)
+    assert list(by_rate) == [1e-3] and list(by_rate[1e-3]) == [1, 2, 4, 6, 8, 64]
+    assert findings.table_of_rates(by_rate).splitlines()[0] == "| q, v, one seed | r=1 | r=2 | r=4 | r=6 | r=8 | r=64 |"
+
+
 def test_a_rate_that_diverged_is_not_chosen(findings):
     row = findings.row_of(("qv", 8), made_up(findings, diverged=3e-3), True, None)
     assert row.setting.rate != 3e-3
@@ -129,8 +141,8 @@ def test_a_whole_study_of_a_tiny_model(findings, austen, novels, monkeypatch, tm
     findings.main([*folder, "--report", str(tmp_path / "result.md")])
     assert (tmp_path / "findings.jsonl").read_text().count("\n") == lines
     text = (tmp_path / "result.md").read_text()
-    assert "query of block 1 of 2" in text and "paper: query of block 48 of 96 | 4 | 0.32 | 21.67" in text
-    assert "r=4 and r=64" in text
+    assert "query of block 1 of 2 | 8 |" in text and "paper: query of block 48 of 96 | 64 | 1.90 | 37.71" in text
+    assert "r=8 and r=64" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"result_losses.png", "result_subspaces.png"}
 
 
