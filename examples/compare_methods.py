@@ -116,6 +116,9 @@ def sweep_rate(rate: float, exponent: int) -> float:
 # ------------------------------------------------------------------ data
 
 
+PARTS, FIELDS = ("train", "validation", "test"), ("tokens", "lengths", "labels")
+
+
 class Batches:
     """The tokens of all reviews on the device, and batches of them.
 
@@ -156,9 +159,6 @@ class Batches:
         """All reviews of a part, in their order."""
         lengths = self.parts[part][1].cpu()
         return [self.take(part, rows, int(lengths[rows].max())) for rows in torch.arange(len(lengths)).split(128)]
-
-
-PARTS, FIELDS = ("train", "validation", "test"), ("tokens", "lengths", "labels")
 
 
 def prepare(folder: Path) -> None:
