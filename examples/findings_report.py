@@ -187,7 +187,7 @@ def table_of_subspaces(found: dict[str, dict[str, Tensor]]) -> str:
     for title, grids in found.items():
         q, v = (of_projection(grids, projection) for projection in "qv")
         for i, j in ((1, 1), (1, 8), (1, q.shape[1]), (q.shape[0], q.shape[1]), (8, 8)):
-            if i <= q.shape[0] and (i, j) != (8, q.shape[1]):
+            if i <= q.shape[0]:
                 lines.append(f"| {title} | {i} | {j} | {q[i - 1, j - 1]:.2f} | {v[i - 1, j - 1]:.2f} |")
     return "\n".join(dict.fromkeys(lines))
 
