@@ -180,10 +180,7 @@ def of_projection(grids: dict[str, Tensor], projection: str) -> Tensor:
 
 def table_of_subspaces(found: dict[str, dict[str, Tensor]]) -> str:
     """Means over layers: the first direction, and all directions of the smaller rank."""
-    lines = [
-        "| | i | j | query | value |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| | i | j | query | value |", "|---|---|---|---|---|"]
     for title, grids in found.items():
         q, v = (of_projection(grids, projection) for projection in "qv")
         for i, j in ((1, 1), (1, 8), (1, q.shape[1]), (q.shape[0], q.shape[1]), (8, 8)):
