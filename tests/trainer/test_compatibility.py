@@ -158,12 +158,6 @@ def test_finders_give_adapters_and_optimizer_state_back(finder, tmp_path):
     assert list(module.state_dict()) == list(Lit().state_dict())
 
 
-def test_the_finder_and_lr_scale_are_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match=r"`lr_scale=10.0` has no effect in this run"):
-        finder = LearningRateFinder(num_training_steps=4)
-        trainer(LoRACallback(lr_scale=10.0), finder, max_epochs=1, default_root_dir=tmp_path).fit(Lit(), data())
-
-
 def test_the_other_package_of_lightning_takes_it_too(tmp_path):
     pytorch_lightning = pytest.importorskip("pytorch_lightning")
     methods = {

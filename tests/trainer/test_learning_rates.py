@@ -55,6 +55,23 @@ def small(module):
     return AdamW(module.parameters(), 2e-5)
 
 
+def nearly_large(module):
+    return AdamW(module.parameters(), 9e-5)
+
+
+def large(module):
+    return AdamW(module.parameters(), 1e-4)
+
+
+def small_head(module):
+    groups = [{"params": module.net.layers.parameters(), "lr": 1e-3}, {"params": module.net.head.parameters()}]
+    return AdamW(groups, 2e-5)
+
+
+def small_without_adam(module):
+    return SGD(module.parameters(), 2e-5)
+
+
 HEAD = {"also_train": ["head"]}
 NOTE = " That is a rate of full fine-tuning; LoRA wants about ten times more: lr_scale=10."
 SCALED = " The groups with adapters have lr_scale=10 in their rates"
@@ -75,6 +92,10 @@ CASES = [
     (probe, {}, "SGD: adapters 0.1."),
     (small, {}, f"AdamW: adapters 2e-05.{NOTE}"),
     (small, {"lr_scale": 10}, f"AdamW: adapters 0.0002.{SCALED}."),
+    (nearly_large, {}, f"AdamW: adapters 9e-05.{NOTE}"),
+    (large, {}, "AdamW: adapters 0.0001."),
+    (small_head, HEAD, "AdamW: adapters 0.001, what trains in full 2e-05."),
+    (small_without_adam, {}, "SGD: adapters 2e-05."),
 ]
 
 

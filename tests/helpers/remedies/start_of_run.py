@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EMAWeightAveraging,
-    LearningRateFinder,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -121,17 +120,6 @@ def also_train_for_base_finetuning(message: Expected, folder: Path) -> None:
         fit(LoRACallback(), BackboneFinetuning())
     module = fit(LoRACallback(also_train=["head"]))
     assert not torch.equal(module.net.head.weight, net().head.weight)
-
-
-@remedy(COMPATIBILITY, "LearningRateFinder sets the rate", "`lr_scale=10.0`", "Leave lr_scale at 1")
-def lr_scale_of_one_with_the_finder(message: Expected, folder: Path) -> None:
-    def run(lr_scale: float) -> None:
-        finder = LearningRateFinder(num_training_steps=2, early_stop_threshold=None)
-        fit(LoRACallback(lr_scale=lr_scale), finder, default_root_dir=folder)
-
-    with message:
-        run(10.0)
-    run(1.0)
 
 
 @remedy(COMPATIBILITY, "{} copies the whole module", "EMAWeightAveraging", "FSDPStrategy", "strategy='ddp'")
