@@ -25,7 +25,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_lora import LoRACallback, TuneCallback
 
 SMALL = {"img_size": 28, "patch_size": 7, "depth": 4, "embed_dim": 64, "num_heads": 4}
-METHODS = {  # the callback, and the best of three learning rates that are a factor of about 3 apart
+METHODS = {  # the callback, and the best of three rates for the default base; a pretrained one wants smaller rates
     "linear probe": (lambda: TuneCallback("head"), 1e-2),
     "LoRA and the head": (lambda: LoRACallback(r=8, targets="all", also_train=["head"]), 3e-3),
     "full fine-tuning": (lambda: TuneCallback("all"), 1e-3),
