@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -34,8 +35,20 @@ def test_flipped_digits(tmp_path):
     )
     assert plain > 91 and before < plain - 2.5, "the mirrored digits are missed"
     assert after > before + 2 and merged == pytest.approx(after, abs=0.11)
+    assert accuracy(text, "MNIST, adapters merged") > plain - 2, "little of MNIST is forgotten"
     assert "235,146     6,248" in text
     assert (tmp_path / "picture.png").stat().st_size > 50_000
+
+
+def test_the_recorded_accuracies_of_the_flipped_digits_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("flipped_digits")
+    record = (EXAMPLES / example.RECORD).read_text()
+    of_5000, of_all = record[record.index("## 5,000 digits") :], record[: record.index("## 5,000 digits")]
+    assert example.RECORDED[True].keys() == example.RECORDED[False].keys()
+    for full, text in ((True, of_all), (False, of_5000)):
+        for value in example.RECORDED[full].values():
+            assert f"| {value:.2f} " in text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import hashlib
 import io
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -65,25 +67,53 @@ def test_a_file_of_a_debian_package(real_data, monkeypatch):
         member(b"data.tar.xz", packed.getvalue()),
     )
 
-    def apt(command: list[str], cwd: str, check: bool) -> None:
+    def apt(command: list[str], cwd: str, **options: object) -> None:
         (Path(cwd) / "thing_1_all.deb").write_bytes(b"!<arch>\n" + b"".join(parts))
 
     monkeypatch.setattr(real_data.subprocess, "run", apt)
     assert (real_data.fetch("thing=1") / "a.txt").read_bytes() == b"right"
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(), CalledProcessError(100, "apt-get")])
-def test_without_apt_the_error_says_where_the_file_belongs(real_data, monkeypatch, error):
-    wanted(real_data, monkeypatch, "thing=1", b"right")
+def test_a_file_of_a_package_of_npm(real_data, monkeypatch):
+    wanted(real_data, monkeypatch, "thing@1", b"right")
 
-    def no_apt(*_: object, **__: object) -> None:
+    def npm(command: list[str], cwd: str, **options: object) -> None:
+        (Path(cwd) / "a.txt").write_bytes(b"right")
+        with tarfile.open(Path(cwd) / "thing-1.tgz", "w:gz") as archive:
+            archive.add(Path(cwd) / "a.txt", "thing/data/a.txt")
+
+    monkeypatch.setattr(real_data.subprocess, "run", npm)
+    assert (real_data.fetch("thing@1") / "a.txt").read_bytes() == b"right"
+
+
+@pytest.mark.parametrize("package", ["thing=1", "thing@1"])
+@pytest.mark.parametrize("error", [FileNotFoundError(), CalledProcessError(100, "apt-get")])
+def test_without_apt_or_npm_the_error_says_where_the_file_belongs(real_data, monkeypatch, package, error):
+    wanted(real_data, monkeypatch, package, b"right")
+
+    def no_command(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(real_data.subprocess, "run", no_apt)
+    monkeypatch.setattr(real_data.subprocess, "run", no_command)
     with pytest.raises(RuntimeError, match=r"unpack it, and copy a.txt to .*thing-1\."):
-        real_data.fetch("thing=1")
+        real_data.fetch(package)
     (real_data.CACHE / "thing-1" / "a.txt").write_bytes(b"right")  # the remedy
-    assert real_data.fetch("thing=1").name == "thing-1"
+    assert real_data.fetch(package).name == "thing-1"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_images_are_read_from_the_files_of_mnist(real_data, tmp_path, monkeypatch, ending):
+    pixels = [index % 251 for index in range(3 * 784)]
+    for part, first, number in (("train", 0, 2), ("t10k", 2, 1)):
+        images = bytes(16) + bytes(pixels[first * 784 : (first + number) * 784])
+        labels = bytes(8) + bytes([7, 2, 5][first : first + number])
+        for name, content in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            (tmp_path / f"{name}{ending}").write_bytes(gzip.compress(content) if ending else content)
+    monkeypatch.setattr(real_data, "fetch", lambda package: tmp_path)
+    train, test = real_data.images_and_labels(real_data.MNIST)
+    expected = torch.tensor(pixels).view(3, 28, 28) / 255
+    assert torch.equal(train[0], expected[:2]) and torch.equal(test[0], expected[2:])
+    assert torch.equal(train[1], torch.tensor([7, 2])) and torch.equal(test[1], torch.tensor([5]))
 
 
 def test_rotten_tomatoes_keeps_reviews_and_drops_plots(real_data, tmp_path, monkeypatch):
