@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora.layers.adapted import Adapted, not_swappable
 from lightning_lora.layers.registry import is_convolution, is_pointwise
-from lightning_lora.methods.prompt.arguments import OF_POSITIONS
+from lightning_lora.methods.prompt.arguments import OF_POSITIONS, POSITION_TABLE
 from lightning_lora.methods.prompt.config import PromptConfig
 from lightning_lora.names import covers, join
 from lightning_lora.targets.attention_kernel import KernelSizes, kernel_sizes
@@ -132,7 +132,7 @@ def _inner_positions(block: nn.Module) -> Iterator[str]:
         if OF_POSITIONS.search(name.rpartition(".")[2]) or (name and OF_POSITIONS.search(type(module).__name__)):
             yield name
         for key in (*module._parameters, *module._buffers):
-            if OF_POSITIONS.search(key):
+            if OF_POSITIONS.search(key) or POSITION_TABLE.fullmatch(key):
                 yield f"{name}.{key}".lstrip(".")
 
 

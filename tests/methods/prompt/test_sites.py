@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_lora.methods.prompt.config import PromptConfig
@@ -123,3 +124,11 @@ def test_what_would_bypass_the_prompt():
     model = two_stacks()
     model.encoder.layers[1].forward = model.encoder.layers[1].forward
     assert "`encoder.layers.1` has a `forward` set on the instance" in error_of(model)
+
+
+@pytest.mark.parametrize("key", ["pos", "pos_table", "positions", "pe"])
+def test_a_block_with_a_table_of_positions_of_its_own(key):
+    """Such a block takes the first rows of the table, one for each vector of its input: a prompt would get them."""
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))
+    model[1].register_parameter(key, nn.Parameter(torch.ones(4, 8)))
+    assert f"gets positions that are computed in a block, by `1.{key}`; the prompt would" in error_of(model, deep=True)
