@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from lightning_lora.model.freeze import freeze
-from lightning_lora.model.journal import all_or_nothing
+from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import configs_of, record_of
 from lightning_lora.model.several.one_adapter import drop_adapter
 from lightning_lora.model.several.strengths import set_strengths
@@ -65,11 +65,11 @@ def check_all_named(model: nn.Module, named: Collection[str]) -> None:
 def drop_adapters(model: nn.Module, names: Collection[str]) -> None:
     """Take the adapters ``names`` off ``model``; the others act and train again as before the run."""
 
-    def change(_: object) -> None:
+    def change(journal: Journal) -> None:
         present = configs_of(model)
         for name in names:
             if name in present:
-                drop_adapter(model, name)
+                drop_adapter(model, name, journal)
         others = configs_of(model)
         record_of(model).kept.clear()
         set_strengths(model, dict.fromkeys(others, 1.0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.adapted import adapted_modules, added_to
 from lightning_lora.layers.choice import Acting
 from lightning_lora.layers.restoring import Restoring, Undo
+from lightning_lora.torch_internals import backward_id
 
 Index = Tensor | Sequence[Any] | int
 
@@ -31,7 +32,8 @@ class Segments:
 
     def __init__(self, index: Tensor | None) -> None:
         self.index = index
-        self.began_with_grad = torch.is_grad_enabled()  # which tells the second forward under checkpointing
+        # These tell the second forward under checkpointing.
+        self.began_with_grad, self.backward = torch.is_grad_enabled(), backward_id()
 
 
 class ActingSegments(Acting):
@@ -42,14 +44,23 @@ class ActingSegments(Acting):
         is_ambiguous: whether the model has modules whose first dimension is not the batch.
     """
 
-    choice: Any
-
     def __init__(self, count: int, is_ambiguous: bool) -> None:
         super().__init__()
-        self.count, self.is_ambiguous = count, is_ambiguous  # a new thread calls this with the same arguments
+        self.count, self.is_ambiguous = count, is_ambiguous
 
     def __reduce__(self) -> Any:
         return ActingSegments, (self.count, self.is_ambiguous)
+
+    def begin(self, choice: Any) -> None:
+        """Let these segments hold in this thread."""
+        super().begin(choice)
+        self._thread.table = choice.index
+
+    def end(self, choice: Any) -> None:
+        """Let these segments hold no longer."""
+        super().end(choice)
+        before: Any = self.choice
+        self._thread.table = None if before is None else before.index
 
     def index(self, site: str) -> Tensor | None:
         """The segments of the call that runs now.
@@ -154,18 +165,14 @@ def _use(model: nn.Module, index: Index | None, undo: Undo) -> None:
 def set_segments(acting: ActingSegments, index: Index | None, undo: Undo) -> None:
     """As on entry of :func:`use_segments`; ``undo`` gets the function that undoes it."""
     segments = Segments(None if index is None else _checked(index, acting.count))
-    undo.append(partial(_put, acting, acting.choice, acting.table))
-    _put(acting, segments, segments.index)
+    undo.append(partial(acting.end, segments))
+    acting.begin(segments)
 
 
 def acting_in(model: nn.Module) -> ActingSegments | None:
     """What the bottlenecks of ``model`` read their segments from; ``None`` if they have no embeddings."""
     every = (getattr(added_to(module), "acting", None) for _, module in adapted_modules(model))
     return next((acting for acting in every if isinstance(acting, ActingSegments)), None)
-
-
-def _put(acting: ActingSegments, choice: Segments | None, table: Tensor | None) -> None:
-    acting.choice, acting.table = choice, table
 
 
 def _checked(index: Index, count: int) -> Tensor:
