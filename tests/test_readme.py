@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -111,37 +109,10 @@ class VisionAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
-class TinyImages(torch.utils.data.Dataset):
-    def __init__(self, root: str, *, download: bool, transform: Any) -> None:
-        assert root and download
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(torch.full((3, 8, 8), index / 64)), index % 10
-
-
-def vision_stubs() -> dict[str, ModuleType]:
-    """Modules with the names that the block uses of timm and torchvision."""
-    timm, timm.data = ModuleType("timm"), ModuleType("timm.data")
-    timm.create_model = lambda name, *, pretrained, num_classes: VisionTransformer(num_classes)
-    timm.data.resolve_model_data_config = lambda model: {"input_size": (3, 8, 8)}
-    timm.data.create_transform = lambda input_size: lambda image: image
-    torchvision, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
-    torchvision.datasets, datasets.CIFAR10 = datasets, TinyImages
-    return {"timm": timm, "timm.data": timm.data, "torchvision": torchvision, "torchvision.datasets": datasets}
-
-
-def test_the_vision_transformer(monkeypatch, caplog):
-    for name, module in vision_stubs().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    with caplog.at_level("INFO"):
-        names = run(block_with("timm"))
-    assert [type(module) for module in names["classifier"].model.blocks[0].attn.children()] == [nn.Linear, nn.Linear]
-    assert "model.blocks.*.attn.qkv.v" in caplog.text
-    assert "model.head.weight (160)" in caplog.text
+def test_several_adapters():
+    names = run(block_with("combine_adapters"))
+    assert names["y"].shape == (3, 2)
+    assert [type(module) for module in names["model"]] == [nn.Linear, nn.ReLU, nn.Linear], "merged"
 
 
 def test_the_files():
