@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.names import nearest
+from lightning_lora.trainer.batches.entry import entry_of
 
 DATALOADER = "dataloader"  # in evaluation, the index of the data loader takes the place of an entry
 
@@ -40,7 +41,7 @@ class Route:
         """
         if self.key == DATALOADER:
             return self._name_of(dataloader_idx, "this data loader")
-        entry = self._entry(batch)
+        entry = entry_of(batch, self.key, "route")
         values = entry.tolist() if hasattr(entry, "tolist") else entry
         if isinstance(values, (str, int)):
             return self._name_of(values, "the batch")
@@ -55,16 +56,6 @@ class Route:
             )
         return names
 
-    def _entry(self, batch: Any) -> Any:
-        for get in (_item, _at_index, _attribute):
-            entry = get(batch, self.key)
-            if entry is not None:
-                return entry
-        raise ValueError(
-            f"`route={self.key!r}` must be an entry of every batch, but the batch is {_described(batch)}. Let the "
-            "dataset give it in training and in evaluation: a name or an index of an adapter for each sample."
-        )
-
     def _name_of(self, value: Any, where: str) -> str:
         if isinstance(value, Tensor) and value.dim() == 0:
             value = value.item()
@@ -78,23 +69,6 @@ class Route:
             f"{', '.join(f'`{name}`' for name in close)}"
             + ("." if isinstance(value, str) else f", with the indices 0 to {len(self.names) - 1}.")
         )
-
-
-def _item(batch: Any, key: str | int) -> Any:
-    return batch.get(key) if isinstance(batch, Mapping) else None
-
-
-def _at_index(batch: Any, key: str | int) -> Any:
-    is_index = isinstance(key, int) or key.isdecimal()  # the command line may give it as a string
-    fits = is_index and isinstance(batch, Sequence) and int(key) < len(batch)
-    return batch[int(key)] if fits else None
-
-
-def _attribute(batch: Any, key: str | int) -> Any:
-    if isinstance(key, int) or isinstance(batch, (Mapping, Tensor)):
-        return None
-    value = getattr(batch, key, None)
-    return None if callable(value) else value  # a list has a method `index`
 
 
 def _sizes(batch: Any, entry: Any) -> Iterator[int]:
@@ -114,14 +88,6 @@ def _sizes(batch: Any, entry: Any) -> Iterator[int]:
         for value in vars(batch).values():
             if isinstance(value, Tensor):
                 yield from _sizes(value, entry)
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
-    if isinstance(batch, (list, tuple)):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return f"a {type(batch).__name__}"
 
 
 def _short(value: Any) -> str:

@@ -47,7 +47,7 @@ def trained_or_kept(message: Expected, folder: Path) -> None:
     fit(callback(keep=["fr"], adapters={name: own for name, own in ADAPTERS.items() if name != "fr"}), module=first)
 
 
-@remedy("trainer/several/route.py", "`route={}` must be an entry of every batch", "'task'", "keys 'x', 'y'")
+@remedy("trainer/batches/entry.py", "`{}={}` must be an entry of every batch", "`route='task'`", "keys 'x', 'y'")
 def an_entry_in_every_batch(message: Expected, folder: Path) -> None:
     data = Rows()
     without = {"x": data.x[:8], "y": data.y[:8]}

@@ -54,7 +54,7 @@ def test_the_index_of_a_data_loader_takes_the_place_of_an_entry():
             {"x": x, "y": x},
             r"`route='task'` must be an entry of every batch.* with the keys 'x', 'y'",
         ),
-        ("task", [x, x], r"must be an entry of every batch, but the batch is a list of 2"),
+        ("task", [x, x], r"must be an entry of every batch, .* but the batch is a list of 2"),
         ("index", [x, x], r"must be an entry of every batch"),  # a list has a method of that name
         (2, [x, x], r"`route=2` must be an entry of every batch"),
         ("task", x, r"the batch is a Tensor"),
