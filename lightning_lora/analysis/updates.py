@@ -15,7 +15,8 @@ from lightning_lora.distributed.sharded import (
     is_sharded,
     reshard,
 )
-from lightning_lora.layers.adapter import Adapter, Adapters, Pairs
+from lightning_lora.layers.adapter import Adapter, Pairs
+from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import adapted_layers, parameter_of
 from lightning_lora.layers.linear import is_quantized_class
 from lightning_lora.layers.weight_view import Rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -101,7 +102,8 @@ def bottleneck(placement: str) -> MethodCase:
 @cache
 def trained_bottlenecks(placement: str) -> dict[str, str]:
     """Checkpoints of two bottlenecks on the module, by name; every process writes the same."""
-    folder = Path(tempfile.gettempdir()) / "bottlenecks-of-tests" / placement
+    checkout = hashlib.blake2b(__file__.encode(), digest_size=8).hexdigest()  # another one may be tested beside it
+    folder = Path(tempfile.gettempdir()) / f"bottlenecks-of-tests-{checkout}" / placement
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.ckpt" for name in ("fr", "de")}
     for by, (name, path) in enumerate(paths.items(), 1):
