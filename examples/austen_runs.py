@@ -16,12 +16,12 @@ import torch
 from real_data import CACHE, SMOLLM2, austen_novels, fetch
 from recorded_runs import Record
 from safetensors.torch import save_file
+from smollm2 import GGUF
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, lora_state_dict, remove_lora
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 HELD_OUT = 20  # the last twentieth of each novel
 
