@@ -21,6 +21,7 @@ from lightning_lora.layers.choice import (
     traced_coefficient_of_batch,
 )
 from lightning_lora.layers.mixed.terms import MixedTerms, Terms
+from lightning_lora.ops.linear import Coefficient
 
 _LOCK = threading.Lock()
 
@@ -104,7 +105,7 @@ class Adapters(nn.ModuleDict):
         if choice is None:
             return [(pair, None) for pair in self.all_pairs()]
         names = [name for name in self._modules if name in choice.names]
-        if names:
+        if names or not choice.names:
             choice.check_batch(x, size, dim, self)
         if choice.is_uniform or not names:
             return self._chosen(choice)
@@ -138,7 +139,7 @@ class Adapters(nn.ModuleDict):
         table = self.acting.table
         terms: Terms = []
         for column, name in enumerate(self._modules):
-            c = None
+            c: Coefficient = self.strengths.get(name)  # a copy has no table until a choice is made
             if table is not None:
                 of_samples = traced_coefficient(table, column, shape[0]).view(shape) if shape else None
                 c = traced_coefficient_of_batch(table, column) if of_samples is None else of_samples

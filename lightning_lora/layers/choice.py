@@ -24,7 +24,25 @@ _NOTES = "_lightning_lora_choices"
 _DEFAULTS: WeakValueDictionary[object, Tensor] = WeakValueDictionary()  # one table for all layers, for a compiler
 
 
-class Choice:
+class Held:
+    """What holds inside of a ``with`` block, and where the block began.
+
+    Attributes:
+        backward: the number of the backward pass in which it began, -1 outside of one.
+        within: the ``id`` of each activation checkpoint whose first forward ran then.
+    """
+
+    def __init__(self) -> None:
+        self.backward = backward_id()
+        self.within = set(map(id, running_checkpoints()[0])) if may_be_checkpointed() else set()
+
+
+def may_be_checkpointed() -> bool:
+    """Whether an activation checkpoint may run now: a reentrant one switches gradients off, another one has hooks."""
+    return saved_tensors_have_hooks() or not (torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+class Choice(Held):
     """Adapters by name with their coefficients, for the whole batch or for each of its samples.
 
     Args:
@@ -37,7 +55,6 @@ class Choice:
 
     Attributes:
         is_uniform: whether every sample has the same coefficients.
-        backward: the number of the backward pass in which it was made, -1 outside of one.
         names: of the adapters that take part.
         blocks: shapes of the inputs of the blocks around experts, by the ``id`` of the experts' adapters.
     """
@@ -50,13 +67,13 @@ class Choice:
         layers: Mapping[int, str] | None = None,
         is_ambiguous: bool = False,
     ) -> None:
+        super().__init__()
         used = frozenset(name for sample in samples for name, weight in sample.items() if weight)
         first = samples[0]
         self.is_uniform = all(sample == first for sample in samples)
         self.samples = [first] if self.is_uniform else list(samples)
         self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
         self.names = used | present
-        self.began_with_grad, self.backward = torch.is_grad_enabled(), backward_id()
         self._made: dict[object, Tensor] = {}
         self._mixtures: dict[object, Mixture] = {}
         self.blocks: dict[int, set[torch.Size]] = {}
@@ -89,9 +106,10 @@ class Choice:
         key = names, device
         if key not in self._made:
             size = -1 if self.size is None else self.size
-            rows = torch.tensor([[*(sample.get(name, 0.0) for name in names), size] for sample in self.samples])
-            rest = rows[-1:].expand(max(CAPACITY, len(rows)) - len(rows), -1)
-            self._made[key] = torch.cat([rows, rest]).float().to(device, non_blocking=True)
+            with torch.inference_mode(False):  # a later forward may need gradients
+                rows = torch.tensor([[*(sample.get(name, 0.0) for name in names), size] for sample in self.samples])
+                rest = rows[-1:].expand(max(CAPACITY, len(rows)) - len(rows), -1)
+                self._made[key] = torch.cat([rows, rest]).float().to(device, non_blocking=True)
         return self._made[key]
 
     def check_batch(self, x: Tensor, size: int, dim: int, adapters: object) -> None:
@@ -209,18 +227,18 @@ class Acting:
         """What acts in the call of the layer that runs now."""
         if self._thread.only is not None:
             return self._thread.only
-        choice, backward = self.choice, backward_id()
-        if backward < 0:
-            if choice is None:
-                return self._defaults.choice
-            if not (saved_tensors_have_hooks() or (choice.began_with_grad and not torch.is_grad_enabled())):
-                return choice
+        choices, backward = self._thread.choices, backward_id()
+        if backward < 0 and not (choices and may_be_checkpointed()):
+            return choices[-1] if choices else self._defaults.choice
         begun, repeated = running_checkpoints()
-        if repeated is not None and (choice is None or choice.backward != backward):
-            choice = vars(repeated).get(_NOTES, {}).get(id(self))
-        for checkpoint in begun:
-            vars(checkpoint).setdefault(_NOTES, {})[id(self)] = choice
-        return choice or self._defaults.choice
+        around = None  # what held around the checkpoint that is repeated
+        if repeated is not None:
+            around = vars(repeated).get(_NOTES, {}).get(id(self))
+            choices = [choice for choice in choices if choice.backward == backward]
+        for checkpoint in begun:  # a block inside of it begins again when it is repeated
+            outside = [choice for choice in choices if id(checkpoint) not in choice.within]
+            vars(checkpoint).setdefault(_NOTES, {})[id(self)] = outside[-1] if outside else around
+        return (choices[-1] if choices else around) or self._defaults.choice
 
     def __reduce__(self) -> tuple[type[Acting], tuple[Choice | None]]:
         return Acting, (self._defaults.choice,)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Mixture:
         rows = [[*map(places.__getitem__, sample), *[empty] * (self.slots - len(sample))] for sample in used]
         self._rows = [row for sample in rows for row in sample]
         self.has_empty_slots = empty in self._rows
-        self.rows = torch.tensor(self._rows).to(device, non_blocking=True)
+        self.rows = on_device(lambda: torch.tensor(self._rows), device)
         self._made: dict[object, Tensor] = {}
         self._waves: dict[torch.dtype, list[Wave]] = {}
 
@@ -49,7 +50,8 @@ class Mixture:
                     waves[-1].append(pair)
                 else:
                     waves.append([pair])
-            self._waves[dtype] = [Wave([self._user(pair, dtype) for pair in wave]) for wave in waves]
+            with torch.inference_mode(False):
+                self._waves[dtype] = [Wave([self._user(pair, dtype) for pair in wave]) for wave in waves]
         return self._waves[dtype]
 
     def _users(self, pair: int) -> list[int]:
@@ -67,29 +69,36 @@ class Mixture:
         """The sums over slots, ``(pairs, samples * slots)``: 1 or the coefficient where the pair is in the slot."""
         key = "slots", dtype, weighed
         if key not in self._made:
-            sums = torch.zeros(self.pairs, len(self._rows), dtype=torch.float64)
+            sums = [[0.0] * len(self._rows) for _ in range(self.pairs)]
             for column, row in enumerate(self._rows):
                 if row < len(self.factors):
                     pair, c = self.factors[row]
-                    sums[pair, column] = c if weighed else 1.0
-            self._made[key] = sums.to(self.device, dtype, non_blocking=True)
+                    sums[pair][column] = c if weighed else 1.0
+            self._made[key] = on_device(partial(torch.tensor, sums, dtype=torch.float64), self.device, dtype)
         return self._made[key]
 
     def of_samples(self, dtype: torch.dtype) -> Tensor:
         """The coefficients, ``(samples, 1, pairs, 1)``."""
         key = "samples", dtype
         if key not in self._made:
-            values = torch.tensor(self.samples, dtype=torch.float64).view(self.size, 1, self.pairs, 1)
-            self._made[key] = values.to(self.device, dtype, non_blocking=True)
+            shape = (self.size, 1, self.pairs, 1)
+            values = partial(torch.tensor, self.samples, dtype=torch.float64)
+            self._made[key] = on_device(values, self.device, dtype).view(shape)
         return self._made[key]
 
     def column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """``values`` on the device, ``(len(values), 1, 1)``."""
         key = "column", dtype, tuple(values)
         if key not in self._made:
-            column = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
-            self._made[key] = column.to(self.device, dtype, non_blocking=True)
+            column = partial(torch.tensor, values, dtype=torch.float64)
+            self._made[key] = on_device(column, self.device, dtype).view(-1, 1, 1)
         return self._made[key]
+
+
+def on_device(make: Callable[[], Tensor], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """What ``make`` gives, on ``device``; no inference tensor in any case, as a later forward may need gradients."""
+    with torch.inference_mode(False):
+        return make().to(device, dtype, non_blocking=True)
 
 
 class Wave:

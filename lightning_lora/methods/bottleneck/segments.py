@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.adapted import adapted_modules, added_to
-from lightning_lora.layers.choice import Acting
+from lightning_lora.layers.choice import Acting, Held
 from lightning_lora.layers.restoring import Restoring, Undo
-from lightning_lora.torch_internals import backward_id
 
 Index = Tensor | Sequence[Any] | int
 
 
-class Segments:
+class Segments(Held):
     """The segments of one batch.
 
     Args:
@@ -31,9 +30,8 @@ class Segments:
     """
 
     def __init__(self, index: Tensor | None) -> None:
+        super().__init__()
         self.index = index
-        # These tell the second forward under checkpointing.
-        self.began_with_grad, self.backward = torch.is_grad_enabled(), backward_id()
 
 
 class ActingSegments(Acting):

@@ -263,3 +263,71 @@ def test_a_merge_with_weights_and_its_undoing():
     torch.testing.assert_close(merged, model[0].weight + pair.scale * pair.B @ pair.A)
     with pytest.raises(ValueError, match=r"`weights` must be the name of an adapter, but got 'es'"):
         merge_lora(model, {"es": 1.0})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", ["de", None, MIXED])
+def test_one_checkpoint_around_two_choices(reentrant, inside):
+    """The choice around it, which no block inside repeats, and the one of a block inside."""
+
+    def distance(model, x):
+        first = model(x)
+        with use_adapters(model, inside):
+            return (first - 2 * model(x)).square().sum()
+
+    for outside in (None, "fr"):
+        found = []
+        for call in (distance, lambda model, x: checkpoint(distance, model, x, use_reentrant=reentrant)):
+            model, x = several(), X.clone().requires_grad_()
+            if outside is None:
+                loss = call(model, x)
+            else:
+                with use_adapters(model, outside):
+                    loss = call(model, x)
+            loss.backward()
+            found.append({**gradients(model), "x": x.grad})
+        for name, expected in found[0].items():
+            assert (found[1][name] is None) is (expected is None), name
+            if expected is not None:
+                torch.testing.assert_close(found[1][name], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_choice_that_began_without_gradients_is_repeated_too():
+    found = []
+    for call in (lambda model, x: model(x), lambda model, x: checkpoint(model, x, use_reentrant=True)):
+        model, x = several(), X.clone().requires_grad_()
+        with torch.no_grad():
+            block = use_adapters(model, "fr")
+            block.__enter__()
+        y = call(model, x)
+        block.__exit__(None, None, None)
+        y.square().sum().backward()
+        found.append(gradients(model))
+    assert all((a is None) is (b is None) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    assert found[1]["0.lora.de.B"] is None
+
+
+def test_a_forward_in_inference_mode_before_one_with_gradients():
+    model = several()
+    with use_adapters(model, MIXED):
+        with torch.inference_mode():
+            expected = model(X)
+        y = model(X)
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)
+
+
+def test_in_a_compiled_copy_resting_adapters_rest():
+    model = several()
+    for layer in (model[0], model[2]):
+        layer.lora.strengths = {"fr": 0.0}
+        layer.lora.prepare_choices()
+    copied = copy.deepcopy(model)
+    compiled = torch.compile(copied, backend="eager")
+    torch.testing.assert_close(compiled(X), model(X), atol=1e-5, rtol=1e-5)
+
+
+def test_a_list_of_another_length_is_refused_where_nobody_chooses_an_adapter():
+    model = several()
+    with pytest.raises(ValueError, match="got 4 entries"), use_adapters(model, [None] * 4):
+        model(X)
