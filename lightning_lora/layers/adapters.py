@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from copy import copy
 from types import MappingProxyType
@@ -22,8 +21,6 @@ from lightning_lora.layers.choice import (
 )
 from lightning_lora.layers.mixed.terms import MixedTerms, Terms
 from lightning_lora.ops.linear import Coefficient
-
-_LOCK = threading.Lock()
 
 
 class Adapters(nn.ModuleDict):
@@ -186,12 +183,10 @@ class Adapters(nn.ModuleDict):
         strengths, device = self.strengths_now(), self.device()
         default = Choice([strengths]) if set(strengths.values()) - {1.0} else None
         table = None if device is None else default_table(strengths, device)
-        with _LOCK:  # two threads may make their first choices at once
-            if self.acting is None:
-                self.acting = Acting(default, table)
-            else:
-                self.acting.set_default(default, table)
-        self.acting.make_table(tuple(self._modules), device)
+        # One operation, as two threads may make their first choices at once. An interrupt could leave a lock closed.
+        acting = vars(self).setdefault("acting", Acting(default, table))
+        acting.set_default(default, table)
+        acting.make_table(tuple(self._modules), device)
 
     def begin(self, choice: Choice) -> None:
         """Let ``choice`` hold in this thread."""
