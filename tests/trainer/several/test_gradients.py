@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, use_adapters
 from tests.helpers.models import trainer
 from tests.helpers.routed import (
     ADAPTERS,
+    OPTIMIZERS,
     RoutedLit,
+    Rows,
     Trace,
     difference,
     own_run,
@@ -90,6 +94,88 @@ class Raw(Manual):
 
 def test_a_backward_pass_that_lightning_does_not_see_counts_the_present_batch():
     check(fit(Raw()))
+
+
+class RawInPairs(RoutedLit):
+    """Two backward passes past Lightning to a step, which the training step makes, or a hook after it."""
+
+    automatic_optimization = False
+
+    def __init__(self, *args, in_hook: bool):
+        super().__init__(*args)
+        self.in_hook, self.steps = in_hook, []
+
+    def training_step(self, batch, index):
+        (self.loss(batch) / 2).backward()
+        self.step_at(index, not self.in_hook)
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.step_at(index, self.in_hook)
+
+    def step_at(self, index, is_here):
+        if index % 2 and is_here:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+            self.steps.append(values_of(self))
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_every_batch_of_a_step_counts_without_lightnings_backward(in_hook, reduction):
+    balanced, tasks = reduction == "mean", Rows().tasks
+    steps = [sorted(places, key=tasks.__getitem__) for places in steps_of()]  # so that the two batches differ
+    data = DataLoader(Rows(), batch_sampler=[half for places in steps for half in (places[:4], places[4:])])
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, balance=balanced)
+    module = RawInPairs("adamw", reduction, in_hook=in_hook)
+    trainer(callback, max_epochs=2).fit(module, data)
+    check(module.steps, reduction=reduction, factor=1.0 if balanced else 0.5)
+
+
+class Nested(RoutedLit):
+    """Chooses an adapter in the step, in addition to those that the batch chooses."""
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch)
+        with use_adapters(self, "it"):
+            return loss + self.loss(batch)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_an_adapter_that_the_step_chooses_itself_trains(balance):
+    trace, every = Trace(), [steps_of()[1]] * 2  # "fr" alone is in these rows
+    data = DataLoader(Rows(), batch_sampler=every)
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, balance=balance)
+    trainer(callback, trace, max_epochs=1).fit(Nested(), data)
+    module, alone = RoutedLit(), []
+    apply_lora(module, LoRAConfig(r=2, **ADAPTERS["it"], name="it"))
+    optimizer = OPTIMIZERS["adamw"]([parameter for _, parameter in lora_parameters(module)])
+    for places in every:
+        optimizer.zero_grad()
+        cross_entropy(module(Rows().x[places]), Rows().y[places], reduction="sum").backward()
+        optimizer.step()
+        alone.append(values_of(module))
+    assert difference(trace.steps, alone) < 1e-6
+    assert difference(trace.steps, own_run("fr", every)) < 1e-6
+    de = [{key: value for key, value in step.items() if ".de." in key} for step in trace.steps]
+    assert de[0] and difference(de[1:], de[:1]) == 0
+
+
+class DropsEverySecond(RoutedLit):
+    """Drops the gradients of every second batch, as where they are not finite, or where a discriminator rests."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.optimizers().zero_grad()
+        self.manual_backward(self.loss(batch))
+        if index % 2:
+            self.optimizers().step()
+
+
+def test_samples_whose_gradients_were_dropped_do_not_count():
+    steps = fit(DropsEverySecond("adamw", "mean"), balance=True)
+    for name in ("fr", "de"):
+        assert difference(steps, own_run(name, steps_of()[1::2] * 2, reduction="mean")) < 1e-6
 
 
 def scaler() -> MixedPrecision:
