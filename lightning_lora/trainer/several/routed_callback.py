@@ -64,7 +64,7 @@ class RoutedCallback(MethodCallback):
             return
         assert self._run is not None
         trained, kept = self.method.names, self.method.keep
-        self._chosen = ChosenAdapters(pl_module, Route(route, [*trained, *kept]), kept)
+        self._chosen = ChosenAdapters(pl_module, Route(route, [*trained, *kept]), kept, trained)
         call_on_close(self._run.stack, self._chosen.end)
 
     @override

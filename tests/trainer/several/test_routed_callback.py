@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -225,6 +226,21 @@ def test_a_second_fit_goes_on_with_the_same_adapters():
         trainer(callback(), max_epochs=1).fit(module, rows())
     twice, at_once = values_of(module), values_of(both)
     assert twice.keys() == at_once.keys() and all(torch.equal(value, at_once[key]) for key, value in twice.items())
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_a_batch_of_kept_adapters_alone_moves_nothing(scales):
+    def run(steps: list) -> dict:
+        module = RoutedLit()
+        apply_lora(module, LoRAConfig(r=2, name="fr"))
+        plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))] if scales else None
+        data = DataLoader(Rows(), batch_sampler=steps)
+        trainer(callback(adapters={"de": {}}, keep=["fr"]), max_epochs=1, plugins=plugins).fit(module, data)
+        return values_of(module)
+
+    _, of_fr, _, of_de, _ = steps_of()
+    alone, among = run([of_de, of_de]), run([of_fr, of_de, of_fr, of_de])
+    assert alone.keys() == among.keys() and all(torch.equal(value, among[key]) for key, value in alone.items())
 
 
 def test_the_finders_of_batch_sizes_and_rates_choose_too():
