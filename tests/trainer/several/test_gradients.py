@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, use_adapters
+from lightning_lora import LoRACallback
 from tests.helpers.models import trainer
 from tests.helpers.routed import (
     ADAPTERS,
-    OPTIMIZERS,
+    TASKS,
+    ChoosesOneMore,
     RoutedLit,
     Rows,
     Trace,
@@ -131,33 +131,15 @@ def test_every_batch_of_a_step_counts_without_lightnings_backward(in_hook, reduc
     check(module.steps, reduction=reduction, factor=1.0 if balanced else 0.5)
 
 
-class Nested(RoutedLit):
-    """Chooses an adapter in the step, in addition to those that the batch chooses."""
-
-    def training_step(self, batch, index):
-        loss = self.loss(batch)
-        with use_adapters(self, "it"):
-            return loss + self.loss(batch)
-
-
 @pytest.mark.parametrize("balance", [False, True])
 def test_an_adapter_that_the_step_chooses_itself_trains(balance):
     trace, every = Trace(), [steps_of()[1]] * 2  # "fr" alone is in these rows
-    data = DataLoader(Rows(), batch_sampler=every)
     callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, balance=balance)
-    trainer(callback, trace, max_epochs=1).fit(Nested(), data)
-    module, alone = RoutedLit(), []
-    apply_lora(module, LoRAConfig(r=2, **ADAPTERS["it"], name="it"))
-    optimizer = OPTIMIZERS["adamw"]([parameter for _, parameter in lora_parameters(module)])
-    for places in every:
-        optimizer.zero_grad()
-        cross_entropy(module(Rows().x[places]), Rows().y[places], reduction="sum").backward()
-        optimizer.step()
-        alone.append(values_of(module))
-    assert difference(trace.steps, alone) < 1e-6
+    trainer(callback, trace, max_epochs=1).fit(ChoosesOneMore(), DataLoader(Rows(), batch_sampler=every))
     assert difference(trace.steps, own_run("fr", every)) < 1e-6
-    de = [{key: value for key, value in step.items() if ".de." in key} for step in trace.steps]
-    assert de[0] and difference(de[1:], de[:1]) == 0
+    assert difference(trace.steps, own_run("it", every, tasks=["it"] * len(Rows()))) < 1e-6
+    of_de = [{key: value for key, value in step.items() if ".de." in key} for step in trace.steps]
+    assert of_de[0] and difference(of_de[1:], of_de[:1]) == 0
 
 
 class DropsEverySecond(RoutedLit):
@@ -240,6 +222,16 @@ def test_an_adapter_trains_as_alone_where_processes_lack_it(ran, strategy, run):
         return
     check(ran[strategy, run]["steps"], **RUNS[run])
     assert ran[strategy, run]["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp-find-unused", "fsdp1", "fsdp2"])
+def test_an_adapter_that_the_step_chooses_itself_trains_on_every_process(ran, strategy):
+    steps = [[place for place in places if TASKS[place] != "it"] for places in steps_of(2)]
+    for name, tasks in (("fr", TASKS), ("de", TASKS), ("it", ["it"] * len(TASKS))):
+        alone = own_run(name, steps, factor=0.5, tasks=tasks)
+        assert difference(ran[strategy, "one more"]["steps"], alone) < 1e-6
+    assert ran[strategy, "one more"]["same"]
 
 
 @pytest.mark.slow
