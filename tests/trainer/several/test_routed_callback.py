@@ -131,7 +131,7 @@ class Untasked(Rows):
 def test_a_batch_without_the_entry_is_an_error_that_leaves_the_module_bare(where):
     module, without = RoutedLit(), DataLoader(Untasked(), 8)
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"`route='task'` must be an entry of every batch, but .* keys 'x', 'y'"):
+    with pytest.raises(ValueError, match=r"`route='task'` must be an entry of every batch, .* keys 'x', 'y'"):
         if where == "predict":
             trainer(callback()).predict(module, without)
         else:
