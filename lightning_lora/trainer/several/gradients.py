@@ -113,7 +113,8 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 def _size(gradients: Iterable[Tensor | None]) -> Tensor:
     """The sum of absolute values on this rank, which is zero only where all are, as squares may underflow."""
     shards = [local_shard(gradient) for gradient in gradients if gradient is not None]
-    return torch.stack(torch._foreach_norm(shards, 1)).sum()
+    norms = torch._foreach_norm(shards, 1)
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
 
 
 def counted(chosen: str | Sequence[str]) -> Counter[str]:
