@@ -122,11 +122,12 @@ class Choice(Held):
             return
         if size != self.size:
             raise ValueError(
-                f"`use_adapters` got {self.size} entries, one for each sample, but `{self.name_of(adapters)}` gets an "
-                f"input of shape {tuple(x.shape)}, whose dimension {dim} is no batch of {self.size}. Give one entry "
-                "for each sample of the batch. A layer whose first dimension is not the batch (batch_first=False, "
-                "windows, flattened tokens) cannot choose by sample: leave it out with `exclude`, or choose one "
-                "adapter for the whole batch."
+                f"The adapters are chosen by {self.size} entries (`use_adapters` or `route`), one for each row, but "
+                f"`{self.name_of(adapters)}` gets an input of shape {tuple(x.shape)}, whose dimension {dim} is no "
+                f"batch of {self.size}. Give one entry for each row of the layer's input. Layers that get different "
+                "numbers of rows, as the encoder and the decoder under beam search, and layers whose first dimension "
+                "is not the batch (batch_first=False, windows, flattened tokens) cannot choose by row: choose one "
+                "adapter for the whole batch, or leave them out with `exclude`."
             )
         if self.is_ambiguous and not self.is_uniform and dim == 0 and x.dim() > 2 and x.shape[1] == size:
             raise ValueError(

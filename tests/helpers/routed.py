@@ -90,6 +90,15 @@ class ChoosesItself(RoutedLit):
         return total
 
 
+class ChoosesOneMore(RoutedLit):
+    """Chooses "it" for all rows, in addition to what the route chooses."""
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch)
+        with use_adapters(self, "it"):
+            return loss + self.loss(batch)
+
+
 def rows(batch_size: int = STEP, rank: int | None = None, without: str | None = None, **kwargs: object) -> DataLoader:
     """All rows, or every other one for one of two processes: Lightning's own sampler would shuffle them.
 
@@ -134,6 +143,7 @@ def own_run(
     factor: float = 1.0,
     reduction: str = "sum",
     rate: float = 1.0,
+    tasks: Sequence[str] = TASKS,
 ) -> list[dict[str, Tensor]]:
     """The adapter after each step, trained alone on its own rows; a step without any leaves it as it is.
 
@@ -144,12 +154,13 @@ def own_run(
         factor: of the loss.
         reduction: of the loss over the rows.
         rate: factor of the learning rate.
+        tasks: the adapter of each row.
     """
     module, data, trace = RoutedLit(), Rows(), []
     apply_lora(module, LoRAConfig(**{"r": 2, **ADAPTERS[name]}, name=name))
     stepper = OPTIMIZERS[optimizer]([parameter for _, parameter in lora_parameters(module)], rate)
     for places in steps:
-        own = [place for place in places if TASKS[place] == name]
+        own = [place for place in places if tasks[place] == name]
         if own:
             stepper.zero_grad()
             (factor * cross_entropy(module.net(data.x[own]), data.y[own], reduction=reduction)).backward()

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora
 from tests.helpers.models import checkpoints, net, trainer
-from tests.helpers.routed import ADAPTERS, ChoosesItself, RoutedLit, Trace, rows
+from tests.helpers.routed import ADAPTERS, ChoosesItself, ChoosesOneMore, RoutedLit, Trace, rows
 from tests.helpers.strategy_runs import Sharded, fsdp1, fsdp2
 from tests.helpers.two_processes import all_equal, end
 
@@ -32,6 +32,10 @@ class RoutedSharded(RoutedLit):
             Sharded.shard(self, self.net)
 
 
+class OneMoreSharded(ChoosesOneMore, RoutedSharded):
+    """Chooses an adapter itself, and is sharded."""
+
+
 STRATEGIES = {
     "ddp": (DDPStrategy, RoutedLit),
     "ddp-find-unused": (lambda: DDPStrategy(find_unused_parameters=True), RoutedLit),
@@ -44,6 +48,7 @@ STRATEGIES = {
 }
 
 
+ONE_MORE = dict.fromkeys(("ddp", "ddp-find-unused", "fsdp1"), ChoosesOneMore) | {"fsdp2": OneMoreSharded}
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 TWO = {name: own for name, own in ADAPTERS.items() if name != "it"}
 
@@ -64,14 +69,23 @@ def resume(name: str, folder: Path) -> dict:
     return {"more": run(4, {"it": ADAPTERS["it"], **TWO}, of_two)[1], "fewer": run(4, TWO, of_three)[1]}
 
 
-def fit(name: str, optimizer: str, reduction: str = "sum", accumulate: int = 1, **kwargs: object) -> dict:
+def fit(
+    name: str,
+    optimizer: str,
+    reduction: str = "sum",
+    accumulate: int = 1,
+    one_more: bool = False,
+    **kwargs: object,
+) -> dict:
     """The adapters after each step, and whether both ranks have the same."""
     strategy, make = STRATEGIES[name]
+    make = ONE_MORE[name] if one_more else make
     trace, module = Trace(), make(optimizer, reduction)
     route = None if make is ChoosesItself else "task"
     callback = LoRACallback(r=2, adapters=ADAPTERS, route=route, merge=False, **kwargs)
     settings = {"devices": 2, "strategy": strategy(), "max_epochs": 2, "accumulate_grad_batches": accumulate}
-    trainer(callback, trace, **settings, use_distributed_sampler=False).fit(module, rows(4 // accumulate, RANK))
+    batches = rows(4 // accumulate, RANK, without="it" if one_more else None)
+    trainer(callback, trace, **settings, use_distributed_sampler=False).fit(module, batches)
     same = all_equal(torch.cat([value.flatten() for value in trace.steps[-1].values()]))
     return {"steps": trace.steps, "same": same}
 
@@ -87,6 +101,8 @@ if __name__ == "__main__":
                 results[name, "accumulated"] = fit(name, "adamw", accumulate=2)
             if name != "ddp-step-chooses":
                 results[name, "balanced"] = fit(name, "adamw", "mean", balance=True)
+        for name in ONE_MORE:
+            results[name, "one more"] = fit(name, "adamw", one_more=True)
         for name in ("ddp", "fsdp2"):
             results[name, "resumed"] = resume(name, folder)
         torch.save(results, folder / "results.pt")

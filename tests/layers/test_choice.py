@@ -150,7 +150,7 @@ def test_a_batch_of_another_size_and_an_ambiguous_one_are_refused_by_name():
     adapters, layer = nn.ModuleDict(), "encoder.linear1"
     choice = Choice([{"fr": 1.0}, {}], size=2, layers={id(adapters): layer}, is_ambiguous=True)
     choice.check_batch(torch.ones(2, 5), 2, 0, adapters)
-    with pytest.raises(ValueError, match=r"got 2 entries, .* but `encoder.linear1` gets an input of shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"by 2 entries .* but `encoder.linear1` gets an input of shape \(3, 5\)"):
         choice.check_batch(torch.ones(3, 5), 3, 0, adapters)
     with pytest.raises(ValueError, match=r"`encoder.linear1` gets .* \(2, 2, 5\), and the model has modules with"):
         choice.check_batch(torch.ones(2, 2, 5), 2, 0, adapters)

@@ -21,6 +21,7 @@ class ChosenAdapters:
         module: the module of the run.
         route: reads the names in a batch.
         strengths: of kept adapters that act on every sample.
+        trained: the adapters that train.
 
     Attributes:
         present: adapters that get a gradient of zeros where no sample uses them.
@@ -28,8 +29,10 @@ class ChosenAdapters:
         evaluated: the adapters that evaluation chose so far.
     """
 
-    def __init__(self, module: nn.Module, route: Route, strengths: Mapping[str, float]) -> None:
-        self.module, self.route = module, route
+    def __init__(
+        self, module: nn.Module, route: Route, strengths: Mapping[str, float], trained: Collection[str]
+    ) -> None:
+        self.module, self.route, self.trained = module, route, trained
         self.present: Collection[str] = ()
         self.strengths = {name: strength for name, strength in strengths.items() if strength}
         self.names: str | list[str] = []
@@ -48,11 +51,16 @@ class ChosenAdapters:
             self._warn_of_merged()
             return
         self.names = self.route.names_in(batch, dataloader_idx)
+        different = {self.names} if isinstance(self.names, str) else set(self.names)
         if not trains:
-            self.evaluated |= {self.names} if isinstance(self.names, str) else set(self.names)
+            self.evaluated |= different
         one_for_all = isinstance(self.names, str)
         each = [{**self.strengths, name: 1.0} for name in ([self.names] if one_for_all else self.names)]
-        choose(self.module, each[0] if one_for_all else each, self.undo, self.present if trains else ())
+        choose(self.module, each[0] if one_for_all else each, self.undo, self._present(different) if trains else ())
+
+    def _present(self, chosen: set[str]) -> Collection[str]:
+        """As ``present``, and all that train where only kept adapters are chosen: a loss needs a gradient."""
+        return self.present if chosen & set(self.trained) else self.trained
 
     def end(self) -> None:
         """Let everything act as before the batch."""

@@ -64,7 +64,7 @@ class RoutedCallback(MethodCallback):
             return
         assert self._run is not None
         trained, kept = self.method.names, self.method.keep
-        self._chosen = ChosenAdapters(pl_module, Route(route, [*trained, *kept]), kept)
+        self._chosen = ChosenAdapters(pl_module, Route(route, [*trained, *kept]), kept, trained)
         call_on_close(self._run.stack, self._chosen.end)
 
     @override
@@ -74,7 +74,8 @@ class RoutedCallback(MethodCallback):
             if self._run.strategy_adapter.needs_every_gradient():
                 self._chosen.present = self.method.names
             name_of = self.method.name_of_parameters(pl_module)
-            self._gradients = AdapterGradients(self.method.names, name_of, self.run_config.balance)
+            sees_backward = pl_module.automatic_optimization
+            self._gradients = AdapterGradients(self.method.names, name_of, self.run_config.balance, sees_backward)
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -84,6 +85,8 @@ class RoutedCallback(MethodCallback):
         """Choose the adapters of the batch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._choose(batch, trains=True)
+        if self._gradients is not None and self._chosen is not None:
+            self._gradients.begin_batch(self._chosen.names, trainer.optimizers)
 
     @override
     def on_train_batch_end(
@@ -96,14 +99,14 @@ class RoutedCallback(MethodCallback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Count the samples of each adapter."""
         super().on_before_backward(trainer, pl_module, loss)
-        if self._gradients is not None and self._chosen is not None:
-            self._gradients.note_backward(self._chosen.names, trainer.optimizers)
+        if self._gradients is not None:
+            self._gradients.note_backward(trainer.optimizers)
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Leave no gradient to what no sample used."""
-        if self._gradients is not None and self._chosen is not None:
-            used = self._gradients.before_step(optimizer, self._chosen.names)
+        if self._gradients is not None:
+            used = self._gradients.before_step(optimizer)
             if self._liveness is not None:
                 self._liveness.used = used
         super().on_before_optimizer_step(trainer, pl_module, optimizer)

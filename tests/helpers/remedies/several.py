@@ -28,7 +28,7 @@ def a_name_and_adapters(message: Expected, folder: Path) -> None:
     assert [config.name for config in LoRAConfig(adapters={"de": {}}).each()] == ["de"]
 
 
-@remedy("layers/choice.py", "`use_adapters` got {} entries", "whose dimension 0 is no batch of 3", "Give one entry")
+@remedy("layers/choice.py", "The adapters are chosen by {} entries", "is no batch of 3", "Give one entry for each row")
 def entries_for_another_batch(message: Expected, folder: Path) -> None:
     model = several()
     with message, use_adapters(model, ["fr", "de", None]):
@@ -37,6 +37,34 @@ def entries_for_another_batch(message: Expected, folder: Path) -> None:
         model(X)
     with use_adapters(model, "fr"):
         model(torch.ones(3, 4))
+
+
+class TwoBeams(nn.Module):
+    """An encoder, and a decoder that gets each of its rows twice, as in beam search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x).repeat_interleave(2, 0))  # type: ignore[no-any-return]
+
+
+@remedy(
+    "layers/choice.py",
+    "The adapters are chosen by {} entries",
+    "`decoder` gets an input of shape (4, 4)",
+    "choose one adapter for the whole batch, or leave them out with `exclude`",
+)
+def entries_under_beam_search(message: Expected, folder: Path) -> None:
+    model = several(TwoBeams())
+    with message, use_adapters(model, ["fr", "de"]):
+        model(X)
+    with use_adapters(model, "fr"):
+        model(X)
+    model = several(TwoBeams(), exclude=["decoder"])
+    with use_adapters(model, ["fr", "de"]):
+        model(X)
 
 
 class SequenceFirst(nn.Module):

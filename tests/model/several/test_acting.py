@@ -223,7 +223,7 @@ def test_recurrent_layers_take_one_choice_for_the_batch():
         ({"fr": "much"}, TypeError, "must be a name, a dict from names to numbers, None, or a list of these"),
         (3, TypeError, "must be a name"),
         ([], ValueError, "one entry for each sample of the batch, but got an empty list"),
-        (["fr"] * 4, ValueError, r"got 4 entries, one for each sample, but `0` gets an input of shape \(5, 6\)"),
+        (["fr"] * 4, ValueError, r"by 4 entries .* one for each row, but `0` gets an input of shape \(5, 6\)"),
     ],
 )
 def test_what_is_no_choice(chosen, error, words):

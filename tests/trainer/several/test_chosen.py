@@ -34,7 +34,8 @@ def adapted(*targets: str) -> nn.Module:
 
 
 def chosen(model: nn.Module, **strengths: float) -> ChosenAdapters:
-    return ChosenAdapters(model, Route("task", ["fr", "de"]), strengths)
+    trained = [name for name in ("fr", "de") if name not in strengths]
+    return ChosenAdapters(model, Route("task", ["fr", "de"]), strengths, trained)
 
 
 x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
@@ -64,6 +65,22 @@ def test_nothing_is_present_that_need_not_be():
     assert {name for name, p in lora_parameters(model) if p.grad is None} == {
         name for name, _ in lora_parameters(model, name="fr")
     }
+
+
+@pytest.mark.parametrize("targets", [(), ("lstm",)])
+def test_a_loss_of_kept_adapters_alone_gives_zeros_to_those_that_train(targets):
+    model = adapted(*targets)
+    for _, parameter in lora_parameters(model, name="fr"):
+        parameter.requires_grad_(False)
+    with use_adapters(model, "fr"):
+        expected = model(x)
+    choice = chosen(model, fr=0.0)
+    choice.begin({"task": "fr", "x": x}, trains=True)
+    output = model(x)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    gradients = [parameter.grad for _, parameter in lora_parameters(model, name="de")]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_kept_adapters_act_with_their_strength_on_every_sample():

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
 from tests.helpers.models import trainer
 from tests.helpers.routed import (
     ADAPTERS,
+    TASKS,
+    ChoosesOneMore,
     RoutedLit,
+    Rows,
     Trace,
     difference,
     own_run,
@@ -92,6 +96,70 @@ def test_a_backward_pass_that_lightning_does_not_see_counts_the_present_batch():
     check(fit(Raw()))
 
 
+class RawInPairs(RoutedLit):
+    """Two backward passes past Lightning to a step, which the training step makes, or a hook after it."""
+
+    automatic_optimization = False
+
+    def __init__(self, *args, in_hook: bool):
+        super().__init__(*args)
+        self.in_hook, self.steps = in_hook, []
+
+    def training_step(self, batch, index):
+        (self.loss(batch) / 2).backward()
+        self.step_at(index, not self.in_hook)
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.step_at(index, self.in_hook)
+
+    def step_at(self, index, is_here):
+        if index % 2 and is_here:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+            self.steps.append(values_of(self))
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_every_batch_of_a_step_counts_without_lightnings_backward(in_hook, reduction):
+    balanced, tasks = reduction == "mean", Rows().tasks
+    steps = [sorted(places, key=tasks.__getitem__) for places in steps_of()]  # so that the two batches differ
+    data = DataLoader(Rows(), batch_sampler=[half for places in steps for half in (places[:4], places[4:])])
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, balance=balanced)
+    module = RawInPairs("adamw", reduction, in_hook=in_hook)
+    trainer(callback, max_epochs=2).fit(module, data)
+    check(module.steps, reduction=reduction, factor=1.0 if balanced else 0.5)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_an_adapter_that_the_step_chooses_itself_trains(balance):
+    trace, every = Trace(), [steps_of()[1]] * 2  # "fr" alone is in these rows
+    callback = LoRACallback(r=2, adapters=ADAPTERS, route="task", merge=False, balance=balance)
+    trainer(callback, trace, max_epochs=1).fit(ChoosesOneMore(), DataLoader(Rows(), batch_sampler=every))
+    assert difference(trace.steps, own_run("fr", every)) < 1e-6
+    assert difference(trace.steps, own_run("it", every, tasks=["it"] * len(Rows()))) < 1e-6
+    of_de = [{key: value for key, value in step.items() if ".de." in key} for step in trace.steps]
+    assert of_de[0] and difference(of_de[1:], of_de[:1]) == 0
+
+
+class DropsEverySecond(RoutedLit):
+    """Drops the gradients of every second batch, as where they are not finite, or where a discriminator rests."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.optimizers().zero_grad()
+        self.manual_backward(self.loss(batch))
+        if index % 2:
+            self.optimizers().step()
+
+
+def test_samples_whose_gradients_were_dropped_do_not_count():
+    steps = fit(DropsEverySecond("adamw", "mean"), balance=True)
+    for name in ("fr", "de"):
+        assert difference(steps, own_run(name, steps_of()[1::2] * 2, reduction="mean")) < 1e-6
+
+
 def scaler() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
@@ -154,6 +222,16 @@ def test_an_adapter_trains_as_alone_where_processes_lack_it(ran, strategy, run):
         return
     check(ran[strategy, run]["steps"], **RUNS[run])
     assert ran[strategy, run]["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp-find-unused", "fsdp1", "fsdp2"])
+def test_an_adapter_that_the_step_chooses_itself_trains_on_every_process(ran, strategy):
+    steps = [[place for place in places if TASKS[place] != "it"] for places in steps_of(2)]
+    for name, tasks in (("fr", TASKS), ("de", TASKS), ("it", ["it"] * len(TASKS))):
+        alone = own_run(name, steps, factor=0.5, tasks=tasks)
+        assert difference(ran[strategy, "one more"]["steps"], alone) < 1e-6
+    assert ran[strategy, "one more"]["same"]
 
 
 @pytest.mark.slow

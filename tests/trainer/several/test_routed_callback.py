@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -130,7 +131,7 @@ class Untasked(Rows):
 def test_a_batch_without_the_entry_is_an_error_that_leaves_the_module_bare(where):
     module, without = RoutedLit(), DataLoader(Untasked(), 8)
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"`route='task'` must be an entry of every batch, but .* keys 'x', 'y'"):
+    with pytest.raises(ValueError, match=r"`route='task'` must be an entry of every batch, .* keys 'x', 'y'"):
         if where == "predict":
             trainer(callback()).predict(module, without)
         else:
@@ -225,6 +226,20 @@ def test_a_second_fit_goes_on_with_the_same_adapters():
         trainer(callback(), max_epochs=1).fit(module, rows())
     twice, at_once = values_of(module), values_of(both)
     assert twice.keys() == at_once.keys() and all(torch.equal(value, at_once[key]) for key, value in twice.items())
+
+
+def test_a_batch_of_kept_adapters_alone_moves_nothing():
+    def run(steps: list) -> dict:
+        module = RoutedLit()
+        apply_lora(module, LoRAConfig(r=2, name="fr"))
+        scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+        data = DataLoader(Rows(), batch_sampler=steps)
+        trainer(callback(adapters={"de": {}}, keep=["fr"]), max_epochs=1, plugins=scaler).fit(module, data)
+        return values_of(module)
+
+    _, of_fr, _, of_de, _ = steps_of()
+    alone, among = run([of_de, of_de]), run([of_fr, of_de, of_fr, of_de])
+    assert alone.keys() == among.keys() and all(torch.equal(value, among[key]) for key, value in alone.items())
 
 
 def test_the_finders_of_batch_sizes_and_rates_choose_too():
