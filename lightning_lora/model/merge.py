@@ -18,6 +18,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.model.several.one_adapter import check_name
+from lightning_lora.model.several.strengths import strengths_of
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
 
@@ -34,7 +35,8 @@ def merge_lora(
     Args:
         model: a model with adapters; one that is merged already with the same ``weights`` stays as it is.
         weights: the factor of each adapter's update by name, such as ``{"fr": 1.0, "de": 0.5}``. Adapters that it does
-            not name rest in the record, and :func:`unmerge_lora` brings them back too. ``None`` merges all.
+            not name rest in the record, and :func:`unmerge_lora` brings them back too. ``None`` merges what acts in
+            calls without :func:`use_adapters`: all, unless some rest, as after :func:`combine_adapters`.
         misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
 
@@ -43,7 +45,7 @@ def merge_lora(
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters or none of a name in ``weights``, or its weights have no values (the
+        ValueError: if ``model`` has no adapters, none of a name in ``weights``, or none that acts, or its weights have no values (the
             meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded, or quantized.
         TypeError: if ``undo`` is no bool, or is given by position.
 
@@ -58,6 +60,7 @@ def merge_lora(
     """
     _check_arguments(weights, *misplaced)
     check_flag("undo", undo)
+    _check_something_acts(model, weights)
     return merge_in(model, Workspace(), undo, weights)
 
 
@@ -81,6 +84,16 @@ def merge_in(
         return _merge(model, layers, undo, journal, workspace, weights)
 
     return all_or_nothing(model, change)
+
+
+def _check_something_acts(model: nn.Module, weights: Mapping[str, float] | None) -> None:
+    strengths = strengths_of(model)
+    if weights is None and strengths and not any(strengths.values()):
+        each = ", ".join(f"`{name}`" for name in strengths)
+        raise ValueError(
+            f"Every adapter of the model rests ({each}), so there is nothing to merge. Name what to merge: "
+            f"merge_lora(model, {{{next(iter(strengths))!r}: 1.0}})."
+        )
 
 
 def _is_merged_otherwise(model: nn.Module, weights: Mapping[str, float]) -> bool:
