@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import NoReturn
@@ -45,8 +46,9 @@ def merge_lora(
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters, none of a name in ``weights``, or none that acts, or its weights have no values (the
-            meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded, or quantized.
+        ValueError: if ``model`` has no adapters, none of a name in ``weights``, or none that acts; if a factor is not
+            finite; or if its weights have no values (the meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded,
+            or quantized.
         TypeError: if ``undo`` is no bool, or is given by position.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: no added inference latency.
@@ -113,6 +115,8 @@ def _check_arguments(weights: object, *misplaced: object) -> None:
         )
     for name, factor in (weights or {}).items():
         check_number(f"weights[{name!r}]", factor)
+        if not math.isfinite(factor):
+            raise ValueError(f"`weights[{name!r}]` must be finite, but got {factor}.")
 
 
 def _merge(

@@ -17,6 +17,7 @@ from lightning_lora import (
     unmerge_lora,
     use_adapters,
 )
+from lightning_lora.model.several.strengths import strengths_of
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.remedies.case import lines_of_log
 from tests.helpers.routed import RoutedLit, rows, values_of
@@ -151,6 +152,38 @@ def test_the_kept_adapter_can_train_on_with_what_trained_with_it():
         trainer(own, max_epochs=1).fit(module, data())
     moved = {name for name, value in of_the_base(module).items() if not torch.equal(value, base[name])}
     assert {"net.head.weight", "net.layers.0.q.bias"} <= moved
+
+
+def test_an_evaluation_leaves_the_strengths_as_they_were(tmp_path):
+    module = first_run()
+    later_run(module, tmp_path, keep={"fr": 0.5})
+    before, expected = output(module), strengths_of(module)
+    own = LoRACallback(r=2, name="de", keep=["fr"], merge=False)
+    trainer(own).test(module, data(1))
+    assert strengths_of(module) == expected and torch.equal(output(module), before)
+    bare = first_run()
+    trainer(own).validate(bare, data(1))
+    assert strengths_of(bare) == {"fr": 1.0}
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_the_file_of_a_run_that_kept_adapters_needs_their_module_and_that_is_said(tmp_path, verb):
+    module = first_run()
+    later_run(module, tmp_path, keep={"fr": 0.5})
+    expected = output(module)
+    path = str(tmp_path / "last.ckpt")
+
+    def go_on(module):
+        own = LoRACallback(r=2, name="de", keep={"fr": 0.5}, merge=False)
+        getattr(trainer(own, max_epochs=1), verb)(module, data(1), ckpt_path=path)
+
+    with pytest.raises(ValueError, match=r"For a checkpoint of a run that kept it .* load_from_checkpoint\(cls, path"):
+        go_on(Lit())
+    built = load_from_checkpoint(Lit, path)
+    go_on(built)
+    assert torch.equal(output(built), expected)
+    with pytest.raises(ValueError, match=r"`keep` the same strengths, and fit the module that load_from_checkpoint"):
+        trainer(LoRACallback(r=2, name="de"), max_epochs=2).fit(Lit(), data(1), ckpt_path=path)
 
 
 def test_names_that_the_module_has_not_or_the_run_does_not_name():

@@ -55,3 +55,13 @@ def test_without_the_only_one_that_acts_the_others_act_again():
     set_strengths(model, STRENGTHS)
     remove_lora(model, name="es")
     assert strengths_of(model) == STRENGTHS, "`de` still acts"
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_refused(factor):
+    model = with_adapters(net())
+    with pytest.raises(ValueError, match=r"`weights\['fr'\]` must be finite, but got (nan|inf)"):
+        merge_lora(model, {"fr": factor})
+    for adapters in ({"fr": factor}, ["de", {"fr": factor}]):
+        with pytest.raises(ValueError, match=r"`adapters\['fr'\]` must be finite"), use_adapters(model, adapters):
+            pass
