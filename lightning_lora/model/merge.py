@@ -89,7 +89,7 @@ def merge_in(
 
 
 def _check_something_acts(model: nn.Module, weights: Mapping[str, float] | None) -> None:
-    strengths = strengths_of(model)
+    strengths = {} if is_merged(model) else strengths_of(model)
     if weights is None and strengths and not any(strengths.values()):
         each = ", ".join(f"`{name}`" for name in strengths)
         raise ValueError(
