@@ -85,7 +85,9 @@ def export_checkpoint(
     every = {layer for of_one in pairs.values() for layer in of_one}
     prefix = _wrapped(classes, base, every) if inner is None else inner
     part = _Part(checkpoint, path, prefix, base, classes.get(prefix, {}), len(configs) > 1)
-    write_together({places[each]: _files(part, configs[each], pairs[each]) for each in wanted})
+    strengths = reading.strengths_in(checkpoint) if len(wanted) > 1 else {}
+    files = {places[each]: _files(part, configs[each], pairs[each], strengths.get(each, 1.0)) for each in wanted}
+    write_together(files)
     layers = dict.fromkeys(_relative(layer, prefix) for each in wanted for layer in pairs[each])
     size = sum((place / WEIGHTS).stat().st_size for place in places.values())
     return Exported(str(directory), prefix, list(layers), size, wanted if len(wanted) > 1 else [])
@@ -124,7 +126,7 @@ class _Part:
         return _kind(key, layer, self.checkpoint[contents.KEY], self.path)
 
 
-def _files(part: _Part, config: LoRAConfig, pairs: Pairs) -> dict[str, Callable[[Path], object]]:
+def _files(part: _Part, config: LoRAConfig, pairs: Pairs, strength: float) -> dict[str, Callable[[Path], object]]:
     """What writes the two files of one adapter."""
     relative = {name: _relative(name, part.prefix) for name in pairs}
     below = {_relative(name, part.prefix): sums for name, sums in part.base.items() if _lies_in(name, part.prefix)}
@@ -144,7 +146,7 @@ def _files(part: _Part, config: LoRAConfig, pairs: Pairs) -> dict[str, Callable[
         auto={key: value for key, value in part.classes.items() if key != BASE},
     )
     about = {"step": str(part.checkpoint.get("global_step", 0)), "epoch": str(part.checkpoint.get("epoch", 0))}
-    return file_writers(text, tensors, header(config, below, tensors, about, part.prefix))
+    return file_writers(text, tensors, header(config, below, tensors, about, part.prefix, strength))
 
 
 def _check_is_file(path: Path) -> None:

@@ -10,7 +10,6 @@ from lightning_lora.model.freeze import freeze
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.record import configs_of, record_of
 from lightning_lora.model.several.one_adapter import drop_adapter
-from lightning_lora.model.several.strengths import set_strengths
 from lightning_lora.names import nearest
 
 
@@ -43,7 +42,8 @@ def check_kept(model: nn.Module, kept: Collection[str], trained: Collection[str]
         has = ", ".join(f"`{name}`" for name in present if name not in trained) or "none"
         raise ValueError(
             f"`keep` has {missing!r}, which is no adapter of the module; its others: {has}. Load it before the run, "
-            f"load_adapter(model, directory, name={missing!r}), or leave it out of `keep`."
+            f"load_adapter(model, directory, name={missing!r}), or leave it out of `keep`. For a checkpoint of a run "
+            "that kept it make the module of that file, load_from_checkpoint(cls, path), and fit or test this one."
         )
 
 
@@ -63,7 +63,7 @@ def check_all_named(model: nn.Module, named: Collection[str]) -> None:
 
 
 def drop_adapters(model: nn.Module, names: Collection[str]) -> None:
-    """Take the adapters ``names`` off ``model``; the others act and train again as before the run."""
+    """Take the adapters ``names`` off ``model``; the others train again as before the run."""
 
     def change(journal: Journal) -> None:
         present = configs_of(model)
@@ -72,7 +72,6 @@ def drop_adapters(model: nn.Module, names: Collection[str]) -> None:
                 drop_adapter(model, name, journal)
         others = configs_of(model)
         record_of(model).kept.clear()
-        set_strengths(model, dict.fromkeys(others, 1.0))
         freeze(model, *others.values())
 
     all_or_nothing(model, change)

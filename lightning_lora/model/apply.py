@@ -111,7 +111,8 @@ def remove_lora(model: nn.Module, *, name: str | None = None) -> None:
     Args:
         model: any module.
         name: only the adapter of that name goes, and the biases and ``also_train`` modules that no other adapter trains
-            get their initial values back; buffers stay.
+            get their initial values back; buffers stay. If it alone acted, as a combination does, the others act again,
+            fully.
 
     Raises:
         ValueError: if a merged weight was changed since, so that the base cannot be restored, what trains is

@@ -12,7 +12,7 @@ from lightning_lora import names
 from lightning_lora.distributed.sharded import full_parameters, shape_of
 from lightning_lora.files.json_files import printable, shown
 from lightning_lora.model.copies import copied_names
-from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.freeze import in_files
 from lightning_lora.model.state import added_parameters
 from lightning_lora.model.written import renormalized, written_parameters
 from lightning_lora.ops.exact_sum import checksum
@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
         model: any module, with live or merged adapters or without.
         device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
-    left_out = {name for name, _ in (*trained_parameters(model), *added_parameters(model))} | copied_names(model)
+    left_out = {name for name, _ in (*in_files(model), *added_parameters(model))} | copied_names(model)
     quantized = {name: shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state")}
     changing = {id(parameter) for _, parameter in written_parameters(model)} | renormalized(model)
     uncompared = {name for name, parameter in names.named_parameters(model) if id(parameter) in changing}

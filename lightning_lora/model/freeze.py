@@ -12,7 +12,7 @@ from lightning_lora.config import MethodConfig
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.adapted import added_to, has_added
 from lightning_lora.layers.base import LoRALayer, has_adapter
-from lightning_lora.model.record import Record, kept_names, prune, record_of, records
+from lightning_lora.model.record import Record, holders, kept_names, prune, record_of, records
 from lightning_lora.names import covers
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
@@ -33,7 +33,36 @@ def freeze(model: nn.Module | Survey, *configs: MethodConfig) -> None:
                 record_of(site.module).requires_grad.setdefault(key, parameter.requires_grad)
                 if any(trains(site, key, is_adapted_by(site.module, config), config) for config in configs):
                     record_of(site.module).trained.add(key)
+    _hold(survey)
     _set_flags(survey)
+
+
+def _hold(survey: Survey) -> None:
+    """Record what stays as an earlier run trained it, because only adapters that do not train asked for it."""
+    of_kept = asked_for_by(survey, kept=True)
+    of_kept -= asked_for_by(survey, kept=False) if of_kept else set()
+    for _, module, record in records(survey):
+        record.held = {key for key in record.trained if of_kept and id(module._parameters.get(key)) in of_kept}
+
+
+def asked_for_by(model: nn.Module | Survey, *, kept: bool) -> set[int]:
+    """The ``id`` of each parameter of the base that adapters which are ``kept``, or which train, ask to train."""
+    names_kept = kept_names(model)
+    if kept and not names_kept:
+        return set()
+    every = [(holder, config) for holder, configs in holders(model) for config in configs]
+    wanted = [(holder, config) for holder, config in every if (config.name in names_kept) == kept]
+    return {parameter for holder, config in wanted for parameter in asked_in(holder, config)}
+
+
+def asked_in(holder: nn.Module, config: MethodConfig) -> set[int]:
+    """The ``id`` of each parameter of the base that ``config`` of the adapted module ``holder`` asks to train."""
+    return {
+        id(parameter)
+        for site in Survey(holder).sites.values()
+        for key, parameter in site.module._parameters.items()
+        if trains(site, key, is_adapted_by(site.module, config), config)
+    }
 
 
 def is_adapted_by(module: nn.Module, config: MethodConfig) -> bool:
@@ -51,10 +80,15 @@ def trains(site: Site, key: str, adapted: bool, config: MethodConfig) -> bool:
 def _set_flags(survey: Survey) -> None:
     base = {id(parameter): parameter for _, parameter in survey.parameters()}
     adapters = adapter_parameters(survey)
-    trained = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
+    trained = _trained_in_full(survey)
     trained |= adapters.keys() - _kept_parameters(survey)
     for parameter in (base | adapters).values():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def _trained_in_full(survey: Survey) -> set[int]:
+    every = [(module, key) for _, module, record in records(survey) for key in record.trained - record.held]
+    return {id(module._parameters[key]) for module, key in every}
 
 
 def _kept_parameters(survey: Survey) -> set[int]:
@@ -105,8 +139,22 @@ def adapter_parameters(model: nn.Module | Survey) -> dict[int, nn.Parameter]:
 def trained_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
     """Everything that the method trains in ``model``, under first clean names, in the model's order."""
     survey = survey_of(model)
-    in_full = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.trained}
-    trained = in_full | (adapter_parameters(survey).keys() - _kept_parameters(survey))
+    trained = _trained_in_full(survey) | (adapter_parameters(survey).keys() - _kept_parameters(survey))
     for name, parameter in names.named_parameters(survey.model, survey.modules):
         if id(parameter) in trained:
             yield name, parameter
+
+
+def held_parameters(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
+    """What an earlier run trained of the base and this one does not, under first clean names: files hold it."""
+    survey = survey_of(model)
+    held = {id(module._parameters[key]) for _, module, record in records(survey) for key in record.held}
+    for name, parameter in names.named_parameters(survey.model, survey.modules) if held else ():
+        if id(parameter) in held:
+            yield name, parameter
+
+
+def in_files(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains, and of the base what an earlier run trained."""
+    yield from trained_parameters(model)
+    yield from held_parameters(model)

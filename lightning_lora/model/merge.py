@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import NoReturn
@@ -18,6 +19,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.model.several.one_adapter import check_name
+from lightning_lora.model.several.strengths import strengths_of
 from lightning_lora.names import join
 from lightning_lora.ops.workspace import Workspace
 
@@ -34,7 +36,8 @@ def merge_lora(
     Args:
         model: a model with adapters; one that is merged already with the same ``weights`` stays as it is.
         weights: the factor of each adapter's update by name, such as ``{"fr": 1.0, "de": 0.5}``. Adapters that it does
-            not name rest in the record, and :func:`unmerge_lora` brings them back too. ``None`` merges all.
+            not name rest in the record, and :func:`unmerge_lora` brings them back too. ``None`` merges what acts in
+            calls without :func:`use_adapters`: all, unless some rest, as after :func:`combine_adapters`.
         misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
 
@@ -43,8 +46,9 @@ def merge_lora(
         fp32, much more in half precision when delta is small.
 
     Raises:
-        ValueError: if ``model`` has no adapters or none of a name in ``weights``, or its weights have no values (the
-            meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded, or quantized.
+        ValueError: if ``model`` has no adapters, none of a name in ``weights``, or none that acts; if a factor is not
+            finite; or if its weights have no values (the meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded,
+            or quantized.
         TypeError: if ``undo`` is no bool, or is given by position.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: no added inference latency.
@@ -58,6 +62,7 @@ def merge_lora(
     """
     _check_arguments(weights, *misplaced)
     check_flag("undo", undo)
+    _check_something_acts(model, weights)
     return merge_in(model, Workspace(), undo, weights)
 
 
@@ -83,6 +88,16 @@ def merge_in(
     return all_or_nothing(model, change)
 
 
+def _check_something_acts(model: nn.Module, weights: Mapping[str, float] | None) -> None:
+    strengths = {} if is_merged(model) else strengths_of(model)
+    if weights is None and strengths and not any(strengths.values()):
+        each = ", ".join(f"`{name}`" for name in strengths)
+        raise ValueError(
+            f"Every adapter of the model rests ({each}), so there is nothing to merge. Name what to merge: "
+            f"merge_lora(model, {{{next(iter(strengths))!r}: 1.0}})."
+        )
+
+
 def _is_merged_otherwise(model: nn.Module, weights: Mapping[str, float]) -> bool:
     """Whether adapters are merged with other factors than ``weights``."""
     present = [(merged.factors, merged.adapters) for _, _, merged in merged_layers(model)]
@@ -100,6 +115,8 @@ def _check_arguments(weights: object, *misplaced: object) -> None:
         )
     for name, factor in (weights or {}).items():
         check_number(f"weights[{name!r}]", factor)
+        if not math.isfinite(factor):
+            raise ValueError(f"`weights[{name!r}]` must be finite, but got {factor}.")
 
 
 def _merge(

@@ -85,7 +85,8 @@ class Record:
             configurations that did it. A module may be a part of several models, and each of them must find them.
         kept: the names of adapters of an earlier run that do not train in this one.
         requires_grad: of each parameter, before :func:`lightning_lora.model.freeze.freeze`, while the module is frozen.
-        trained: the base's parameters that train in addition to the adapters.
+        trained: the base's parameters that train in addition to the adapters, or did in an earlier run.
+        held: those of ``trained`` that do not train now: only configurations of ``kept`` adapters ask for them.
         shared: parameters that other modules have too, so that a merge must not change them.
         written: frozen parameters that other code writes during a run, so that files hold them.
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
@@ -101,6 +102,7 @@ class Record:
     kept: set[str] = field(default_factory=set)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     originals: dict[str, Tensor] = field(default_factory=dict)

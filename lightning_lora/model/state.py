@@ -15,7 +15,7 @@ from lightning_lora.distributed.sharded import (
 from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer, is_adapted
 from lightning_lora.layers.linear import is_quantized_class
-from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.model.freeze import adapter_parameters, in_files
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_children, merged_layers, records
 from lightning_lora.model.several.one_adapter import check_name
@@ -181,7 +181,7 @@ def keep_adapter(state: Mapping[str, Any], base: set[str]) -> dict[str, Any]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """The names, under every alias, of the parameters that no file holds: they neither train nor change."""
-    saved = {id(parameter) for _, parameter in (*trained_parameters(model), *written_parameters(model))}
+    saved = {id(parameter) for _, parameter in (*in_files(model), *written_parameters(model))}
     saved |= adapter_parameters(model).keys()  # those that do not train, too
     aliases = model.named_parameters(remove_duplicate=False)
     return {names.clean(name) for name, parameter in aliases if id(parameter) not in saved}

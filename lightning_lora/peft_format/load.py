@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora import names
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files.safetensors import open_tensors
 from lightning_lora.model import record
 from lightning_lora.model.apply import adapt
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
@@ -20,6 +21,7 @@ from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.loading import load, load_part
 from lightning_lora.model.same_config import check_method
 from lightning_lora.model.several.one_adapter import check_name
+from lightning_lora.model.several.strengths import set_strengths
 from lightning_lora.model.state import lora_state_dict
 from lightning_lora.peft_format.common_values import check_common
 from lightning_lora.peft_format.config import PeftConfig
@@ -36,9 +38,9 @@ from lightning_lora.peft_format.placement import (
     values_for,
     with_attentions,
 )
-from lightning_lora.peft_format.provenance import check_base
+from lightning_lora.peft_format.provenance import check_base, strength_in
 from lightning_lora.peft_format.slot import slot_values
-from lightning_lora.peft_format.stored import config_of, open_adapter
+from lightning_lora.peft_format.stored import WEIGHTS, config_of, open_adapter
 from lightning_lora.peft_format.targets import inner_name
 
 
@@ -54,10 +56,11 @@ def load_adapter(
     """Load a directory that peft or :func:`save_adapter` wrote into ``model``: all of it, or nothing at all.
 
     A new adapter is made as ``adapter_config.json`` says, with one pair on all of a fused layer; q, k and v of an
-    ``nn.MultiheadAttention`` get a pair each, and its ``out_proj`` twice the stored update, as in peft. All adapters
-    act then; :func:`use_adapters` chooses. An adapter that the model has keeps its own configuration, which must fit:
-    apply yours first to continue to train slices. A directory with sub-directories of several adapters gives all of
-    them, by their names. Nothing is unpickled.
+    ``nn.MultiheadAttention`` get a pair each, and its ``out_proj`` twice the stored update, as in peft. It acts in
+    addition to those that act already; :func:`use_adapters` chooses. An adapter that the model has keeps its own
+    configuration, which must fit: apply yours first to continue to train slices. A directory with sub-directories of
+    several adapters gives all of them, by their names, and they act as strongly as when :func:`save_adapter` wrote
+    them: after :func:`combine_adapters` the combined ones rest. Nothing is unpickled.
 
     Args:
         model: any module, bare or adapted.
@@ -98,7 +101,11 @@ def load_adapter(
     if record.is_merged(model):
         raise ValueError("The model has merged adapters: call `unmerge_lora(model)`, or `remove_lora(model)`, first.")
     check_method(model, LoRAConfig())
-    return load_directories(model, _places(model, directory, name, into), into, inner=inner, strict_base=strict_base)
+    places = _places(model, directory, name, into)
+    strengths = _strengths(places) if len(places) > 1 else {}
+    loaded = load_directories(model, places, into, inner=inner, strict_base=strict_base)
+    set_strengths(model, strengths)
+    return loaded
 
 
 def load_directories(
@@ -119,6 +126,13 @@ def load_directories(
     else:
         all_or_nothing(model, lambda journal: _swap(model, into, files[into], journal))
     return [place for place, _, adapters in holders(model) if not adapters.keys().isdisjoint(files)]
+
+
+def _strengths(places: Mapping[str, Path]) -> dict[str, float]:
+    """How strongly the adapters in these directories acted together; fully, if the ones that acted are not here."""
+    files = {name: place / WEIGHTS for name, place in places.items()}
+    strengths = {name: strength_in(open_tensors(path).metadata) for name, path in files.items() if path.is_file()}
+    return strengths if any(strengths.values()) else dict.fromkeys(strengths, 1.0)
 
 
 def _check_directory(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from lightning_lora.version import __version__
 
 OWN = "lightning_lora"
 BASE, DIGEST, INNER = f"{OWN}.base", f"{OWN}.digest", f"{OWN}.inner"
-VERSION = f"{OWN}.version"
+VERSION, STRENGTH = f"{OWN}.version", f"{OWN}.strength"
 ADAPTER_CONFIG = f"{OWN}.adapter_config"  # what the file of that name held when the weights were written
 
 
@@ -36,6 +37,7 @@ def header(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None,
     inner: str,
+    strength: float = 1.0,
 ) -> dict[str, str]:
     """The strings of the header.
 
@@ -45,6 +47,7 @@ def header(
         tensors: the tensors of the file.
         metadata: strings of the user.
         inner: name of the part of the model that the file's names are relative to.
+        strength: with which the adapter acts where no choice is made; 0 if it rests.
 
     Raises:
         TypeError: if ``metadata`` is no mapping of strings.
@@ -63,8 +66,25 @@ def header(
         INNER: inner,
         BASE: json.dumps(base),
         DIGEST: digest(tensors),
+        **({} if strength == 1 else {STRENGTH: repr(strength)}),
     }
     return {"format": "pt", **ours, **(metadata or {})}
+
+
+def strength_in(metadata: Mapping[str, str]) -> float:
+    """The strength with which an adapter acted when it was written.
+
+    Raises:
+        ValueError: if the header is damaged.
+    """
+    text = metadata.get(STRENGTH, "1.0")
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"The header of the adapter's file is damaged: its strength is {shown(text)}.")
+    return strength
 
 
 def check_config(metadata: Mapping[str, str], values: Mapping[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_lora.layers.registry import is_linear, original_class
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.model.record import config_of, configs_of, records
 from lightning_lora.model.several.one_adapter import check_name
+from lightning_lora.model.several.strengths import strengths_of
 from lightning_lora.model.state import has_adapters
 from lightning_lora.peft_format.config_writer import Scaled, written_config
 from lightning_lora.peft_format.contents import Contents, check_contents, contents_of
@@ -43,11 +44,12 @@ def save_adapter(
     """Write the adapter of ``model`` as a directory that ``PeftModel.from_pretrained(base, directory)`` loads.
 
     Of several adapters each goes into the sub-directory of its name. What trains in addition acts with every adapter,
-    so each directory holds it. peft's outputs are then those of ``model``, with several adapters under
-    ``use_adapters``. Slices of a fused layer become one pair on all of it, whose rank is the sum of theirs; so do q, k
-    and v of an ``nn.MultiheadAttention``. peft 0.21 adds the update of its ``out_proj`` twice, so half of it is
-    written, and a warning says so. Everything is checked before anything is written, and an error leaves the old files
-    in all directories. In distributed training all processes must call it, and the first writes.
+    so each directory holds it; strengths that are not 1 go into the header, for :func:`load_adapter`. peft's outputs
+    are then those of ``model``, with several adapters under ``use_adapters``. Slices of a fused layer become one pair
+    on all of it, whose rank is the sum of theirs; so do q, k and v of an ``nn.MultiheadAttention``. peft 0.21 adds the
+    update of its ``out_proj`` twice, so half of it is written, and a warning says so. Everything is checked before
+    anything is written, and an error leaves the old files in all directories. In distributed training all processes
+    must call it, and the first writes.
 
     Args:
         model: a model with adapters, live or merged.
@@ -86,9 +88,10 @@ def save_adapter(
     held = belongings_of(model)
     prefix, part = inner_of(model, inner, held)
     base = base_of(part)
+    strengths = strengths_of(model) if len(every) > 1 else {}
     files = {}
     for each in every:  # no comprehension, whose frame would be in the way of warnings
-        files[places[each]] = _files(model, each, prefix, part, base, flavor, metadata)
+        files[places[each]] = _files(model, each, prefix, part, base, flavor, metadata, strengths.get(each, 1.0))
     if inner is None and (to_know := wider_than_adapters(model, held)) is not None:
         warnings.warn(to_know, stacklevel=2)
     _first_of_all(lambda: write_together(files))
@@ -112,13 +115,14 @@ def _files(
     base: Fingerprint,
     flavor: str,
     metadata: Mapping[str, str] | None,
+    strength: float,
 ) -> dict[str, Callable[[Path], object]]:
     """What writes the files of the adapter ``name``."""
     holder, config = _adapted_as(model, name)
     contents = contents_of(part, config, _asked_as(prefix, holder))
     contents = for_vllm(contents) if flavor == "vllm" else contents
     text, tensors = _config_text(contents, part, config, flavor), contents.tensors()
-    return file_writers(text, tensors, header(config, base, tensors, metadata, prefix))
+    return file_writers(text, tensors, header(config, base, tensors, metadata, prefix, strength))
 
 
 def file_writers(

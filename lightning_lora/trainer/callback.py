@@ -118,8 +118,10 @@ class LoRACallback(RoutedCallback):
             own samples, whatever accumulate_grad_batches and the number of processes are. A route that gives one
             adapter for a whole batch counts the batch as one sample. What also_train names is not changed.
         keep: Adapters that the module has from earlier runs, as a list of names, or as a dict from names to the
-            strength with which they act, such as {"fr": 1.0}. They stay as they are, and the checkpoints hold them. A
-            list lets them rest, as 0.0 does. The strengths stay after the run, and a merge follows them.
+            strength with which they act, such as {"fr": 1.0}. They stay as they are, with the biases and also_train
+            modules that trained with them; checkpoints hold both. What this run's own also_train and bias name trains,
+            which changes what kept adapters compute, and a warning says so. A list lets the adapters rest, as 0.0 does.
+            The strengths stay after fit, and a merge follows them.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -18,6 +18,7 @@ from lightning_lora.methods.base import Method
 from lightning_lora.model.base_dtype import LoweredWeights, cast_by_autocast
 from lightning_lora.model.freeze import is_frozen, unfreeze
 from lightning_lora.model.record import Record, all_records, place_again, record_of
+from lightning_lora.model.several.strengths import set_strengths, strengths_of
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.trainer.checkpointing.checkpoint_io import CheckpointFiles
 from lightning_lora.trainer.checkpointing.files_at_end import check_files
@@ -54,18 +55,15 @@ class Run:
     ) -> None:
         leave_unfinished_run(module)
         self.trainer, self.module, self.method, self.run_config, self.stage = trainer, module, method, run_config, stage
-        self.strategy = trainer.strategy
-        self.strategy_adapter = strategy_adapter_for(trainer.strategy, module)
+        self.strategy, self.strategy_adapter = trainer.strategy, strategy_adapter_for(trainer.strategy, module)
         self.files = CheckpointFiles(
             trainer, module, method, run_config, self.strategy_adapter, callback_key, self.adapt_late
         )
         self.ended = self.has_left = self.abandoned = self.completed = False
         self.was_merged, self.was_bare = method.is_merged(module), method.present(module) is None
-        self.was_frozen = is_frozen(module)
-        self.snapshot: dict[str, Any] = {}
-        self.records: dict[str, Record] = {}
-        self.known = list(module.modules())
-        self.released: set[str] = set()
+        self.was_frozen, self.strengths = is_frozen(module), dict[str, float]()
+        self.snapshot, self.records = dict[str, Any](), dict[str, Record]()
+        self.known, self.released = list(module.modules()), set[str]()
         self.first_steps = FirstSteps(trainer, self.files, self.strategy_adapter.watches_gradients, self.was_bare)
         self.stack, self.optimizer_edits = ExitStack(), ExitStack()
         self.late_saves: ExitStack | None = None
@@ -97,6 +95,7 @@ class Run:
         """Adapt what exists, and patch what is called between here and the end."""
         self.strategy_adapter.before_injection(self.was_bare)
         self.unmerge()
+        self.strengths = strengths_of(self.module)
         self.files.take_module(self.stack)
         patch_method(self.stack, self.module, "configure_optimizers", self.configure_optimizers)
         # Some models are built in `setup`, which comes after every callback's, or in `configure_model` after that.
@@ -282,6 +281,7 @@ class Run:
             self.method.make_plain_unless_meant(self.module, self.known)
         if self.stage == "fit" and self.files.can_go_back() and self.method.is_adapted(self.module):
             self.method.load(self.module, self.files.before_load)
+        set_strengths(self.module, self.strengths)
         if self.was_merged and self.method.is_adapted(self.module) and self.snapshot:
             state = self.method.state(self.module)  # a head that `setup` built anew is in this alone, and stays
             needed = {key: state[key] for key in self.method.needed_names(self.module)}

@@ -17,6 +17,7 @@ from lightning_lora import (
     unmerge_lora,
     use_adapters,
 )
+from lightning_lora.model.several.strengths import strengths_of
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.remedies.case import lines_of_log
 from tests.helpers.routed import RoutedLit, rows, values_of
@@ -95,6 +96,94 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_module_as_it_was():
         trainer(own, Broken()).fit(module, data(1))
     assert torch.equal(output(module), before)
     assert {name.split(".lora.")[1].split(".")[0] for name, _ in lora_parameters(module)} == {"fr"}
+
+
+def with_head() -> Lit:
+    """A module whose first run trained a head and biases in addition to ``fr``."""
+    module = Lit()
+    own = LoRACallback(r=2, name="fr", targets=["q"], also_train=["head"], bias="lora_only", merge=False)
+    trainer(own, max_epochs=1).fit(module, data())
+    return module
+
+
+def output_of(module, name: str) -> torch.Tensor:
+    with use_adapters(module, name):
+        return output(module)
+
+
+def of_the_base(module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if ".lora." not in name}
+
+
+def test_what_trained_with_a_kept_adapter_stays_too_and_is_in_the_files(tmp_path):
+    module = with_head()
+    before, base = output_of(module, "fr"), of_the_base(module)
+    later_run(module, tmp_path, targets=["v"])
+    assert torch.equal(output_of(module, "fr"), before)
+    assert all(torch.equal(value, base[name]) for name, value in of_the_base(module).items())
+    assert not torch.equal(output_of(module, "de"), before), "the later run trained"
+    built = load_from_checkpoint(Lit, tmp_path / "last.ckpt")
+    assert torch.equal(output_of(built, "fr"), before)
+    assert torch.equal(output(built), output(module))
+    own = LoRACallback(r=2, name="de", keep=["fr"], targets=["v"], merge=False)
+    trainer(own, max_epochs=2).fit(built, data(1), ckpt_path=str(tmp_path / "last.ckpt"))
+    through = with_head()
+    trainer(LoRACallback(r=2, name="de", keep=["fr"], targets=["v"], merge=False), max_epochs=2).fit(through, data(1))
+    assert torch.equal(output(built), output(through))
+    assert torch.equal(output_of(built, "fr"), before)
+
+
+def test_what_a_later_run_trains_in_addition_changes_the_kept_adapter_and_that_is_a_warning():
+    module = with_head()
+    before, base = output_of(module, "fr"), of_the_base(module)
+    with pytest.warns(UserWarning, match=r"`keep` has `fr`, and this run trains `net.head.weight` and 1 more in add"):
+        later_run(module, targets=["v"], also_train=["head"])
+    assert not torch.equal(output_of(module, "fr"), before)
+    moved = {name for name, value in of_the_base(module).items() if not torch.equal(value, base[name])}
+    assert moved == {"net.head.weight", "net.head.bias"}, "the biases of `fr` stay"
+
+
+def test_the_kept_adapter_can_train_on_with_what_trained_with_it():
+    module = with_head()
+    later_run(module, targets=["v"])
+    base = of_the_base(module)
+    own = LoRACallback(r=2, name="fr", targets=["q"], also_train=["head"], bias="lora_only", merge=False, keep=["de"])
+    with pytest.warns(UserWarning, match="`keep` has `de`"):
+        trainer(own, max_epochs=1).fit(module, data())
+    moved = {name for name, value in of_the_base(module).items() if not torch.equal(value, base[name])}
+    assert {"net.head.weight", "net.layers.0.q.bias"} <= moved
+
+
+def test_an_evaluation_leaves_the_strengths_as_they_were(tmp_path):
+    module = first_run()
+    later_run(module, tmp_path, keep={"fr": 0.5})
+    before, expected = output(module), strengths_of(module)
+    own = LoRACallback(r=2, name="de", keep=["fr"], merge=False)
+    trainer(own).test(module, data(1))
+    assert strengths_of(module) == expected and torch.equal(output(module), before)
+    bare = first_run()
+    trainer(own).validate(bare, data(1))
+    assert strengths_of(bare) == {"fr": 1.0}
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_the_file_of_a_run_that_kept_adapters_needs_their_module_and_that_is_said(tmp_path, verb):
+    module = first_run()
+    later_run(module, tmp_path, keep={"fr": 0.5})
+    expected = output(module)
+    path = str(tmp_path / "last.ckpt")
+
+    def go_on(module):
+        own = LoRACallback(r=2, name="de", keep={"fr": 0.5}, merge=False)
+        getattr(trainer(own, max_epochs=1), verb)(module, data(1), ckpt_path=path)
+
+    with pytest.raises(ValueError, match=r"For a checkpoint of a run that kept it .* load_from_checkpoint\(cls, path"):
+        go_on(Lit())
+    built = load_from_checkpoint(Lit, path)
+    go_on(built)
+    assert torch.equal(output(built), expected)
+    with pytest.raises(ValueError, match=r"`keep` the same strengths, and fit the module that load_from_checkpoint"):
+        trainer(LoRACallback(r=2, name="de"), max_epochs=2).fit(Lit(), data(1), ckpt_path=path)
 
 
 def test_names_that_the_module_has_not_or_the_run_does_not_name():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import (
     LoRAConfig,
     apply_lora,
+    combine_adapters,
     load_adapter,
     lora_parameters,
     lora_state_dict,
@@ -22,6 +25,7 @@ from lightning_lora import (
     save_adapter,
     use_adapters,
 )
+from lightning_lora.model.several.strengths import set_strengths, strengths_of
 from tests.helpers.models import FusedBlocks, net
 from tests.helpers.oracles import assert_same_values, same_bits, snapshot
 from tests.helpers.several import (
@@ -293,3 +297,46 @@ def test_a_network_under_two_names(tmp_path, others):
     load_adapter(loaded, tmp_path, name="fr")
     for key, value in lora_state_dict(model, "fr").items():
         assert same_bits(loaded.state_dict()[key], value), key
+
+
+def test_several_act_as_strongly_as_when_they_were_saved(tmp_path):
+    model = with_adapters(net())
+    combine_adapters(model, {"fr": 0.5, "de": -0.5}, "mix")
+    set_strengths(model, {"es": 0.25})
+    expected = strengths_of(model)
+    save_adapter(model, tmp_path / "live")
+    loaded = net()
+    load_adapter(loaded, tmp_path / "live")
+    assert strengths_of(loaded) == expected == {"fr": 0.0, "de": 0.0, "es": 0.25, "mix": 1.0}
+    assert close(outputs(loaded, X), outputs(model, X))
+    merge_lora(model)
+    save_adapter(model, tmp_path / "merged")
+    again = net()
+    load_adapter(again, tmp_path / "merged")
+    assert strengths_of(again) == expected
+    one = net()
+    load_adapter(one, tmp_path / "live" / "fr", name="fr")
+    assert strengths_of(one) == {"fr": 1.0}, "alone it acts"
+
+
+def test_resting_adapters_act_where_those_that_acted_are_not_loaded(tmp_path):
+    model = with_adapters(net())
+    combine_adapters(model, {"fr": 0.5, "de": 0.5, "es": 1.0}, "mix")
+    save_adapter(model, tmp_path)
+    shutil.rmtree(tmp_path / "mix")
+    loaded = net()
+    load_adapter(loaded, tmp_path)
+    assert strengths_of(loaded) == dict.fromkeys(THREE, 1.0)
+
+
+def test_a_strength_that_is_no_number_is_an_error_before_anything_is_loaded(tmp_path):
+    model = with_adapters(net())
+    save_adapter(model, tmp_path)
+    path = tmp_path / "de" / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    save_file(load_file(path), path, {**about, "lightning_lora.strength": "nan"})
+    bare = net()
+    with pytest.raises(ValueError, match="header of the adapter's file is damaged: its strength is `nan`"):
+        load_adapter(bare, tmp_path)
+    assert not list(lora_parameters(bare))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.distributed.sharded import is_sharded
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.freeze import in_files
 from lightning_lora.model.report.summary import output_heads
 from lightning_lora.ops.exact_sum import same_bits
 
@@ -30,7 +30,7 @@ def random_heads(model: nn.Module) -> list[str]:
 
     A copy of a layer that trains is the head of a teacher or a reference, and frozen on purpose.
     """
-    trained = {id(parameter) for _, parameter in trained_parameters(model)}
+    trained = {id(parameter) for _, parameter in in_files(model)}
     modules = dict(names.named_modules(model))
     random = [name for name in output_heads(model) if _is_frozen(modules[name], trained) and is_random(modules[name])]
     copies = {name: _equal_layers(name, modules) for name in random}

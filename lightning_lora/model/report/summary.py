@@ -13,7 +13,7 @@ from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.adapted import adapted_modules, added_to, has_added
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
-from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.model.freeze import held_parameters, trained_parameters
 from lightning_lora.model.record import configs_of, kept_names
 from lightning_lora.model.report.table import Row, bytes_text, row_of, table, trained_in_full, useless_ranks
 from lightning_lora.model.state import added_parameters, lora_parameters
@@ -106,6 +106,7 @@ def _totals(model: nn.Module, save: str) -> list[str]:
     base = [parameter for _, parameter in names.named_parameters(model) if id(parameter) not in adapters]
     size, base_size = _numel(trained), _numel(base)
     kept = {parameter for name in kept_names(model) for _, parameter in lora_parameters(model, name=name)}
+    kept |= {parameter for _, parameter in held_parameters(model)}
     held = _bytes([*trained, *kept])
     total = f"{size:,} trainable parameters, {size / base_size:.2%} of the base's {base_size:,}"
     if save != "merged":

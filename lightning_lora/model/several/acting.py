@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -45,8 +46,8 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
             the list, for the base.
 
     Raises:
-        ValueError: if a name is no adapter of ``model``, there are none, or they are merged; and in the forward pass,
-            if a list is not as long as the batch, or a layer cannot choose by sample.
+        ValueError: if a name is no adapter of ``model``, a factor is not finite, there are no adapters, or they are
+            merged; and in the forward pass, if a list is not as long as the batch, or a layer cannot choose by sample.
         TypeError: if ``adapters`` is none of these.
 
     Example:
@@ -122,7 +123,7 @@ def _weights(adapters: Any, names: list[str]) -> Weights:
     """The coefficients that one entry means.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or a coefficient is not finite.
         TypeError: if the entry has another type.
     """
     if adapters is None:
@@ -137,4 +138,6 @@ def _weights(adapters: Any, names: list[str]) -> Weights:
         if name not in names:
             close = ", ".join(f"`{each}`" for each in nearest(str(name), names))
             raise ValueError(f"`adapters` has {name!r}, which is no adapter of the model. It has {close}.")
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"`adapters[{name!r}]` must be finite, but got {weights[name]}.")
     return {name: float(weight) for name, weight in weights.items() if weight}

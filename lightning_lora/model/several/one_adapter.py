@@ -10,6 +10,7 @@ from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.model.hooks import equip
 from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import configs_of, holders, is_merged, records
+from lightning_lora.model.several.strengths import set_strengths, strengths_of
 from lightning_lora.model.several.trained_in_addition import release, trained_by
 from lightning_lora.names import nearest
 
@@ -41,7 +42,8 @@ def is_last(model: nn.Module, name: str) -> bool:
 def drop_adapter(model: nn.Module, name: str, journal: Journal) -> None:
     """Take the adapter ``name`` off ``model``, which has others, as a part of a larger change.
 
-    What trains in addition to it, and to no other adapter, gets its initial values back.
+    What trains in addition to it, and to no other adapter, gets its initial values back. Where it alone acted, the
+    others act again, fully.
 
     Raises:
         ValueError: if the adapters are merged, or what gets its values back is partitioned by ZeRO 3.
@@ -51,6 +53,7 @@ def drop_adapter(model: nn.Module, name: str, journal: Journal) -> None:
             f"The adapters are merged into the model: call `unmerge_lora(model)` first, to remove `{name}` alone."
         )
     trained = trained_by(model, name)
+    strengths = strengths_of(model)
     for layer in [layer for _, layer in adapted_layers(model) if has_adapter(layer, name)]:
         _drop_from(layer, name)
     for _, _, record in records(model):
@@ -58,6 +61,8 @@ def drop_adapter(model: nn.Module, name: str, journal: Journal) -> None:
         record.adapted_by.pop(name, None)
         record.kept.discard(name)
     release(model, trained - trained_by(model), journal)
+    if {each for each, strength in strengths.items() if strength} == {name}:  # else the model would be its base
+        set_strengths(model, dict.fromkeys(strengths, 1.0))
     for holder, configs in holders(model):
         equip(holder, *configs)
 

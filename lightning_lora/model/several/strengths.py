@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_lora.layers.base import adapted_layers
+from lightning_lora.model.record import merged_layers
 
 
 def set_strengths(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -24,5 +25,7 @@ def set_strengths(model: nn.Module, strengths: Mapping[str, float]) -> None:
 
 
 def strengths_of(model: nn.Module) -> dict[str, float]:
-    """The coefficient with which each live adapter of ``model`` acts by default, by name."""
-    return {name: c for _, layer in adapted_layers(model) for name, c in layer.lora.strengths_now().items()}
+    """The coefficient with which each adapter of ``model``, live or merged, acts by default, by name."""
+    live = [layer.lora for _, layer in adapted_layers(model)]
+    every = [*live, *(merged.adapters for _, _, merged in merged_layers(model))]
+    return {name: c for adapters in every for name, c in adapters.strengths_now().items()}

@@ -7,14 +7,12 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from lightning_lora.config import MethodConfig
 from lightning_lora.distributed.sharded import local_shard
-from lightning_lora.model.freeze import is_adapted_by, trains
+from lightning_lora.model.freeze import adapter_parameters, asked_in, trained_parameters
 from lightning_lora.model.initial_values import check_writable
 from lightning_lora.model.journal import Journal
-from lightning_lora.model.record import holders, records
+from lightning_lora.model.record import holders, kept_names, records
 from lightning_lora.names import join
-from lightning_lora.targets.survey import Survey
 
 
 def trained_by(model: nn.Module, name: str | None = None) -> set[int]:
@@ -29,16 +27,7 @@ def trained_by(model: nn.Module, name: str | None = None) -> set[int]:
         for holder, configs in holders(model)
         for config in configs
         if name in (None, config.name)
-        for parameter in _asked_for(holder, config)
-    }
-
-
-def _asked_for(holder: nn.Module, config: MethodConfig) -> set[int]:
-    return {
-        id(parameter)
-        for site in Survey(holder).sites.values()
-        for key, parameter in site.module._parameters.items()
-        if trains(site, key, is_adapted_by(site.module, config), config)
+        for parameter in asked_in(holder, config)
     }
 
 
@@ -62,3 +51,18 @@ def release(model: nn.Module, parameters: Collection[int], journal: Journal) -> 
                 journal.keep(parameter)
                 local_shard(parameter).copy_(record.originals.pop(key))
             record.trained.discard(key)
+            record.held.discard(key)
+
+
+def warning_of_changes(model: nn.Module) -> str | None:
+    """What to know where a run trains some of the base, and so changes what the kept adapters compute."""
+    kept = ", ".join(f"`{name}`" for name in sorted(kept_names(model)))
+    added = adapter_parameters(model).keys() if kept else ()
+    changed = [name for name, parameter in trained_parameters(model) if id(parameter) not in added] if kept else []
+    if not changed:
+        return None
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return (
+        f"`keep` has {kept}, and this run trains `{changed[0]}`{more} in addition, which act with every adapter: what "
+        "the kept ones compute changes. To leave it as it is train adapters alone: also_train=None, bias='none'."
+    )

@@ -41,7 +41,8 @@ def compare_runs(
     if then != now:
         raise ValueError(
             f"`ckpt_path={str(path)!r:.400}` was written while kept adapters acted with the strengths {then}, and in "
-            f"this run they act with {now}. What was trained belongs to what they add: give `keep` the same strengths."
+            f"this run they act with {now}. What was trained belongs to what they add: give `keep` the same strengths, "
+            "and fit the module that load_from_checkpoint(cls, path) gives."
         )
     _rename_callback(checkpoint, callback_key)
     held, present = adapters_in(checkpoint), list(configs_of(module))

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.trainer.imports import MisconfigurationException, pl
+from lightning_lora.model.several.trained_in_addition import warning_of_changes
+from lightning_lora.trainer.imports import MisconfigurationException, pl, rank_zero_warn
 from lightning_lora.trainer.method_callback import MethodCallback
 from lightning_lora.trainer.patching import call_on_close
 from lightning_lora.trainer.several.chosen import ChosenAdapters
@@ -69,7 +70,10 @@ class RoutedCallback(MethodCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the samples of each adapter from here on."""
+        """Say what changes kept adapters, and count the samples of each adapter from here on."""
+        changes = warning_of_changes(pl_module) if self._run is not None else None
+        if changes is not None:
+            rank_zero_warn(changes)
         if self._chosen is not None and self._run is not None:
             if self._run.strategy_adapter.needs_every_gradient():
                 self._chosen.present = self.method.names

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.distributed import deepspeed_optimizer as zero
-from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.model.freeze import adapter_parameters, in_files
 from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.names import clean
 from lightning_lora.trainer.imports import MisconfigurationException
@@ -67,7 +67,7 @@ class DeepSpeed(StrategyAdapter):
             MisconfigurationException: if something else trains in another dtype; ZeRO takes one dtype alone.
         """
         adapters = adapter_parameters(self.module)
-        for name, parameter in trained_parameters(self.module):
+        for name, parameter in in_files(self.module):
             if self.strategy.precision_plugin.precision != "32-true" and id(parameter) not in adapters:
                 raise MisconfigurationException(
                     f"`{name}` would train in bf16 and the adapters in fp32, but ZeRO takes parameters of one dtype "

@@ -25,7 +25,7 @@ from lightning_lora.distributed.sharded import (
     shard_like,
 )
 from lightning_lora.layers.base import adapted_layers, parameter_of
-from lightning_lora.model.freeze import adapter_parameters, trained_parameters
+from lightning_lora.model.freeze import adapter_parameters, in_files, trained_parameters
 from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.patching import patch_attribute, patch_method
@@ -158,7 +158,7 @@ class FSDP1(Sharded):
             )
         device, kwargs = self.strategy.root_device, self.strategy.kwargs
         _materialize(self.module, device)
-        ours = [parameter for _, parameter in trained_parameters(self.module)]
+        ours = [parameter for _, parameter in in_files(self.module)]
         for parameter in ours:
             parameter.data = parameter.data.to(device)
         theirs = [*(kwargs.get("ignored_states") or ()), *(kwargs.get("ignored_modules") or ())]
@@ -169,7 +169,7 @@ class FSDP1(Sharded):
     def _check_casts(self) -> None:
         """Refuse ``mixed_precision`` of the strategy if more than adapters trains: FSDP would not cast it."""
         own, adapters = self.strategy.mixed_precision, adapter_parameters(self.module)
-        in_full = [name for name, p in trained_parameters(self.module) if id(p) not in adapters]
+        in_full = [name for name, p in in_files(self.module) if id(p) not in adapters]
         if own is not None and own.param_dtype not in (None, torch.float32) and in_full:
             raise MisconfigurationException(
                 f"`{in_full[0]}` trains in addition to the adapters and stays out of FSDP's units, so "
@@ -227,7 +227,7 @@ def _clip(plugin: Any, clip_by: Callable[[Any, float], None]) -> Callable[..., N
 
 
 def _materialize(module: nn.Module, device: Any) -> None:
-    trained = {id(parameter) for _, parameter in trained_parameters(module)}
+    trained = {id(parameter) for _, parameter in in_files(module)}
     for part in module.modules():
         if any(parameter.is_meta and id(parameter) in trained for parameter in part.parameters(recurse=False)):
             part.to_empty(device=device, recurse=False)
