@@ -51,6 +51,7 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
         TypeError: if ``adapters`` is none of these.
 
     Example:
+        >>> import torch
         >>> from lightning_lora import LoRAConfig, apply_lora
         >>> model = nn.Linear(4, 2)
         >>> for name in ("fr", "de"):
