@@ -31,10 +31,10 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
     modules are the same for all adapters; :func:`disable_lora` takes these off too. Inside, layers compute on the
     activations' side (see ``compute`` of :func:`apply_lora`), which gives the weight's side's result to rounding.
 
-    A list chooses for each sample of the batch; with beam search, for each beam. Then layers that compute with their
-    weight alone (recurrent layers, parameters that are adapted by name) are refused, as are layers whose first
-    dimension is not the batch, as far as its size or ``batch_first=False`` shows it. Experts in one parameter are
-    called once for each choice.
+    A list chooses for each sample of the batch; where a decoder alone generates by beams, for each beam. Then layers
+    that compute with their weight alone (recurrent layers, parameters that are adapted by name) are refused, as are
+    layers whose first dimension is not the batch, as far as its size or ``batch_first=False`` shows it. Experts in one
+    parameter are called once for each choice.
 
     Under ``torch.compile`` one graph serves every choice, and what is refused in eager mode gives NaN. An activation
     checkpoint around compiled code repeats it with the choice of the moment: compile the code around the checkpoint.
