@@ -80,6 +80,7 @@ def draw_series(series: Mapping[str, Mapping[str, Tensor]], ax: Axes) -> None:
 
 def draw_spectra(spectra: Mapping[str, Tensor], ax: Axes) -> None:
     """Singular values by their index: the median of the layers of a kind, and the range of them."""
+    spectra = {name: s if s.dim() else s.view(1) for name, s in spectra.items()}  # torchmetrics squeezes a single value
     for kind, members in kinds(spectra).items():
         r = max(spectra[name].shape[-1] for _, name in members)
         rows = torch.cat([_filled(spectra[name].double().cpu(), r) for _, name in members])

@@ -34,7 +34,8 @@ class UpdateSpectrum(UpdateMetric):
     replaces what was measured before. Under a strategy that shards, every rank must call it.
 
     ``compute`` gives the singular values of each layer by its name, the largest first, as a tensor of shape
-    ``(min(out_features, in_features, r),)``, or ``(experts, ...)`` for stacked experts.
+    ``(min(out_features, in_features, r),)``, or ``(experts, ...)`` for stacked experts. A single value has no
+    dimension: torchmetrics takes that off.
 
     Raises:
         ValueError: If there are no adapters, or several and ``name`` is None.

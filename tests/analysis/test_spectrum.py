@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_lora import save_adapter
+from lightning_lora import LoRAConfig, apply_lora, save_adapter
 from lightning_lora.analysis import UpdateSpectrum
 from tests.helpers.dense_updates import dense, two_layers
 from tests.helpers.layer_cases import LAYER_CASES, Subject
@@ -18,7 +19,8 @@ def test_against_a_dense_svd(name):
     spectrum.update(subject.model)
     expected = dense(subject)
     assert spectrum.compute().keys() == expected.keys()
-    for layer, values in spectrum.compute().items():
+    for layer, squeezed in spectrum.compute().items():
+        values = torch.atleast_1d(squeezed)
         S = torch.linalg.svdvals(expected[layer].delta)[..., : values.shape[-1]]
         torch.testing.assert_close(values, S.float(), rtol=1e-5, atol=1e-7)
         assert values.shape[-1] == min(2, *expected[layer].delta.shape[-2:])
@@ -44,3 +46,12 @@ def test_plot():
     own = ax.figure.subplots()
     assert spectrum.plot({"0": spectrum.compute()["0"]}, own) == (fig, own) and len(own.lines) == 1
     pyplot.close(fig)
+
+
+def test_the_picture_of_a_layer_with_one_value():
+    pytest.importorskip("matplotlib")
+    model, spectrum = nn.Linear(4, 1), UpdateSpectrum()
+    apply_lora(model, LoRAConfig(r=2, targets="all"))
+    spectrum.update(model)
+    _, axis = spectrum.plot()
+    assert [list(line.get_xdata()) for line in axis.lines] == [[1]]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 OTHER_SEQUENCE = ("encoder", "memory", "cross")  # starts of the names of arguments about another sequence
 MASK, POSITIONS, ROTATIONS = "mask", "position_ids", "position_embeddings"
 # Names of what depends on positions, of modules and tensors in a block or of its arguments.
-POSITION_TABLE = re.compile(r"(?:.*_)?(?:pos|positions?|positional|pe)(?:_.*)?", re.IGNORECASE)  # in a block
+POSITION_TABLE = re.compile(r"positions?|(?:.*_)?(?:pos|positional|pe)(?:_.*)?", re.IGNORECASE)  # in a block
 OF_POSITIONS = re.compile(r"rotary|rope|relative|rel_?(?:pos|att)|pos(?:ition)?_?(?:bias|emb)|alibi", re.IGNORECASE)
 BOUNDARIES = ("seqlen", "seq_len")  # of sequences that are packed into one
 SQUARE_MASKS = ("attn_mask", "causal_mask", "src_mask", "tgt_mask")  # of two dimensions: queries and keys

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, merge_lora, remove_lora, unmerge_lora, use_adapters
+from lightning_lora.layers.base import LoRALayer
 from tests.helpers.models import Lit
 from tests.helpers.remedies.case import Expected, fit, remedy
 
@@ -168,3 +169,27 @@ def one_of_merged_adapters(message: Expected, folder: Path) -> None:
         remove_lora(model, name="fr")
     unmerge_lora(model)
     remove_lora(model, name="fr")
+
+
+@remedy("model/merge.py", "Every adapter of the model rests", "`fr`, `de`", "merge_lora(model, {'fr': 1.0})")
+def a_merge_of_resting_adapters(message: Expected, folder: Path) -> None:
+    model = several()
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.lora.strengths = {"fr": 0.0, "de": 0.0}
+            module.lora.prepare_choices()
+    with message:
+        merge_lora(model)
+    assert merge_lora(model, {"fr": 1.0})
+
+
+@remedy("model/several/trained_in_addition.py", "`keep` has {}, and this run trains", "`fr`", "also_train=None")
+def what_trains_beside_kept_adapters(message: Expected, folder: Path) -> None:
+    def adapted() -> Lit:
+        model = Lit()
+        apply_lora(model, LoRAConfig(r=1, targets="attn", name="fr"))
+        return model
+
+    with message:
+        fit(LoRACallback(r=1, name="de", keep=["fr"], bias="all"), module=adapted())
+    fit(LoRACallback(r=1, name="de", keep=["fr"], also_train=None, bias="none"), module=adapted())
