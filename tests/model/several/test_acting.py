@@ -329,5 +329,5 @@ def test_in_a_compiled_copy_resting_adapters_rest():
 
 def test_a_list_of_another_length_is_refused_where_nobody_chooses_an_adapter():
     model = several()
-    with pytest.raises(ValueError, match="got 4 entries"), use_adapters(model, [None] * 4):
+    with pytest.raises(ValueError, match="chosen by 4 entries"), use_adapters(model, [None] * 4):
         model(X)
