@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.analysis.measures import Measure, measure
-from lightning_lora.analysis.metric import UpdateMetric
-from lightning_lora.analysis.plot import draw_series, new_axes
+from lightning_lora.analysis.metric import QuantityMetric
+from lightning_lora.analysis.plot import draw_series
 from lightning_lora.analysis.updates import frozen_matrices, updates_of
 from lightning_lora.ops.low_rank import truncated_svd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 DRAWN = {
     "delta_norm": r"$\Delta W$",
@@ -27,7 +26,7 @@ DRAWN = {
 }
 
 
-class AmplificationFactor(UpdateMetric):
+class AmplificationFactor(QuantityMetric):
     r"""How much each layer's update amplifies the directions that it acts on, compared with the weight (table 7).
 
     .. math:: \frac{\|\Delta W\|_F}{\|U^\top W V\|_F}
@@ -83,10 +82,6 @@ class AmplificationFactor(UpdateMetric):
         "random_directions",
     )
 
-    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.name = name
-
     def update(self, model: nn.Module) -> None:
         """Measure ``model``."""
         measures, values = measure(model, self.name), {}
@@ -94,28 +89,11 @@ class AmplificationFactor(UpdateMetric):
             values[update.name] = _quantities(measures[update.name], matrix)
         self.store_quantities({layer: values[layer] for layer in measures})
 
-    def compute(self) -> dict[str, dict[str, Tensor]]:
-        """The six numbers by layer."""
-        return self.stored_quantities()
-
-    def plot(
-        self, val: Mapping[str, Mapping[str, Tensor]] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure | SubFigure, Axes]:
-        """Draw delta's norm by layer, and that of W in the three kinds of directions.
-
-        Args:
-            val: a result of ``compute``, or some layers of one; ``None`` calls it.
-            ax: where to draw; ``None`` makes a figure.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        fig, ax = new_axes(ax)
-        layers = (self.compute() if val is None else val).items()
-        draw_series({label: {layer: each[key] for layer, each in layers} for key, label in DRAWN.items()}, ax)
+    def draw(self, values: Mapping[str, Any], ax: Axes) -> None:
+        """Draw delta's norm by layer, and that of W in the three kinds of directions."""
+        draw_series({label: {layer: each[key] for layer, each in values.items()} for key, label in DRAWN.items()}, ax)
         ax.set_ylabel(r"$\|U^\top W V\|_F$ and $\|\Delta W\|_F$")
         ax.set_title("What the update amplifies")
-        return fig, ax
 
 
 def _quantities(measured: Measure, matrix: Tensor) -> tuple[Tensor, ...]:

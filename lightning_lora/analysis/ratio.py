@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.analysis.measures import measure
-from lightning_lora.analysis.metric import UpdateMetric
-from lightning_lora.analysis.plot import draw_by_layer, new_axes
+from lightning_lora.analysis.metric import QuantityMetric
+from lightning_lora.analysis.plot import draw_by_layer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 
-class UpdateRatio(UpdateMetric):
+class UpdateRatio(QuantityMetric):
     r"""The size of each layer's update ``delta = scale * B A`` beside its weight, and the stable rank of it.
 
     .. math::
@@ -60,34 +59,13 @@ class UpdateRatio(UpdateMetric):
 
     quantities = ("ratio", "stable_rank", "delta_norm", "weight_norm")
 
-    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.name = name
-
     def update(self, model: nn.Module) -> None:
         """Measure ``model``."""
         measures = measure(model, self.name).items()
         self.store_quantities({layer: (m.ratio, m.stable_rank, m.delta, m.weight) for layer, m in measures})
 
-    def compute(self) -> dict[str, dict[str, Tensor]]:
-        """The four numbers by layer."""
-        return self.stored_quantities()
-
-    def plot(
-        self, val: Mapping[str, Mapping[str, Tensor]] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure | SubFigure, Axes]:
-        """Draw the ratio by layer.
-
-        Args:
-            val: a result of ``compute``, or some layers of one; ``None`` calls it.
-            ax: where to draw; ``None`` makes a figure.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        fig, ax = new_axes(ax)
-        layers = (self.compute() if val is None else val).items()
-        draw_by_layer({layer: each["ratio"] for layer, each in layers}, ax)
+    def draw(self, values: Mapping[str, Any], ax: Axes) -> None:
+        """Draw the ratio by layer."""
+        draw_by_layer({layer: each["ratio"] for layer, each in values.items()}, ax)
         ax.set_ylabel(r"$\|\Delta W\|_F\ /\ \|W\|_F$")
         ax.set_title("Size of the update")
-        return fig, ax

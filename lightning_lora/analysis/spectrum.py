@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.analysis.decomposition import singular_values
 from lightning_lora.analysis.metric import UpdateMetric
-from lightning_lora.analysis.plot import draw_spectra, new_axes
+from lightning_lora.analysis.plot import draw_spectra
 from lightning_lora.analysis.sources import factors_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 
 class UpdateSpectrum(UpdateMetric):
@@ -53,30 +52,12 @@ class UpdateSpectrum(UpdateMetric):
         {'0': tensor([0., 0.])}
     """
 
-    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.name = name
-
     def update(self, source: nn.Module | str | Path) -> None:
         """Measure ``source``."""
         self.store({layer: singular_values(factors) for layer, factors in factors_of(source, self.name).items()})
 
-    def compute(self) -> dict[str, Tensor]:
-        """The singular values by layer."""
-        return self.stored()
-
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
-        """Draw the singular values by index, one line for all layers of a kind with the range of them.
-
-        Args:
-            val: a result of ``compute``, or some layers of one; ``None`` calls it.
-            ax: where to draw; ``None`` makes a figure.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        fig, ax = new_axes(ax)
-        draw_spectra(self.compute() if val is None else val, ax)
+    def draw(self, values: Mapping[str, Any], ax: Axes) -> None:
+        """Draw the singular values by index, one line for all layers of a kind with the range of them."""
+        draw_spectra(values, ax)
         ax.set_ylabel(r"singular value $\sigma_i$ of $\Delta W$")
         ax.set_title("Spectrum of the update")
-        return fig, ax

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lightning_lora.analysis.decomposition import directions
 from lightning_lora.analysis.metric import UpdateMetric
-from lightning_lora.analysis.plot import draw_grid, new_axes
+from lightning_lora.analysis.plot import draw_grid
 from lightning_lora.analysis.sources import Source, matrices_of, same_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 
 class SubspaceSimilarity(UpdateMetric):
@@ -65,10 +64,10 @@ class SubspaceSimilarity(UpdateMetric):
         second_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(name, **kwargs)
         if matrix not in ("A", "B"):
             raise ValueError(f"`matrix` must be 'A' or 'B', but got {matrix!r}.")
-        self.matrix, self.name, self.second_name = matrix, name, name if second_name is None else second_name
+        self.matrix, self.second_name = matrix, name if second_name is None else second_name
 
     def update(self, first: Source, second: Source) -> None:
         """Compare two adapters."""
@@ -83,28 +82,14 @@ class SubspaceSimilarity(UpdateMetric):
             values[name] = subspace_similarity(directions(left), directions(right.to(left.device)))
         self.store(values)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The similarities by layer."""
-        return self.stored()
-
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure | SubFigure, Axes]:
-        """Draw a heat map of the mean over the layers, as far as all of them have so many directions.
-
-        Args:
-            val: a result of ``compute``, or some layers of one; ``None`` calls it.
-            ax: where to draw; ``None`` makes a figure.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        fig, ax = new_axes(ax)
-        grids = [grid.reshape(-1, *grid.shape[-2:]) for grid in (self.compute() if val is None else val).values()]
+    def draw(self, values: Mapping[str, Any], ax: Axes) -> None:
+        """Draw a heat map of the mean over the layers, as far as all of them have so many directions."""
+        grids = [grid.reshape(-1, *grid.shape[-2:]) for grid in values.values()]
         rows, columns = (min(grid.shape[side] for grid in grids) for side in (-2, -1))
         draw_grid(torch.cat([grid[:, :rows, :columns] for grid in grids]).nanmean(0), ax)
         ax.set_xlabel("first $j$ directions of the second")
         ax.set_ylabel("first $i$ directions of the first")
         ax.set_title(f"Similarity of the subspaces of ${self.matrix}$")
-        return fig, ax
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:

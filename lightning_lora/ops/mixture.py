@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -117,7 +118,7 @@ class Wave:
         return y.index_copy(dim, self.rows, torch.cat(list(parts), dim) if len(parts) > 1 else parts[0])
 
 
-class PairsInGroups:
+class PairsInGroups(ABC):
     """A and B of several pairs in one tensor each, as products with groups of rows read them.
 
     Args:
@@ -150,22 +151,23 @@ class PairsInGroups:
         self.scales = scales
         self._arrange(every_A, every_B)
 
+    @abstractmethod
     def _arrange(self, every_A: Sequence[Tensor], every_B: Sequence[Tensor]) -> None:
-        raise NotImplementedError
+        """Put A and B of every pair into tensors."""
 
     @property
+    @abstractmethod
     def A(self) -> Tensor:
         """``(groups, rank, in_features)``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def B(self) -> Tensor:
         """``(groups, out_features, rank)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weigh_(self, hidden: Tensor) -> Tensor:
         """``hidden``, ``(groups, rows, rank)``, times coefficients that are not in A."""
-        raise NotImplementedError
 
     def gradients_of_A(self, total: Tensor) -> Sequence[Tensor]:
         """The gradient of each A by that of :attr:`A`; coefficients are in it only if :meth:`weigh_` applies them."""
@@ -181,11 +183,13 @@ class PairsInGroups:
         dB = self._sum_B(total)
         return dB.unbind() if self.has_one_rank else [each[:, :r] for each, r in zip(dB, self.ranks, strict=True)]
 
+    @abstractmethod
     def _sum_A(self, total: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gradients of every A by ``total``, that of :attr:`A`: ``(pairs, ...)``."""
 
+    @abstractmethod
     def _sum_B(self, total: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gradients of every B by ``total``, that of :attr:`B`: ``(pairs, ...)``."""
 
     def _side_by_side(self, matrices: Sequence[Tensor], dim: int) -> Tensor:
         """``matrices`` as one tensor, ``(n, rows, columns)``; lower ranks, in dimension ``dim``, end in zeros."""

@@ -123,7 +123,9 @@ class AdapterCallback(EachBatchCallback):
             call_on_close(self._run.stack, self._segments.end)
 
     @override
-    def begin_batch(self, pl_module: pl.LightningModule, batch: Any) -> None:
+    def begin_batch(
+        self, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int = 0, trains: bool = False
+    ) -> None:
         if self._segments is not None:
             self._segments.begin(pl_module, batch)
 

@@ -11,7 +11,6 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_sharded, is_split
 from lightning_lora.layers.adapter import Adapter, seed_of
-from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.apply import checked_targets
 from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import all_or_nothing, complete_undo
@@ -21,6 +20,7 @@ from lightning_lora.model.several.combined_config import combined_config
 from lightning_lora.model.several.common_form import CommonMatrix, common_matrices
 from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.model.several.recipe import Recipe, checked_recipe
+from lightning_lora.model.several.strengths import set_strengths
 from lightning_lora.ops.combination import KINDS
 from lightning_lora.ops.low_rank import DeltaFactors, LowRank
 from lightning_lora.targets.survey import Survey
@@ -96,7 +96,7 @@ def _combine(model: nn.Module, recipe: Recipe, name: str) -> dict[str, float]:
     for matrix in matrices:
         energy = _fill(matrix, recipe, name)
         lost[matrix.layer_name] = max(lost.get(matrix.layer_name, 0.0), math.sqrt(1 - energy))
-    _rest_others(model, name)
+    set_strengths(model, {other: 0.0 for other in configs_of(model) if other != name})
     return lost
 
 
@@ -132,13 +132,6 @@ def _write(A: torch.Tensor, B: torch.Tensor, pair: Adapter) -> None:
     pair.B.copy_(B)
     if pair.padding_idx is not None:
         pair.A[:, pair.padding_idx] = 0  # a decomposition leaves 1e-16 there, and files hold zero
-
-
-def _rest_others(model: nn.Module, name: str) -> None:
-    for _, layer in adapted_layers(model):
-        if len(layer.lora):
-            layer.lora.strengths = {other: 0.0 for other in layer.lora if other != name}
-            layer.lora.prepare_choices()
 
 
 def _check_model(model: nn.Module, weights: Mapping[str, float], name: str) -> None:

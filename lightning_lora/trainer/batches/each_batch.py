@@ -16,7 +16,9 @@ class EachBatchCallback(MethodCallback):
     Where a step raises, ``end_batch`` is not called: what a batch sets must end with the run too.
     """
 
-    def begin_batch(self, pl_module: pl.LightningModule, batch: Any) -> None:
+    def begin_batch(
+        self, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int = 0, trains: bool = False
+    ) -> None:
         """Called before the step."""
         raise NotImplementedError
 
@@ -29,7 +31,7 @@ class EachBatchCallback(MethodCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.begin_batch(pl_module, batch)
+        self.begin_batch(pl_module, batch, trains=True)
 
     @override
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -37,9 +39,9 @@ class EachBatchCallback(MethodCallback):
 
     @override
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any, **__: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.begin_batch(pl_module, batch)
+        self.begin_batch(pl_module, batch, dataloader_idx)
 
     @override
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
@@ -47,9 +49,9 @@ class EachBatchCallback(MethodCallback):
 
     @override
     def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any, **__: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.begin_batch(pl_module, batch)
+        self.begin_batch(pl_module, batch, dataloader_idx)
 
     @override
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
@@ -57,9 +59,9 @@ class EachBatchCallback(MethodCallback):
 
     @override
     def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any, **__: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.begin_batch(pl_module, batch)
+        self.begin_batch(pl_module, batch, dataloader_idx)
 
     @override
     def on_predict_batch_end(self, *_: Any, **__: Any) -> None:

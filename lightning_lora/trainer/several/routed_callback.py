@@ -10,8 +10,8 @@ from typing_extensions import override
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.several.trained_in_addition import warning_of_changes
+from lightning_lora.trainer.batches.each_batch import EachBatchCallback
 from lightning_lora.trainer.imports import MisconfigurationException, pl, rank_zero_warn
-from lightning_lora.trainer.method_callback import MethodCallback
 from lightning_lora.trainer.patching import call_on_close
 from lightning_lora.trainer.several.chosen import ChosenAdapters
 from lightning_lora.trainer.several.gradients import AdapterGradients
@@ -19,7 +19,7 @@ from lightning_lora.trainer.several.route import DATALOADER, Route
 from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 
 
-class RoutedCallback(MethodCallback):
+class RoutedCallback(EachBatchCallback):
     """Base of LoRACallback: a choice is set before a step, and holds until the batch ends.
 
     Args:
@@ -86,18 +86,10 @@ class RoutedCallback(MethodCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Choose the adapters of the batch."""
+        """Choose the adapters of the batch, and begin to count its samples."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._choose(batch, trains=True)
         if self._gradients is not None and self._chosen is not None:
             self._gradients.begin_batch(self._chosen.names, trainer.optimizers)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let every adapter act again."""
-        self._end_choice()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -116,18 +108,6 @@ class RoutedCallback(MethodCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Choose the adapters of the batch."""
-        self._choose(batch, dataloader_idx)
-
-    @override
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Let every adapter act again."""
-        self._end_choice()
-
-    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that the evaluation chose and that did not run in it."""
         if self._chosen is not None and self._liveness is not None:
@@ -135,35 +115,14 @@ class RoutedCallback(MethodCallback):
         super().on_validation_end(trainer, pl_module)
 
     @override
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Choose the adapters of the batch."""
-        self._choose(batch, dataloader_idx)
-
-    @override
-    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
-        """Let every adapter act again."""
-        self._end_choice()
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Choose the adapters of the batch."""
-        self._choose(batch, dataloader_idx)
-
-    @override
-    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
-        """Let every adapter act again."""
-        self._end_choice()
-
-    @override
     def forget(self) -> None:
         super().forget()
         self._chosen = self._gradients = None
 
-    def _choose(self, batch: Any, dataloader_idx: int = 0, trains: bool = False) -> None:
+    @override
+    def begin_batch(
+        self, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int = 0, trains: bool = False
+    ) -> None:
         if self._chosen is None or self._run is None:
             return
         try:
@@ -173,6 +132,7 @@ class RoutedCallback(MethodCallback):
             self._run.abandoned = self._run.abandoned or not has_trained
             raise
 
-    def _end_choice(self) -> None:
+    @override
+    def end_batch(self) -> None:
         if self._chosen is not None:
             self._chosen.end()

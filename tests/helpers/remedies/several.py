@@ -22,6 +22,12 @@ def several(model: nn.Module | None = None, *, exclude: list[str] | None = None)
     return model
 
 
+def with_french() -> Lit:
+    model = Lit()
+    apply_lora(model, LoRAConfig(r=1, targets="attn", name="fr"))
+    return model
+
+
 @remedy("arguments.py", "`name={}` and `adapters` both name adapters", "`name='fr'`", "Leave `name` out")
 def a_name_and_adapters(message: Expected, folder: Path) -> None:
     with message:
@@ -113,18 +119,13 @@ def a_weight_for_the_whole_batch(message: Expected, folder: Path) -> None:
 
 @remedy("methods/several.py", "The module has an adapter `{}`, which this run", "`fr`", "remove_lora(model, name='fr')")
 def an_adapter_that_the_run_does_not_name(message: Expected, folder: Path) -> None:
-    def adapted() -> Lit:
-        model = Lit()
-        apply_lora(model, LoRAConfig(r=1, targets="attn", name="fr"))
-        return model
-
     with message:
-        fit(LoRACallback(r=1, name="de"), module=adapted())
-    model = adapted()
+        fit(LoRACallback(r=1, name="de"), module=with_french())
+    model = with_french()
     remove_lora(model, name="fr")
     fit(LoRACallback(r=1, name="de"), module=model)
-    fit(LoRACallback(r=1, name="de", keep=["fr"]), module=adapted())
-    model = adapted()
+    fit(LoRACallback(r=1, name="de", keep=["fr"]), module=with_french())
+    model = with_french()
     merge_lora(model, undo=False)
     fit(LoRACallback(r=1, name="de"), module=model)
 
@@ -185,11 +186,6 @@ def a_merge_of_resting_adapters(message: Expected, folder: Path) -> None:
 
 @remedy("model/several/trained_in_addition.py", "`keep` has {}, and this run trains", "`fr`", "also_train=None")
 def what_trains_beside_kept_adapters(message: Expected, folder: Path) -> None:
-    def adapted() -> Lit:
-        model = Lit()
-        apply_lora(model, LoRAConfig(r=1, targets="attn", name="fr"))
-        return model
-
     with message:
-        fit(LoRACallback(r=1, name="de", keep=["fr"], bias="all"), module=adapted())
-    fit(LoRACallback(r=1, name="de", keep=["fr"], also_train=None, bias="none"), module=adapted())
+        fit(LoRACallback(r=1, name="de", keep=["fr"], bias="all"), module=with_french())
+    fit(LoRACallback(r=1, name="de", keep=["fr"], also_train=None, bias="none"), module=with_french())
