@@ -38,8 +38,7 @@ def names(count: int) -> list[str]:
 
 def several_adapters(base: nn.Module, count: int, targets: list[str], r: int = R) -> nn.Module:
     """``base`` with ``count`` adapters, as after some steps."""
-    for name in names(count):
-        apply_lora(base, LoRAConfig(name=name, r=r, targets=targets))
+    apply_lora(base, LoRAConfig(r=r, targets=targets, adapters={name: {} for name in names(count)}))
     return with_trained_B(base, [value for key, value in lora_parameters(base) if key.endswith("B")])
 
 
