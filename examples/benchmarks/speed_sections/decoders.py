@@ -24,6 +24,13 @@ LLAMA = {
         "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
+    "1.1 B, 4 of its 16 layers and a quarter of its vocabulary": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 8,
+        "vocab_size": 8000,
+    },
     "7 B": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
