@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,20 +124,25 @@ class Study:
         }
 
     def fit(self, parameters: list[nn.Parameter], setting: Setting) -> None:
-        """AdamW on random windows of the training text; the same ones for the same seed."""
+        """AdamW on the windows of the run."""
         optimizer = torch.optim.AdamW(parameters, lr=setting.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, setting.factor)
+        self.model.train()
+        for windows in self.windows(setting):
+            self.token_losses(windows).mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    def windows(self, setting: Setting) -> Iterator[Tensor]:
+        """The batches of a run: random windows of the training text, the same ones for the same seed."""
         generator = torch.Generator().manual_seed(setting.seed)
         places = torch.arange(self.sizes.window, device=self.device)
         starts = torch.randint(
             len(self.train) - self.sizes.window, (setting.steps, self.sizes.batch), generator=generator
         )
-        self.model.train()
         for start in starts.to(self.device):
-            self.token_losses(self.train[start[:, None] + places]).mean().backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            yield self.train[start[:, None] + places]
 
     @torch.no_grad()
     def losses(self) -> list[float]:

@@ -75,9 +75,34 @@ def test_the_budget_of_each_method(example):
 
 def test_rates_are_a_factor_of_three_apart(example):
     assert [example.sweep_rate(3e-3, exponent) for exponent in (-2, -1, 0, 1, 2)] == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-    full = example.settings(True, None)
-    assert len(full) == len(set(full)) == 11 * 5 * 3
-    assert {setting.seed for setting in full[:55]} == {0}, "a study that was cut has whole seeds"
+    swept = [example.sweep(method, True, None) for method in example.METHODS]
+    assert [setting.rate for setting in swept[0]] == [3e-3, 1e-3, 1e-2, 3e-4, 3e-2]
+    assert {(len(tried), *{setting.seed for setting in tried}) for tried in swept} == {(5, 0)}
+
+
+def test_the_best_rate_is_repeated_by_other_seeds(example):
+    tried = example.sweep("norms", True, 9)
+    losses = {3e-3: 0.5, 1e-3: 0.4, 1e-2: math.nan}  # two rates were not run
+    records = [
+        {**vars(setting), "validation_loss": losses[setting.rate]} for setting in tried if setting.rate in losses
+    ]
+    assert example.repeats(tried, records) == [example.Setting("norms", 1e-3, seed, 9) for seed in (1, 2, 3, 4)]
+    assert example.repeats(tried, []) == []
+
+
+def test_a_study_makes_its_sweeps_and_then_its_repeats_seed_by_seed(example, tmp_path):
+    made = []
+
+    def run_one(setting):
+        made.append((setting.method, setting.seed))
+        return {"validation_loss": abs(math.log(setting.rate / 3e-3))}
+
+    storage = example.Storage(tmp_path / "results.jsonl")
+    swept = [example.sweep(method, True, 9) for method in ("norms", example.LORA)]
+    example.make_runs(swept, run_one, storage, full=True)
+    assert made[:10] == [("norms", 0)] * 5 + [(example.LORA, 0)] * 5
+    assert made[10:] == [(method, seed) for seed in (1, 2, 3, 4) for method in ("norms", example.LORA)]
+    assert {record["rate"] for record in storage.read() if record["seed"]} == {3e-3}
 
 
 @pytest.fixture
@@ -146,8 +171,8 @@ def test_the_report_says_what_is_noise(reports, tmp_path, capsys):
     text = (tmp_path / "result.md").read_text()
     assert "By test loss equal to LoRA within noise: same; better: lower; worse: higher." in text
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
-    assert rows["same"][2:4] == ["0.003", "3"] and rows["same"][5].startswith("(")
-    assert rows["lower"][5].startswith("-0.0999 ± 0.00") and "±" in rows["lower"][4]
+    assert rows["same"][2:4] == ["0.003", "2"] and rows["same"][5].startswith("(")
+    assert rows["lower"][5].startswith("-0.0998 ± 0.00") and "±" in rows["lower"][4]
     assert text.startswith("CPU\n") and (tmp_path / "result.png").stat().st_size > 20_000
     assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
 
@@ -162,18 +187,23 @@ def test_a_diverged_rate_is_not_chosen_and_an_end_of_the_sweep_is_named(reports)
     assert "| 0.001 (end of the sweep) |" in reports.table(rows)
 
 
-def test_the_rate_is_chosen_by_the_seeds_that_all_rates_have(reports):
+def test_the_seed_that_chooses_the_rate_is_not_reported(reports):
     records = made_up(GAINS)
-    cut = [record for record in records if (record["rate"], record["seed"]) not in {(1e-2, 1), (1e-2, 2), (1e-3, 2)}]
-    for record in cut:
-        if record["seed"] > 0 and record["method"] == "same" and record["rate"] == 3e-3:
+    repeated = [record for record in records if record["rate"] == 3e-3 or record["seed"] == 0]
+    for record in repeated:
+        if record["seed"] > 0 and record["method"] == "same":
             record["validation_loss"] = 9.0
-    row = reports.best(reports.sweeps(cut)["same"])
-    assert row.rate == 3e-3 and sorted(row.runs) == [0, 1, 2]
+    row = reports.best(reports.sweeps(repeated)["same"])
+    assert row.rate == 3e-3 and sorted(row.runs) == [1, 2]
+
+
+def test_without_other_seeds_the_one_that_chooses_is_reported(reports):
+    row = reports.best(reports.sweeps(made_up(GAINS, seeds=1))["same"])
+    assert row.rate == 3e-3 and sorted(row.runs) == [0]
 
 
 def test_of_a_method_with_fewer_seeds_nothing_is_said(reports):
-    records = [record for record in made_up(GAINS) if record["method"] != "lower" or record["seed"] == 0]
+    records = [record for record in made_up(GAINS) if record["method"] != "lower" or record["seed"] < 2]
     rows = [reports.best(sweep) for sweep in reports.sweeps(records).values()]
     assert "better: none; worse: higher." in reports.statement(rows)
     assert reports.statement(rows).endswith("Fewer seeds than LoRA, so no statement: lower.")

@@ -119,7 +119,7 @@ def test_of_a_study_that_was_cut_the_tables_say_so(findings):
     records = [record for record in made_up(findings) if record["rate"] == 1e-3 and record["seed"] == 0]
     rows = [findings.row_of(("qv", r), records, True, None) for r in findings.RANKS]
     assert [list(row.runs) for row in rows] == [[0]] * 5
-    assert all("| 0.001 (1 of 4 rates) |" in line for line in findings.table_6(rows).splitlines()[2:])
+    assert all("| 0.001 (1 of 3 rates) |" in line for line in findings.table_6(rows).splitlines()[2:])
     assert findings.row_of(("qv", 8), [], True, None) is None
     assert findings.kept(True, None, records) is None
     by_rate = findings.losses_by_rate(records, True, None)
