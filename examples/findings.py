@@ -23,6 +23,7 @@ from pathlib import Path
 from austen_runs import Setting, Study, data_folder, prepare
 from findings_report import (
     PAPER_TABLE_6,
+    ByRate,
     Kept,
     Row,
     amplifications,
@@ -126,12 +127,12 @@ def row_of(choice: Choice, records: Sequence[Record], full: bool, steps: int | N
     return Row(chosen, runs, note)
 
 
-def losses_by_rate(records: Sequence[Record], full: bool, steps: int | None) -> dict[float, dict[int, float]]:
-    """The loss of q and v by the seed that chooses, by rate and rank."""
-    ranks = sorted(r for targets, r in choices(full) if targets == "qv")
-    losses: dict[float, dict[int, float]] = {}
+def losses_by_rate(targets: str, records: Sequence[Record], full: bool, steps: int | None) -> ByRate:
+    """The loss by the seed that chooses, by rate and rank."""
+    ranks = sorted(r for letters, r in choices(full) if letters == targets)
+    losses: ByRate = {}
     for r in ranks:
-        for record in of_settings(at_rates(("qv", r), (*RATES, LOWEST), full, steps), records):
+        for record in of_settings(at_rates((targets, r), (*RATES, LOWEST), full, steps), records):
             losses.setdefault(record["rate"], {})[r] = record["loss"]
     return losses
 
@@ -159,9 +160,10 @@ def report(records: Sequence[Record], options: argparse.Namespace, data: Path) -
     ranks = [row for (targets, r), row in every.items() if row and targets in PAPER_TABLE_6 and r in RANKS]
     parts = [f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token."]
     if budget and ranks:
-        by_rate = losses_by_rate(records, full, options.steps)
-        draw_losses(budget, by_rate, path.with_name(f"{path.stem}_losses.png"))
-        parts += [table_5(budget), table_6(ranks), table_of_rates(by_rate)]
+        tried = {", ".join(targets): losses_by_rate(targets, records, full, options.steps) for targets in PAPER_TABLE_6}
+        swept = {title: losses for title, losses in tried.items() if losses}
+        draw_losses(budget, swept, path.with_name(f"{path.stem}_losses.png"))
+        parts += [table_5(budget), table_6(ranks), *(table_of_rates(*each) for each in swept.items())]
     figures = kept(full, options.steps, records)
     if figures is not None:
         compared = similarities(figures, options.adapters)

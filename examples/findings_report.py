@@ -89,10 +89,10 @@ def table_6(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def table_of_rates(by_rate: dict[float, dict[int, float]]) -> str:
-    """The loss of q and v by rank and rate, of one seed."""
+def table_of_rates(title: str, by_rate: dict[float, dict[int, float]]) -> str:
+    """The loss of some matrices by rank and rate, of one seed."""
     ranks = sorted({r for losses in by_rate.values() for r in losses})
-    lines = [f"| q, v, one seed | {' | '.join(f'r={r}' for r in ranks)} |", "|---" * (len(ranks) + 1) + "|"]
+    lines = [f"| {title}, one seed | {' | '.join(f'r={r}' for r in ranks)} |", "|---" * (len(ranks) + 1) + "|"]
     for rate, losses in sorted(by_rate.items()):
         cells = [f"{losses[r]:.4f}" if r in losses else "" for r in ranks]
         lines.append(f"| rate {rate:g} | {' | '.join(cells)} |")
@@ -193,13 +193,14 @@ def draw_subspaces(found: dict[str, dict[str, Tensor]], path: Path) -> None:
     """Heat maps of the mean over layers: a row for query and value, a column for each pair."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(2, len(found), figsize=(9.6, 5.6), layout="constrained")
+    largest = max(of_projection(grids, projection).max().item() for grids in found.values() for projection in "qv")
     for column, (title, grids) in enumerate(found.items()):
         for axis, projection, name in zip(axes[:, column], "qv", ("query", "value"), strict=True):
             grid = of_projection(grids, projection).numpy()
             image = axis.imshow(
                 grid,
                 vmin=0,
-                vmax=1,
+                vmax=largest,
                 origin="lower",
                 aspect="auto",
                 cmap="viridis",
@@ -209,7 +210,7 @@ def draw_subspaces(found: dict[str, dict[str, Tensor]], path: Path) -> None:
             axis.set_xlabel("first j directions", fontsize=9)
             axis.set_ylabel("first i directions", fontsize=9)
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(r"$\phi(i, j)$, 1: one subspace holds the other", fontsize=9)
+    bar.set_label(r"$\phi(i, j)$; 1 where one subspace holds the other", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -260,31 +261,59 @@ def norms(title: str, r: int, values: dict[str, Tensor | float]) -> str:
 # ------------------------------------------------------------------ the picture of the losses
 
 
-def draw_losses(budget: Sequence[Row], by_rate: dict[float, dict[int, float]], path: Path) -> None:
-    """The loss of each choice of matrices at its best rate; and over the rank, a line for each rate."""
+ByRate = dict[float, dict[int, float]]
+
+
+def draw_losses(budget: Sequence[Row], ranks: dict[str, ByRate], path: Path) -> None:
+    """The loss of each choice of matrices at its best rate; and over the rank, a line for each rate.
+
+    Args:
+        budget: rows of table 5.
+        ranks: by matrices, such as "q, v": the losses of one seed by rate and rank.
+        path: of the picture.
+    """
     pyplot = import_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
-    for place, row in enumerate(reversed(budget)):
-        left.plot(row.means, [place] * len(row.means), "o", color="#2e6f95", alpha=0.4, markersize=5)
-        left.plot([statistics.fmean(row.means)], [place], "D", color="#2e6f95", markersize=7)
-    left.set_yticks(range(len(budget)), [f"{letters(row)} (r={row.setting.r})" for row in reversed(budget)])
-    trained = next(iter(budget[0].runs.values()))["trained"]
-    left.set_title(f"Which matrices, {trained:,} parameters each", fontsize=10)
-    left.set_xlabel("held-out loss per token, nats (pale: single seeds)")
-    colours = pyplot.get_cmap("viridis")
-    for place, (rate, losses) in enumerate(sorted(by_rate.items())):
-        colour = colours(0.9 * place / max(1, len(by_rate) - 1))
-        right.plot(list(losses), list(losses.values()), marker="osD^"[place % 4], color=colour, label=f"rate {rate:g}")
-    ranks = sorted({r for losses in by_rate.values() for r in losses})
-    right.set_xscale("log", base=2)
-    right.set_xticks(ranks, [str(r) for r in ranks])
-    right.set_title("Which rank of q, v (alpha = 16, one seed)", fontsize=10)
-    right.set_xlabel("rank r")
-    right.set_ylabel("held-out loss per token, nats")
-    right.legend()
-    for axis in (left, right):
+    figure, axes = pyplot.subplots(1, 1 + len(ranks), figsize=(11.5, 3.9), layout="constrained")
+    draw_budget(axes[0], budget)
+    for axis, (title, by_rate) in zip(axes[1:], ranks.items(), strict=True):
+        draw_ranks(axis, title, by_rate)
+    shown = [loss for by_rate in ranks.values() for losses in by_rate.values() for loss in losses.values()]
+    base = next(iter(budget[0].runs.values()))["base_loss"]
+    finite = [loss for loss in shown if loss < base]  # what diverged is above the base
+    for axis in axes[1:]:
+        axis.set_ylim(min(finite) - 0.02, max(finite) + 0.02)
+    axes[-1].legend()
+    for axis in axes:
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
+
+
+def draw_budget(axis, budget: Sequence[Row]) -> None:
+    """Table 5: a line for each choice of matrices."""
+    for place, row in enumerate(reversed(budget)):
+        axis.plot(row.means, [place] * len(row.means), "o", color="#2e6f95", alpha=0.4, markersize=5)
+        axis.plot([statistics.fmean(row.means)], [place], "D", color="#2e6f95", markersize=7)
+    axis.set_yticks(range(len(budget)), [f"{letters(row)} (r={row.setting.r})" for row in reversed(budget)])
+    trained = next(iter(budget[0].runs.values()))["trained"]
+    axis.set_title(f"Which matrices, {trained:,} parameters each", fontsize=10)
+    axis.set_xlabel("held-out loss per token, nats (pale: single seeds)")
+
+
+def draw_ranks(axis, title: str, by_rate: ByRate) -> None:
+    """Table 6: the loss over the rank, a line for each rate."""
+    import_pyplot()
+    from matplotlib import colormaps
+
+    for place, (rate, losses) in enumerate(sorted(by_rate.items())):
+        colour = colormaps["viridis"](0.9 * place / max(1, len(by_rate) - 1))
+        points = sorted(losses.items())
+        axis.plot(*zip(*points, strict=True), marker="osD^"[place % 4], color=colour, label=f"rate {rate:g}")
+    ranks = sorted({r for losses in by_rate.values() for r in losses})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ranks, [str(r) for r in ranks])
+    axis.set_title(f"Rank of {title} (one seed)", fontsize=10)
+    axis.set_xlabel("rank r")
+    axis.set_ylabel("held-out loss per token, nats")
 
 
 def import_pyplot():

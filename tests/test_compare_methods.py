@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -214,3 +216,19 @@ def test_of_a_method_with_fewer_seeds_nothing_is_said(reports):
 def test_accuracy_counts_the_losses_under_the_logarithm_of_two(reports):
     row = reports.Row("any", 1.0, {0: {"test_losses": [0.1, 0.69, 0.7, 2.0]}})
     assert row.hits([0]) == [[100.0, 100.0, 0.0, 0.0]]
+
+
+def test_the_record_has_the_means_of_its_runs(reports):
+    path = EXAMPLES / "benchmarks" / "compare_methods_2026-11-29.md"
+    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")][1:]
+    records = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    chosen = {name: reports.best(sweep) for name, sweep in reports.sweeps(records).items()}
+    assert len(rows) == len(chosen) == 11
+    for method, trained, rate, seeds, loss, *_, accuracy, _ in (row if len(row) == 8 else [*row, ""] for row in rows):
+        runs = chosen[method].runs.values()
+        assert (f"{chosen[method].rate:g}", str(len(runs))) == (rate, seeds)
+        assert {f"{run['trained']:,}" for run in runs} == {trained}
+        assert float(loss.split(" ±")[0]) == pytest.approx(statistics.fmean(run["test_loss"] for run in runs), abs=6e-5)
+        assert float(accuracy.split(" ±")[0]) == pytest.approx(
+            statistics.fmean(run["accuracy"] for run in runs), abs=6e-3
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import random
 from pathlib import Path
@@ -14,6 +16,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
+
+
+def record_of(name: str) -> tuple[str, list[dict]]:
+    """The text of a committed record, and the results of its runs."""
+    path = BENCHMARKS / f"{name}_2026-11-29.md"
+    return path.read_text(), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -24,6 +33,11 @@ def austen(monkeypatch, quiet_transformers):
     monkeypatch.setattr(austen_runs, "load_base", lambda folder: llama())
     monkeypatch.setattr(austen_runs, "ON_CPU", austen_runs.Sizes(batch=4, window=8, held_out=6))
     return austen_runs
+
+
+def wide_llama() -> torch.nn.Module:
+    """With rows of a multiple of 64, the block of NF4."""
+    return llama(width=192, inner=64)
 
 
 @pytest.fixture
@@ -42,10 +56,20 @@ def rate_and_rank(austen):
     return rate_and_rank
 
 
-def llama() -> torch.nn.Module:
+def llama(width: int = 96, inner: int = 32) -> torch.nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 96, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": 3}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=20))
+
+
+@pytest.fixture
+def qlora_accuracy(austen, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.WARNING)
+    monkeypatch.setattr(austen, "load_base", lambda folder: wide_llama())
+    import qlora_accuracy
+
+    return qlora_accuracy
 
 
 @pytest.fixture
@@ -122,9 +146,12 @@ def test_of_a_study_that_was_cut_the_tables_say_so(findings):
     assert all("| 0.001 (1 of 3 rates) |" in line for line in findings.table_6(rows).splitlines()[2:])
     assert findings.row_of(("qv", 8), [], True, None) is None
     assert findings.kept(True, None, records) is None
-    by_rate = findings.losses_by_rate(records, True, None)
+    by_rate = findings.losses_by_rate("qv", records, True, None)
     assert list(by_rate) == [1e-3] and list(by_rate[1e-3]) == [1, 2, 4, 6, 8, 64]
-    assert findings.table_of_rates(by_rate).splitlines()[0] == "| q, v, one seed | r=1 | r=2 | r=4 | r=6 | r=8 | r=64 |"
+    assert (
+        findings.table_of_rates("q, v", by_rate).splitlines()[0]
+        == "| q, v, one seed | r=1 | r=2 | r=4 | r=6 | r=8 | r=64 |"
+    )
 
 
 def test_a_rate_that_diverged_is_not_chosen(findings):
@@ -163,3 +190,54 @@ def test_losses_over_rates(rate_and_rank, tmp_path):
     assert len(table) == 10 and all("| **3.0000** |" in row and row.endswith("inf |") for row in table[2:])
     rate_and_rank.draw(found, 4.0, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_the_record_of_the_findings_has_the_tables_of_its_runs(findings):
+    text, records = record_of("findings")
+    rows = {choice: findings.row_of(choice, records, True, None) for choice in findings.choices(full=True)}
+    assert findings.table_5([rows[choice] for choice in findings.SAME_BUDGET.items()]) in text
+    assert findings.table_6([rows[targets, r] for targets in ("qv", "qkvo") for r in findings.RANKS]) in text
+    for targets in ("qv", "qkvo"):
+        by_rate = findings.losses_by_rate(targets, records, True, None)
+        assert findings.table_of_rates(", ".join(targets), by_rate) in text
+    missing = [setting for choice in rows for setting in findings.sweep(choice, True, None)]
+    assert len(findings.of_settings(missing, records)) == len(missing), "the sweeps are whole"
+
+
+def test_the_record_of_rates_has_the_table_of_its_runs(rate_and_rank):
+    text, records = record_of("rate_and_rank")
+    panels = rate_and_rank.settings(True, None)
+    assert rate_and_rank.table({title: rate_and_rank.losses(panel, records) for title, panel in panels.items()}) in text
+
+
+def test_the_record_of_a_4_bit_base_has_the_table_of_its_runs(qlora_accuracy):
+    text, records = record_of("qlora_accuracy")
+    assert len(qlora_accuracy.of_settings(qlora_accuracy.settings(True, None), records)) == len(records) == 6
+    assert qlora_accuracy.table(records) in text and qlora_accuracy.statement(records) in text
+
+
+def test_a_base_in_nf4_keeps_its_head_and_embeddings_and_about_the_same_outputs(qlora_accuracy):
+    model, tokens = wide_llama(), torch.arange(8)[None]
+    expected = model(tokens).logits
+    rounded = qlora_accuracy.in_four_bits(wide_llama())
+    assert [type(layer) for layer in (rounded.lm_head, rounded.model.embed_tokens)] == [
+        torch.nn.Linear,
+        torch.nn.Embedding,
+    ]
+    packed = [layer for layer in rounded.modules() if type(layer).__name__ == "Linear4bit"]
+    assert len(packed) == 2 * 7 and all(layer.weight.quant_state.nested for layer in packed)
+    error = (rounded.train()(tokens).logits - expected).norm() / expected.norm()
+    assert 0 < error < 0.3
+
+
+def test_both_bases_learn_and_the_study_keeps_its_own(qlora_accuracy, austen, novels):
+    study = austen.Study(novels)
+    before = {name: value.clone() for name, value in study.model.state_dict().items()}
+    runs = {}
+    for base in (qlora_accuracy.FULL_PRECISION, qlora_accuracy.NF4):
+        setting = qlora_accuracy.Setting("qv", 2, 16, 1e-2, 0, 30, base)
+        runs[base] = qlora_accuracy.run(study, setting)
+        assert runs[base]["loss"] < runs[base]["base_loss"] - 0.1
+    assert runs[qlora_accuracy.NF4]["base_bytes"] < runs[qlora_accuracy.FULL_PRECISION]["base_bytes"]
+    after = study.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -145,6 +145,22 @@ def test_the_numbers_of_the_tables_are_recorded():
         assert number in records, number
 
 
+@pytest.mark.parametrize(
+    ("study", "number", "recorded"),
+    [
+        ("rate_and_rank", "0.03", "0.03 for r=2"),
+        ("rate_and_rank", "0.003", "0.003 for r=32 and r=128"),
+        ("compare_methods", "0.85", "| +0.85 ± 0.36 |"),
+        ("qlora_accuracy", "0.058", "After training NF4 is behind by +0.0583"),
+    ],
+)
+def test_what_it_says_of_a_study_is_in_its_record(study, number, recorded):
+    path = f"examples/benchmarks/{study}_2026-11-29.md"
+    [lines] = re.findall(rf"[^\n]*\n[^\n]*{path}[^\n]*", README)
+    assert re.search(rf"(?<![\d.]){number}(?!\d)", lines)
+    assert recorded in (ROOT / path).read_text()
+
+
 @pytest.mark.parametrize("command", re.findall(r"^pip install -c .*$", README, re.MULTILINE))
 def test_the_set_up_is_two_commands_of_things_that_exist(command):
     extra = re.search(r"\[(\w+)\]", command)[1]
