@@ -154,7 +154,7 @@ def draw(chosen: Sequence[Row], every: dict[str, list[Row]], path: Path) -> None
     labels = [f"{row.method}\n{count:,} parameters" for row, count in zip(reversed(chosen), trained, strict=True)]
     axes[1].set_yticks(range(len(chosen)), labels, fontsize=8)
     axes[1].set_xlabel("test loss")
-    axes[1].set_title("At the best rate (pale: other seeds)", fontsize=10)
+    axes[1].set_title("At the best rate (pale: single seeds)", fontsize=10)
     axes[2].set_yticks(range(len(chosen)), [""] * len(chosen))
     axes[2].set_xlabel("test accuracy in %")
     figure.savefig(path, dpi=150)
