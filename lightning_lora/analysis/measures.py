@@ -7,15 +7,16 @@ layer's forward. Everything else is of r x r.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.analysis.decomposition import Core, core_of
-from lightning_lora.analysis.update_group import UpdateGroup, groups_of, norms
-from lightning_lora.analysis.updates import frozen_matrices, updates_of
+from lightning_lora.analysis.decomposition import Core, core_of, grams
+from lightning_lora.analysis.updates import Update, frozen_matrices, updates_of
+
+ROWS = 4096  # of a weight in half precision that are cast for one product
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,15 @@ def amplification_of(measures: Iterable[Measure]) -> float:
 
 def stable_rank_of(measures: Iterable[Measure]) -> float:
     """The mean of the stable ranks of all matrices; those whose delta is zero have none."""
-    ranks = [rank for measure in measures for rank in measure.stable_rank.flatten().tolist() if not math.isnan(rank)]
-    return math.fsum(ranks) / len(ranks) if ranks else math.nan
+    return float(torch.cat([measure.stable_rank.flatten() for measure in measures]).nanmean())
 
 
 def _quotient(norms: list[tuple[Tensor, Tensor]]) -> float:
-    first, second = (_norm_of_all(side) for side in zip(*norms, strict=True))
+    first, second = (
+        float(torch.linalg.vector_norm(torch.cat([norm.flatten() for norm in side])))
+        for side in zip(*norms, strict=True)
+    )
     return first / second if second else math.nan
-
-
-def _norm_of_all(norms: Iterable[Tensor]) -> float:
-    """The root of the sum of the squares; in Python, as a tensor operation takes longer than these few numbers."""
-    return math.hypot(*(norm for tensor in norms for norm in tensor.flatten().tolist()))
 
 
 @torch.no_grad()
@@ -99,46 +97,52 @@ def measure(
     """
     weight_norms = {} if weight_norms is None else weight_norms
     updates = updates_of(model, name)
-    groups = groups_of(updates)
-    of_cores = _decompose(groups)
-    group_of = {update.name: group for group in groups for update in group.updates}
+    cores = _cores(updates)
     projected: dict[str, Tensor] = {}
     for update, matrix in frozen_matrices(model, updates):
-        group = group_of[update.name]
-        values = group.add(update, matrix)
-        if values is not None:
-            projected |= {each.name: value for each, value in zip(group.updates, values, strict=True)}
+        projected[update.name] = _projected(update, matrix, cores[update.name])
         if update.name not in weight_norms:
-            weight_norms[update.name] = norms(matrix).cpu()
+            weight_norms[update.name] = _norms(matrix).cpu()
     projected = _to_cpu(projected)
-    return {
-        update.name: _measure(weight_norms[update.name], projected[update.name], of_cores[update.name])
-        for update in updates
-    }
+    return {name: _measure(core, weight_norms[name], projected[name]) for name, core in cores.items()}
 
 
-def _measure(weight: Tensor, projected: Tensor, of_core: Sequence[Tensor]) -> Measure:
-    delta, largest, directions = of_core
+def _measure(core: Core, weight: Tensor, projected: Tensor) -> Measure:
+    delta, largest, directions = torch.linalg.vector_norm(core.S, dim=-1), core.S[:, 0], core.directions()
     return Measure(*(each.view(weight.shape) for each in (delta, largest, weight, projected, directions)))
 
 
-def _decompose(groups: Sequence[UpdateGroup]) -> dict[str, Sequence[Tensor]]:
-    """Give each group the cores of its updates, which are found in one call.
-
-    Returns:
-        By the name of the update ``|delta|_F``, ``|delta|_2`` and the number of directions of each of its matrices.
-    """
-    r = max(group.updates[0].pair.r for group in groups)
-    stacked = [group.grams(r) for group in groups]
-    core = core_of(stacked)
-    of_core = (torch.linalg.vector_norm(core.S, dim=-1), core.S[:, 0], core.directions())
+def _cores(updates: list[Update]) -> dict[str, Core]:
+    """The decomposition of each update, all of them in one call; the small matrices lie on the device of A."""
+    r = max(update.pair.r for update in updates)
+    stacked = [grams(update.factors(), r) for update in updates]
+    core, device = core_of(stacked), stacked[0].device
     sizes = [each.shape[1] for each in stacked]
-    for group, *sides in zip(groups, *(torch.split(side, sizes) for side in core), strict=True):
-        group.core = Core(*sides)
-    members = [update.name for group in groups for update in group.updates]
-    counts = [size // len(group.updates) for group, size in zip(groups, sizes, strict=True) for _ in group.updates]
-    parts = zip(*(torch.split(each, counts) for each in of_core), strict=True)
-    return dict(zip(members, parts, strict=True))
+    sides = (torch.split(side.to(device), sizes) for side in core[1:])
+    split = zip(torch.split(core.S, sizes), *sides, strict=True)
+    return {update.name: Core(*parts) for update, parts in zip(updates, split, strict=True)}
+
+
+def _projected(update: Update, matrix: Tensor, core: Core) -> Tensor:
+    """``|U^T W V|_F`` of each matrix, in fp64 on the device of W."""
+    B, A = update.factors()
+    r, dtype = B.shape[-1], torch.promote_types(matrix.dtype, torch.float32)
+    left, right = (side[:, :r, :r].reshape(*B.shape[:-2], r, r).to(B.device) for side in (core.left, core.right))
+    U, V = (B @ left).to(matrix.device), (A.mT @ right).to(matrix.device, dtype)
+    with torch.autocast(matrix.device.type, enabled=False):
+        product = torch.cat([rows.to(dtype) @ V for rows in _blocks(matrix)], -2)
+    return _norms(U.mT @ product.double())
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of rows of a matrix in half precision, so that never all of it is cast at the same time."""
+    return torch.split(matrix, ROWS, -2) if matrix.element_size() < 4 else (matrix,)
+
+
+def _norms(matrix: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix, summed in fp64."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+    return norms
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,12 +48,8 @@ class Update:
 
         Every rank must call it if they are sharded.
         """
-        B, A = self.matrices()
-        return self.pair.scale * B.double(), A.double()
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """B and A, whole and as they are. Every rank must call it if they are sharded."""
-        return full_tensor(self.pair.B).detach(), full_tensor(self.pair.A).detach()
+        A, B = (full_tensor(matrix).detach().double() for matrix in (self.pair.A, self.pair.B))
+        return self.pair.scale * B, A
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The part of the full ``weight`` that the pair adapts, as ``(..., out_features, in_features)``."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora
-from lightning_lora.analysis import measures, update_group
+from lightning_lora.analysis import measures
 from lightning_lora.analysis.measures import amplification_of, measure, ratio_of, stable_rank_of
 from tests.helpers.dense_updates import dense, norm, two_layers
 from tests.helpers.layer_cases import LAYER_CASES, Subject
@@ -101,8 +101,10 @@ def test_norms_of_weights_are_computed_once(monkeypatch):
     model, norms = two_layers(), {}
     first = measure(model, weight_norms=norms)
     assert norms.keys() == {"0", "1"}
-    monkeypatch.setattr(measures, "norms", None)  # is not called again
+    shapes, computed = [], measures._norms
+    monkeypatch.setattr(measures, "_norms", lambda matrix: shapes.append(tuple(matrix.shape)) or computed(matrix))
     second = measure(model, weight_norms=norms)
+    assert shapes == [(3, 3), (3, 3)]  # of U^T W V alone
     assert all(torch.equal(first[name].weight, second[name].weight) for name in first)
 
 
@@ -117,5 +119,5 @@ def test_autocast_does_not_change_the_precision():
 def test_blocks_of_rows_in_half_precision(monkeypatch):
     subject = Subject("linear-bf16").train()
     whole = measure(subject.model)["layer"].projected
-    monkeypatch.setattr(update_group, "ROWS", 2)
+    monkeypatch.setattr(measures, "ROWS", 2)
     torch.testing.assert_close(measure(subject.model)["layer"].projected, whole, rtol=1e-6, atol=0)
