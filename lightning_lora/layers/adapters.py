@@ -73,12 +73,6 @@ class Adapters(nn.ModuleDict):
         choice = self.acting.now()
         return choice is not None and choice.size is not None
 
-    def acts_by_default(self) -> bool:
-        """Whether this thread made no choice; under a compiler, whether none was ever made."""
-        if self.acting is None:
-            return True
-        return not torch.compiler.is_compiling() and self.acting.now() is self.acting.default
-
     def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms | MixedTerms:
         """The pairs that act on the input ``x``, each with its coefficient.
 
@@ -150,8 +144,16 @@ class Adapters(nn.ModuleDict):
             pairs.setdefault(adapter.part.key, []).append(adapter)
         return pairs
 
-    def summed(self, key: str) -> list[Adapter]:
-        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part."""
+    def summed(self, key: str, names: frozenset[str] | None = None) -> list[Adapter]:
+        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part.
+
+        Args:
+            key: the name of the parameter.
+            names: the adapters that act by a choice, fully.
+        """
+        if names is not None:
+            chosen = [pair for name in self._modules if name in names for pair in self.pairs_of(name)]
+            return [pair for pair in chosen if pair.part.key == key]
         if self.acting is None:
             return [pair for pair in self.all_pairs() if pair.part.key == key]
         strengths = self.strengths_now()
@@ -187,6 +189,8 @@ class Adapters(nn.ModuleDict):
         acting = vars(self).setdefault("acting", Acting(default, table))
         acting.set_default(default, table)
         acting.make_table(tuple(self._modules), device)
+        for summed in self.sums.values():
+            summed.forget_choices()
 
     def begin(self, choice: Choice) -> None:
         """Let ``choice`` hold in this thread."""
@@ -201,6 +205,8 @@ class Adapters(nn.ModuleDict):
         if self.acting is not None:
             self.acting.end(choice)
             self.acting.make_table(tuple(self._modules), self.device())
+        for summed in self.sums.values() if choice.full else ():
+            summed.group.end_of_choice(choice.full)
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""

@@ -56,6 +56,7 @@ class Choice(Held):
     Attributes:
         is_uniform: whether every sample has the same coefficients.
         names: of the adapters that take part.
+        full: their names, if they act fully and on a batch of any size, as without a choice; otherwise empty.
         blocks: shapes of the inputs of the blocks around experts, by the ``id`` of the experts' adapters.
     """
 
@@ -74,6 +75,8 @@ class Choice(Held):
         self.samples = [first] if self.is_uniform else list(samples)
         self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
         self.names = used | present
+        is_full = size is None and self.names == used and set(first.values()) <= {1.0}
+        self.full = self.names if is_full else frozenset()
         self._made: dict[object, Tensor] = {}
         self._mixtures: dict[object, Mixture] = {}
         self.blocks: dict[int, set[torch.Size]] = {}

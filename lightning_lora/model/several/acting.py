@@ -28,8 +28,9 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
 
     Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
     the second forward acts as the first. What no sample used gets no gradient. Trained biases and ``also_train``
-    modules are the same for all adapters; :func:`disable_lora` takes these off too. Inside, layers compute on the
-    activations' side (see ``compute`` of :func:`apply_lora`), which gives the weight's side's result to rounding.
+    modules are the same for all adapters; :func:`disable_lora` takes these off too. With a list, and with factors
+    other than 1, layers compute on the activations' side (see ``compute`` of :func:`apply_lora`), which gives the
+    weight's side's result to rounding.
 
     A list chooses for each sample of the batch; where a decoder alone generates by beams, for each beam. Then layers
     that compute with their weight alone (recurrent layers, parameters that are adapted by name) are refused, as are
