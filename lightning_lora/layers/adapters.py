@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from copy import copy
 from types import MappingProxyType
 from typing import Any
@@ -30,12 +30,14 @@ class Adapters(nn.ModuleDict):
         strengths: coefficients other than 1 of adapters, as long as no choice is made; 0 for one that rests.
         acting: the choices of each thread; ``None`` as long as none was made, and every adapter acts fully.
         sums: a SummedWeight by the name of its parameter.
+        mixed: a MixedLayer by the names that act in it, of a linear layer that computed with a mixed batch.
     """
 
     enabled: bool = True
     strengths: Mapping[str, float] = MappingProxyType({})
     acting: Acting | None = None
     sums: Mapping[str, Any] = MappingProxyType({})
+    mixed: MutableMapping[frozenset[str], Any] | None = None
 
     def all_pairs(self) -> list[Adapter]:
         """The pairs of every adapter."""
@@ -191,6 +193,7 @@ class Adapters(nn.ModuleDict):
         acting.make_table(tuple(self._modules), device)
         for summed in self.sums.values():
             summed.forget_choices()
+        self.mixed = None
 
     def begin(self, choice: Choice) -> None:
         """Let ``choice`` hold in this thread."""
@@ -207,6 +210,9 @@ class Adapters(nn.ModuleDict):
             self.acting.make_table(tuple(self._modules), self.device())
         for summed in self.sums.values() if choice.full else ():
             summed.group.end_of_choice(choice.full)
+        layer = None if self.mixed is None else self.mixed.get(choice.names)
+        if layer is not None:
+            layer.end_of_choice()
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""

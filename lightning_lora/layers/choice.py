@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -52,6 +53,7 @@ class Choice(Held):
             gradient of zeros, which processes that average gradients need.
         layers: the names of the layers, for messages, by the ``id`` of their adapters.
         is_ambiguous: whether the model has modules whose first dimension is not the batch.
+        linear_layers: the adapters of each linear layer, in their order in the model.
 
     Attributes:
         is_uniform: whether every sample has the same coefficients.
@@ -67,6 +69,7 @@ class Choice(Held):
         present: frozenset[str] = frozenset(),
         layers: Mapping[int, str] | None = None,
         is_ambiguous: bool = False,
+        linear_layers: Sequence[Any] = (),
     ) -> None:
         super().__init__()
         used = frozenset(name for sample in samples for name, weight in sample.items() if weight)
@@ -80,6 +83,7 @@ class Choice(Held):
         self._made: dict[object, Tensor] = {}
         self._mixtures: dict[object, Mixture] = {}
         self.blocks: dict[int, set[torch.Size]] = {}
+        self.linear_layers = linear_layers
 
     def weight_of(self, name: str) -> float:
         """The coefficient of the adapter ``name``, where that of every sample is the same."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.choice import Choice
 from lightning_lora.layers.sum_group import PLAIN, SumGroup, place_now
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
@@ -229,12 +230,17 @@ class SummedWeight:
 def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
     adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
+    return summed_by_choice(layer, x, adapters.choice_now(), key) if adapters.sums else None
+
+
+def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: str = "weight") -> Tensor | None:
+    """As :func:`summed_weight`, where ``choice`` acts now."""
+    adapters: Any = layer._modules["lora"]
     summed: SummedWeight | None = adapters.sums.get(key)
     if summed is None:
         return None
     if torch.compiler.is_compiling():
         return _traced(layer, key) if summed.always and adapters.acting is None else None
-    choice = adapters.choice_now()
     if choice is None or choice is adapters.acting.default:
         return summed.read(layer, x)
     chosen = summed.of_choice(choice.full) if choice.full else None

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lora.layers.adapters import Adapters as LayerAdapters
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice, Weights
+from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
@@ -96,6 +97,7 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         present=frozenset(present),
         layers={id(layer.lora): clean(name) for name, layer in layers.items()} if by_sample else {},
         is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
+        linear_layers=[layer.lora for layer in layers.values() if isinstance(layer, LoRALinear)] if by_sample else [],
     )
     for name, layer in layers.items():
         if layer.lora._modules:
