@@ -159,7 +159,7 @@ def several_inference(settings: Settings) -> list[str]:
             PEFT_MIXED: lambda length=length: peft_inference((batch, length), make),
         }
         title = f"Several adapters, a forward pass: {shapes(size, batch, length)}"
-        lines += compared(title, starts, settings.windows(5, 4), settings, counts)
+        lines += compared(title, starts, settings.windows(5, 3), settings, counts)
     return lines
 
 
