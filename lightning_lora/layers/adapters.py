@@ -49,7 +49,7 @@ class Adapters(nn.ModuleDict):
     def pairs_of(self, name: str) -> list[Adapter]:
         """The pairs of the adapter ``name``: one, or one for each matrix of the layer."""
         module: Any = self._modules[name]
-        return [pair for _, pair in module.items()] if isinstance(module, Pairs) else [module]
+        return [pair for _, pair in module.items()] if type(module) is Pairs else [module]
 
     def active_pairs(self) -> list[Adapter]:
         """The pairs that act in some sample now: none while disabled."""
@@ -190,7 +190,7 @@ class Adapters(nn.ModuleDict):
         # One operation, as two threads may make their first choices at once. An interrupt could leave a lock closed.
         acting = vars(self).setdefault("acting", Acting(default, table))
         acting.set_default(default, table)
-        acting.make_table(tuple(self._modules), device)
+        acting.make_table(self._modules, self.device)
         for summed in self.sums.values():
             summed.forget_choices()
         self.mixed = None
@@ -201,13 +201,13 @@ class Adapters(nn.ModuleDict):
             self.prepare_choices()
         assert self.acting is not None
         self.acting.begin(choice)
-        self.acting.make_table(tuple(self._modules), self.device())
+        self.acting.make_table(self._modules, self.device)
 
     def end(self, choice: Choice) -> None:
         """Let ``choice`` hold no longer."""
         if self.acting is not None:
             self.acting.end(choice)
-            self.acting.make_table(tuple(self._modules), self.device())
+            self.acting.make_table(self._modules, self.device)
         for summed in self.sums.values() if choice.full else ():
             summed.group.end_of_choice(choice.full)
         layer = None if self.mixed is None else self.mixed.get(choice.names)
@@ -225,7 +225,7 @@ class Adapters(nn.ModuleDict):
         device = self.device()
         if self.acting is not None and device is not None:
             self.acting.set_default(self.acting.default, default_table(self.strengths_now(), device))
-            self.acting.make_table(tuple(self._modules), device)
+            self.acting.make_table(self._modules, self.device)
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Real
@@ -19,7 +19,7 @@ from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
 from lightning_lora.model.record import is_merged_layer
-from lightning_lora.names import clean, nearest
+from lightning_lora.names import nearest
 
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
 
@@ -84,18 +84,20 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
     if any(map(is_merged_layer, modules.values())):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `use_adapters`.")
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
-    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.lora._modules))
+    names: dict[str, object] = {}
+    for layer in layers.values():
+        names.update(layer.lora._modules)
     if not names:
         raise ValueError("The model has no adapters to choose from: call `apply_lora` first.")
     by_sample = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    samples = [_weights(each, names) for each in (adapters if by_sample else [adapters])]  # type: ignore[union-attr]
+    samples = _samples(adapters if by_sample else [adapters], names)  # type: ignore[arg-type]
     if not samples:
         raise ValueError("`adapters` must have one entry for each sample of the batch, but got an empty list.")
     choice = Choice(
         samples,
         size=len(samples) if by_sample else None,
         present=frozenset(present),
-        layers={id(layer.lora): clean(name) for name, layer in layers.items()} if by_sample else {},
+        layers={id(layer.lora): name for name, layer in layers.items()} if by_sample else {},
         is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
         linear_layers=[layer.lora for layer in layers.values() if isinstance(layer, LoRALinear)] if by_sample else [],
     )
@@ -123,7 +125,14 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def _weights(adapters: Any, names: list[str]) -> Weights:
+def _samples(entries: Sequence[Any], names: Collection[str]) -> list[Weights]:
+    """The coefficients that each entry means."""
+    entries_by_name = [each for each in entries if isinstance(each, str)]
+    known = {name: _weights(name, names) for name in dict.fromkeys(entries_by_name)}
+    return [known[each] if isinstance(each, str) else _weights(each, names) for each in entries]
+
+
+def _weights(adapters: Any, names: Collection[str]) -> Weights:
     """The coefficients that one entry means.
 
     Raises:
@@ -140,7 +149,7 @@ def _weights(adapters: Any, names: list[str]) -> Weights:
         )
     for name in weights:
         if name not in names:
-            close = ", ".join(f"`{each}`" for each in nearest(str(name), names))
+            close = ", ".join(f"`{each}`" for each in nearest(str(name), list(names)))
             raise ValueError(f"`adapters` has {name!r}, which is no adapter of the model. It has {close}.")
         if not math.isfinite(weights[name]):
             raise ValueError(f"`adapters[{name!r}]` must be finite, but got {weights[name]}.")
