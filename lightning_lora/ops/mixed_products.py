@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,43 +14,67 @@ from lightning_lora.ops.products import as_matrix, base_plus_low_rank, batched_m
 from lightning_lora.torch_internals import flattened
 
 
+class Columns:
+    """B of several layers of one form, with the columns of all pairs side by side, by one kernel for these layers.
+
+    Args:
+        flat: has every B of the layers, one after the other.
+        start: where they begin in it.
+        shape: ``(layers, pairs, out_features, r)``.
+    """
+
+    def __init__(self, flat: Tensor, start: int, shape: tuple[int, int, int, int]) -> None:
+        _, pairs, outside, r = shape
+        self.every_B = flat.as_strided(shape, (pairs * outside * r, outside * r, r, 1), start)
+        self.made: Sequence[Tensor] | None = None
+
+    def of_layer(self, index: int) -> Tensor:
+        """``(out_features, pairs * r)``."""
+        made = self.made  # another thread may let go of it
+        if made is None:
+            made = self.made = self.every_B.transpose(1, 2).flatten(2).unbind()
+        return made[index]
+
+
 class PairCopies:
     """A and B of the pairs of one layer, as they are copied into a tensor in the dtype of the products.
 
     Args:
         flat: the tensor.
-        start: where the copies of this layer begin in it.
+        starts: where the copies of every A and of every B of this layer begin in it.
         matrices: every A, ``(r, in_features)``, then every B, ``(out_features, r)``; r may differ.
 
     Attributes:
-        end: where they end.
         ranks: of each pair.
         every_A: all rows of every A, ``(sum(ranks), in_features)``.
+        columns: has all columns of every B, where all pairs have one rank; and the index of the layer in it.
         is_overwritten: whether the next forward pass writes its values into the same tensor.
     """
 
     is_overwritten = False
+    columns: tuple[Columns, int] | None = None
 
-    def __init__(self, flat: Tensor, start: int, matrices: Sequence[Tensor]) -> None:
-        self.flat, count = flat, len(matrices) // 2
-        self.ranks, self.inside, self.outside = *_ranks(matrices[:count]), matrices[count].shape[0]
-        self.has_one_rank, total = len(set(self.ranks)) == 1, sum(self.ranks)
-        self.start_of_B = start + total * self.inside
-        self.end = self.start_of_B + total * self.outside
-        self.every_A = flat.as_strided((total, self.inside), (self.inside, 1), start)
+    def __init__(self, flat: Tensor, starts: tuple[int, int], matrices: Sequence[Tensor]) -> None:
+        self.flat, (start, self.start_of_B) = flat, starts
+        self.ranks, self.inside, self.outside = _form(matrices)
+        self.has_one_rank = len(set(self.ranks)) == 1
+        self.every_A = flat.as_strided((sum(self.ranks), self.inside), (self.inside, 1), start)
         self._forms: dict[str, Tensor] = {}
 
     def forget_forms(self) -> None:
         """Called after the values were written again."""
         self._forms.clear()
+        if self.columns is not None:
+            self.columns[0].made = None
 
     def every_B(self) -> Tensor:
         """All columns of every B, ``(out_features, sum(ranks))``."""
-        B = self._forms.get("columns")
-        if B is None:
-            parts = self.stacked_B().transpose(0, 1).flatten(1) if self.has_one_rank else torch.cat(self._each_B(), 1)
-            B = self._forms["columns"] = parts
-        return B
+        if self.columns is not None:
+            columns, index = self.columns
+            return columns.of_layer(index)
+        if "columns" not in self._forms:
+            self._forms["columns"] = torch.cat(self._each_B(), 1)
+        return self._forms["columns"]
 
     def stacked_A(self) -> Tensor:
         """``(pairs, max(ranks), in_features)``; lower ranks end in rows of zeros."""
@@ -66,7 +90,8 @@ class PairCopies:
         return self._padded("B", self._each_B(), (self.outside, max(self.ranks)))
 
     def _each_B(self) -> list[Tensor]:
-        parts = self.flat[self.start_of_B : self.end].split_with_sizes([r * self.outside for r in self.ranks])
+        end = self.start_of_B + sum(self.ranks) * self.outside
+        parts = self.flat[self.start_of_B : end].split_with_sizes([r * self.outside for r in self.ranks])
         return [part.view(self.outside, r) for part, r in zip(parts, self.ranks, strict=True)]
 
     def _padded(self, key: str, matrices: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
@@ -78,10 +103,48 @@ class PairCopies:
         return self._forms[key]
 
 
-def _ranks(every_A: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
-    """The rank of each A, and their number of columns."""
-    shapes = [A.shape for A in every_A]
-    return tuple([shape[0] for shape in shapes]), shapes[0][1]
+def _form(matrices: Sequence[Tensor]) -> tuple[tuple[int, ...], int, int]:
+    """The rank of each pair, and the columns of every A and rows of every B."""
+    count = len(matrices) // 2
+    shapes = [A.shape for A in matrices[:count]]
+    return tuple([shape[0] for shape in shapes]), shapes[0][1], matrices[count].shape[0]
+
+
+class Layout:
+    """The order in which A and B of several layers are copied: every A, then every B of the layers of each form.
+
+    Args:
+        layers: for each layer every A, then every B; all of one dtype on one device.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Tensor]]) -> None:
+        self.layers = [_form(matrices) for matrices in layers]
+        self.forms: dict[object, list[int]] = {}
+        for index, (ranks, _, outside) in enumerate(self.layers):
+            self.forms.setdefault((ranks, outside), []).append(index)
+
+    def in_order(self, layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The matrices of ``layers``, which have the same forms."""
+        matrices = [A for each in layers for A in each[: len(each) // 2]]
+        for indices in self.forms.values():
+            matrices += [B for index in indices for B in layers[index][len(layers[index]) // 2 :]]
+        return matrices
+
+    def copies(self, flat: Tensor, layers: Sequence[Sequence[Tensor]]) -> list[PairCopies]:
+        """The copies in ``flat``, which has the values of :meth:`in_order`."""
+        ends = list(accumulate(sum(ranks) * inside for ranks, inside, _ in self.layers))
+        starts, start = [0, *ends], ends[-1]
+        copies: dict[int, PairCopies] = {}
+        for indices in self.forms.values():
+            ranks, _, outside = self.layers[indices[0]]
+            has_one_rank = len(set(ranks)) == 1
+            columns = Columns(flat, start, (len(indices), len(ranks), outside, ranks[0])) if has_one_rank else None
+            for place, index in enumerate(indices):
+                copies[index] = PairCopies(flat, (starts[index], start), layers[index])
+                if columns is not None:
+                    copies[index].columns = columns, place
+                start += sum(ranks) * outside
+        return [copies[index] for index in range(len(layers))]
 
 
 def copies_of(layers: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[PairCopies]:
@@ -91,24 +154,14 @@ def copies_of(layers: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Pa
         layers: for each layer every A, then every B; all of one dtype on one device.
         dtype: of the products.
     """
+    layout = Layout(layers)
     with torch.no_grad():
-        flat = flattened([matrix for matrices in layers for matrix in matrices]).to(dtype)
-    copies: list[PairCopies] = []
-    for matrices in layers:
-        copies.append(PairCopies(flat, copies[-1].end if copies else 0, matrices))
-    return copies
+        flat = flattened(layout.in_order(layers)).to(dtype)
+    return layout.copies(flat, layers)
 
 
-def parts_of(flat: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of ``flat``, in which there are copies of ``matrices``, in their shapes."""
-    parts = flat.split_with_sizes([matrix.numel() for matrix in matrices])
-    return [part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True)]
-
-
-class MixedProducts(ABC):
-    """The products of a mixed batch with the pairs of one layer.
-
-    ``hidden`` is ``c * scale * A x`` in the form of each class.
+class _WithCopies:
+    """The products of a mixed batch with the pairs of one layer; ``hidden`` is ``c * scale * A x``.
 
     Args:
         mixture: which samples use which pairs.
@@ -119,32 +172,8 @@ class MixedProducts(ABC):
     def __init__(self, mixture: Mixture, copies: PairCopies, scales: tuple[float, ...]) -> None:
         self.mixture, self.copies, self.scales = mixture, copies, scales
 
-    @abstractmethod
-    def hidden(self, x: Tensor) -> Tensor:
-        """Of the contiguous ``x``, ``(samples, ..., in_features)``."""
 
-    @abstractmethod
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
-        """``W0 x + b + B hidden``, no view."""
-
-    @abstractmethod
-    def through_B(self, dy: Tensor) -> Tensor:
-        """The gradient of ``A x``, in the form of ``hidden``, by that of the output."""
-
-    @abstractmethod
-    def through_A(self, d_hidden: Tensor) -> Tensor:
-        """The gradient of ``x``, ``(n, in_features)``, by that of ``A x``."""
-
-    @abstractmethod
-    def gradients_of_A(self, d_hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Of each A, by the gradient of ``A x``."""
-
-    @abstractmethod
-    def gradients_of_B(self, dy: Tensor, hidden: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Of each B, by the gradient of the output."""
-
-
-class BySample(MixedProducts):
+class BySample(_WithCopies):
     """Every sample has its own copies of the pairs that it uses.
 
     The copies cost less than the products where a sample has many positions.
@@ -166,11 +195,11 @@ class BySample(MixedProducts):
         return y
 
     def through_B(self, dy: Tensor) -> Tensor:
-        """``(samples, positions, slots * r)``."""
+        """The gradient of ``A x``, ``(samples, positions, slots * r)``, by that of the output."""
         return self._weighed(torch.bmm(self._by_sample(dy), self._B()))
 
     def through_A(self, d_hidden: Tensor) -> Tensor:
-        """``(n, in_features)``."""
+        """The gradient of ``x``, ``(n, in_features)``, by that of ``A x``."""
         return as_matrix(torch.bmm(d_hidden, self._A()))
 
     def gradients_of_A(self, d_hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -221,7 +250,7 @@ class BySample(MixedProducts):
         return stacked.index_select(0, self.mixture.rows)
 
 
-class Stacked(MixedProducts):
+class Stacked(_WithCopies):
     """All rows are multiplied with all pairs, and coefficients act on ``A x``: 0 for pairs that a sample does not use.
 
     This costs less than copies of the pairs for each sample where samples have few positions, or pairs are few. Unlike
@@ -241,7 +270,7 @@ class Stacked(MixedProducts):
         return self._weighed(torch.mm(as_matrix(dy), self.copies.every_B()))
 
     def through_A(self, d_hidden: Tensor) -> Tensor:
-        """``(n, in_features)``."""
+        """The gradient of ``x``, ``(n, in_features)``, by that of ``A x``."""
         return torch.mm(d_hidden, self.copies.every_A)
 
     def gradients_of_A(self, d_hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -259,6 +288,9 @@ class Stacked(MixedProducts):
         c = self.mixture.of_ranks(self.scales, self.copies.ranks, _at_least_fp32(hidden))
         hidden.view(self.mixture.size, -1, hidden.shape[-1]).mul_(c)
         return hidden
+
+
+MixedProducts = BySample | Stacked
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.mixed_linear import PLAIN
-from lightning_lora.ops.mixed_products import PairCopies, copies_of, parts_of
+from lightning_lora.ops.mixed_products import Layout, PairCopies, copies_of
 from lightning_lora.torch_internals import cuda_stream_id, is_capturing, versions_of
 
 MAX_KEPT = 2**21  # elements of A and B of one layer, on average, for which that memory stays
@@ -39,7 +39,8 @@ class CopyGroup:
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Any]] = []  # they hold the group
-        self.kept: tuple[object, list[Tensor], list[PairCopies]] = None, [], []  # the form, its parts, the copies in it
+        # The form of the memory that is written again, the order and the parts of it, and the copies in it.
+        self.kept: tuple[object, Layout | None, list[Tensor], list[PairCopies]] = None, None, [], []
 
     def copy(self, first: Member, matrices: Sequence[Tensor], dtype: torch.dtype) -> PairCopies:
         """Copy the pairs of all layers that are like the ``matrices`` of the ``first``, and return its copies."""
@@ -61,19 +62,27 @@ class CopyGroup:
         """Copies in memory that the next pass writes again, if there are not too many."""
         matrices = list(chain.from_iterable(every))
         form = [*place_of(matrices[0], dtype), *map(id, layers), *map(_shape, matrices)]
-        known, parts, copies = self.kept
-        if form == known:
-            torch._foreach_copy_(parts, matrices)
+        known, layout, parts, copies = self.kept
+        if form == known and layout is not None:
+            torch._foreach_copy_(parts, layout.in_order(every))
             for each in copies:
                 each.forget_forms()
             return copies
         with torch.inference_mode(False):
             copies = copies_of(every, dtype)
-        if copies[-1].end <= MAX_KEPT * len(copies):
+        flat = copies[0].flat
+        if flat.numel() <= MAX_KEPT * len(copies):
             for each in copies:
                 each.is_overwritten = True
-            self.kept = form, parts_of(copies[0].flat, matrices), copies
+            layout = Layout(every)
+            self.kept = form, layout, _parts_of(flat, layout.in_order(every)), copies
         return copies
+
+
+def _parts_of(flat: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of ``flat``, in which there are copies of ``matrices``, in their shapes."""
+    parts = flat.split_with_sizes([matrix.numel() for matrix in matrices])
+    return [part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 def place_of(matrix: Tensor, dtype: torch.dtype) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from lightning_lora.ops import mixed_linear as op
 from tests.helpers.models import Tower
 from tests.helpers.oracles import saved_and_loaded
 
-RANKS = {"fr": 2, "de": 2, "es": 3}
+RANKS = {"fr": 2, "de": 2, "es": 2}
 ENTRIES = ["fr", "de", None, {"fr": 0.5, "es": 2.0}, "de"]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(3)).double()
 MODES = {"train": nullcontext, "no-grad": torch.no_grad, "inference": torch.inference_mode}
@@ -57,10 +58,12 @@ def copied(monkeypatch):
     return counts
 
 
-def several(**config):
+def several(ranks=RANKS, widths=(4, 4, 4, 4), **config):
     torch.manual_seed(0)
-    model = Tower(3).double()  # A and B stay in fp32, so the copies are casts
-    for name, r in RANKS.items():
+    model = Tower(0).double()
+    for inside, outside in pairwise(widths):
+        model.layers.append(nn.Linear(inside, outside).double())  # A and B stay in fp32, so the copies are casts
+    for name, r in ranks.items():
         apply_lora(model, LoRAConfig(name=name, r=r, alpha=2 * r, targets="all", **config), compute="activations")
     for _, parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.5)
@@ -195,6 +198,28 @@ def test_what_one_choice_has_copied_is_right_for_the_next(mode):
             with use_adapters(model, entries):
                 assert_close(model(X), written_out(model, X, entries=entries))
             write_in_place(model)
+
+
+@every_mode
+@pytest.mark.parametrize("ranks", [RANKS, {"fr": 2, "de": 1, "es": 3}], ids=["one rank", "ranks"])
+def test_layers_of_several_forms_are_copied_together(ranks, mode, copied):
+    model = several(ranks, widths=(4, 6, 4, 6, 6, 3))
+    with use_adapters(model, ENTRIES), MODES[mode]():
+        for _ in range(2):
+            assert_acts(model, order=range(5), trains=mode == "train")
+            write_in_place(model)
+    assert copied == [5, 5]
+
+
+@pytest.mark.parametrize("positions", [1, 600])
+def test_sequences_short_and_long(positions, calls):
+    """Each side of the rule that chooses the products."""
+    model, x = several(), torch.randn(5, positions, 4, dtype=torch.float64)
+    with use_adapters(model, ENTRIES):
+        y = model(x)
+        for row, entry in enumerate(ENTRIES):
+            assert_close(y[row], written_out(model, x[row], entries=[entry] * positions))
+    assert len(calls) == 3
 
 
 def test_gradients_after_passes_without_them_and_the_other_way_round(calls):
