@@ -222,6 +222,7 @@ class Adapters(nn.ModuleDict):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mixed = None  # copies of A and B where they were
         device = self.device()
         if self.acting is not None and device is not None:
             self.acting.set_default(self.acting.default, default_table(self.strengths_now(), device))

@@ -325,6 +325,19 @@ def test_a_copy_knows_nothing_and_goes_its_own_way(copy_of):
             assert_acts(each)
 
 
+def test_a_model_that_is_moved_leaves_no_copies_behind():
+    model = several()
+    with use_adapters(model, ENTRIES), torch.no_grad():
+        model(X)
+        (layer,) = model.layers[0].lora.mixed.values()
+        memory = weakref.ref(layer.copies.flat)
+        del layer
+        model.to("cpu")
+        gc.collect()
+        assert memory() is None
+        assert_acts(model)
+
+
 def test_an_adapter_that_is_removed_is_freed_and_one_that_is_added_acts():
     model, entries = several(), ["fr", "es", None, "fr", "es"]
     with use_adapters(model, ENTRIES), torch.no_grad():
