@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
 in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
+flattened: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors  # one after the other, as one vector
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
 
 GLOBAL_HOOKS = (
@@ -109,6 +110,11 @@ def has_module_hooks(module: nn.Module) -> bool:
     """Whether a hook of its own or a global one runs when ``module`` is called."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or any(GLOBAL_HOOKS)
+
+
+def hooks_of(module: nn.Module) -> list[object]:
+    """What holds the hooks of ``module``, to ask of many modules at once whether one of them has any."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def checkpoint_of_saved_tensors() -> object:

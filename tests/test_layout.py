@@ -60,6 +60,8 @@ ELSEWHERE = {
     "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/fused_embedding": ("layers/test_embedding", "it must equal the plain formula, case by case"),
     "ops/embedding_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
+    "ops/mixed_products": ("ops/test_mixed_linear", "the op multiplies with them"),
+    "layers/mixed/copies": ("layers/mixed/test_linear", "outputs of layers show whether a copy is stale"),
     "ops/mixture": ("ops/test_mixed_linear", "the op multiplies what it puts side by side"),
     "ops/products": ("ops/test_linear", "its products are those of the op, forward and backward"),
     "ops/stacked": ("layers/test_parameter", "stacks of experts are parameters by name"),

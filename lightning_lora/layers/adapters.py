@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from copy import copy
 from types import MappingProxyType
 from typing import Any
@@ -30,12 +30,14 @@ class Adapters(nn.ModuleDict):
         strengths: coefficients other than 1 of adapters, as long as no choice is made; 0 for one that rests.
         acting: the choices of each thread; ``None`` as long as none was made, and every adapter acts fully.
         sums: a SummedWeight by the name of its parameter.
+        mixed: a MixedLayer by the names that act in it, of a linear layer that computed with a mixed batch.
     """
 
     enabled: bool = True
     strengths: Mapping[str, float] = MappingProxyType({})
     acting: Acting | None = None
     sums: Mapping[str, Any] = MappingProxyType({})
+    mixed: MutableMapping[frozenset[str], Any] | None = None
 
     def all_pairs(self) -> list[Adapter]:
         """The pairs of every adapter."""
@@ -47,7 +49,7 @@ class Adapters(nn.ModuleDict):
     def pairs_of(self, name: str) -> list[Adapter]:
         """The pairs of the adapter ``name``: one, or one for each matrix of the layer."""
         module: Any = self._modules[name]
-        return [pair for _, pair in module.items()] if isinstance(module, Pairs) else [module]
+        return [pair for _, pair in module.items()] if type(module) is Pairs else [module]
 
     def active_pairs(self) -> list[Adapter]:
         """The pairs that act in some sample now: none while disabled."""
@@ -72,12 +74,6 @@ class Adapters(nn.ModuleDict):
             return self.acting is not None
         choice = self.acting.now()
         return choice is not None and choice.size is not None
-
-    def acts_by_default(self) -> bool:
-        """Whether this thread made no choice; under a compiler, whether none was ever made."""
-        if self.acting is None:
-            return True
-        return not torch.compiler.is_compiling() and self.acting.now() is self.acting.default
 
     def terms(self, x: Tensor, extra: int = 0, dim: int = 0, size: int | None = None) -> Terms | MixedTerms:
         """The pairs that act on the input ``x``, each with its coefficient.
@@ -150,8 +146,16 @@ class Adapters(nn.ModuleDict):
             pairs.setdefault(adapter.part.key, []).append(adapter)
         return pairs
 
-    def summed(self, key: str) -> list[Adapter]:
-        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part."""
+    def summed(self, key: str, names: frozenset[str] | None = None) -> list[Adapter]:
+        """The pairs whose sum with the parameter ``key`` acts without a choice; none if one acts in part.
+
+        Args:
+            key: the name of the parameter.
+            names: the adapters that act by a choice, fully.
+        """
+        if names is not None:
+            chosen = [pair for name in self._modules if name in names for pair in self.pairs_of(name)]
+            return [pair for pair in chosen if pair.part.key == key]
         if self.acting is None:
             return [pair for pair in self.all_pairs() if pair.part.key == key]
         strengths = self.strengths_now()
@@ -186,7 +190,10 @@ class Adapters(nn.ModuleDict):
         # One operation, as two threads may make their first choices at once. An interrupt could leave a lock closed.
         acting = vars(self).setdefault("acting", Acting(default, table))
         acting.set_default(default, table)
-        acting.make_table(tuple(self._modules), device)
+        acting.make_table(self._modules, self.device)
+        for summed in self.sums.values():
+            summed.forget_choices()
+        self.mixed = None
 
     def begin(self, choice: Choice) -> None:
         """Let ``choice`` hold in this thread."""
@@ -194,13 +201,18 @@ class Adapters(nn.ModuleDict):
             self.prepare_choices()
         assert self.acting is not None
         self.acting.begin(choice)
-        self.acting.make_table(tuple(self._modules), self.device())
+        self.acting.make_table(self._modules, self.device)
 
     def end(self, choice: Choice) -> None:
         """Let ``choice`` hold no longer."""
         if self.acting is not None:
             self.acting.end(choice)
-            self.acting.make_table(tuple(self._modules), self.device())
+            self.acting.make_table(self._modules, self.device)
+        for summed in self.sums.values() if choice.full else ():
+            summed.group.end_of_choice(choice.full)
+        layer = None if self.mixed is None else self.mixed.get(choice.names)
+        if layer is not None:
+            layer.end_of_choice()
 
     def device(self) -> torch.device | None:
         """The device of A and B; ``None`` where they have no values."""
@@ -210,10 +222,11 @@ class Adapters(nn.ModuleDict):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mixed = None  # copies of A and B where they were
         device = self.device()
         if self.acting is not None and device is not None:
             self.acting.set_default(self.acting.default, default_table(self.strengths_now(), device))
-            self.acting.make_table(tuple(self._modules), device)
+            self.acting.make_table(self._modules, self.device)
         return self
 
 

@@ -8,13 +8,15 @@ then takes the choice of the first call, which is noted on the checkpoint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from lightning_lora.names import clean
 from lightning_lora.ops.mixture import Mixture
 from lightning_lora.torch_internals import backward_id, running_checkpoints, saved_tensors_have_hooks
 
@@ -50,12 +52,14 @@ class Choice(Held):
         size: how many samples the batch must have; ``None`` for any number.
         present: names that take part in the graph also where no sample uses them: with a coefficient of 0 they get a
             gradient of zeros, which processes that average gradients need.
-        layers: the names of the layers, for messages, by the ``id`` of their adapters.
+        layers: the names of the layers in the model, for messages, by the ``id`` of their adapters.
         is_ambiguous: whether the model has modules whose first dimension is not the batch.
+        linear_layers: the adapters of each linear layer, in their order in the model.
 
     Attributes:
         is_uniform: whether every sample has the same coefficients.
         names: of the adapters that take part.
+        full: their names, if they act fully and on a batch of any size, as without a choice; otherwise empty.
         blocks: shapes of the inputs of the blocks around experts, by the ``id`` of the experts' adapters.
     """
 
@@ -66,6 +70,7 @@ class Choice(Held):
         present: frozenset[str] = frozenset(),
         layers: Mapping[int, str] | None = None,
         is_ambiguous: bool = False,
+        linear_layers: Sequence[Any] = (),
     ) -> None:
         super().__init__()
         used = frozenset(name for sample in samples for name, weight in sample.items() if weight)
@@ -74,9 +79,12 @@ class Choice(Held):
         self.samples = [first] if self.is_uniform else list(samples)
         self.size, self.layers, self.is_ambiguous = size, layers or {}, is_ambiguous
         self.names = used | present
+        is_full = size is None and self.names == used and set(first.values()) <= {1.0}
+        self.full = self.names if is_full else frozenset()
         self._made: dict[object, Tensor] = {}
         self._mixtures: dict[object, Mixture] = {}
         self.blocks: dict[int, set[torch.Size]] = {}
+        self.linear_layers = linear_layers
 
     def weight_of(self, name: str) -> float:
         """The coefficient of the adapter ``name``, where that of every sample is the same."""
@@ -151,7 +159,7 @@ class Choice(Held):
 
     def name_of(self, adapters: object) -> str:
         """The name of the layer that has these ``adapters``."""
-        return self.layers.get(id(adapters), "a layer")
+        return clean(self.layers.get(id(adapters), "a layer"))
 
 
 class _Defaults:
@@ -210,10 +218,13 @@ class Acting:
         """Let ``choice`` hold no longer, and the one that began before it, or after it, hold again."""
         self._thread.choices = [each for each in self._thread.choices if each is not choice]
 
-    def make_table(self, names: tuple[str, ...], device: torch.device | None) -> None:
-        """Make the table of what acts in this thread, for adapters of these ``names`` on ``device``."""
+    def make_table(self, names: Iterable[str], device_of: Callable[[], torch.device | None]) -> None:
+        """Make the table of what acts in this thread, for adapters of these ``names`` on a device that is asked for."""
         choice, table = self.choice, self._defaults.table
-        self._thread.table = table if choice is None or device is None else choice.table(names, device)
+        if choice is not None:
+            device = device_of()
+            table = table if device is None else choice.table(tuple(names), device)
+        self._thread.table = table
 
     @contextmanager
     def only(self, choice: Choice) -> Iterator[None]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.mixed.linear import mixed_layer
 from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.source_code import is_library, is_linear_forward
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.summed_weight import summed_by_choice, summed_weight
 from lightning_lora.layers.weight_view import WeightPart
-from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, fuse_mixed, linear, linear_by_choice
+from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, linear, linear_by_choice
 from lightning_lora.ops.shared_input import SharedInputGroup
 
 
@@ -45,17 +46,22 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
         adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
-        weight = summed_weight(self, input) if adapters.sums else None
-        if weight is not None:
-            return base_linear(input, weight, self.bias)
+        choice = adapters.choice_now()
+        is_mixed = choice is not None and not choice.is_uniform and adapters.enabled
+        if is_mixed:
+            y = mixed_layer(adapters, choice).output(input, self.weight, self.bias, choice)
+            if y is not None:
+                return y
+        elif adapters.sums:
+            weight = summed_by_choice(self, input, choice)
+            if weight is not None:
+                return base_linear(input, weight, self.bias)
         if adapters.acting is None:
             return linear(input, self.weight, self.bias, adapters.active_pairs())
         terms = adapters.terms(input)
-        if not isinstance(terms, MixedTerms):
-            return linear_by_choice(input, self.weight, self.bias, terms)
-        pairs: Any = terms.pairs
-        y = fuse_mixed(input, self.weight, self.bias, pairs, terms.mixture)
-        return terms.add_to(base_linear(input, self.weight, self.bias), [input]) if y is None else y
+        if isinstance(terms, MixedTerms):
+            return terms.add_to(base_linear(input, self.weight, self.bias), [input])
+        return linear_by_choice(input, self.weight, self.bias, terms)
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):

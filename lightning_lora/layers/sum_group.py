@@ -52,6 +52,9 @@ class Member(Protocol):
     def forget(self) -> None:
         """Let go of the sum."""
 
+    def add_choice(self, names: frozenset[str]) -> None:
+        """Have a sum in which the adapters ``names`` act."""
+
 
 def place_now(weight: Tensor) -> tuple[object, ...]:
     """The dtype of a sum with ``weight``, the stream that computes it, and whether it is an inference tensor."""
@@ -66,6 +69,7 @@ class SumGroup:
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
+        self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
         self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
         self.addresses: list[int] = []  # of the tensors that `kinds` and `plan` are of
@@ -78,6 +82,23 @@ class SumGroup:
         self.grad: bool | None = None
         self.place: tuple[object, ...] = ()
         self.is_forgotten_soon = False
+
+    def alive(self) -> list[Member]:
+        """The members whose layers exist."""
+        return [member for reference in self.members if (member := reference()) is not None]
+
+    def of_choice(self, names: frozenset[str]) -> SumGroup:
+        """The group of the same layers whose sums have the adapters ``names`` in them."""
+        group = self.of_choices.get(names)
+        if group is None:
+            group = self.of_choices[names] = SumGroup()
+        return group
+
+    def end_of_choice(self, names: frozenset[str]) -> None:
+        """Let go of the sums of a choice that ends; those with a graph end with their backward pass."""
+        group = self.of_choices.get(names)
+        if group is not None and group.grad is False:
+            group.forget()
 
     def sum(self, first: Tensor, grad: bool) -> None:
         """Sum the weights of all layers that are adapted now, and can be summed together with the weight ``first``."""
@@ -95,8 +116,7 @@ class SumGroup:
 
     def _summed_now(self, first: Tensor, grad: bool) -> list[Member]:
         """The members that are summed together with the weight ``first``."""
-        held = [member for reference in self.members if (member := reference()) is not None]
-        live = [member for member in held if member.is_live(member.layer())]
+        live = [member for member in self.alive() if member.is_live(member.layer())]
         tensors: list[Any] = [parameters.get(key) for member in live for parameters, key in member.sources]
         if not set(map(type, tensors)) <= PLAIN:
             self.checked = []
@@ -125,10 +145,8 @@ class SumGroup:
     def forget(self) -> None:
         """Let go of the sums."""
         self._clear()
-        for reference in self.members:
-            member = reference()
-            if member is not None:
-                member.forget()
+        for member in self.alive():
+            member.forget()
 
     def forget_after_backward(self) -> None:
         """Let go of the sums at the end of the backward pass that runs now: no node tells that it recomputed all."""

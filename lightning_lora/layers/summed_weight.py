@@ -8,12 +8,15 @@ weight, as in full fine-tuning, and a copy of the adapted weights.
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
 is another forward pass, before which any value may have changed. In between, versions and addresses tell of changes.
 While a backward pass runs, a call is a recomputation under activation checkpointing, which reads the same sums.
+
+A choice of adapters for the whole batch has sums of its own, so threads with different choices do not share them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.choice import Choice
 from lightning_lora.layers.sum_group import PLAIN, SumGroup, place_now
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
@@ -36,6 +40,7 @@ from lightning_lora.torch_internals import (
 
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
 MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a forward twice, and packs what it saves
+MAX_CHOICES = 128  # whose plans a layer keeps; their sums are let go when the choice ends
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
@@ -49,22 +54,59 @@ class SummedWeight:
         width: features of the input for one position of the output: input features, or channels.
         size: elements of the weight.
         always: whether the sum is read wherever it can be made, whatever the sizes.
+        names: the adapters that a choice lets act, all fully; ``None`` for what acts without a choice.
     """
 
     value: Tensor | None = None
     index = 0  # in the group
     facts: Sequence[object] = ()
-    known: Sequence[object] = ()  # the adapters that `pairs` and `sources` are of, and with which strengths they act
+    strengths: dict[str, float] | None = None  # with which the adapters of `pairs` and `sources` act
+    adapters: Mapping[str, Any] = MappingProxyType({})  # of the layer when `pairs` and `sources` were found
     pairs: Sequence[Adapter] = ()
     sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
     is_whole = False  # A and B of one pair are the factors as they are
     was_read = False
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
-    def __init__(self, layer: LoRALayer, key: str, group: SumGroup, width: int, size: int, always: bool) -> None:
+    def __init__(
+        self,
+        layer: LoRALayer,
+        key: str,
+        group: SumGroup,
+        width: int,
+        size: int,
+        always: bool,
+        names: frozenset[str] | None = None,
+    ) -> None:
         self.layer, self.key = weakref.ref(layer), key  # the layer holds this
         self.group, self.width, self.size, self.always = group, width, size, always
+        self.names = names
+        self.of_choices: dict[frozenset[str], SummedWeight] = {}
         group.members.append(weakref.ref(self))
+
+    def of_choice(self, names: frozenset[str]) -> SummedWeight | None:
+        """The sum in which the adapters ``names`` act; it is in a group with those of the same layers."""
+        summed = self.of_choices.get(names)
+        if summed is None:
+            for member in self.group.alive():
+                member.add_choice(names)
+            summed = self.of_choices.get(names)  # another thread may have taken it away
+        return summed
+
+    def add_choice(self, names: frozenset[str]) -> None:
+        """Have a sum in which the adapters ``names`` act."""
+        layer = self.layer()
+        if layer is None or names in self.of_choices:
+            return
+        if len(self.of_choices) >= MAX_CHOICES:
+            self.of_choices.clear()
+        group = self.group.of_choice(names)
+        self.of_choices[names] = SummedWeight(layer, self.key, group, self.width, self.size, self.always, names)
+
+    def forget_choices(self) -> None:
+        """Let go of the sums of choices; they may hold adapters that were removed."""
+        self.of_choices.clear()
+        self.group.of_choices.clear()
 
     def is_live(self, layer: LoRALayer | None) -> bool:
         """Whether ``layer`` is the one that this was made for and computes with it, and its adapters act.
@@ -72,23 +114,23 @@ class SummedWeight:
         Another adapter, and another matrix of it, may take the place of one at any time.
         """
         adapters: Any = None if layer is None else layer._modules.get("lora")
-        if (
-            adapters is None
-            or layer is not self.layer()
-            or not adapters.enabled
-            or adapters.sums.get(self.key) is not self
-        ):
+        if adapters is None or layer is not self.layer() or not adapters.enabled or not self._is_in(adapters):
             return False
-        strengths = None if adapters.acting is None else dict(adapters.strengths)
-        present = [strengths, *adapters._modules.values()]
-        if present != self.known:
+        strengths = None if adapters.acting is None or self.names is not None else dict(adapters.strengths)
+        if strengths != self.strengths or adapters._modules != self.adapters:
             self.facts = ()
-            self.pairs = adapters.summed(self.key)
+            self.pairs = adapters.summed(self.key, self.names)
             matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
             self.sources = [(layer._parameters, self.key), *matrices]  # type: ignore[union-attr]
             self.is_whole = len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
-            self.known = present
+            self.strengths, self.adapters = strengths, dict(adapters._modules)
         return bool(self.pairs)
+
+    def _is_in(self, adapters: Any) -> bool:
+        summed: SummedWeight | None = adapters.sums.get(self.key)
+        if summed is None or self.names is None:
+            return summed is self
+        return summed.of_choices.get(self.names) is self
 
     def read(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """The sum, or ``None`` where the layer must compute on the side of the activations.
@@ -188,12 +230,21 @@ class SummedWeight:
 def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
     """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
     adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
+    return summed_by_choice(layer, x, adapters.choice_now(), key) if adapters.sums else None
+
+
+def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: str = "weight") -> Tensor | None:
+    """As :func:`summed_weight`, where ``choice`` acts now."""
+    adapters: Any = layer._modules["lora"]
     summed: SummedWeight | None = adapters.sums.get(key)
-    if summed is None or not adapters.acts_by_default():
+    if summed is None:
         return None
     if torch.compiler.is_compiling():
-        return _traced(layer, key) if summed.always else None
-    return summed.read(layer, x)
+        return _traced(layer, key) if summed.always and adapters.acting is None else None
+    if choice is None or choice is adapters.acting.default:
+        return summed.read(layer, x)
+    chosen = summed.of_choice(choice.full) if choice.full else None
+    return None if chosen is None else chosen.read(layer, x)
 
 
 def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:

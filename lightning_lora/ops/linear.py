@@ -6,8 +6,8 @@ possible, otherwise as the base output plus the low-rank term of each pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
 from lightning_lora.ops.mixed_linear import can_mix, mixed_linear
+from lightning_lora.ops.mixed_products import PairCopies
 from lightning_lora.ops.mixture import Mixture
 from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
@@ -95,7 +96,14 @@ def linear_by_choice(
 
 
 def fuse_mixed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Sequence[Pair]], mixture: Mixture
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    matrices: Sequence[Tensor],
+    scales: Sequence[float],
+    mixture: Mixture,
+    p: float,
+    copies_of: Callable[[Sequence[Tensor], torch.dtype], PairCopies],
 ) -> Tensor | None:
     """The sum of a batch whose samples use different adapters, as one node of autograd.
 
@@ -103,23 +111,19 @@ def fuse_mixed(
         x: ``(samples, ..., in_features)``.
         weight: as of :func:`linear`.
         bias: as of :func:`linear`.
-        adapters: the pairs of each adapter.
-        mixture: which samples use which adapter.
+        matrices: every A, then every B.
+        scales: of each pair.
+        mixture: which samples use which pair.
+        p: probability of dropout.
+        copies_of: gives the copies of ``matrices`` in the dtype of the products.
 
     Returns:
         ``None`` where one node is not possible.
     """
-    if any(len(pairs) != 1 for pairs in adapters):
-        return None
-    pairs = [pair for (pair,) in adapters]
-    operands: Any = [pair.operands() for pair in pairs]
-    chances = {pair.dropout if pair.training else 0.0 for pair in pairs}
-    if None in operands or len(chances) > 1 or (mixture.slots > 1 and chances != {0.0}):
-        return None  # each pair has a dropout of its own
-    if not can_mix(x, weight, bias, operands, mixture):
+    if not can_mix(x, weight, bias, matrices, mixture):
         return None
     x, weight, bias = _cast_by_autocast(x, weight, bias)
-    return mixed_linear(x, weight, bias, operands, [pair.scale for pair in pairs], mixture, chances.pop())
+    return mixed_linear(x, weight, bias, matrices, scales, mixture, p, copies_of(matrices, x.dtype))
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,36 +6,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
-from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, undropped
-from lightning_lora.ops.mixture import BySample, Mixture, PairsInGroups, Stacked
-from lightning_lora.ops.products import as_matrix, batched_matmul, like
+from lightning_lora.ops.fused_linear import can_fuse, undropped
+from lightning_lora.ops.mixed_products import BySample, MixedProducts, PairCopies, Stacked, copies_of
+from lightning_lora.ops.mixture import Mixture
+from lightning_lora.ops.products import as_matrix, like
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
+PLAIN = {Tensor, nn.Parameter}  # not sharded, not computed
 MAX_STACKED = 1024  # positions of a sample times pairs; measured on an H200 with 64 samples and r = 16
 
 
-def can_mix(
-    x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Sequence[tuple[Tensor, Tensor]], mixture: Mixture
-) -> bool:
-    """Whether :class:`MixedLinear` can be used: as the fused op of one pair."""
+def can_mix(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Sequence[Tensor], mixture: Mixture) -> bool:
+    """Whether :class:`MixedLinear` can be used: as the fused op of one pair.
+
+    Args:
+        x: the input.
+        weight: W0.
+        bias: of the layer.
+        matrices: every A, then every B.
+        mixture: which samples use which pair.
+    """
     return (
-        bool(mixture.factors)
+        mixture.is_used
         and x.dim() > 1
         and x.shape[0] == mixture.size
-        and can_fuse(x, weight, bias, *matrices[0])
-        and all(type(A) in PLAIN_CLASSES and type(B) in PLAIN_CLASSES for A, B in matrices)
+        and PLAIN.issuperset(map(type, matrices))
+        and can_fuse(x, weight, bias, matrices[0], matrices[-1])
     )
 
 
 class MixedLinear(torch.autograd.Function):
     """The sum for a batch whose samples use different pairs.
 
-    Saved for backward are ``x``, with dropout the dropped input and its mask, and ``A x``; A and B as they were cast
-    are kept, but no copies of them for each sample.
+    Saved for backward are ``x``, with dropout the dropped input and its mask, and ``A x``; the copies of A and B are
+    kept, but no copies of them for each sample.
     """
 
     @staticmethod
@@ -43,7 +50,7 @@ class MixedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        constants: tuple[Tensor, Mixture, Sequence[float], float, type[PairsInGroups]],
+        constants: tuple[Tensor, MixedProducts, float],
         *matrices: Tensor,
     ) -> Any:
         """``(samples, ..., in_features)`` to ``(samples, ..., out_features)``; with dropout also the dropped input.
@@ -52,17 +59,15 @@ class MixedLinear(torch.autograd.Function):
             ctx: the node.
             x: in the dtype of W0, contiguous.
             bias: ``(out_features,)``.
-            constants: W0, who uses which pair, the scales, the probability of dropout, and the class of the products.
+            constants: W0, the products with the copies of A and B, and the probability of dropout.
             matrices: every A, then every B.
         """
-        weight, mixture, scales, p, products = constants
-        half = len(matrices) // 2
-        pairs = products(mixture, matrices[:half], matrices[half:], scales, x.dtype)
+        weight, products, p = constants
         x_of_A, mask = torch.native_dropout(x, p, True) if p else (x, None)
-        hidden = pairs.weigh_(torch.bmm(in_groups(x_of_A, pairs), pairs.A.mT))
-        y = base_plus_groups(x, weight, bias, hidden, pairs)
+        hidden = products.hidden(x_of_A)
+        y = products.output(x, weight, bias, hidden)
         ctx.save_for_backward(x_of_A, mask, None if saved_tensors_have_hooks() else hidden)
-        ctx.pairs, ctx.matrices, ctx.versions = pairs, matrices, versions_of(weight, *matrices)
+        ctx.matrices, ctx.versions = matrices, versions_of(weight, *matrices)
         ctx.constants = constants
         if not p:
             return y
@@ -74,7 +79,7 @@ class MixedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, d_dropped: Tensor | None = None) -> Any:
         """The gradients of the inputs; those of A and B in their own dtype."""
         x, mask, hidden = ctx.saved_tensors
-        weight, mixture, scales, p, _ = ctx.constants
+        weight, products, p = ctx.constants
         needs_dx, needs_db, _, *needs = ctx.needs_input_grad
         if dy is None:  # only a second derivative goes this way
             dx = None if d_dropped is None else undropped(d_dropped, mask, p)
@@ -83,21 +88,21 @@ class MixedLinear(torch.autograd.Function):
         _check(ctx, needs_dx, again)
         db = as_matrix(dy).sum(0) if needs_db else None
         if again:
+            scales, mixture = products.scales, products.mixture
             base, low, gradients = differentiable_gradients(dy, x, weight, ctx.matrices, scales, mixture)
             low = low if d_dropped is None else low + d_dropped
             return base + (low if mask is None else undropped(low, mask, p)), db, None, *gradients
-        A, dy_groups = ctx.pairs.A, in_groups(dy, ctx.pairs)
-        d_hidden = ctx.pairs.weigh_(torch.bmm(dy_groups, ctx.pairs.B))
-        dx = None
+        dy = dy if dy.is_contiguous() else dy.contiguous()
+        d_hidden, dx = products.through_B(dy), None
         if needs_dx:
-            low = as_matrix(torch.bmm(d_hidden, A))
+            low = products.through_A(d_hidden)
             low = low if mask is None else undropped(low, as_matrix(mask), p)
             dx = like(low.addmm_(as_matrix(dy), weight), x)
-        return dx, db, None, *_gradients_of_pairs(ctx, dy_groups, d_hidden, in_groups(x, ctx.pairs), hidden, A)
+        return dx, db, None, *_gradients_of_pairs(ctx, dy, d_hidden, x, hidden)
 
 
 def _check(ctx: Any, needs_dx: bool, again: bool) -> None:
-    """Raise if W0, or A or B that were not copied by a cast, were modified since forward."""
+    """Raise if W0, or A or B that a second derivative reads, were modified since forward."""
     weight, versions = ctx.constants[0], ctx.versions
     if needs_dx:
         check_unmodified(weight, versions[0])
@@ -106,40 +111,22 @@ def _check(ctx: Any, needs_dx: bool, again: bool) -> None:
 
 
 def _gradients_of_pairs(
-    ctx: Any, dy: Tensor, d_hidden: Tensor, x: Tensor, hidden: Tensor | None, A: Tensor
+    ctx: Any, dy: Tensor, d_hidden: Tensor, x: Tensor, hidden: Tensor | None
 ) -> list[Tensor | None]:
-    """The gradients of every A, then of every B, by those of the products in groups; ``None`` where not needed."""
-    pairs, matrices, needs = ctx.pairs, ctx.matrices, ctx.needs_input_grad[3:]
+    """The gradients of every A, then of every B; ``None`` where not needed."""
+    products, matrices, needs = ctx.constants[1], ctx.matrices, ctx.needs_input_grad[3:]
     count = len(matrices) // 2
     every_dA: Sequence[Tensor | None] = [None] * count
     every_dB: Sequence[Tensor | None] = [None] * count
     if any(needs[:count]):
-        every_dA = pairs.gradients_of_A(batched_matmul(d_hidden.mT, x, matrices[0].dtype))
+        every_dA = products.gradients_of_A(d_hidden, x, matrices[0].dtype)
     if any(needs[count:]):
-        hidden = pairs.weigh_(torch.bmm(x, A.mT)) if hidden is None else hidden
-        every_dB = pairs.gradients_of_B(batched_matmul(dy.mT, hidden, matrices[count].dtype))
+        hidden = products.hidden(x) if hidden is None else hidden
+        every_dB = products.gradients_of_B(dy, hidden, matrices[count].dtype)
     gradients = [*every_dA, *every_dB]
     if all(needs):
         return gradients
     return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-
-
-def in_groups(x: Tensor, pairs: PairsInGroups) -> Tensor:
-    """``(samples, ..., features)`` as ``(groups, rows, features)``."""
-    return x.reshape(pairs.groups, -1, x.shape[-1])
-
-
-def base_plus_groups(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, pairs: PairsInGroups) -> Tensor:
-    """As :func:`lightning_lora.ops.products.base_plus_low_rank`, with ``hidden`` and B in groups."""
-    B = pairs.B
-    shape = *x.shape[:-1], weight.shape[0]
-    if bias is None:
-        y = torch.bmm(hidden, B.mT).view(shape).data
-        as_matrix(y).addmm_(as_matrix(x), weight.t())
-    else:
-        y = F.linear(x, weight, bias).data
-        in_groups(y, pairs).baddbmm_(hidden, B.mT)
-    return y
 
 
 def differentiable_gradients(
@@ -168,19 +155,32 @@ def mixed_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    matrices: Sequence[tuple[Tensor, Tensor]],
+    matrices: Sequence[Tensor],
     scales: Sequence[float],
     mixture: Mixture,
     p: float = 0.0,
-    products: type[PairsInGroups] | None = None,
+    copies: PairCopies | None = None,
+    products: type[MixedProducts] | None = None,
 ) -> Tensor:
-    """The output of :class:`MixedLinear`, with dropout of probability ``p`` on the input of every A.
+    """The output of :class:`MixedLinear`.
 
-    Products are chosen by sizes if they are not given.
+    Args:
+        x: ``(samples, ..., in_features)``, contiguous.
+        weight: W0.
+        bias: of the layer.
+        matrices: every A, then every B.
+        scales: of each pair.
+        mixture: which samples use which pair.
+        p: probability of dropout on the input of every A.
+        copies: of the matrices, in the dtype of ``x``; made if they are not given.
+        products: how to multiply; chosen by sizes if it is not given.
     """
-    every_A, every_B = zip(*matrices, strict=True)
+    copies = copies_of([matrices], x.dtype)[0] if copies is None else copies
     products = products or (Stacked if is_stacked(x, mixture) else BySample)
-    y: Any = _apply(x, bias, (weight, mixture, scales, p, products), *every_A, *every_B)
+    made = products(mixture, copies, tuple(scales))
+    if not (p or torch.is_grad_enabled()):  # a node that records nothing takes a third of the time of a small layer
+        return made.output(x, weight, bias, made.hidden(x))
+    y: Any = _apply(x, bias, (weight, made, p), *matrices)
     output: Tensor = y[0] if p else y
     return output
 

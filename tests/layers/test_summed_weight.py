@@ -579,20 +579,60 @@ def test_strengths_that_are_written_in_place_are_seen():
     assert_acts(model, {"de": 1.0}, sums=1)
 
 
-def test_a_choice_takes_the_other_side_and_leaves_the_sums_of_what_acts_without_one():
+BOTH = {"default": 1.0, "de": 1.0}
+CHOICES = [("de", {"de": 1.0}, 1), (BOTH, BOTH, 1), (None, {}, 0), ({"default": 0.5}, {"default": 0.5}, 0)]
+
+
+@pytest.mark.parametrize(("choice", "weights", "sums"), CHOICES)
+def test_a_choice_for_the_whole_batch_leaves_the_sums_of_what_acts_without_one(choice, weights, sums):
     model = several_adapters({"de": 0.0})
-    for choice, weights in (("de", {"de": 1.0}), (None, {}), ({"default": 0.5}, {"default": 0.5})):
+    for _ in range(2):
         assert_acts(model, {"default": 1.0}, sums=1)
         with use_adapters(model, choice):
-            assert_acts(model, weights, sums=0)
+            assert_acts(model, weights, sums)
             write_in_place(model, 1)
-            assert_acts(model, weights, sums=0)
+            assert_acts(model, weights, sums)
         assert_acts(model, {"default": 1.0}, sums=1)
         with use_adapters(model.layers[1], choice):
             x = torch.tanh(model.layers[0](X))
             y = torch.tanh(model.layers[1](x))
         plain = oracle_of_layer(model.layers[1], x, weights)
         assert_close(y, torch.tanh(plain))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("calls", ["all", "left out", "in the middle"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_inside_of_a_choice(change, calls, mode):
+    model, (before, after) = several_adapters(), CALLS[calls]
+    with use_adapters(model, "default"):
+        with MODES[mode]():
+            model(X, before)
+        change(model, 1)
+        with counted_sums() as sums, MODES[mode]():
+            present = model(X, after)
+    assert sums
+    expected = WrittenOut(model)
+    output = expected(X, after)
+    assert_close(present, output)
+    if mode == "train":
+        present.square().sum().backward()
+        output.square().sum().backward()
+        pairs = [expected.model.layers[index].lora["default"] for index in set(after)]
+        assert all(parameter.grad is not None for pair in pairs for parameter in pair.parameters())
+        assert all(p.grad is None for layer in model.layers for p in layer.lora["de"].parameters())
+        expected.assert_gradients()
+
+
+def test_adapters_that_change_names_inside_of_their_layers():
+    """The same modules in the same order under other names."""
+    model = several_adapters()
+    for weights in ({"default": 1.0}, {"default": 1.0}):
+        with use_adapters(model, "default"):
+            assert_acts(model, weights, sums=1)
+        for layer in model.layers:
+            adapters = layer.lora
+            adapters._modules.update(dict(zip(adapters._modules, reversed(adapters._modules.values()), strict=True)))
 
 
 def oracle_of_layer(layer, x, weights):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import disable_lora, merge_lora, remove_lora, unmerge_lora
+from lightning_lora import disable_lora, merge_lora, remove_lora, unmerge_lora, use_adapters
 from lightning_lora.layers.summed_weight import summed_weight
 from tests.helpers import oracles
 from tests.helpers.interrupts import interrupt, lines_in
@@ -386,6 +386,72 @@ def test_two_threads_compute_with_one_model():
 
 
 # The verbs.
+
+
+def test_threads_with_choices_of_their_own_have_sums_of_their_own():
+    model, outputs, barrier = adapted(tower(), name="de"), {}, threading.Barrier(2)
+
+    def run(name):
+        with use_adapters(model, name), torch.no_grad():
+            barrier.wait()
+            outputs[name] = [model(X) for _ in range(100)]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("default", "de")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, other in (("default", "de"), ("de", "default")):
+        remove_lora(alone := copy.deepcopy(model), name=other)
+        expected = alone(X)
+        for y in outputs[name]:
+            assert_close(y, expected)
+
+
+def test_what_a_choice_has_summed_is_freed_when_it_ends(without_collector):
+    model = adapted(tower(), name="de")
+    with use_adapters(model, "de"), torch.no_grad():
+        model(X)
+        chosen = [layer.lora.sums["weight"].of_choices[frozenset({"de"})] for layer in model.layers]
+        sums = [weakref.ref(summed.value) for summed in chosen]
+        assert all(reference() is not None for reference in sums)
+    assert all(reference() is None for reference in sums)
+    removed = weakref.ref(model.layers[0].lora["de"])
+    del chosen
+    remove_lora(model, name="de")
+    gc.collect()
+    assert removed() is None, "the plan of a choice that may come again holds no adapter"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_of_a_choice_has_no_sums_of_it(copied):
+    model = adapted(tower(), name="de")
+    with use_adapters(model, "de"):
+        expected = model(X)
+        copy_of = copied(model)
+    assert not any(layer.lora.sums["weight"].of_choices for layer in copy_of.layers)
+    with use_adapters(copy_of, "de"):
+        assert same_bits(copy_of(X), expected)
+
+
+@BOTH_WAYS
+def test_a_choice_inside_of_a_checkpoint_and_one_that_has_ended(use_reentrant):
+    model, plain = adapted(tower(), name="de"), adapted(tower("activations"), "activations", name="de")
+    for each in (model, plain):
+        losses = []
+        for name in ("de", "default"):
+            with use_adapters(each, name):
+                x = X.clone().requires_grad_()
+                losses.append(checkpoint(each, x, use_reentrant=use_reentrant).square().sum())
+        with use_adapters(each, "de"):
+            sum(losses).backward()
+    assert_same_gradients(model, plain)
+
+
+def test_a_list_that_is_no_batch_is_refused_whatever_the_side():
+    model = adapted(tower(), name="de")
+    with use_adapters(model, ["de"] * 4), pytest.raises(ValueError, match="chosen by 4 entries"):
+        model(X)
 
 
 def test_disabled_adapters():

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora.ops import mixed_linear as op
-from lightning_lora.ops.mixture import BySample, Mixture, Stacked
+from lightning_lora.ops.mixed_products import BySample, Stacked
+from lightning_lora.ops.mixture import Mixture
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -44,6 +45,11 @@ def tensors(dtype=torch.float64, ranks=(2, 2, 2), shape=(5, 3, 6), out=4, bias=T
     return x.requires_grad_(), weight, torch.randn(out, device=DEVICE, dtype=dtype) if bias else None, pairs
 
 
+def every(pairs) -> list[Tensor]:
+    """Every A, then every B."""
+    return [A for A, _ in pairs] + [B for _, B in pairs]
+
+
 def reference(x, weight, bias, pairs, scales, samples) -> Tensor:
     """Each sample alone, in fp64."""
     rows = []
@@ -72,7 +78,7 @@ def gradients(y: Tensor, x: Tensor, pairs) -> list[Tensor]:
 )
 def test_a_sample_in_a_mixed_batch_is_that_sample_alone(products, samples, dtype, ranks, scales, bias):
     x, weight, bias, pairs = tensors(dtype, ranks, bias=bias)
-    y = op.mixed_linear(x, weight, bias, pairs, scales, Mixture(samples, DEVICE), products=products)
+    y = op.mixed_linear(x, weight, bias, every(pairs), scales, Mixture(samples, DEVICE), products=products)
     expected = reference(x, weight, bias, pairs, scales, samples)
     assert y.dtype == dtype
     pieces = zip(gradients(y, x, pairs), gradients(expected, x, pairs), strict=True)
@@ -87,7 +93,9 @@ def test_a_sample_in_a_mixed_batch_is_that_sample_alone(products, samples, dtype
 @pytest.mark.parametrize("shape", [(5, 6), (5, 2, 3, 6)])
 def test_samples_of_one_position_and_of_several_dimensions(products, shape):
     x, weight, bias, pairs = tensors(shape=shape)
-    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), Mixture(SAMPLES["weights"], DEVICE), products=products)
+    y = op.mixed_linear(
+        x, weight, bias, every(pairs), (1, 1, 1), Mixture(SAMPLES["weights"], DEVICE), products=products
+    )
     expected = reference(x, weight, bias, pairs, (1, 1, 1), SAMPLES["weights"])
     torch.testing.assert_close(y, expected)
     for got, wanted in zip(gradients(y, x, pairs), gradients(expected, x, pairs), strict=True):
@@ -98,7 +106,7 @@ def test_samples_of_one_position_and_of_several_dimensions(products, shape):
 def test_a_pair_of_higher_rank_that_no_sample_uses_gets_zeros(products):
     x, weight, bias, pairs = tensors(ranks=(2, 2, 5))
     mixture = Mixture([[1, 0, 0], [0, 1, 0]] * 2 + [[0, 0, 0]], DEVICE)
-    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, products=products)
+    y = op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, products=products)
     *_, dA, dB = torch.autograd.grad(y.sum(), [x, *(matrix for pair in pairs for matrix in pair)])
     assert dA.shape == (5, 6) and not dA.any() and dB.shape == (4, 5) and not dB.any()
 
@@ -110,7 +118,7 @@ def test_gradients_of_every_order(products):
 
     def function(x, *matrices):
         return op.mixed_linear(
-            x, weight, bias, list(zip(matrices[::2], matrices[1::2], strict=True)), (1, 2, 0.5), mixture, 0.0, products
+            x, weight, bias, [*matrices[::2], *matrices[1::2]], (1, 2, 0.5), mixture, products=products
         )
 
     inputs = (x, *(matrix for pair in pairs for matrix in pair))
@@ -126,7 +134,7 @@ def test_dropout_has_one_mask_in_both_passes(products):
     def function(x, *matrices):
         torch.manual_seed(3)
         pairs = list(zip(matrices[::2], matrices[1::2], strict=True))
-        return op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, 0.5, products)
+        return op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, 0.5, products=products)
 
     inputs = (x, *(matrix for pair in pairs for matrix in pair))
     assert torch.autograd.gradcheck(function, inputs)
@@ -138,14 +146,14 @@ def test_dropout_has_one_mask_in_both_passes(products):
 def test_a_value_changed_before_backward_is_an_error_where_it_is_needed(products):
     x, weight, bias, pairs = tensors()
     mixture = Mixture(SAMPLES["one each"], DEVICE)
-    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, products=products)
+    y = op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, products=products)
     expected = gradients(y, x, pairs)
-    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, products=products)
+    y = op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, products=products)
     with torch.no_grad():
         pairs[0][0].add_(1)  # backward has its own copies of A and B
     for got, wanted in zip(gradients(y, x, pairs), expected, strict=True):
         assert torch.equal(got, wanted)
-    y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), mixture, products=products)
+    y = op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, products=products)
     weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(y, x, pairs)
@@ -156,7 +164,9 @@ def test_saved_are_the_input_and_the_hidden_rows_alone(products):
     x, weight, bias, pairs = tensors(shape=(5, 40, 6))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        y = op.mixed_linear(x, weight, bias, pairs, (1, 1, 1), Mixture(SAMPLES["one each"], DEVICE), products=products)
+        y = op.mixed_linear(
+            x, weight, bias, every(pairs), (1, 1, 1), Mixture(SAMPLES["one each"], DEVICE), products=products
+        )
     assert sizes == [x.numel()]  # while hooks pack what is saved, A x is computed again
     got = gradients(y, x, pairs)
     wanted = gradients(reference(x, weight, bias, pairs, (1, 1, 1), SAMPLES["one each"]), x, pairs)
@@ -174,10 +184,10 @@ def test_where_it_can_be_used():
     x, weight, bias, pairs = tensors(torch.float32)
     x = x.detach()
     mixture = Mixture(SAMPLES["one each"], DEVICE)
-    assert op.can_mix(x, weight, bias, pairs, mixture)
-    assert not op.can_mix(x[:4], weight, bias, pairs, mixture)
-    assert not op.can_mix(x.double(), weight, bias, pairs, mixture)
-    assert not op.can_mix(x, weight, bias, pairs, Mixture([[0.0, 0.0, 0.0]] * 5, DEVICE))
-    assert not torch.func.vmap(lambda x: torch.tensor(op.can_mix(x, weight, bias, pairs, mixture)))(
+    assert op.can_mix(x, weight, bias, every(pairs), mixture)
+    assert not op.can_mix(x[:4], weight, bias, every(pairs), mixture)
+    assert not op.can_mix(x.double(), weight, bias, every(pairs), mixture)
+    assert not op.can_mix(x, weight, bias, every(pairs), Mixture([[0.0, 0.0, 0.0]] * 5, DEVICE))
+    assert not torch.func.vmap(lambda x: torch.tensor(op.can_mix(x, weight, bias, every(pairs), mixture)))(
         copy.copy(x).expand(2, *x.shape)
     ).any()

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lightning_lora.ops.fused_linear import fused_linear
 from lightning_lora.ops.mixed_linear import is_stacked, mixed_linear
-from lightning_lora.ops.mixture import BySample, Mixture, Stacked
+from lightning_lora.ops.mixed_products import BySample, Stacked
+from lightning_lora.ops.mixture import Mixture
 from speed_sections.bars import at_most
 from speed_sections.comparison import heading
 from speed_sections.settings import DEVICE, OURS, Settings, Windows
@@ -105,7 +106,8 @@ def grouped(sizes: Sizes, x: Tensor, weight: Tensor, pairs: list[tuple[Tensor, T
 def calls(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
     """Each way to compute the layer, and what gets a gradient."""
     x, weight, pairs = sizes.tensors()
-    mixed = partial(mixed_linear, x, weight, None, pairs, [1.0] * sizes.count, sizes.mixture())
+    matrices = [*(A for A, _ in pairs), *(B for _, B in pairs)]
+    mixed = partial(mixed_linear, x, weight, None, matrices, [1.0] * sizes.count, sizes.mixture())
     ways: dict[str, Callable[[], Tensor]] = {
         FROZEN: lambda: F.linear(x, weight),
         ONE: lambda: fused_linear(x, weight, None, *pairs[0], 1.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Real
@@ -14,11 +14,12 @@ from torch import nn
 from lightning_lora.layers.adapters import Adapters as LayerAdapters
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice, Weights
+from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
 from lightning_lora.model.record import is_merged_layer
-from lightning_lora.names import clean, nearest
+from lightning_lora.names import nearest
 
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
 
@@ -28,8 +29,9 @@ def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager
 
     Blocks nest, and hold for the thread that entered them. Backward may run outside: under activation checkpointing
     the second forward acts as the first. What no sample used gets no gradient. Trained biases and ``also_train``
-    modules are the same for all adapters; :func:`disable_lora` takes these off too. Inside, layers compute on the
-    activations' side (see ``compute`` of :func:`apply_lora`), which gives the weight's side's result to rounding.
+    modules are the same for all adapters; :func:`disable_lora` takes these off too. With a list, and with factors
+    other than 1, layers compute on the activations' side (see ``compute`` of :func:`apply_lora`), which gives the
+    weight's side's result to rounding.
 
     A list chooses for each sample of the batch; where a decoder alone generates by beams, for each beam. Then layers
     that compute with their weight alone (recurrent layers, parameters that are adapted by name) are refused, as are
@@ -82,19 +84,22 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
     if any(map(is_merged_layer, modules.values())):
         raise ValueError("The adapters are merged into the model: call `unmerge_lora(model)` before `use_adapters`.")
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
-    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.lora._modules))
+    names: dict[str, object] = {}
+    for layer in layers.values():
+        names.update(layer.lora._modules)
     if not names:
         raise ValueError("The model has no adapters to choose from: call `apply_lora` first.")
     by_sample = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    samples = [_weights(each, names) for each in (adapters if by_sample else [adapters])]  # type: ignore[union-attr]
+    samples = _samples(adapters if by_sample else [adapters], names)  # type: ignore[arg-type]
     if not samples:
         raise ValueError("`adapters` must have one entry for each sample of the batch, but got an empty list.")
     choice = Choice(
         samples,
         size=len(samples) if by_sample else None,
         present=frozenset(present),
-        layers={id(layer.lora): clean(name) for name, layer in layers.items()} if by_sample else {},
+        layers={id(layer.lora): name for name, layer in layers.items()} if by_sample else {},
         is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
+        linear_layers=[layer.lora for layer in layers.values() if isinstance(layer, LoRALinear)] if by_sample else [],
     )
     for name, layer in layers.items():
         if layer.lora._modules:
@@ -120,7 +125,14 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def _weights(adapters: Any, names: list[str]) -> Weights:
+def _samples(entries: Sequence[Any], names: Collection[str]) -> list[Weights]:
+    """The coefficients that each entry means."""
+    entries_by_name = [each for each in entries if isinstance(each, str)]
+    known = {name: _weights(name, names) for name in dict.fromkeys(entries_by_name)}
+    return [known[each] if isinstance(each, str) else _weights(each, names) for each in entries]
+
+
+def _weights(adapters: Any, names: Collection[str]) -> Weights:
     """The coefficients that one entry means.
 
     Raises:
@@ -137,7 +149,7 @@ def _weights(adapters: Any, names: list[str]) -> Weights:
         )
     for name in weights:
         if name not in names:
-            close = ", ".join(f"`{each}`" for each in nearest(str(name), names))
+            close = ", ".join(f"`{each}`" for each in nearest(str(name), list(names)))
             raise ValueError(f"`adapters` has {name!r}, which is no adapter of the model. It has {close}.")
         if not math.isfinite(weights[name]):
             raise ValueError(f"`adapters[{name!r}]` must be finite, but got {weights[name]}.")
