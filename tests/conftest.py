@@ -1,8 +1,9 @@
-"""What holds for every test: workers side by side take one thread each, and the environment is given back."""
+"""What holds for every test: workers take one thread each, the environment is given back, no arguments are there."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +18,12 @@ def environment() -> Iterator[None]:
     """Undo what a test does to the environment variables.
 
     Lightning leaves LOCAL_RANK there after a fit with DDP, and a later Trainer with two devices waits for a second rank
-    that it then does not start.
+    that it then does not start. pytest's own arguments go for the time of the test: LightningCLI warns of them.
     """
-    before = dict(os.environ)
+    before, arguments = dict(os.environ), sys.argv
+    sys.argv = arguments[:1]
     yield
+    sys.argv = arguments
     for name in (os.environ.keys() | before.keys()) - {"PYTEST_CURRENT_TEST"}:
         if name in before:
             os.environ[name] = before[name]

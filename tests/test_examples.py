@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.scripts import run_python
+from tests.helpers.scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("mlxtend")
@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 
 def run(folder: Path, script: str, *arguments: object) -> str:
-    done = run_python(EXAMPLES / script, *arguments, folder=folder)
+    done = run_script(EXAMPLES / script, *arguments, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

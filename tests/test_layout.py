@@ -6,8 +6,6 @@ import ast
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import lightning_lora
 
 PACKAGE, TESTS = Path(lightning_lora.__file__).parent, Path(__file__).parent
@@ -113,30 +111,27 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def own_test(source: Path) -> Path:
-    return TESTS / source.with_name(f"test_{source.name}")
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_every_source_file_has_a_test_file_of_its_name_or_a_reason(source):
-    name = source.with_suffix("").as_posix()
-    if name not in ELSEWHERE:
-        assert own_test(source).exists(), f"write {own_test(source)}, or say in ELSEWHERE which file tests it and why"
-        return
-    file, reason = ELSEWHERE[name]
-    assert not own_test(source).exists(), f"{name} has a test file of its own: delete its entry in ELSEWHERE"
-    assert (TESTS / f"{file}.py").exists() and reason
+def test_every_source_file_has_a_test_file_of_its_name_or_a_reason():
+    for source in SOURCES:
+        name = source.with_suffix("").as_posix()
+        own = TESTS / source.with_name(f"test_{source.name}")
+        if name not in ELSEWHERE:
+            assert own.exists(), f"write {own}, or say in ELSEWHERE which file tests it and why"
+            continue
+        file, reason = ELSEWHERE[name]
+        assert not own.exists(), f"{name} has a test file of its own: delete its entry in ELSEWHERE"
+        assert (TESTS / f"{file}.py").exists() and reason, name
 
 
 def test_reasons_are_of_files_that_exist():
     assert ELSEWHERE.keys() <= {source.with_suffix("").as_posix() for source in SOURCES}
 
 
-@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
-def test_no_test_file_imports_from_another(path):
-    imports = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ImportFrom)]
-    from_tests = [str(node.module) for node in imports if str(node.module).startswith("tests")]
-    assert all(module.startswith("tests.helpers") for module in from_tests)
+def test_no_test_file_imports_from_another():
+    for path in TEST_FILES:
+        imports = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ImportFrom)]
+        from_tests = [str(node.module) for node in imports if str(node.module).startswith("tests")]
+        assert all(module.startswith("tests.helpers") for module in from_tests), path
 
 
 def test_no_toy_model_is_defined_twice():

@@ -128,14 +128,6 @@ assert "LoRACallback" in vars(lightning_lora), "the second access costs nothing"
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
-def test_the_callback_comes_at_once_where_lightning_is_there(first):
-    script = f"import {first}, lightning_lora; assert 'LoRACallback' in vars(lightning_lora)"
-    done = run_code(script)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'lightning_lora' has no attribute 'LoraCallback'"):
         lightning_lora.LoraCallback  # noqa: B018
@@ -143,13 +135,15 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
-def test_import_leaves_the_logger_that_the_user_may_have_silenced(first):
+def test_where_lightning_is_there_the_callback_comes_at_once_and_the_logger_stays_as_the_user_set_it(first):
     script = f"""
 import {first}
 from lightning_utilities.core import rank_zero
 before = rank_zero.log
 assert before.name.startswith("{first}")
-import lightning_lora, lightning.pytorch, pytorch_lightning
+import lightning_lora
+assert "LoRACallback" in vars(lightning_lora)
+import lightning.pytorch, pytorch_lightning
 assert rank_zero.log is before
 assert issubclass(lightning_lora.LoRACallback, lightning.pytorch.Callback)
 assert issubclass(lightning_lora.LoRACallback, pytorch_lightning.Callback)

@@ -19,7 +19,7 @@ LAYERS = [f"net.layers.{block}.{name}" for block in (0, 1) for name in "qkvo"]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysis")
-    done = run_script("analysis_two_processes.py", folder)
+    done = run_script("analysis_two_processes.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder, [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -43,50 +44,53 @@ PACKAGE = str(Path(lightning_lora.__file__).parent)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
-class LineCounter:
-    """A trace function that counts lines of the package, and raises ``error`` at the line number ``at``."""
-
-    def __init__(self, at: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.at, self.error, self.places = at, error, list[str]()
-
-    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
-        return self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
-            self.places.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}")
-            if len(self.places) == self.at:
-                sys.settrace(None)
-                raise self.error
-        return self.trace
-
-
 def lines_in(call: Callable[[], object]) -> list[str]:
     """The lines of the package that ``call`` runs, as ``file:line``, in their order."""
-    counter = LineCounter()
-    before = sys.gettrace()
-    sys.settrace(counter)
-    try:
+    lines: list[tuple[str, int]] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    with traced_by(trace):
         call()
-    finally:
-        sys.settrace(before)
-    return counter.places
+    return [f"{file.removeprefix(PACKAGE)}:{line}" for file, line in lines]
 
 
 def interrupt(call: Callable[[], object], at: int, error: type[BaseException] = KeyboardInterrupt) -> str:
     """Call it, and raise ``error`` in it at the line number ``at``; returns the file and the line of the package."""
-    counter = LineCounter(at, error)
-    before, unraisable = sys.gettrace(), sys.unraisablehook
+    left, file, line = at, "", 0
+    unraisable = sys.unraisablehook
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:  # runs at every line: it has to be short
+        nonlocal left, file, line
+        if event == "line":
+            left -= 1
+            if not left:
+                sys.settrace(None)
+                file, line = frame.f_code.co_filename, frame.f_lineno
+                raise error
+        return trace
+
     sys.unraisablehook = lambda _: None  # an interrupt in `__del__`
-    sys.settrace(counter)
     try:
-        call()
-    except error:
-        pass
+        with suppress(error), traced_by(trace):
+            call()
+    finally:
+        sys.unraisablehook = unraisable
+    return f"{file.removeprefix(PACKAGE)}:{line}"
+
+
+@contextmanager
+def traced_by(trace: Callable[[FrameType, str, object], Any]) -> Iterator[None]:
+    """Call ``trace`` for every line of the package that runs."""
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename.startswith(PACKAGE) else None)
+    try:
+        yield
     finally:
         sys.settrace(before)
-        sys.unraisablehook = unraisable
-    return counter.places[-1]
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -201,6 +201,10 @@ CASES = [
 SLOW = {"tune-norm", "tune-head", "tune-patterns", "prompt-deep", "bottleneck-houlsby", "bottleneck-pfeiffer"}
 SLOW |= {"bottleneck-block", "fusion-houlsby"}
 FAST = [case for case in CASES if case.name not in SLOW]
+# One case of each class of callbacks, where its arguments play no part; and what the fast selection takes of a table.
+EACH = {"lora", "prefix", "prompt", "subspace", "tune-bias", "bottleneck-parallel", "fusion-parallel"}
+OF_EACH_CALLBACK = [case for case in FAST if case.name in EACH]
+QUICK = [case for case in FAST if case.name in ("prefix", "bottleneck-parallel")]
 # Not among the others, which call the module without a batch: the segment of a sample is its class.
 SEGMENTS = MethodCase(
     "bottleneck-segments",

@@ -56,15 +56,15 @@ def fit(strategy: str, case: MethodCase, folder: Path, epochs: int, ckpt: object
 
 
 def life(strategy: str, case: MethodCase, folder: Path) -> dict[str, object]:
-    """Four epochs, two and two, and the best checkpoint in a test and in a fresh module."""
-    runner, module, files = fit(strategy, case, folder / "four", 4)
+    """Two epochs, one and one, and the best checkpoint in a test."""
+    runner, module, files = fit(strategy, case, folder / "whole", 2)
     state = case.make().method.state(module)
     weights = [state[name] for name in sorted(case.trained)]
     result: dict[str, object] = {"equal": all(all_equal(weight) for weight in weights)}
     if strategy != "fsdp1":  # which keeps pieces after the run
         result["frozen"] = {name: full(p) for name, p in module.named_parameters() if name not in case.trained}
-    _, _, two = fit(strategy, case, folder / "two", 2)
-    fit(strategy, case, folder / "resumed", 4, two.last_model_path)
+    _, _, half = fit(strategy, case, folder / "half", 1)
+    fit(strategy, case, folder / "resumed", 2, half.last_model_path)
     if strategy == "ddp":
         result["best"] = runner.test(module, data(2), ckpt_path=files.best_model_path, verbose=False)
     result["path"] = files.best_model_path

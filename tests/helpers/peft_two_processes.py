@@ -48,4 +48,6 @@ if __name__ == "__main__":
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(run, (port, sys.argv[1] if len(sys.argv) > 1 else folder), nprocs=2)
+        multiprocessing.start_processes(
+            run, (port, sys.argv[1] if len(sys.argv) > 1 else folder), nprocs=2, start_method="fork"
+        )

@@ -1,14 +1,13 @@
-"""Real signals at random moments of ``merge_lora`` or ``unmerge_lora``: ``python real_signals.py merge|unmerge``.
+"""Real signals at random moments of ``merge_lora`` and ``unmerge_lora``: ``python real_signals.py``.
 
 A process of its own takes them: Python drops an interrupt that comes in a callback of the garbage collector, and torch
-leaves gradients off after one that comes in the exit of its ``no_grad``. Both would be found by other tests.
+leaves gradients off after one that comes in the exit of its ``no_grad``. Other tests would then fail.
 """
 
 from __future__ import annotations
 
 import random
 import signal
-import sys
 import time
 
 import torch
@@ -60,4 +59,5 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for verb_name in VERBS:
+        main(verb_name)

@@ -1,4 +1,4 @@
-"""Runs of two CPU processes (gloo) under every strategy, started by test_strategies.py as a script."""
+"""Runs of two CPU processes (gloo) under every strategy, started by strategies/test_base.py as a script."""
 
 from __future__ import annotations
 
@@ -321,9 +321,9 @@ def fit(name: str, folder: Path, epochs: int = 2, ckpt: object = None, more: tup
 
 
 def train(name: str, folder: Path) -> dict:
-    """Fit, merge on every rank, test the best; a fresh module tests the same."""
+    """Fit two epochs, merge on every rank, test the best; a fresh module tests the same."""
     watch = Watch()
-    runner, module, files = fit(name, folder, more=(watch,), merge=True)
+    runner, module, files = fit(name, folder / "whole", more=(watch,), merge=True)
     best = files.best_model_path
     result = {"rank": runner.global_rank, "best path": best, "parted": watch.parted, "traffic": watch.traffic}
     owners = (runner.strategy, runner.precision_plugin, module)
@@ -374,10 +374,9 @@ def shapes() -> dict:
 
 
 def resume(name: str, folder: Path) -> dict:
-    """Four epochs, and two and two; one with gradients accumulated over two batches and clipped hard."""
-    fit(name, folder / "four", 4)
-    fit(name, folder / "two", 2)
-    fit(name, folder / "resumed", 4, folder / "two" / "last.ckpt")
+    """One epoch, and one more; one with gradients accumulated over two batches and clipped hard."""
+    fit(name, folder / "one", 1)
+    fit(name, folder / "resumed", 2, folder / "one" / "last.ckpt")
     if name != "ddp-static-graph":  # torch itself cannot accumulate there
         fit(name, folder / "accumulated", 1, accumulate_grad_batches=2, gradient_clip_val=0.01)
     return {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,10 +71,20 @@ def train(folder: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Four epochs, and two and two."""
-    run(folder / "four", 4, merge=False)
+    """Two epochs, and one and one."""
     run(folder / "two", 2, merge=False)
-    run(folder / "resumed", 4, folder / "two" / "last.ckpt", merge=False)
+    run(folder / "one", 1, merge=False)
+    run(folder / "resumed", 2, folder / "one" / "last.ckpt", merge=False)
+
+
+def forked(folder: Path) -> None:
+    """A fit in workers that Lightning forks; then tests of the module and of a fresh one, of the file."""
+    files, module = checkpoints(folder), Lit()
+    callback = partial(LoRACallback, r=4, also_train=["head"])
+    trainer(callback(), files, strategy="ddp_fork", devices=2, max_epochs=1).fit(module, data(), data(1))
+    state, path = copy.deepcopy(module.state_dict()), files.best_model_path
+    tested = [trainer(callback()).test(each, data(2), ckpt_path=path, verbose=False) for each in (module, Lit())]
+    torch.save({"state": state, "tested": tested}, folder / "forked.pt")
 
 
 class LoadedByOne(RankSeeds):
@@ -86,10 +98,10 @@ class LoadedByOne(RankSeeds):
 
 
 def base_of_one(folder: Path) -> None:
-    """Four epochs, and two and two, and tests, where one rank has the base; then merged weights on both ranks."""
-    run(folder / "four", 4, make=LoadedByOne, merge=False)
+    """Two epochs, and one and one, and tests, where one rank has the base; then merged weights on both ranks."""
     run(folder / "two", 2, make=LoadedByOne, merge=False)
-    runner, module, _ = run(folder / "resumed", 4, folder / "two" / "last.ckpt", LoadedByOne)
+    run(folder / "one", 1, make=LoadedByOne, merge=False)
+    runner, module, _ = run(folder / "resumed", 2, folder / "one" / "last.ckpt", LoadedByOne)
     result = {"equal": all_equal(flat(module))}
     result["tested"] = runner.test(module, data(2), ckpt_path=folder / "resumed" / "last.ckpt", verbose=False)
     torch.save(result, folder / f"base_of_one-{runner.global_rank}.pt")
@@ -114,7 +126,7 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        cases = {case.__name__: case for case in (train, resume, base_of_one, other_arguments)}
+        cases = {case.__name__: case for case in (train, resume, forked, base_of_one, other_arguments)}
         cases[sys.argv[1]](Path(sys.argv[2]))
     except BaseException:
         traceback.print_exc()

@@ -5,7 +5,6 @@ Each rank compares its gradients with the mean of those of both ranks, written o
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import traceback
@@ -91,10 +90,10 @@ def run(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as rendezvous:
         processes = [
-            multiprocessing.get_context("spawn").Process(target=run, args=(rank, rendezvous)) for rank in (0, 1)
+            multiprocessing.get_context("fork").Process(target=run, args=(rank, rendezvous)) for rank in (0, 1)
         ]
         for process in processes:
             process.start()

@@ -596,8 +596,7 @@ def test_compiled_whole_gives_the_same_outputs_and_gradients(name, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", ["self-batch-first", "kdim"])
+@pytest.mark.parametrize(("name", "context"), [("self-batch-first", torch.no_grad), ("kdim", torch.inference_mode)])
 def test_compiled_whole_without_gradients_gives_the_same_outputs(name, context):
     block, compiled, inputs = compiled_block(name)
     block.eval()

@@ -22,8 +22,8 @@ from tests.helpers.oracles import same_bits
 from tests.helpers.selection import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
-# Of each kind: the plain layer, a subclass that reads its weight, another dtype, and what is special to its shapes.
-FAST = [
+# Of each class: the plain layer, a subclass that reads its weight, another dtype, and what is special to its shapes.
+KINDS = [
     *("linear", "linear-bf16", "linear-sequence", "standardized-linear", "scaled-linear", "hf-conv1d"),
     *("embedding", "embedding-padding", "embedding-max-norm", "embedding-sparse", "looked-up-embedding"),
     *("conv1d-groups", "conv2d", "conv2d-circular", "conv2d-bf16", "conv3d-all", "standardized-conv"),
@@ -34,10 +34,28 @@ FAST = [
     *("attention-self", "attention-self-batch-first-no-weights", "attention-self-both-masks", "attention-kdim"),
     *("attention-memory", "attention-self-bias-kv", "attention-three", "attention-kdim-memory"),
     *("recurrent-lstm", "recurrent-lstm-packed-projection", "recurrent-gru-two-layers", "recurrent-lstm-cell"),
-    *("recurrent-unrolled-rnn", "recurrent-residual-gru"),
+    *("recurrent-unrolled-rnn", "recurrent-residual-gru", "recurrent-lstm-projection", "recurrent-lstm-packed"),
+    *("recurrent-gru", "recurrent-rnn", "recurrent-rnn-packed", "recurrent-gru-cell", "recurrent-rnn-cell"),
+    *("recurrent-own-cell", "scaled-twice", "normalized-linear", "scaled-conv", "scaled-embedding"),
+    *("embedding-bag-super", "bilinear-super", "transposed-conv-super"),
     *(name for name in LAYER_CASES if name.startswith("parameter")),
 ]
-every_case = pytest.mark.parametrize("name", slow_except(FAST, LAYER_CASES))
+# What the fast selection takes.
+QUICK = [
+    *(
+        "linear",
+        "linear-bf16",
+        "standardized-linear",
+        "hf-conv1d",
+        "embedding-max-norm",
+        "conv2d",
+        "embedding-bag-mean",
+    ),
+    *("transposed-conv-2d-groups", "bilinear-batch", "attention-self", "recurrent-lstm", "parameter-matrices"),
+]
+# Other arguments of a class change its forward, and so the output, the gradients and the weight that is merged.
+every_case = pytest.mark.parametrize("name", slow_except(QUICK, LAYER_CASES))
+every_kind = pytest.mark.parametrize("name", slow_except(QUICK, KINDS))
 MODES = {
     "train": (True, nullcontext),
     "eval": (False, nullcontext),
@@ -65,11 +83,13 @@ def assert_close(found, expected, dtype):
         oracles.assert_close(one, other, dtype)
 
 
-def test_the_fast_selection_names_cases():
-    assert set(FAST) < LAYER_CASES.keys()
+def test_every_class_is_among_the_kinds():
+    assert set(QUICK) < set(KINDS) < LAYER_CASES.keys()
+    subjects = {name: Subject(name) for name in LAYER_CASES}
+    assert {type(subjects[name].plain) for name in KINDS} == {type(each.plain) for each in subjects.values()}
 
 
-@every_case
+@every_kind
 def test_adapters_have_the_names_and_the_shapes_of_the_paper(name):
     subject = Subject(name).adapt()
     wanted = {f"layer.{key}.{matrix}" for key in subject.matrices for matrix in "AB"}
@@ -110,9 +130,10 @@ def test_output_is_that_of_the_weights_with_the_product_added(name):
 GRADED = [name for name, case in LAYER_CASES.items() if case.gradients]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", slow_except(FAST, GRADED))
+@pytest.mark.parametrize(
+    ("dtype", "training"), [(torch.float64, True), (torch.float32, False)], ids=["fp64-train", "fp32-eval"]
+)
+@pytest.mark.parametrize("name", slow_except(QUICK, GRADED))
 def test_gradients_are_those_through_the_weights_with_the_product_added(name, dtype, training):
     subject = Subject(name).train()
     model, leaves = subject.model.to(dtype).train(training), subject.leaves()
@@ -164,7 +185,7 @@ def mixture(outputs, mixed):
     return sum((x.double() * m).sum() for x, m in zip(outputs, mixed, strict=True))
 
 
-@every_case
+@every_kind
 def test_gradients_are_dense_and_fp32_in_the_dtype_of_the_layer(name):
     subject = Subject(name).train()
     sum(x.float().square().sum() for x in subject.run()).backward()
@@ -211,7 +232,7 @@ def shortened(plain, total):
     return torch.embedding_renorm_(total, torch.arange(len(total)), plain.max_norm, plain.norm_type)
 
 
-@every_case
+@every_kind
 def test_modules_parameters_and_keys_are_the_same_before_during_and_after(name):
     subject = Subject(name)
     model, layer, keys = subject.model, subject.layer, list(subject.model.state_dict())
@@ -245,7 +266,7 @@ def registered(layer):
     }
 
 
-@every_case
+@every_kind
 def test_disable_gives_the_plain_output(name):
     subject = Subject(name).train()
     with disable_lora(subject.model):
@@ -257,7 +278,7 @@ def test_disable_gives_the_plain_output(name):
                 assert_close(found, wanted, torch.float32)
 
 
-@every_case
+@every_kind
 def test_remove_gives_the_plain_layer_back(name):
     subject = Subject(name).train()
     run(subject, subject.layer, "train")
@@ -268,7 +289,7 @@ def test_remove_gives_the_plain_layer_back(name):
     assert [m.__dict__.keys() for m in subject.layer.modules()] == [m.__dict__.keys() for m in subject.plain.modules()]
 
 
-@every_case
+@every_kind
 @pytest.mark.parametrize("copied", [copy.deepcopy, oracles.saved_and_loaded], ids=["copied", "pickled"])
 def test_copies_act_alike_and_stand_alone(name, copied):
     subject = Subject(name).train()

@@ -227,6 +227,7 @@ def without_collector():
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["fresh", "after a forward", "after no grad", "after a backward"])
 def test_a_model_is_freed_without_the_garbage_collector(state, without_collector):
     model = tower()
@@ -237,6 +238,7 @@ def test_a_model_is_freed_without_the_garbage_collector(state, without_collector
     assert [reference() for reference in references] == [None] * len(references)
 
 
+@pytest.mark.slow
 def test_a_layer_that_leaves_the_model_is_freed(without_collector):
     model = tower()
     model(X).sum().backward()
@@ -328,7 +330,8 @@ def checkpointed_step(model):
     model(starting(), [0, 1], use_reentrant=True).square().sum().backward()
 
 
-@pytest.mark.parametrize("call", [one_step, pytest.param(checkpointed_step, marks=pytest.mark.slow), evaluate])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [one_step, checkpointed_step, evaluate])
 def test_an_interrupt_leaves_nothing_wrong(call):
     fresh = tower()
     model = copy.deepcopy(fresh)

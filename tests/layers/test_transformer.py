@@ -515,8 +515,7 @@ def test_what_is_set_on_an_adapted_encoder_is_heeded_and_stays(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", ["encoder-layer", "encoder-unmasked"])
+@pytest.mark.parametrize(("name", "grad"), [("encoder-layer", True), ("encoder-unmasked", False)])
 def test_an_encoder_compiles_as_a_whole_in_evaluation(name, grad):
     model = trained(name, "all").eval()
     torch._dynamo.reset()

@@ -22,7 +22,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
-    done = run_script("method_two_processes.py", folder)
+    done = run_script("method_two_processes.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder, [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -41,10 +41,10 @@ def test_the_ranks_stay_equal_and_the_base_frozen(ran, strategy, case):
 
 @pytest.mark.parametrize(("strategy", "case"), CASES)
 def test_a_file_holds_what_trains_in_the_one_form(ran, strategy, case):
-    saved = load(ran[0] / strategy / case.name / "four" / "last.ckpt")
+    saved = load(ran[0] / strategy / case.name / "whole" / "last.ckpt")
     statistics = {f"net.bn.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
     assert saved["state_dict"].keys() == case.trained | case.kept | statistics
-    plain = load(ran[0] / "ddp" / case.name / "four" / "last.ckpt")
+    plain = load(ran[0] / "ddp" / case.name / "whole" / "last.ckpt")
     assert saved["lightning_lora"]["base"] == plain["lightning_lora"]["base"]
     assert {key: value.shape for key, value in saved["state_dict"].items()} == {
         key: value.shape for key, value in plain["state_dict"].items()
@@ -53,8 +53,8 @@ def test_a_file_holds_what_trains_in_the_one_form(ran, strategy, case):
 
 @pytest.mark.parametrize(("strategy", "case"), CASES)
 def test_a_resumed_run_is_bit_identical(ran, strategy, case):
-    four, resumed = (load(ran[0] / strategy / case.name / run / "last.ckpt") for run in ("four", "resumed"))
-    assert same(four["state_dict"], resumed["state_dict"])
+    whole, resumed = (load(ran[0] / strategy / case.name / run / "last.ckpt") for run in ("whole", "resumed"))
+    assert same(whole["state_dict"], resumed["state_dict"])
 
 
 @pytest.mark.parametrize("case", [case for case in FAST if case.without_fsdp1], ids=str)

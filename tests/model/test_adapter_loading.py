@@ -75,6 +75,7 @@ def assert_merged(model: nn.Module, state: State) -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", slow_except(["best"], [True, "best", False]))
 def test_the_best_file_of_a_run_loads_into_the_fitted_module_and_into_its_network(tmp_path, merge):
     module, saved = Lit(batch_norm=True), checkpoints(tmp_path)

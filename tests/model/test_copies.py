@@ -59,6 +59,7 @@ def same_values(first: nn.Module, second: nn.Module) -> bool:
 HOOKS = product(["setup", "on_fit_start", "on_train_start"], [True, False])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hook", "frozen"), slow_except([("setup", True), ("on_fit_start", False)], HOOKS))
 def test_a_reference_is_what_it_is_in_a_plain_run(hook, frozen, tmp_path):
     module, plain = Reference(hook, frozen), Reference(hook, frozen)
@@ -80,6 +81,7 @@ def test_a_reference_is_what_it_is_in_a_plain_run(hook, frozen, tmp_path):
     assert resumed.global_step == 24
 
 
+@pytest.mark.slow
 def test_exclude_leaves_a_copy_alone_in_a_second_run_too():
     module = Reference("setup")
     for _ in range(2):

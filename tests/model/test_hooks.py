@@ -145,6 +145,7 @@ def test_checkpointing_of_hugging_face(case, reentrant):
     assert [name for name, matrix in lora_parameters(model) if matrix.grad is None] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing of an autograd.Function
 def test_a_model_that_checkpoints_compiles_without_a_graph_break():
     model = NotReentrant()

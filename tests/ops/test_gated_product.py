@@ -48,6 +48,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), x.grad, *(p.grad.clone() for _, p in lora_parameters(model))]
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_every_order(monkeypatch):
     model, x = adapted(), torch.randn(2, 4, 6, dtype=torch.float64)
     found = gradients(model, x)

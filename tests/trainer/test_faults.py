@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers.scripts import run_script
+from tests.helpers.scripts import HERE, run_python, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks after torch is imported")]
 
@@ -23,7 +23,7 @@ def test_a_rank_that_raises_ends_the_run_and_what_was_saved_resumes(tmp_path):
 
 
 def test_a_rank_that_raises_ends_a_launched_run_with_its_error(tmp_path):
-    done = run_script("faults.py", "launch", tmp_path)
+    done = run_python(HERE / "faults.py", "launch", tmp_path)
     assert done.returncode == 1, done.stderr[-5000:]
     assert "RuntimeError: planned failure" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"epoch=0.ckpt", "last.ckpt"}

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_lora
 from tests.helpers.models import Lit, data
-from tests.helpers.scripts import run_code
+from tests.helpers.scripts import run_script
 from tests.helpers.selection import slow_except
 
 COMMON = [
@@ -163,15 +163,16 @@ class CLI(LightningCLI):
 """
 
 
-def printed(*arguments: str) -> str:
-    done = run_code(SCRIPT, *arguments)
+def printed(folder: Path, *arguments: str) -> str:
+    (folder / "cli.py").write_text(SCRIPT)
+    done = run_script(folder / "cli.py", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
-def test_print_config_has_the_public_path():
-    text = printed("long", "fit", "--trainer.callbacks+=lightning_lora.LoRACallback", "--print_config")
+def test_print_config_has_the_public_path(tmp_path):
+    text = printed(tmp_path, "long", "fit", "--trainer.callbacks+=lightning_lora.LoRACallback", "--print_config")
     [entry] = yaml.safe_load(text)["trainer"]["callbacks"]
     assert entry["class_path"] == "lightning_lora.LoRACallback"
     assert entry["init_args"]["targets"] == "attn" and entry["init_args"]["r"] == 8
@@ -179,8 +180,8 @@ def test_print_config_has_the_public_path():
 
 
 @pytest.mark.slow
-def test_help_comes_from_the_docstring():
-    text = " ".join(printed("short", "fit", "--help").split())
+def test_help_comes_from_the_docstring(tmp_path):
+    text = " ".join(printed(tmp_path, "short", "fit", "--help").split())
     for words in (
         "LoRA for the LightningModule of this Trainer",
         "--lora.r R Rank of the update. A has shape (r, in_features)",

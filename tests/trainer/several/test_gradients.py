@@ -190,7 +190,7 @@ def test_what_no_sample_used_does_not_move(settings):
 def ran(tmp_path_factory):
     """What two processes made under each strategy."""
     folder = tmp_path_factory.mktemp("routed")
-    done = run_script("routed_two_processes.py", folder)
+    done = run_script("routed_two_processes.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return torch.load(folder / "results.pt")
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 def ran(tmp_path_factory):
     """The folder of all runs, and what each rank noted of them."""
     folder = tmp_path_factory.mktemp("strategies")
-    done = run_script("strategy_runs.py", folder)
+    done = run_script("strategy_runs.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder, [
         torch.load(folder / f"results-{rank}.pt", weights_only=False, map_location="cpu") for rank in (0, 1)
@@ -60,8 +60,8 @@ def distance(one: dict, other: dict) -> float:
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
 def test_a_file_holds_adapters_and_what_trains_beside_them_in_the_one_form(ran, name):
-    saved, plain = load(ran[0] / name / "four" / "last.ckpt"), load(ran[0] / "ddp" / "four" / "last.ckpt")
-    assert (ran[0] / name / "four" / "last.ckpt").is_file()
+    saved, plain = load(ran[0] / name / "whole" / "last.ckpt"), load(ran[0] / "ddp" / "whole" / "last.ckpt")
+    assert (ran[0] / name / "whole" / "last.ckpt").is_file()
     assert list(saved["state_dict"]) == list(plain["state_dict"])
     assert sum(".lora.default." in key for key in saved["state_dict"]) == ADAPTERS
     assert set(saved["state_dict"]) - {"net.head.weight", "net.head.bias"} == {
@@ -77,33 +77,33 @@ def test_a_file_holds_adapters_and_what_trains_beside_them_in_the_one_form(ran, 
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
 def test_a_file_of_weights_only_holds_the_same(ran, name):
-    weights_only = load(ran[0] / name / "weights.ckpt")
+    weights_only = load(ran[0] / name / "whole" / "weights.ckpt")
     assert "optimizer_states" not in weights_only
-    assert list(weights_only["state_dict"]) == list(weights(ran, name, "four"))
+    assert list(weights_only["state_dict"]) == list(weights(ran, name, "whole"))
 
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
 def test_every_strategy_trains_to_the_same_adapters(ran, name):
     other_product = name == "fsdp2-left-out" or name.startswith("deepspeed-3")
     exact = NOISE if GPUS else 1e-6 if other_product else 0
-    assert largest_difference(weights(ran, name, "four"), weights(ran, "ddp", "four")) <= exact
+    assert largest_difference(weights(ran, name, "whole"), weights(ran, "ddp", "whole")) <= exact
 
 
 @pytest.mark.parametrize("name", [name for name in DDP + SHARDED if name != "ddp-static-graph"])
 def test_accumulated_and_clipped_gradients_train_to_the_same_adapters(ran, name):
     accumulated = weights(ran, name, "accumulated")
     assert largest_difference(accumulated, weights(ran, "ddp", "accumulated")) < (NOISE if GPUS else 1e-6)
-    assert largest_difference(accumulated, weights(ran, "ddp", "four")) > 1e-3
+    assert largest_difference(accumulated, weights(ran, "ddp", "whole")) > 1e-3
 
 
 @pytest.mark.parametrize("name", DDP + SHARDED)
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(ran, name):
-    four, resumed = (load(ran[0] / name / fit / "last.ckpt") for fit in ("four", "resumed"))
-    assert four["global_step"] == resumed["global_step"] == 16
-    assert load(ran[0] / name / "two" / "last.ckpt")["global_step"] == 8
-    for key, value in four["state_dict"].items():
+    whole, resumed = (load(ran[0] / name / fit / "last.ckpt") for fit in ("whole", "resumed"))
+    assert whole["global_step"] == resumed["global_step"] == 8
+    assert load(ran[0] / name / "one" / "last.ckpt")["global_step"] == 4
+    for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
-    for index, state in four["optimizer_states"][0]["state"].items():
+    for index, state in whole["optimizer_states"][0]["state"].items():
         for key, value in state.items():
             assert torch.equal(value, resumed["optimizer_states"][0]["state"][index][key]), (index, key)
 
@@ -144,15 +144,15 @@ def test_a_file_of_any_strategy_loads_on_one_device(ran, name):
 def test_the_merge_is_the_sum_and_leaves_the_plain_model(ran, name):
     noted = ran[1][0][name]
     assert noted["keys"] == [key for key, _ in Lit().named_parameters()]
-    expected = torch.cat([value.flatten() for value in written_out(ran[0] / name / "last.ckpt").values()])
+    expected = torch.cat([value.flatten() for value in written_out(ran[0] / name / "whole" / "last.ckpt").values()])
     torch.testing.assert_close(noted["merged"].detach(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", IN_FILE)
 def test_where_the_module_cannot_hold_the_merge_it_is_written_into_a_file(ran, name):
-    merged = load_file(ran[0] / name / "merged.safetensors")
-    expected = written_out(ran[0] / name / "last.ckpt")
-    assert merged.keys() == expected.keys() and not list((ran[0] / name).glob("*.part"))
+    merged = load_file(ran[0] / name / "whole" / "merged.safetensors")
+    expected = written_out(ran[0] / name / "whole" / "last.ckpt")
+    assert merged.keys() == expected.keys() and not list((ran[0] / name / "whole").glob("*.part"))
     for key, value in expected.items():
         torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
     Lit().load_state_dict(merged)

@@ -15,7 +15,7 @@ from tests.helpers.scripts import run_script
 
 
 def two_processes(case: str, folder: Path) -> None:
-    done = run_script("two_processes.py", case, folder)
+    done = run_script("two_processes.py", case, folder, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -37,22 +37,22 @@ def test_ranks_train_merge_and_test_alike(tmp_path):
 @pytest.mark.slow
 def test_resume_equals_the_uninterrupted_run_and_other_ranks_are_warned_of(tmp_path):
     two_processes("resume", tmp_path)
-    four, resumed = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed"))
-    two = load(tmp_path / "two" / "last.ckpt")
-    assert four["global_step"] == resumed["global_step"] == 16 and two["global_step"] == 8
-    for name, value in four["state_dict"].items():
+    two, resumed = (load(tmp_path / name / "last.ckpt") for name in ("two", "resumed"))
+    one = load(tmp_path / "one" / "last.ckpt")
+    assert two["global_step"] == resumed["global_step"] == 8 and one["global_step"] == 4
+    for name, value in two["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name
-    states = two["lightning_lora"]["random_states"]
+    states = one["lightning_lora"]["random_states"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
     with pytest.warns(UserWarning, match=r"random state of 2 processes and this run has 1: it is not restored"):
-        trainer(LoRACallback(r=4), max_epochs=3).fit(Lit(dropout=0.2), data(), ckpt_path=tmp_path / "two" / "last.ckpt")
+        trainer(LoRACallback(r=4), max_epochs=2).fit(Lit(dropout=0.2), data(), ckpt_path=tmp_path / "one" / "last.ckpt")
 
 
 @pytest.mark.slow
 def test_a_base_that_the_first_rank_alone_has_is_the_base_of_all(tmp_path):
     two_processes("base_of_one", tmp_path)
-    four, resumed = (load(tmp_path / name / "last.ckpt") for name in ("four", "resumed"))
-    for name, value in four["state_dict"].items():
+    two, resumed = (load(tmp_path / name / "last.ckpt") for name in ("two", "resumed"))
+    for name, value in two["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name
     results = [torch.load(tmp_path / f"base_of_one-{rank}.pt") for rank in (0, 1)]
     assert all(result["equal"] and result["tested"] == results[0]["tested"] for result in results)
@@ -69,17 +69,15 @@ def test_other_arguments_on_one_rank_are_an_error_on_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_forked_workers_do_not_merge_and_say_where_the_adapters_are(tmp_path, capfd):
-    files, module = checkpoints(tmp_path), Lit()
-    runner = trainer(LoRACallback(r=4, also_train=["head"]), files, strategy="ddp_spawn", devices=2, max_epochs=1)
-    runner.fit(module, data(), data(1))
-    assert "the trained adapters are in the checkpoints" in "".join(capfd.readouterr())
+def test_forked_workers_do_not_merge_and_say_where_the_adapters_are(tmp_path):
+    done = run_script("two_processes.py", "forked", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the trained adapters are in the checkpoints" in done.stdout + done.stderr
+    found = torch.load(tmp_path / "forked.pt")
+    assert list(found["state"]) == list(Lit().state_dict())
     for name, parameter in net().named_parameters():
-        assert torch.equal(module.net.get_parameter(name), parameter), name
-    assert list(module.state_dict()) == list(Lit().state_dict())
-    path = files.best_model_path
-    one = trainer(LoRACallback(r=4, also_train=["head"])).test(module, data(2), ckpt_path=path, verbose=False)
-    other = trainer(LoRACallback(r=4, also_train=["head"])).test(Lit(), data(2), ckpt_path=path, verbose=False)
+        assert torch.equal(found["state"][f"net.{name}"], parameter), name
+    one, other = found["tested"]
     assert one == other != trainer().test(Lit(), data(2), verbose=False)
 
 

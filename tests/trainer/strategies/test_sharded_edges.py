@@ -31,7 +31,7 @@ from tests.helpers.strategy_runs import plain
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edges")
-    done = run_script("sharded_edges.py", folder)
+    done = run_script("sharded_edges.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder, torch.load(folder / "results-0.pt", weights_only=False, map_location="cpu")
 
