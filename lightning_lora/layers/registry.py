@@ -25,10 +25,8 @@ from lightning_lora.layers.conv import (
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.linear import (
     LoRALinear,
-    LoRAQuantizedLinear,
     conv1d_base,
     conv1d_class,
-    is_quantized_class,
     own_linear_base,
     own_linear_class,
 )
@@ -42,6 +40,8 @@ from lightning_lora.layers.parameter import (
     is_named_experts,
     part_of_parameter,
 )
+from lightning_lora.layers.quantized.formats import is_quantized_class
+from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
 from lightning_lora.layers.source_code import NOT_COMPUTING, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer

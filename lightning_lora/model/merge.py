@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora.arguments import check_flag, check_number
 from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo

@@ -10,7 +10,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import is_split
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.methods.subspace.config import ALL, SubspaceConfig
 from lightning_lora.model.freeze import asked_for
 from lightning_lora.names import covers, join, nearest
