@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, undropped
 from lightning_lora.ops.mixture import BySample, Mixture, PairsInGroups, Stacked
+from lightning_lora.ops.packed.weight import Weight, matrix_of, product_of, stored_in
 from lightning_lora.ops.products import as_matrix, batched_matmul, like
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
@@ -19,7 +20,7 @@ MAX_STACKED = 1024  # positions of a sample times pairs; measured on an H200 wit
 
 
 def can_mix(
-    x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Sequence[tuple[Tensor, Tensor]], mixture: Mixture
+    x: Tensor, weight: Weight, bias: Tensor | None, matrices: Sequence[tuple[Tensor, Tensor]], mixture: Mixture
 ) -> bool:
     """Whether :class:`MixedLinear` can be used: as the fused op of one pair."""
     return (
@@ -43,7 +44,7 @@ class MixedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        constants: tuple[Tensor, Mixture, Sequence[float], float, type[PairsInGroups]],
+        constants: tuple[Weight, Mixture, Sequence[float], float, type[PairsInGroups]],
         *matrices: Tensor,
     ) -> Any:
         """``(samples, ..., in_features)`` to ``(samples, ..., out_features)``; with dropout also the dropped input.
@@ -62,7 +63,7 @@ class MixedLinear(torch.autograd.Function):
         hidden = pairs.weigh_(torch.bmm(in_groups(x_of_A, pairs), pairs.A.mT))
         y = base_plus_groups(x, weight, bias, hidden, pairs)
         ctx.save_for_backward(x_of_A, mask, None if saved_tensors_have_hooks() else hidden)
-        ctx.pairs, ctx.matrices, ctx.versions = pairs, matrices, versions_of(weight, *matrices)
+        ctx.pairs, ctx.matrices, ctx.versions = pairs, matrices, versions_of(stored_in(weight), *matrices)
         ctx.constants = constants
         if not p:
             return y
@@ -83,7 +84,7 @@ class MixedLinear(torch.autograd.Function):
         _check(ctx, needs_dx, again)
         db = as_matrix(dy).sum(0) if needs_db else None
         if again:
-            base, low, gradients = differentiable_gradients(dy, x, weight, ctx.matrices, scales, mixture)
+            base, low, gradients = differentiable_gradients(dy, x, matrix_of(weight), ctx.matrices, scales, mixture)
             low = low if d_dropped is None else low + d_dropped
             return base + (low if mask is None else undropped(low, mask, p)), db, None, *gradients
         A, dy_groups = ctx.pairs.A, in_groups(dy, ctx.pairs)
@@ -92,13 +93,13 @@ class MixedLinear(torch.autograd.Function):
         if needs_dx:
             low = as_matrix(torch.bmm(d_hidden, A))
             low = low if mask is None else undropped(low, as_matrix(mask), p)
-            dx = like(low.addmm_(as_matrix(dy), weight), x)
+            dx = like(low.addmm_(as_matrix(dy), matrix_of(weight)), x)
         return dx, db, None, *_gradients_of_pairs(ctx, dy_groups, d_hidden, in_groups(x, ctx.pairs), hidden, A)
 
 
 def _check(ctx: Any, needs_dx: bool, again: bool) -> None:
     """Raise if W0, or A or B that were not copied by a cast, were modified since forward."""
-    weight, versions = ctx.constants[0], ctx.versions
+    weight, versions = stored_in(ctx.constants[0]), ctx.versions
     if needs_dx:
         check_unmodified(weight, versions[0])
     for matrix, version in zip(ctx.matrices, versions[1:], strict=True) if again else ():
@@ -129,16 +130,15 @@ def in_groups(x: Tensor, pairs: PairsInGroups) -> Tensor:
     return x.reshape(pairs.groups, -1, x.shape[-1])
 
 
-def base_plus_groups(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, pairs: PairsInGroups) -> Tensor:
+def base_plus_groups(x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, pairs: PairsInGroups) -> Tensor:
     """As :func:`lightning_lora.ops.products.base_plus_low_rank`, with ``hidden`` and B in groups."""
-    B = pairs.B
-    shape = *x.shape[:-1], weight.shape[0]
-    if bias is None:
-        y = torch.bmm(hidden, B.mT).view(shape).data
-        as_matrix(y).addmm_(as_matrix(x), weight.t())
-    else:
-        y = F.linear(x, weight, bias).data
-        in_groups(y, pairs).baddbmm_(hidden, B.mT)
+    B, base = pairs.B, product_of(weight, x)
+    if bias is None and base is None:
+        y = torch.bmm(hidden, B.mT).view(*x.shape[:-1], B.shape[-2]).data
+        as_matrix(y).addmm_(as_matrix(x), matrix_of(weight).t())
+        return y
+    y = (F.linear(x, matrix_of(weight), bias) if base is None else base).data
+    in_groups(y, pairs).baddbmm_(hidden, B.mT)
     return y
 
 
@@ -166,7 +166,7 @@ _apply = apply_of(MixedLinear)
 
 def mixed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     matrices: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.foreign import QUANTIZING_LIBRARY, is_from
+from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 
 INT8_MAX = 127
 ROWS_ON_CPU = 32  # that bitsandbytes stores together where it packs a weight anew for evaluation on a CPU
@@ -44,13 +45,18 @@ def dequantized(module: nn.Module) -> Tensor:
     if codes is None or largest is None:
         matrix: Tensor = weight.detach().to(torch.float32, copy=True)
         return matrix
-    return codes.to(torch.float32).mul_(largest.float().unsqueeze(1).mul(1 / INT8_MAX))
+    return dequantized_int8(codes, largest, torch.float32)
 
 
 def quantization_of(module: nn.Module) -> Any:
     """What bitsandbytes knows of a 4-bit weight in addition to its codes; ``None`` where there is no such weight."""
     state = getattr(module._parameters["weight"], "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state  # FSDP takes it off the parameter
+
+
+def is_packed_for_cpu(state: Any) -> bool:
+    """Whether bitsandbytes packed the codes anew, in another order, for evaluation on a CPU."""
+    return getattr(state, "packing_format_for_cpu", False) is True
 
 
 def int8_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -73,16 +79,14 @@ def dequantized_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         state: bitsandbytes' ``QuantState``.
         dtype: of the result; each number is computed in fp32 and rounded once.
     """
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_packed_for_cpu(state):
         return _dequantized_for_cpu(codes, state).to(dtype)
-    library: Any = torch.ops.bitsandbytes
-    absmax = state.absmax
-    if state.nested:
-        inner = state.state2
-        absmax = library.dequantize_blockwise(absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype)
-        absmax = (absmax + state.offset).float()
-    matrix: Tensor = library.dequantize_4bit(codes, absmax, state.blocksize, state.quant_type, state.shape, dtype)
-    return matrix
+    return dequantize_4bit(FourBits.of(codes, state), dtype)
+
+
+def dequantized_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix of an 8-bit weight, whose numbers are computed in fp32 and rounded once to ``dtype``."""
+    return codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1 / INT8_MAX))
 
 
 def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:
