@@ -56,7 +56,7 @@ def quantization_of(module: nn.Module) -> Any:
 
 def is_packed_for_cpu(state: Any) -> bool:
     """Whether bitsandbytes packed the codes anew, in another order, for evaluation on a CPU."""
-    return getattr(state, "packing_format_for_cpu", False) is True
+    return vars(state).get("packing_format_for_cpu", False) is True  # a missing attribute is looked for at length
 
 
 def int8_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:

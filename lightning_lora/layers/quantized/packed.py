@@ -35,7 +35,7 @@ def packed_weight(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
         return None
     state = quantization_of(module)
     weight = _int8(module, x, forward) if state is None else _four_bits(module, state, x, forward)
-    if weight is None or weight.dtype not in FLOATS or weight.stored.requires_grad:
+    if weight is None or weight.dtype not in FLOATS:
         return None
     if any_autocast_enabled() and torch.is_autocast_enabled(device):
         return weight if torch.get_autocast_dtype(device) == weight.dtype else None
@@ -56,9 +56,10 @@ def _four_bits(module: Any, state: Any, x: Tensor, forward: Any) -> PackedWeight
         module.set_compute_type(x)
         module.compute_type_is_set = True
     dtype = module.compute_dtype or x.dtype
-    weight = module._parameters["weight"]
+    # Reading an attribute of a parameter of bitsandbytes runs Python code. Its plain alias counts the same writes.
+    stored = module._parameters["weight"].detach()
     product = forward if x.numel() // x.shape[-1] <= MAX_ROWS_BY_CODES else None
-    return PackedWeight(weight, dtype, partial(dequantize_4bit, FourBits.of(weight.data, state), dtype), product)
+    return PackedWeight(stored, dtype, partial(dequantize_4bit, FourBits.of(stored, state), dtype), product)
 
 
 def _int8(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
@@ -66,7 +67,7 @@ def _int8(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
     if codes is None or largest is None:
         return None
     matrix = partial(dequantized_int8, codes, largest, x.dtype)
-    return PackedWeight(module._parameters["weight"], x.dtype, matrix, forward)
+    return PackedWeight(module._parameters["weight"].detach(), x.dtype, matrix, forward)
 
 
 def bias_in(module: nn.Module, dtype: torch.dtype) -> Tensor | None:

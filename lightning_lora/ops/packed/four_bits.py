@@ -63,7 +63,8 @@ class FourBits(NamedTuple):
 
 def dequantize_4bit(weight: FourBits, dtype: torch.dtype) -> Tensor:
     """The matrix of ``weight``, whose numbers are computed in fp32 and rounded once to ``dtype``."""
-    if weight.codes.is_cuda and supports_kernels(weight.codes.get_device()):
+    device = weight.codes.get_device()  # -1 is a CPU; Triton launches on the current GPU alone
+    if device >= 0 and weight.codes.is_cuda and device == torch.cuda.current_device() and supports_kernels(device):
         from lightning_lora.ops.packed import four_bit_kernels as kernels
 
         codes, absmax, table, _, blocksize, shape, nested = weight
