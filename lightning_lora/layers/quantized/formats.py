@@ -86,7 +86,8 @@ def dequantized_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 
 def dequantized_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix of an 8-bit weight, whose numbers are computed in fp32 and rounded once to ``dtype``."""
-    return codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1 / INT8_MAX))
+    matrix = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return torch.mul(codes, largest.unsqueeze(1).mul(1 / INT8_MAX), out=matrix)  # one kernel
 
 
 def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.layers.quantized.formats import dequantized, dequantized_int8, is_quantized
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -57,6 +57,14 @@ def test_a_weight_without_its_state_has_that_of_its_layer():
     expected = dequantized(layer)
     layer.weight.quant_state = None
     assert torch.equal(dequantized(layer), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eight_bits_in_a_half_dtype_are_rounded_once(dtype):
+    torch.manual_seed(0)
+    codes, largest = torch.randint(-127, 128, (5, 7), dtype=torch.int8), torch.rand(5)
+    expected = (codes.float() * (largest * (1 / 127)).unsqueeze(1)).to(dtype)
+    assert torch.equal(dequantized_int8(codes, largest, dtype), expected)
 
 
 @pytest.mark.parametrize("called", [False, True])

@@ -188,7 +188,7 @@ def test_each_sample_of_a_mixed_batch_is_that_sample_alone(make):
 
 
 def compiled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return torch.compile(layer, backend="aot_eager")(x)
+    return torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
 
 AROUND = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from lightning_lora.ops.packed import four_bits
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 
 functional = pytest.importorskip("bitsandbytes").functional
@@ -44,3 +47,24 @@ def test_codes_that_are_stored_as_another_dtype(storage):
     assert torch.equal(
         dequantize_4bit(FourBits.of(codes, state), torch.float32), written_out(codes, state, torch.float32)
     )
+
+
+class OnGPU:
+    """Stands for codes on the GPU 1."""
+
+    is_cuda = True
+
+    def get_device(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("current", "supported", "by_kernel"), [(1, True, True), (0, True, False), (1, False, False)])
+def test_the_kernel_is_launched_on_the_current_gpu_alone(monkeypatch, current, supported, by_kernel):
+    """Triton would launch it on another GPU than that of the weight, as where a model is spread over several."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(four_bits, "supports_kernels", lambda device: supported)
+    monkeypatch.setattr(four_bits, "by_the_library", lambda weight, dtype: "library")
+    kernels = SimpleNamespace(dequantize=lambda *arguments: "kernel")
+    monkeypatch.setattr("lightning_lora.ops.packed.four_bit_kernels", kernels, raising=False)
+    weight = FourBits(OnGPU(), None, None, "nf4", 64, (2, 2), None)
+    assert dequantize_4bit(weight, torch.bfloat16) == ("kernel" if by_kernel else "library")
