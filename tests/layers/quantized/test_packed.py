@@ -249,3 +249,19 @@ def test_a_copy_of_the_layer_has_a_weight_of_its_own():
     layer.weight.data.zero_()
     torch.testing.assert_close(other(x).double(), written_out(other, x), rtol=1e-4, atol=1e-4)
     assert not torch.equal(layer(x), other(x))
+
+
+@every_layer
+@pytest.mark.parametrize("batched", [True, False])
+def test_gradients_in_batches_and_of_gradients(make, batched):
+    layer, x = adapted(make()), torch.randn(ROWS, 64, requires_grad=True)
+    results = []
+    for function in (lambda: layer(x).double(), lambda: written_out(layer, x)):
+        y = function()
+        if batched:
+            directions = torch.stack([torch.ones_like(y), y.detach()])
+            results.append(torch.autograd.grad(y, x, directions, is_grads_batched=True)[0])
+        else:
+            (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(gradient.square().sum(), layer.lora.default.B)[0])
+    assert (results[0] - results[1]).norm() <= 1e-4 * results[1].norm()
