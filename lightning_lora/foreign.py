@@ -77,6 +77,8 @@ TASK_CLASSES = {
 
 # The library whose linear layers hold quantized weights.
 QUANTIZING_LIBRARY = "bitsandbytes"
+# Its module and the function in it that decides on a GPU whether a product is computed by 4-bit codes.
+PRODUCT_BY_CODES = ("bitsandbytes.backends.cuda.ops", "_gemm_4bit_use_custom_fn")
 
 # Layers of other libraries that are adapters already, by library.
 ADAPTER_LAYERS = {

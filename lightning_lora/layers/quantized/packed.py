@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.foreign import QUANTIZING_LIBRARY
+from lightning_lora.foreign import PRODUCT_BY_CODES, QUANTIZING_LIBRARY
 from lightning_lora.layers.quantized.formats import dequantized_int8, int8_of, is_packed_for_cpu, quantization_of
 from lightning_lora.ops import fused_linear
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
@@ -16,8 +17,7 @@ from lightning_lora.ops.packed.weight import PackedWeight
 from lightning_lora.torch_internals import any_autocast_enabled, is_transformed
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Up to so many rows bitsandbytes may multiply by the codes; above, it computes the matrix of a 4-bit weight first.
-MAX_ROWS_BY_CODES = 1536
+MAX_ROWS_BY_CODES = 1536  # for more rows bitsandbytes computes the matrix of a 4-bit weight first
 
 
 def packed_weight(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
@@ -58,8 +58,27 @@ def _four_bits(module: Any, state: Any, x: Tensor, forward: Any) -> PackedWeight
     dtype = module.compute_dtype or x.dtype
     # Reading an attribute of a parameter of bitsandbytes runs Python code. Its plain alias counts the same writes.
     stored = module._parameters["weight"].detach()
-    product = forward if x.numel() // x.shape[-1] <= MAX_ROWS_BY_CODES else None
+    rows = x.numel() // x.shape[-1]
+    by_codes = rows <= MAX_ROWS_BY_CODES and multiplies_by_codes(stored.get_device(), dtype, rows, *state.shape)
+    product = forward if by_codes else None
     return PackedWeight(stored, dtype, partial(dequantize_4bit, FourBits.of(stored, state), dtype), product)
+
+
+@cache
+def multiplies_by_codes(device: int, dtype: torch.dtype, rows: int, out_features: int, in_features: int) -> bool:
+    """Whether bitsandbytes may multiply these shapes by the codes, as it does for few rows.
+
+    By the matrix the op takes the host less time than by calling bitsandbytes, which computes it too. Only bitsandbytes
+    knows where it does; a version that does not say so is taken to multiply by the codes.
+    """
+    module, name = PRODUCT_BY_CODES
+    decides = getattr(sys.modules.get(module), name, None)
+    if decides is None or device < 0:
+        return True
+    try:
+        return bool(decides(device, dtype, rows, out_features, in_features))
+    except TypeError:  # other arguments than those of 0.50
+        return True
 
 
 def _int8(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:

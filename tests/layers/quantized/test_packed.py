@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -215,6 +217,22 @@ def test_whatever_is_around_the_values_are_right(around):
     torch.testing.assert_close(
         y.double(), written_out(layer, x) if expected is None else expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("function", "by_codes"),
+    [
+        (lambda device, dtype, rows, out, inside: rows < out < inside, [True, False]),
+        (lambda rows: False, [True, True]),  # of other arguments
+        (None, [True, True]),
+    ],
+)
+def test_bitsandbytes_is_asked_whether_it_multiplies_by_codes(monkeypatch, function, by_codes):
+    stand_in = SimpleNamespace(**{} if function is None else {packed.PRODUCT_BY_CODES[1]: function})
+    monkeypatch.setitem(sys.modules, packed.PRODUCT_BY_CODES[0], stand_in)
+    ask = packed.multiplies_by_codes.__wrapped__
+    assert [ask(0, torch.bfloat16, rows, 96, 100) for rows in (5, 99)] == by_codes
+    assert ask(-1, torch.bfloat16, 99, 96, 100)  # a CPU
 
 
 class Doubled(bitsandbytes.nn.Linear4bit):
