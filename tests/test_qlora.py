@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.scripts import run_python
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -74,3 +76,13 @@ def test_a_row_whose_model_cannot_be_made_leaves_the_others(qlora):
     for rows in qlora.rows_of(makes, qlora.Settings(tiny=True)).values():
         assert rows["broken"].failure == "ValueError: no such model" and math.isnan(rows["broken"].ms)
         assert rows["bound"].ms > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits_and_merges_to_the_sum(tmp_path):
+    done = run_python(BENCHMARKS / "qlora_resume.py", "--tiny", "--out", tmp_path / "resume", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / f"resume_{datetime.date.today()}.md").read_text()
+    assert "resumed after step 20: the same bits" in text and "Losses of these 30 steps: the same bits" in text
+    to_sum, to_adapted = map(float, re.findall(r"(?:out|adapters): ([\d.e+-]+)[;.]", text))
+    assert to_sum < 2**-8 and to_adapted < 2**-6  # the outputs are in bf16
