@@ -80,6 +80,9 @@ QUANTIZING_LIBRARY = "bitsandbytes"
 # Its module and the function in it that decides on a GPU whether a product is computed by 4-bit codes.
 PRODUCT_BY_CODES = ("bitsandbytes.backends.cuda.ops", "_gemm_4bit_use_custom_fn")
 
+# Libraries that leave a layer as it is, and whose weight is a subclass of torch.Tensor.
+TENSOR_QUANTIZERS = ("torchao", "optimum")
+
 # Layers of other libraries that are adapters already, by library.
 ADAPTER_LAYERS = {
     "peft": {"BaseTunerLayer"},
@@ -111,9 +114,9 @@ def adapter_library(cls: Any) -> str | None:
     return next((library for library, name in libraries if name in ADAPTER_LAYERS.get(library, ())), None)
 
 
-def is_from(cls: type, library: str) -> bool:
-    """Whether ``cls``, or a class that it derives from, is defined in ``library``."""
-    return any(base.__module__.partition(".")[0] == library for base in cls.__mro__)
+def is_from(cls: type, *libraries: str) -> bool:
+    """Whether ``cls``, or a class that it derives from, is defined in one of ``libraries``."""
+    return any(base.__module__.partition(".")[0] in libraries for base in cls.__mro__)
 
 
 def is_compiled(module: Any) -> bool:

@@ -40,12 +40,13 @@ from lightning_lora.layers.parameter import (
     is_named_experts,
     part_of_parameter,
 )
-from lightning_lora.layers.quantized.formats import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized, is_quantized_class
 from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
 from lightning_lora.layers.source_code import NOT_COMPUTING, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 
 ADAPTED_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -230,7 +231,15 @@ def refusal(module: nn.Module) -> str | None:
         return COMPUTED
     if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
         return None
+    if takes_quantized_tensor(module) and is_quantized(module):
+        return None
     return _refused_weights(module, [part.key for part in parts_of(module)])
+
+
+def takes_quantized_tensor(module: nn.Module) -> bool:
+    """Whether the adapted forward of ``module`` is that of ``nn.Linear``, which can compute with a quantized tensor."""
+    original = original_class(module)
+    return adaptable_base(original) is nn.Linear and issubclass(adapted_class(original), LoRALinear)
 
 
 def refused_parameter(module: nn.Module, key: str) -> str | None:
@@ -253,6 +262,12 @@ def _refused_weight(weight: nn.Parameter | None) -> str | None:
         return COMPUTED
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "has no shape yet (a lazy module): run one batch through the model first"
+    if is_quantized_tensor(weight):
+        return (
+            f"has a weight that is a {type(weight).__name__}, which LoRA adapts only in linear layers with torch's own "
+            "forward: quantize the model without it (`filter_fn` of `quantize_`), or leave it out of the targets with "
+            "`exclude`"
+        )
     if weight.dtype not in DTYPES:
         return f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64"
     return None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
+from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, compute_dtype, fused_linear
 from lightning_lora.ops.mixed_linear import can_mix, mixed_linear
 from lightning_lora.ops.mixture import Mixture
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, quantized_linear
 from lightning_lora.ops.packed.weight import PackedWeight, Weight
 from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
@@ -142,6 +143,8 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``.
     """
+    if type(weight) not in PLAIN_CLASSES and is_quantized_tensor(weight):
+        return quantized_linear(x, weight, bias)
     if x.dim() < 3 or x.is_contiguous():
         return F.linear(x, weight, bias)
     y = F.linear(x.contiguous(), weight)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.foreign import QUANTIZING_LIBRARY, is_from
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
+from lightning_lora.ops.packed.quantized_tensors import dequantized_tensor, is_quantized_tensor
 
 INT8_MAX = 127
 ROWS_ON_CPU = 32  # that bitsandbytes stores together where it packs a weight anew for evaluation on a CPU
@@ -26,7 +27,7 @@ def is_quantized_class(cls: type[nn.Module]) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer with a quantized weight."""
-    return is_quantized_class(type(module))
+    return is_quantized_class(type(module)) or is_quantized_tensor(module._parameters.get("weight"))
 
 
 @torch.no_grad()
@@ -38,6 +39,8 @@ def dequantized(module: nn.Module) -> Tensor:
         none.
     """
     weight: Any = module._parameters["weight"]
+    if is_quantized_tensor(weight):
+        return dequantized_tensor(weight)
     state = quantization_of(module)
     if state is not None:
         return dequantized_4bit(weight.data, state, getattr(module, "compute_dtype", None) or torch.float32)
