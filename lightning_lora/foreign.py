@@ -48,6 +48,7 @@ COMPILED = "_orig_mod"
 WRAPPERS = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 AVERAGED_CLASS = "AveragedModel"
 ATTENTION_OUTPUT = {"NonDynamicallyQuantizableLinear": "Linear"}  # `out_proj` of nn.MultiheadAttention, for people
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # names, an attribute of the module that it wraps
 PARTITIONED_OPTIMIZER = "ZeroRedundancyOptimizer"
 SPARSE_OPTIMIZER = "SparseAdam"
 CHECKPOINT_FUNCTIONS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}  # torch's and timm's

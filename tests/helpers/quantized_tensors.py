@@ -62,7 +62,7 @@ class DynamicInt8(ToyBase):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name in KEEPING:
-            return cls(func(args[0].codes), func(args[0].scale))
+            return cls(func(args[0].codes), func(args[0].scale, **(kwargs or {})))
         if name == "aten::copy_" and isinstance(args[1], DynamicInt8):
             args[0].codes.copy_(args[1].codes)
             args[0].scale.copy_(args[1].scale)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_lora import LoRACallback, lora_parameters, lora_state_dict, use_adapters
+from lightning_lora import LoRACallback, load_from_checkpoint, lora_parameters, lora_state_dict, use_adapters
+from lightning_lora.ops.packed.quantized_tensors import stored_tensors
 from tests.helpers.models import Block, Lit, checkpoints, data, trainer
 from tests.helpers.quantized_tensors import FORMATS, quantize
 
@@ -64,3 +67,27 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, kind):
     run(tmp_path / "two", kind, 2)
     resumed = lora_state_dict(run(tmp_path / "resumed", kind, 4, tmp_path / "two" / "last.ckpt")[1])
     assert all(torch.equal(four[key], resumed[key]) for key in four)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_run_in_another_precision_keeps_the_codes(precision):
+    module = Quantized("toy")
+    before = [part.clone() for part in stored_tensors(module.net.layers[0].q.weight)]
+    trainer(LoRACallback(r=4), precision=precision, max_steps=2).fit(module, data())
+    codes, scale = stored_tensors(module.net.layers[0].q.weight)
+    assert torch.equal(codes, before[0]) and torch.equal(scale, before[1].to(scale.dtype))
+    assert all(p.dtype == torch.float32 and bool(p.any()) for _, p in lora_parameters(module))
+
+
+def test_an_average_of_codes_is_refused_by_name():
+    with pytest.raises(MisconfigurationException, match="WeightAveraging averages every parameter, and the model has"):
+        trainer(LoRACallback(r=4), WeightAveraging()).fit(Quantized("toy"), data())
+
+
+def test_a_base_of_another_form_is_refused_by_name(tmp_path):
+    path = run(tmp_path, "toy", 1)[2].last_model_path
+    plain = Lit()
+    plain.net = WideNet()
+    with pytest.raises(ValueError, match=r"is of torch.float32 in it and a DynamicInt8 here: load the base before it"):
+        load_from_checkpoint(Quantized("toy"), path, base=plain)
+    assert load_from_checkpoint(Quantized("toy"), path) is not None

@@ -57,6 +57,16 @@ def _product_with_identity(weight: Tensor) -> Tensor:
     return F.linear(identity, weight).t().contiguous()
 
 
+def loses_gradient(weight: Tensor) -> bool:
+    """Whether ``F.linear`` of the library alone gives its input no gradient, tried with one row."""
+    with torch.enable_grad():
+        x = torch.ones(1, weight.shape[-1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        try:
+            return torch.autograd.grad(F.linear(x, weight.detach()).sum(), x, allow_unused=True)[0] is None
+        except (RuntimeError, NotImplementedError):  # the output requires no gradient, or an operation has none
+            return True
+
+
 class QuantizedLinear(torch.autograd.Function):
     """``W0 x + b`` as the library of ``weight`` computes it, with the gradient of the dequantized W0.
 

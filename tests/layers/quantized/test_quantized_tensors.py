@@ -25,6 +25,7 @@ from lightning_lora import (
 from lightning_lora.analysis import UpdateRatio, UpdateSpectrum
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.methods.subspace.config import SubspaceConfig
 from lightning_lora.methods.tune.config import TuneConfig
 from lightning_lora.model.fingerprint import fingerprint, other_base
 from lightning_lora.model.frozen_values import FrozenValues
@@ -225,3 +226,16 @@ def test_quantized_weights_are_not_trained():
     adapt(model, TuneConfig(train="all"))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["0.bias", "2.weight", "2.bias", "3.weight", "3.bias"]
+
+
+def test_also_train_of_a_quantized_layer_is_refused_by_name():
+    words = "`also_train` names `3.weight`, which is quantized, and codes take no gradient. Adapt the layer"
+    with pytest.raises(ValueError, match=words):
+        apply_lora(model_of(), LoRAConfig(targets=["0"], also_train=["3"]))
+    apply_lora(model_of(), LoRAConfig(targets=["0", "3"]))  # the remedies
+    apply_lora(model_of("toy", ("0", "2")), LoRAConfig(targets=["0"], also_train=["3"]))
+
+
+def test_it_is_not_projected():
+    with pytest.raises(ValueError, match=r"`0.weight` cannot be projected: its few bits cannot be summed with P z"):
+        adapt(model_of(), SubspaceConfig(dimension=10, targets=["0.weight"]))
