@@ -81,8 +81,12 @@ QUANTIZING_LIBRARY = "bitsandbytes"
 # Its module and the function in it that decides on a GPU whether a product is computed by 4-bit codes.
 PRODUCT_BY_CODES = ("bitsandbytes.backends.cuda.ops", "_gemm_4bit_use_custom_fn")
 
-# Libraries that leave a layer as it is, and whose weight is a subclass of torch.Tensor.
+# Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
+# optimum, has a class of its own.
 TENSOR_QUANTIZERS = ("torchao", "optimum")
+QUANTIZING_LIBRARIES = (QUANTIZING_LIBRARY, "optimum")  # with linear layers of their own
+TERNARY_LINEAR = "AutoBitLinear"  # of transformers: it rounds its input, and its weight or scales its output
+OUTPUT_QUANTIZATION = "activation_qtype"  # quanto's, an attribute of a layer
 
 # Layers of other libraries that are adapters already, by library.
 ADAPTER_LAYERS = {

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_lora.foreign import PARAMETRIZATIONS
+from lightning_lora.foreign import OUTPUT_QUANTIZATION, PARAMETRIZATIONS, TERNARY_LINEAR, is_a
 from lightning_lora.layers.adapted import Adapted, DynamicClass, derived, not_swappable
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
@@ -229,11 +229,29 @@ def refusal(module: nn.Module) -> str | None:
         return "has a `__call__` of its own, which may bypass the adapter"
     if PARAMETRIZATIONS in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
+    reason = _rounds_update(module)
+    if reason is not None:
+        return reason
     if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
         return None
     if takes_quantized_tensor(module) and is_quantized(module):
         return None
     return _refused_weights(module, [part.key for part in parts_of(module)])
+
+
+def _rounds_update(module: nn.Module) -> str | None:
+    """Why an update of ``module`` would be rounded together with what the layer quantizes."""
+    if getattr(module, OUTPUT_QUANTIZATION, None) is not None:
+        return (
+            "quantizes its output (quanto's `activations`), and an update smaller than a step of it would be lost: "
+            "quantize the weights alone"
+        )
+    if is_a(module, TERNARY_LINEAR):
+        return (
+            f"is an {TERNARY_LINEAR}, which computes with weights of -1, 0 and 1 and would round an update with them: "
+            "load the model without quantization"
+        )
+    return None
 
 
 def takes_quantized_tensor(module: nn.Module) -> bool:
@@ -269,5 +287,8 @@ def _refused_weight(weight: nn.Parameter | None) -> str | None:
             "`exclude`"
         )
     if weight.dtype not in DTYPES:
-        return f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64"
+        return (
+            f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64, and weights that "
+            "bitsandbytes, torchao or quanto quantized"
+        )
     return None

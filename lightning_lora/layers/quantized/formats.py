@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.foreign import QUANTIZING_LIBRARY, is_from
+from lightning_lora.foreign import QUANTIZING_LIBRARIES, is_from
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 from lightning_lora.ops.packed.quantized_tensors import dequantized_tensor, is_quantized_tensor
 
@@ -22,7 +22,7 @@ ROWS_ON_CPU = 32  # that bitsandbytes stores together where it packs a weight an
 
 def is_quantized_class(cls: type[nn.Module]) -> bool:
     """Whether layers of class ``cls`` store a quantized weight, which is not a plain matrix."""
-    return is_from(cls, QUANTIZING_LIBRARY) and issubclass(cls, nn.Linear)  # its embeddings are plain
+    return is_from(cls, *QUANTIZING_LIBRARIES) and issubclass(cls, nn.Linear)  # its embeddings are plain
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, sto
 from tests.helpers.quantized_tensors import FORMATS, QUANTIZES_INPUT, matrix_of, quantize
 
 CONFIG = LoRAConfig(r=4, alpha=8, targets=["0", "2"])
+CONFIG_OF_ONE = LoRAConfig(r=4, alpha=8, targets=["0"])
 
 
 def model_of(kind: str | None = "toy", layers: tuple[str, ...] = ()) -> nn.Sequential:
@@ -239,3 +240,63 @@ def test_also_train_of_a_quantized_layer_is_refused_by_name():
 def test_it_is_not_projected():
     with pytest.raises(ValueError, match=r"`0.weight` cannot be projected: its few bits cannot be summed with P z"):
         adapt(model_of(), SubspaceConfig(dimension=10, targets=["0.weight"]))
+
+
+class QLinear(nn.Linear):
+    """As quanto's: a class of its own, whose forward reads the quantized weight."""
+
+    __module__ = "optimum.toy"
+    activation_qtype: object = None
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.dequantize(), self.bias)
+
+
+def toy_quanto() -> nn.Sequential:
+    layer = QLinear(128, 128)
+    layer.weight = model_of()[0].weight
+    return nn.Sequential(layer)
+
+
+def real_quanto() -> nn.Sequential:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = nn.Sequential(nn.Linear(128, 128))
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [toy_quanto, real_quanto])
+def test_quanto_adds_the_update_to_the_output_of_its_own_layer(make):
+    model, x = make(), torch.randn(5, 128, requires_grad=True)
+    matrix, before = model[0].weight.dequantize().double(), model(x)
+    apply_lora(model, CONFIG_OF_ONE)
+    assert torch.equal(model(x), before)
+    pair = model[0].lora.default
+    nn.init.normal_(pair.B, std=0.01)
+    summed = matrix + pair.scale * (pair.B @ pair.A).detach().double()
+    expected = x.detach().double() @ summed.t() + model[0].bias.detach().double()
+    y = model(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.double(), summed.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dequantized(model[0]).double(), matrix)
+    with pytest.raises(ValueError, match="`0` is quantized, and its few bits cannot hold the sum"):
+        merge_lora(model)
+
+
+def test_layers_that_would_round_an_update_are_refused_by_name():
+    model = toy_quanto()
+    model[0].activation_qtype = "qint8"
+    with pytest.raises(ValueError, match=r"`0` quantizes its output \(quanto's `activations`\), and an update smaller"):
+        apply_lora(model, CONFIG_OF_ONE)
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    with pytest.raises(ValueError, match="`0` is an AutoBitLinear, which computes with weights of -1, 0 and 1"):
+        apply_lora(nn.Sequential(bitnet.AutoBitLinear(128, 128)), CONFIG_OF_ONE)
+
+
+def test_weights_of_8_bit_floating_point_are_refused_with_what_can_be_adapted():
+    integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    words = "`0` has a weight of torch.float8_e4m3fn; LoRA adapts .* weights that bitsandbytes, torchao or quanto quant"
+    with pytest.raises(ValueError, match=words):
+        apply_lora(nn.Sequential(integration.FP8Linear(128, 128)), CONFIG_OF_ONE)
