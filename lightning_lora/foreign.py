@@ -48,6 +48,7 @@ COMPILED = "_orig_mod"
 WRAPPERS = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 AVERAGED_CLASS = "AveragedModel"
 ATTENTION_OUTPUT = {"NonDynamicallyQuantizableLinear": "Linear"}  # `out_proj` of nn.MultiheadAttention, for people
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # names, an attribute of the module that it wraps
 PARTITIONED_OPTIMIZER = "ZeroRedundancyOptimizer"
 SPARSE_OPTIMIZER = "SparseAdam"
 CHECKPOINT_FUNCTIONS = {"checkpoint", "checkpoint_sequential", "checkpoint_seq"}  # torch's and timm's
@@ -77,6 +78,15 @@ TASK_CLASSES = {
 
 # The library whose linear layers hold quantized weights.
 QUANTIZING_LIBRARY = "bitsandbytes"
+# Its module and the function in it that decides on a GPU whether a product is computed by 4-bit codes.
+PRODUCT_BY_CODES = ("bitsandbytes.backends.cuda.ops", "_gemm_4bit_use_custom_fn")
+
+# Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
+# optimum, has a class of its own.
+TENSOR_QUANTIZERS = ("torchao", "optimum")
+QUANTIZING_LIBRARIES = (QUANTIZING_LIBRARY, "optimum")  # with linear layers of their own
+TERNARY_LINEAR = "AutoBitLinear"  # of transformers: it rounds its input, and its weight or scales its output
+OUTPUT_QUANTIZATION = "activation_qtype"  # quanto's, an attribute of a layer
 
 # Layers of other libraries that are adapters already, by library.
 ADAPTER_LAYERS = {
@@ -109,9 +119,9 @@ def adapter_library(cls: Any) -> str | None:
     return next((library for library, name in libraries if name in ADAPTER_LAYERS.get(library, ())), None)
 
 
-def is_from(cls: type, library: str) -> bool:
-    """Whether ``cls``, or a class that it derives from, is defined in ``library``."""
-    return any(base.__module__.partition(".")[0] == library for base in cls.__mro__)
+def is_from(cls: type, *libraries: str) -> bool:
+    """Whether ``cls``, or a class that it derives from, is defined in one of ``libraries``."""
+    return any(base.__module__.partition(".")[0] in libraries for base in cls.__mro__)
 
 
 def is_compiled(module: Any) -> bool:

@@ -68,10 +68,10 @@ SECTIONS = {  # name: module and function, imported when the section runs, as no
 PACKAGES = ("torch", "lightning", "transformers", "timm", "peft")
 
 
-def versions() -> str:
+def versions(*others: str) -> str:
     hardware = torch.cuda.get_device_name() if CUDA else "no GPU"
     listed = []
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             listed.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -18,7 +18,7 @@ from lightning_lora.distributed.sharded import (
 from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import adapted_layers, parameter_of
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.layers.weight_view import Rows
 from lightning_lora.model.merge_layer import value_before_merge
 from lightning_lora.model.record import Merged, merged_layers
@@ -172,7 +172,7 @@ def _full(shard: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _check_readable(update: Update) -> None:
-    if is_quantized_class(type(update.module)):
+    if is_quantized(update.module):
         raise ValueError(
             f"`{update.name}` has a quantized weight, of which no norm is taken. `UpdateSpectrum` and "
             "`SubspaceSimilarity` read A and B alone: use one of these."

@@ -1,7 +1,6 @@
-"""LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D``, quantized layers and linear layers of the user's.
+"""LoRA for linear layers: ``nn.Linear``, Hugging Face's ``Conv1D``, and linear layers of the user's.
 
-``Conv1D`` stores its weight transposed. Quantized layers, such as those of bitsandbytes, have no matrix to read: the
-adapter adds the low-rank term to their output. They are recognized by the name of their library, which is not imported.
+``Conv1D`` stores its weight transposed. Layers with a quantized weight are in ``quantized``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.foreign import CONV1D, QUANTIZING_LIBRARY, is_from
+from lightning_lora.foreign import CONV1D
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.mixed.linear import mixed_layer
@@ -62,18 +61,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         if isinstance(terms, MixedTerms):
             return terms.add_to(base_linear(input, self.weight, self.bias), [input])
         return linear_by_choice(input, self.weight, self.bias, terms)
-
-
-class LoRAQuantizedLinear(LoRALayer, nn.Linear):
-    """Mixin for a linear layer with a quantized weight; A and B are fp32."""
-
-    original_class = nn.Linear
-    lora_adapter_class = LinearAdapter
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The base output of the quantized layer plus the low-rank term of each adapter."""
-        y: Tensor = super().forward(input)
-        return add_terms(y, self.lora.terms(input), [input])
 
 
 class TransposedLinear(LoRALayer):
@@ -135,8 +122,3 @@ def conv1d_base(cls: type[nn.Module]) -> type[nn.Module] | None:
 def conv1d_class(root: type[nn.Module]) -> type[LoRALayer]:
     """The adapted class for the ``Conv1D`` class ``root``."""
     return type("LoRAConv1D", (TransposedLinear, root), {"original_class": root, "__module__": __name__})
-
-
-def is_quantized_class(cls: type[nn.Module]) -> bool:
-    """Whether layers of class ``cls`` store a quantized weight, which is not a plain matrix."""
-    return is_from(cls, QUANTIZING_LIBRARY) and issubclass(cls, nn.Linear)  # its embeddings are plain

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_lora.foreign import PARAMETRIZATIONS
+from lightning_lora.foreign import OUTPUT_QUANTIZATION, PARAMETRIZATIONS, TERNARY_LINEAR, is_a
 from lightning_lora.layers.adapted import Adapted, DynamicClass, derived, not_swappable
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, parameter_of
@@ -25,10 +25,8 @@ from lightning_lora.layers.conv import (
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.linear import (
     LoRALinear,
-    LoRAQuantizedLinear,
     conv1d_base,
     conv1d_class,
-    is_quantized_class,
     own_linear_base,
     own_linear_class,
 )
@@ -42,10 +40,13 @@ from lightning_lora.layers.parameter import (
     is_named_experts,
     part_of_parameter,
 )
+from lightning_lora.layers.quantized.formats import is_quantized, is_quantized_class
+from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
 from lightning_lora.layers.source_code import NOT_COMPUTING, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 
 ADAPTED_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
@@ -228,9 +229,35 @@ def refusal(module: nn.Module) -> str | None:
         return "has a `__call__` of its own, which may bypass the adapter"
     if PARAMETRIZATIONS in module._modules or any(f"{key}_g" in module._parameters for key in vars(module)):
         return COMPUTED
+    reason = _rounds_update(module)
+    if reason is not None:
+        return reason
     if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
         return None
+    if takes_quantized_tensor(module) and is_quantized(module):
+        return None
     return _refused_weights(module, [part.key for part in parts_of(module)])
+
+
+def _rounds_update(module: nn.Module) -> str | None:
+    """Why an update of ``module`` would be rounded together with what the layer quantizes."""
+    if getattr(module, OUTPUT_QUANTIZATION, None) is not None:
+        return (
+            "quantizes its output (quanto's `activations`), and an update smaller than a step of it would be lost: "
+            "quantize the weights alone"
+        )
+    if is_a(module, TERNARY_LINEAR):
+        return (
+            f"is an {TERNARY_LINEAR}, which computes with weights of -1, 0 and 1 and would round an update with them: "
+            "load the model without quantization"
+        )
+    return None
+
+
+def takes_quantized_tensor(module: nn.Module) -> bool:
+    """Whether the adapted forward of ``module`` is that of ``nn.Linear``, which can compute with a quantized tensor."""
+    original = original_class(module)
+    return adaptable_base(original) is nn.Linear and issubclass(adapted_class(original), LoRALinear)
 
 
 def refused_parameter(module: nn.Module, key: str) -> str | None:
@@ -253,6 +280,15 @@ def _refused_weight(weight: nn.Parameter | None) -> str | None:
         return COMPUTED
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "has no shape yet (a lazy module): run one batch through the model first"
+    if is_quantized_tensor(weight):
+        return (
+            f"has a weight that is a {type(weight).__name__}, which LoRA adapts only in linear layers with torch's own "
+            "forward: quantize the model without it (`filter_fn` of `quantize_`), or leave it out of the targets with "
+            "`exclude`"
+        )
     if weight.dtype not in DTYPES:
-        return f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64"
+        return (
+            f"has a weight of {weight.dtype}; LoRA adapts float32, bfloat16, float16 and float64, and weights that "
+            "bitsandbytes, torchao or quanto quantized"
+        )
     return None

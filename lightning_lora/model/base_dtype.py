@@ -17,6 +17,7 @@ from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.weight_reads import WeightReads
 from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.targets.survey import memory_of
 
 CAST_BY_AUTOCAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -70,6 +71,8 @@ def cast_by_autocast(model: nn.Module) -> Iterator[nn.Parameter]:
     for sharing in users.values():
         parameters = [parameter_of(module, key) for _, module, key in sharing]
         first = parameters[0]
+        if is_quantized_tensor(first):
+            continue
         frozen = first.dtype == torch.float32 and not first.requires_grad and not first.is_meta
         if frozen and all(_is_cast(m, key) and not reads.is_read_raw(name, key) for name, m, key in sharing):
             yield from {id(parameter): parameter for parameter in parameters}.values()

@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import local_shard
 from lightning_lora.layers.adapted import Adapted, added_to, has_added, swap_out
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.model.initial_values import is_trained, put_back_own, remember
 from lightning_lora.model.journal import Journal, Overwritten, all_or_nothing
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
@@ -136,7 +136,7 @@ def _leave_update(layer: nn.Module, journal: Journal) -> None:
         return  # it is merged, or its own weights are trained
     if not _is_trained(layer):
         pop_adapters(layer)
-    elif not is_quantized_class(type(layer)):  # which cannot hold the sum
+    elif not is_quantized(layer):  # which cannot hold the sum
         merge_layer(layer, journal, Workspace())
 
 

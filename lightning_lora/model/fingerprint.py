@@ -16,6 +16,7 @@ from lightning_lora.model.freeze import in_files
 from lightning_lora.model.state import added_parameters
 from lightning_lora.model.written import renormalized, written_parameters
 from lightning_lora.ops.exact_sum import checksum
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 
 Fingerprint = dict[str, list[int | None]]
 
@@ -51,7 +52,7 @@ def shape_alone(tensor: Tensor) -> list[int | None]:
 
 def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[int | None]:
     """The entry of :func:`fingerprint` for one parameter."""
-    if tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.is_floating_point() or is_quantized_tensor(tensor):
         return shape_alone(tensor)
     tensor = tensor if device is None else tensor.to(device)
     sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
@@ -64,6 +65,8 @@ def has_values(tensor: Tensor, sums: Sequence[int | None]) -> bool:
     """Whether ``tensor`` has the values that an entry of a fingerprint was taken of, or a cast of them."""
     if tensor.is_meta or sums[2] is None:
         return True
+    if is_quantized_tensor(tensor):  # since the entry was taken
+        return False
     if tensor.dtype in (torch.bfloat16, torch.float16):
         return checksum(tensor) == sums[tensor.dtype == torch.float16]
     return checksum(tensor) == sums[2] or (tensor.dtype == torch.float64 and checksum(tensor.float()) == sums[2])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, is_split, local_shard
 from lightning_lora.model.fingerprint import Fingerprint, has_values
 from lightning_lora.ops.exact_sum import as_integers
+from lightning_lora.ops.packed.quantized_tensors import stored_tensors
 
 SAMPLE = 16  # values of a parameter that its mark holds
 
@@ -79,7 +80,7 @@ class Samples:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
         for index, parameter in enumerate(parameters):
-            sample = _sample(local_shard(parameter))
+            sample = _sample(stored_tensors(local_shard(parameter))[0])
             groups.setdefault((sample.device, sample.dtype), []).append((index, sample))
         self.values = [as_integers(torch.cat([sample for _, sample in group])).cpu() for group in groups.values()]
         self.layout = [
@@ -110,4 +111,4 @@ def _place(parameter: Tensor) -> tuple[int, int]:
     """The version and the address of ``parameter``; those of a sharded one change when it is gathered."""
     if is_in_pieces(parameter):
         return 0, 0
-    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
+    return 0 if parameter.is_inference() else parameter._version, stored_tensors(parameter)[0].data_ptr()

@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import shape_of
+from lightning_lora.layers.adapted import Adapted
 from lightning_lora.layers.adapter import Adapter, Pairs, seed_of
 from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import LoRALayer, add_adapter, has_adapter, parameter_of, set_adapters
 from lightning_lora.layers.linear import LinearAdapter, LoRALinear
-from lightning_lora.layers.registry import adapted_class, adapted_class_for, host_base
+from lightning_lora.layers.registry import adapted_class, adapted_class_for, host_base, takes_quantized_tensor
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.model.adapter_loading import accept_adapters
 from lightning_lora.model.hooks import equip
@@ -18,6 +19,7 @@ from lightning_lora.model.record import record_of
 from lightning_lora.model.sum_groups import group_sums
 from lightning_lora.model.twins import Agree, own_answer, seed_names
 from lightning_lora.names import join
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.ops.shared_input import SharedInputGroup
 from lightning_lora.targets.resolve import Targets
 from lightning_lora.targets.role_names import family_of
@@ -60,6 +62,7 @@ def inject_each(
         parts = [*(pair.part for pair in present), *site.parts]
         add_adapter(site.module, config.name, child, adapted_class_for(site.module, parts))
     _attach_hosts(survey)
+    _attach_quantized(survey)
     _share_inputs(survey)
     group_sums(survey, compute)
     record = record_of(survey.model)
@@ -123,6 +126,14 @@ def _attach_hosts(survey: Survey) -> None:
     for _, module in survey.modules:
         host = host_base(type(module))
         if host is not None and not isinstance(module, LoRALayer) and id(module) in around:
+            set_adapters(module, adapted_class(type(module)), Adapters())
+
+
+def _attach_quantized(survey: Survey) -> None:
+    """Swap the linear layers with a quantized tensor that are no targets: gradients of other layers go through them."""
+    for _, module in survey.modules:
+        weight = module._parameters.get("weight")
+        if is_quantized_tensor(weight) and not isinstance(module, Adapted) and takes_quantized_tensor(module):
             set_adapters(module, adapted_class(type(module)), Adapters())
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_lora.arguments import check_flag, check_number
 from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
+from lightning_lora.layers.adapted import has_added
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
@@ -159,7 +160,7 @@ def _check_mergeable(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> N
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """The adapted layers of ``model`` whose weights are quantized and cannot hold the sum."""
-    return [name for name, layer in adapted_layers(model) if is_quantized_class(type(layer))]
+    return [name for name, layer in adapted_layers(model) if is_quantized(layer) and has_added(layer)]
 
 
 def unwritable(model: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from lightning_lora.distributed.sharded import (
 )
 from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer, is_adapted
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.model.freeze import adapter_parameters, in_files
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_children, merged_layers, records

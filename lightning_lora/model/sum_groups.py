@@ -10,7 +10,8 @@ from torch import nn
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
-from lightning_lora.layers.linear import LoRALinear, LoRAQuantizedLinear, TransposedLinear
+from lightning_lora.layers.linear import LoRALinear, TransposedLinear
+from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.sum_group import SumGroup
 from lightning_lora.layers.summed_weight import SummedWeight
 from lightning_lora.targets.survey import Survey

@@ -8,14 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import is_partitioned, is_sharded, is_split, shape_of
 from lightning_lora.layers.adapted import has_added
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.names import clean
-from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.ops.exact_sum import as_integers, same_bits
+from lightning_lora.ops.packed.quantized_tensors import stored_tensors
 from lightning_lora.targets.survey import Site, Survey, memory_of
 
 Agree = Callable[[dict[str, str]], dict[str, str]]
@@ -60,10 +60,9 @@ def _is_hidden(weight: Tensor) -> bool:
 def _sample(site: Site) -> str | None:
     """Some values of the weights, equal for twins; ``None`` where they are all the same."""
     raw = []
-    for weight in _weights(site):
-        flat = weight.detach().reshape(-1)
-        values = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu().contiguous()
-        raw.append(values.view(torch.uint8).view(len(values), -1).tolist())  # one list of bytes for each value
+    for stored in (stored for weight in _weights(site) for stored in stored_tensors(weight)):
+        flat = as_integers(stored.reshape(-1))
+        raw.append(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].tolist())
     if all(value == values[0] for values in raw for value in values):
         return None
     return repr((*((part.key, part.name) for part in site.parts), raw))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.exact_product import ExactProduct
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, stored_tensors
 from lightning_lora.ops.workspace import Workspace
 
 BLOCK = 1 << 15  # words in a block of a checksum: files hold checksums, so it may not change
@@ -40,6 +41,9 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and every bit; they may be on different devices."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
+    if is_quantized_tensor(first) or is_quantized_tensor(second):
+        parts = stored_tensors(first.detach()), stored_tensors(second.detach())
+        return type(first) is type(second) and all(same_bits(*pair) for pair in zip(*parts, strict=True))
     first, second = first.detach().reshape(-1), second.detach().to(first.device).reshape(-1)
     return torch.equal(as_integers(first), as_integers(second))
 

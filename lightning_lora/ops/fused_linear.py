@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_lora.ops.dispatch import MAX_R, check_unmodified, without_autocast
 from lightning_lora.ops.gated_product import Factors, gradient_of_A, input_or_product, large_saved_factors
+from lightning_lora.ops.packed.weight import PackedWeight, Weight, matrix_of, stored_in
 from lightning_lora.ops.products import as_matrix, base_plus_low_rank, differentiable_gradients, like, matmul, scaled
 from lightning_lora.torch_internals import (
     any_autocast_enabled,
@@ -26,10 +27,11 @@ from lightning_lora.torch_internals import (
 )
 
 PLAIN_CLASSES = {Tensor, nn.Parameter, type(None)}
+WEIGHT_CLASSES = {Tensor, nn.Parameter, PackedWeight}
 DEVICES = ("cuda",)  # on a CPU the last bits of a product depend on what it accumulates onto
 
 
-def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> bool:
+def can_fuse(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Whether :class:`FusedLinear` can be used: plain tensors of one dtype, computed eagerly on a GPU.
 
     ``torch.func``, tracing and subclasses of tensors need the plain formula.
@@ -37,11 +39,13 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tenso
     return (
         x.device.type in DEVICES
         and type(x) is Tensor
-        and type(weight) in PLAIN_CLASSES
+        and type(weight) in WEIGHT_CLASSES
         and type(bias) in PLAIN_CLASSES
         and type(A) in PLAIN_CLASSES
         and type(B) in PLAIN_CLASSES
-        and (compute_dtype(x) == compute_dtype(weight) if any_autocast_enabled() else x.dtype == weight.dtype)
+        and (
+            compute_dtype(x) == compute_dtype(stored_in(weight)) if any_autocast_enabled() else x.dtype == weight.dtype
+        )
         and not (weight.requires_grad and torch.is_grad_enabled())
         and not is_transformed()  # in a trace, sizes are tensors
         and x.numel() > 0
@@ -71,7 +75,7 @@ class FusedLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        constants: tuple[Tensor, float, Factors, float],
+        constants: tuple[Weight, float, Factors, float],
     ) -> Any:
         """``(..., in_features)`` to ``(..., out_features)``, with dropout in a pair with the dropped input.
 
@@ -96,7 +100,7 @@ class FusedLinear(torch.autograd.Function):
         else:
             ctx.save_for_backward(*factors, kept)
             ctx.x = weakref.ref(x)
-        ctx.constants = A, B, weight, versions_of(A, B, weight), cast_A, cast_B, scale, p
+        ctx.constants = A, B, weight, versions_of(A, B, stored_in(weight)), cast_A, cast_B, scale, p
         y = base_plus_low_rank(x, weight, bias, hidden, cast_B)
         if not p:
             return y
@@ -115,14 +119,14 @@ class FusedLinear(torch.autograd.Function):
         mask, gate = (gate, None) if p else (None, gate)
         needs_dx, needs_db, needs_dA, needs_dB, _ = ctx.needs_input_grad
         if needs_dx:
-            check_unmodified(weight, versions[2])
+            check_unmodified(stored_in(weight), versions[2])
         again = torch.is_grad_enabled()  # this backward is differentiated again
         if again or cast_A is A or cast_B is B:
             check_unmodified(A, versions[0])
             check_unmodified(B, versions[1])
         if again or is_batched(dy):
             x = x if gate is None else input_or_product(ctx.x(), x, gate)
-            base, low, dA, dB = differentiable_gradients(dy, x, weight, A, B, scale)
+            base, low, dA, dB = differentiable_gradients(dy, x, matrix_of(weight), A, B, scale)
             low = low if d_dropped is None else low + d_dropped
             dx = base + (low if mask is None else undropped(low, mask, p))
             return dx, as_matrix(dy).sum(0) if needs_db else None, dA, dB, None
@@ -132,7 +136,7 @@ class FusedLinear(torch.autograd.Function):
         if needs_dx:
             low = torch.mm(d_hidden, cast_A)
             low = low if mask is None else undropped(low, as_matrix(mask), p)
-            dx = like(low.addmm_(dy, weight), x)
+            dx = like(low.addmm_(dy, matrix_of(weight)), x)
         if needs_dB and hidden is None:
             hidden = F.linear(x, cast_A)
         return (
@@ -154,7 +158,7 @@ _apply = apply_of(FusedLinear)
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0
+    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0
 ) -> Tensor:
     """The output of :class:`FusedLinear`, with dropout of probability ``p`` on the input of A."""
     factors = None if p else large_saved_factors(x)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.fused_linear import can_fuse, compute_dtype, fused_linear
+from lightning_lora.ops.fused_linear import PLAIN_CLASSES, can_fuse, compute_dtype, fused_linear
 from lightning_lora.ops.mixed_linear import can_mix, mixed_linear
 from lightning_lora.ops.mixed_products import PairCopies
 from lightning_lora.ops.mixture import Mixture
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, quantized_linear
+from lightning_lora.ops.packed.weight import PackedWeight, Weight
 from lightning_lora.ops.shared_input import HasA, SharedInputGroup
 from lightning_lora.torch_internals import any_autocast_enabled
 
@@ -84,20 +86,28 @@ def linear_by_choice(
     """As :func:`linear`, of pairs that act with coefficients."""
     if all(coefficient is None for _, coefficient in terms):
         return linear(x, weight, bias, [pair for pair, _ in terms])
-    if len(terms) == 1:
-        ((pair, coefficient),) = terms
-        fused = _fused(x, weight, bias, pair, coefficient) if isinstance(coefficient, float) else None
-        if fused is not None:
-            return fused
+    fused = fuse(x, weight, bias, terms)
+    if fused is not None:
+        return fused
     y = base_linear(x, weight, bias)
     for pair, coefficient in terms:
         y = pair(y, x, coefficient)
     return y
 
 
+def fuse(x: Tensor, weight: Weight, bias: Tensor | None, terms: Sequence[tuple[Pair, Coefficient]]) -> Tensor | None:
+    """As :func:`linear_by_choice`, as one node of autograd; ``None`` where that is not possible."""
+    if len(terms) != 1:
+        return None
+    ((pair, coefficient),) = terms
+    if coefficient is None:
+        return _fused(x, weight, bias, pair)
+    return _fused(x, weight, bias, pair, coefficient) if isinstance(coefficient, float) else None
+
+
 def fuse_mixed(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     matrices: Sequence[Tensor],
     scales: Sequence[float],
@@ -137,6 +147,8 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``.
     """
+    if type(weight) not in PLAIN_CLASSES and is_quantized_tensor(weight):
+        return quantized_linear(x, weight, bias)
     if x.dim() < 3 or x.is_contiguous():
         return F.linear(x, weight, bias)
     y = F.linear(x.contiguous(), weight)
@@ -189,15 +201,15 @@ def weighed(hidden: Tensor, coefficient: Coefficient) -> Tensor:
     return hidden * (coefficient.to(hidden.dtype) if isinstance(coefficient, Tensor) else coefficient)
 
 
-def _cast_by_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _cast_by_autocast(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[Tensor, Weight, Tensor | None]:
     """The operands of an op that autocast does not cast, ``x`` contiguous."""
-    if any_autocast_enabled():
+    if any_autocast_enabled() and not isinstance(weight, PackedWeight):
         dtype = compute_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x if x.is_contiguous() else x.contiguous(), weight, bias  # once for every product
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair, coefficient: float = 1.0) -> Tensor | None:
+def _fused(x: Tensor, weight: Weight, bias: Tensor | None, pair: Pair, coefficient: float = 1.0) -> Tensor | None:
     """The sum as one node of autograd; ``None`` where that is not possible."""
     operands = pair.operands()
     if operands is None or not can_fuse(x, weight, bias, *operands):

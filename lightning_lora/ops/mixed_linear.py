@@ -12,6 +12,7 @@ from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.fused_linear import can_fuse, undropped
 from lightning_lora.ops.mixed_products import BySample, MixedProducts, PairCopies, Stacked, copies_of
 from lightning_lora.ops.mixture import Mixture
+from lightning_lora.ops.packed.weight import Weight, matrix_of, stored_in
 from lightning_lora.ops.products import as_matrix, like
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
@@ -19,7 +20,7 @@ PLAIN = {Tensor, nn.Parameter}  # not sharded, not computed
 MAX_STACKED = 1024  # positions of a sample times pairs; measured on an H200 with 64 samples and r = 16
 
 
-def can_mix(x: Tensor, weight: Tensor, bias: Tensor | None, matrices: Sequence[Tensor], mixture: Mixture) -> bool:
+def can_mix(x: Tensor, weight: Weight, bias: Tensor | None, matrices: Sequence[Tensor], mixture: Mixture) -> bool:
     """Whether :class:`MixedLinear` can be used: as the fused op of one pair.
 
     Args:
@@ -50,7 +51,7 @@ class MixedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        constants: tuple[Tensor, MixedProducts, float],
+        constants: tuple[Weight, MixedProducts, float],
         *matrices: Tensor,
     ) -> Any:
         """``(samples, ..., in_features)`` to ``(samples, ..., out_features)``; with dropout also the dropped input.
@@ -67,7 +68,7 @@ class MixedLinear(torch.autograd.Function):
         hidden = products.hidden(x_of_A)
         y = products.output(x, weight, bias, hidden)
         ctx.save_for_backward(x_of_A, mask, None if saved_tensors_have_hooks() else hidden)
-        ctx.matrices, ctx.versions = matrices, versions_of(weight, *matrices)
+        ctx.matrices, ctx.versions = matrices, versions_of(stored_in(weight), *matrices)
         ctx.constants = constants
         if not p:
             return y
@@ -89,7 +90,7 @@ class MixedLinear(torch.autograd.Function):
         db = as_matrix(dy).sum(0) if needs_db else None
         if again:
             scales, mixture = products.scales, products.mixture
-            base, low, gradients = differentiable_gradients(dy, x, weight, ctx.matrices, scales, mixture)
+            base, low, gradients = differentiable_gradients(dy, x, matrix_of(weight), ctx.matrices, scales, mixture)
             low = low if d_dropped is None else low + d_dropped
             return base + (low if mask is None else undropped(low, mask, p)), db, None, *gradients
         dy = dy if dy.is_contiguous() else dy.contiguous()
@@ -97,13 +98,13 @@ class MixedLinear(torch.autograd.Function):
         if needs_dx:
             low = products.through_A(d_hidden)
             low = low if mask is None else undropped(low, as_matrix(mask), p)
-            dx = like(low.addmm_(as_matrix(dy), weight), x)
+            dx = like(low.addmm_(as_matrix(dy), matrix_of(weight)), x)
         return dx, db, None, *_gradients_of_pairs(ctx, dy, d_hidden, x, hidden)
 
 
 def _check(ctx: Any, needs_dx: bool, again: bool) -> None:
     """Raise if W0, or A or B that a second derivative reads, were modified since forward."""
-    weight, versions = ctx.constants[0], ctx.versions
+    weight, versions = stored_in(ctx.constants[0]), ctx.versions
     if needs_dx:
         check_unmodified(weight, versions[0])
     for matrix, version in zip(ctx.matrices, versions[1:], strict=True) if again else ():
@@ -153,7 +154,7 @@ _apply = apply_of(MixedLinear)
 
 def mixed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     matrices: Sequence[Tensor],
     scales: Sequence[float],

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lora.ops.mixture import Mixture
+from lightning_lora.ops.packed.weight import Weight, matrix_of, product_of
 from lightning_lora.ops.products import as_matrix, base_plus_low_rank, batched_matmul, matmul
 from lightning_lora.torch_internals import flattened
 
@@ -183,15 +184,15 @@ class BySample(_WithCopies):
         """``(samples, positions, slots * r)``."""
         return self._weighed(torch.bmm(self._by_sample(x), self._A().mT))
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor) -> Tensor:
         """As of :func:`lightning_lora.ops.products.base_plus_low_rank`."""
-        shape, B = (*x.shape[:-1], weight.shape[0]), self._B()
-        if bias is None:
-            y = torch.bmm(hidden, B.mT).view(shape).data
-            as_matrix(y).addmm_(as_matrix(x), weight.t())
-        else:
-            y = F.linear(x, weight, bias).data
-            self._by_sample(y).baddbmm_(hidden, B.mT)
+        B, base = self._B(), product_of(weight, x)
+        if bias is None and base is None:
+            y = torch.bmm(hidden, B.mT).view(*x.shape[:-1], B.shape[1]).data
+            as_matrix(y).addmm_(as_matrix(x), matrix_of(weight).t())
+            return y
+        y = (F.linear(x, matrix_of(weight), bias) if base is None else base).data
+        self._by_sample(y).baddbmm_(hidden, B.mT)
         return y
 
     def through_B(self, dy: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class Stacked(_WithCopies):
         """``(samples, ..., sum(ranks))``."""
         return self._weighed(F.linear(x, self.copies.every_A))
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor) -> Tensor:
         """As of :func:`lightning_lora.ops.products.base_plus_low_rank`."""
         return base_plus_low_rank(x, weight, bias, hidden, self.copies.every_B())
 

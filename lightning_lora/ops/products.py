@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_lora.ops.packed.weight import Weight, matrix_of, product_of
 from lightning_lora.torch_internals import in_functorch_transform
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -21,11 +22,12 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
     return rows if x.dim() == 2 else rows.view(*x.shape)
 
 
-def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, B: Tensor) -> Tensor:
+def base_plus_low_rank(x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, B: Tensor) -> Tensor:
     """``W0 x + b + B h``: the second product accumulates onto the first.
 
     With a bias the base output comes first: cuBLAS rounds the addition of a bias differently, and while B is zero the
-    result must be the base output. Without one the low-rank term comes first.
+    result must be the base output. Without one the low-rank term comes first. So it does not where another library
+    computes the base output.
 
     Args:
         x: ``(..., in_features)``.
@@ -37,12 +39,14 @@ def base_plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: T
     Returns:
         ``(..., out_features)``, not a view: one that a node of autograd returns could not be modified in place.
     """
-    if bias is None:
+    base = product_of(weight, x)
+    if bias is None and base is None:
         y = F.linear(hidden, B)
-        as_matrix(y).addmm_(as_matrix(x), weight.t())
-    else:
-        y = F.linear(x, weight, bias).data  # of three dimensions, torch returns a view of its product
-        as_matrix(y).addmm_(as_matrix(hidden), B.t())
+        as_matrix(y).addmm_(as_matrix(x), matrix_of(weight).t())
+        return y
+    # Of three dimensions, torch returns a view of its product.
+    y = (F.linear(x, matrix_of(weight), bias) if base is None else base).data
+    as_matrix(y).addmm_(as_matrix(hidden), B.t())
     return y
 
 

@@ -19,7 +19,8 @@ from lightning_lora.distributed.sharded import full_tensor, shape_of
 from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.linear import conv1d_base, is_quantized_class
+from lightning_lora.layers.linear import conv1d_base
+from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.layers.registry import adaptable_base, original_class, parts_of
 
 KINDS = ("linear", "transposed", "embedding", "convolution")

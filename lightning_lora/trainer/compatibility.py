@@ -22,6 +22,7 @@ from lightning_lora.foreign import (
     UNTRIED_STRATEGIES,
     is_a,
 )
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 
@@ -123,6 +124,11 @@ def _check_averaging(trainer: Any, other: Any) -> None:
     if is_a(other, *AVERAGING_CALLBACKS) and is_a(trainer.strategy, *SHARDING_STRATEGIES):
         raise MisconfigurationException(
             f"{name} copies the whole module, which {strategy} shards. Leave it out, or use strategy='ddp'."
+        )
+    if is_a(other, *AVERAGING_CALLBACKS) and any(map(is_quantized_tensor, trainer.lightning_module.parameters())):
+        raise MisconfigurationException(
+            f"{name} averages every parameter, and the model has quantized weights, whose codes have no average. Leave "
+            f"{name} out, or load the model without quantization."
         )
     if is_a(other, AVERAGING_IN_SETUP) and overrides(trainer.lightning_module, "configure_model"):
         raise MisconfigurationException(

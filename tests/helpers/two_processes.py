@@ -13,8 +13,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, lora_parameters
+from lightning_lora.ops.packed.quantized_tensors import stored_tensors
 from tests.helpers.models import Lit, checkpoints, data, trainer
+from tests.helpers.quantized_tensors import quantize
 
 TWO = {"devices": 2, "strategy": "ddp"}
 
@@ -116,6 +118,34 @@ def other_arguments(folder: Path) -> None:
         (folder / f"said-{os.environ.get('LOCAL_RANK', 0)}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
+class QuantizedByRank(Lit):
+    """Each rank quantizes another base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        torch.nn.init.normal_(self.net.layers[0].q.weight, std=0.1 + rank)
+        quantize(self.net.layers, "toy")
+
+
+def quantized(folder: Path) -> None:
+    """DDP gives every rank the codes and scales of the first."""
+    module = QuantizedByRank()
+    stored = [part.clone() for part in stored_tensors(module.net.layers[0].q.weight)]
+    trainer(LoRACallback(r=4), **TWO).fit(module, data())
+    now = stored_tensors(module.net.layers[0].q.weight)
+    result = {
+        "equal": all_equal(flat_adapters(module)) and all(all_equal(part.float()) for part in now),
+        "kept": all(map(torch.equal, stored, now)),
+        "left": [key for key in vars(module) if key.startswith("_ddp")],
+    }
+    torch.save(result, folder / f"quantized-{distributed.get_rank()}.pt")
+
+
+def flat_adapters(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for _, parameter in lora_parameters(module)])
+
+
 def end(code: int) -> None:
     """Leave without the interpreter's own end, in which gloo's threads may abort a process that has done its work."""
     sys.stdout.flush()
@@ -126,7 +156,7 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        cases = {case.__name__: case for case in (train, resume, forked, base_of_one, other_arguments)}
+        cases = {case.__name__: case for case in (train, resume, forked, base_of_one, other_arguments, quantized)}
         cases[sys.argv[1]](Path(sys.argv[2]))
     except BaseException:
         traceback.print_exc()

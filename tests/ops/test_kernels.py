@@ -26,7 +26,7 @@ def test_all_by_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert "35 passed" in done.stdout
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -65,3 +65,28 @@ def test_a_gradient_of_the_columns_of_an_embedding(n, columns, r, padding, by_fr
     if padding >= 0:
         wanted[:, padding] = 0
     assert_near(found, wanted)
+
+
+@direct
+@pytest.mark.parametrize(("rows", "columns"), [(3, 64), (5, 77), (130, 192)])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_matrix_of_a_weight_in_four_bits(rows, columns, quant_type, blocksize, nested):
+    """To the bit: bitsandbytes rounds every product and every sum to fp32."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    from lightning_lora.ops.packed import four_bit_kernels as kernels
+
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns, device=DEVICE)
+    settings = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
+    codes, state = functional.quantize_4bit(weight, **settings)
+    inner = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if nested else None
+    found = kernels.dequantize(codes, state.absmax, state.code, blocksize, (rows, columns), inner, HALF)
+    largest = state.absmax
+    if nested:
+        of_blocks = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: len(largest)]
+        largest = state.state2.code[largest.int()] * of_blocks + state.offset
+    both = torch.stack([codes >> 4, codes & 15], -1).flatten()[: weight.numel()]
+    numbers = state.code[both.int()] * largest.repeat_interleave(blocksize)[: weight.numel()]
+    assert torch.equal(found, numbers.view(rows, columns).to(HALF))

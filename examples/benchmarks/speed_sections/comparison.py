@@ -63,6 +63,7 @@ def cells(rows: Rows, name: str, row: Row) -> dict[str, tuple[float, str]]:
         "GPU busy ms": (row.busy, ".2f"),
         "graphs": (row.graphs, ".0f"),
         "peak GiB": (row.peak, ".2f"),
+        "weights GiB": (row.weights, ".2f"),
     }
 
 

@@ -27,6 +27,7 @@ class Row:
         host: milliseconds until a step returns.
         busy: milliseconds in which kernels run.
         graphs: how many graphs the compiler made of it.
+        weights: GiB that its model takes before the first step.
         failure: why there are no numbers.
     """
 
@@ -35,6 +36,7 @@ class Row:
     host: float = math.nan
     busy: float = math.nan
     graphs: float = math.nan
+    weights: float = math.nan
     failure: str = ""
 
 

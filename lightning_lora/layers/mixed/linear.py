@@ -24,6 +24,7 @@ from lightning_lora.layers.choice import Choice
 from lightning_lora.layers.mixed.copies import CopyGroup, facts_of
 from lightning_lora.ops.linear import fuse_mixed
 from lightning_lora.ops.mixed_products import PairCopies
+from lightning_lora.ops.packed.weight import Weight
 from lightning_lora.torch_internals import GLOBAL_HOOKS, hooks_of
 
 MAX_ELEMENTS = 2**24  # of A and B that are copied together
@@ -59,7 +60,7 @@ class MixedLayer:
         if self.is_plain:
             group.members.append(weakref.ref(self))
 
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: Choice) -> Tensor | None:
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, choice: Choice) -> Tensor | None:
         """The output for the input ``x`` as one node of autograd; ``None`` where that is not possible."""
         if not self.is_plain or any(self.hooks) or any(GLOBAL_HOOKS) or choice.is_ambiguous:
             return None

@@ -10,10 +10,11 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import is_split
-from lightning_lora.layers.linear import is_quantized_class
+from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.methods.subspace.config import ALL, SubspaceConfig
 from lightning_lora.model.freeze import asked_for
 from lightning_lora.names import covers, join, nearest
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.targets.survey import Survey, memory_of
 
 Keys = dict[str, str]  # of the parameters of a module, with the name of the parameter that gives the rows of P
@@ -96,7 +97,7 @@ def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
 
 def _refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     cls: Any = type(module)
-    if is_quantized_class(cls) and not parameter.is_floating_point():
+    if is_quantized_tensor(parameter) or (is_quantized_class(cls) and not parameter.is_floating_point()):
         return "its few bits cannot be summed with P z. Load the model without quantization"
     if is_split(parameter):
         return "FSDP1 or ZeRO 3 keeps it in pieces. Train with DDP or ModelParallelStrategy"

@@ -13,6 +13,7 @@ from lightning_lora.methods.tune.config import PARTS, TuneConfig
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.report.summary import output_heads
 from lightning_lora.names import covers, join, matches, nearest
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.targets.role_names import CLASSIFIER, leaf_is
 from lightning_lora.targets.roles import head_container, roles_in
 from lightning_lora.targets.survey import Site, Survey
@@ -102,7 +103,7 @@ def _excluded(site: Site, key: str, exclude: Collection[str]) -> bool:
 
 
 def _trainable(places: list[Place], survey: Survey, part: str) -> list[Place]:
-    """Those of ``places`` that take a gradient: quantized weights are integers, and stay as they are."""
+    """Those of ``places`` that take a gradient: quantized weights are codes, and stay as they are."""
     kept = [(site, key) for site, key in places if _takes_gradient(site.module._parameters[key])]
     if not kept:
         site, key = places[0]
@@ -115,7 +116,9 @@ def _trainable(places: list[Place], survey: Survey, part: str) -> list[Place]:
 
 
 def _takes_gradient(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
+    if parameter is None or is_quantized_tensor(parameter):
+        return False
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _head(survey: Survey) -> list[Place]:

@@ -17,6 +17,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.freeze import in_files
 from lightning_lora.model.report.summary import output_heads
 from lightning_lora.ops.exact_sum import same_bits
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 
 SAMPLE = 1 << 16  # elements that are looked at; a language model's head has hundreds of millions
 DRAWN = (0.02, 0.01)  # standard deviations that transformers, timm and torchvision draw heads with
@@ -103,7 +104,8 @@ def _spread_is(sample: Tensor, std: float) -> bool:
 
 
 def _has_no_values(parameter: nn.Parameter) -> bool:
-    return parameter.is_meta or is_sharded(parameter) or not parameter.is_floating_point() or not parameter.numel()
+    stores_codes = is_quantized_tensor(parameter) or not parameter.is_floating_point()
+    return parameter.is_meta or is_sharded(parameter) or stores_codes or not parameter.numel()
 
 
 def warning_of(heads: list[str]) -> str:

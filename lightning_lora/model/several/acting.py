@@ -16,12 +16,15 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice, Weights
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.mixed.experts import LoRAExperts, watch_batch
+from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.model.journal import complete_undo
 from lightning_lora.model.record import is_merged_layer
 from lightning_lora.names import nearest
 
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
+
+WITH_COPIES = (LoRALinear, LoRAQuantizedLinear)  # whose A and B are copied for several layers together
 
 
 def use_adapters(model: nn.Module, adapters: Adapters) -> AbstractContextManager[None]:
@@ -99,7 +102,7 @@ def choose(model: nn.Module, adapters: Adapters, undo: Undo, present: Iterable[s
         present=frozenset(present),
         layers={id(layer.lora): name for name, layer in layers.items()} if by_sample else {},
         is_ambiguous=by_sample and any(vars(module).get("batch_first") is False for module in modules.values()),
-        linear_layers=[layer.lora for layer in layers.values() if isinstance(layer, LoRALinear)] if by_sample else [],
+        linear_layers=[layer.lora for layer in layers.values() if isinstance(layer, WITH_COPIES)] if by_sample else [],
     )
     for name, layer in layers.items():
         if layer.lora._modules:

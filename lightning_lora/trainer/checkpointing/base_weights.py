@@ -15,6 +15,7 @@ from lightning_lora.files.weights import INDEX, open_weights
 from lightning_lora.model.record import is_merged
 from lightning_lora.model.state import clean_state, lora_parameters
 from lightning_lora.names import clean, nearest
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.trainer.checkpointing import contents, reading
 
 Source = Mapping[str, Tensor | StoredTensor]
@@ -136,6 +137,8 @@ def _misfit(value: Tensor | StoredTensor, present: Tensor) -> str | None:
     if present.is_meta:
         return "has no memory here, on the meta device: make the module on another one"
     dtype = value.torch_dtype() if isinstance(value, StoredTensor) else value.dtype
+    if is_quantized_tensor(present) and type(value) is not type(present):
+        return f"is of {dtype} in it and a {type(present).__name__} here: load the base before it is quantized"
     if dtype.is_floating_point and not present.is_floating_point():
         return f"is of {dtype} in it and of {present.dtype} here: load the base before it is quantized"
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import local_shard
+from lightning_lora.ops.packed.quantized_tensors import stored_tensors
 from lightning_lora.trainer.checkpointing.contents import KEY, WEIGHTS
 from lightning_lora.trainer.imports import rank_zero_warn
 
@@ -58,7 +59,7 @@ def holds_modules(value: Any, base: set[int]) -> bool:
 
 def _memory(tensor: Tensor) -> int:
     """Where the memory of ``tensor`` starts; 0 if it has none."""
-    return tensor.untyped_storage().data_ptr()
+    return stored_tensors(tensor)[0].untyped_storage().data_ptr()
 
 
 class _Finder(pickle.Pickler):

@@ -6,16 +6,31 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
+from lightning_lora.foreign import IGNORED_BY_DDP
 from lightning_lora.model.freeze import trained_parameters
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, stored_tensors
 from lightning_lora.trainer.imports import MisconfigurationException
-from lightning_lora.trainer.patching import patch_method
+from lightning_lora.trainer.patching import patch_attribute, patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter
 
 
 class DDP(StrategyAdapter):
-    """``DDPStrategy``: the first backward pass is watched."""
+    """``DDPStrategy``: the first backward pass is watched, and quantized weights are broadcast as they are stored."""
+
+    def before_wrap(self, stack: ExitStack) -> None:
+        """DDP broadcasts every parameter by views of its memory, which a quantized tensor does not have."""
+        quantized = {name: p for name, p in self.module.named_parameters() if is_quantized_tensor(p)}
+        if not quantized:
+            return
+        if distributed.is_initialized():
+            for parameter in quantized.values():
+                for stored in stored_tensors(parameter):
+                    _broadcast(stored)
+        ignored: set[str] = set(getattr(self.module, IGNORED_BY_DDP, ()))
+        patch_attribute(stack, self.module, IGNORED_BY_DDP, ignored | quantized.keys())
 
     def after_optimizers(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """Watch what trains, unless DDP averages at the end of the pass alone."""
@@ -30,6 +45,14 @@ class DDP(StrategyAdapter):
         """DDP waits for every parameter in every pass, unless it looks for unused ones."""
         kwargs = self.strategy._ddp_kwargs
         return bool(kwargs.get("static_graph")) or not kwargs.get("find_unused_parameters")
+
+
+@torch.no_grad()
+def _broadcast(tensor: Tensor) -> None:
+    """Give every rank the values of rank 0, byte by byte: Gloo knows no dtype of 8-bit floating point."""
+    values = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
+    distributed.broadcast(values.view(torch.uint8), 0)
+    tensor.copy_(values.view(tensor.shape))
 
 
 class GradientParts:

@@ -16,6 +16,7 @@ from lightning_lora.trainer.optimizers import OptimizerSnapshot
 from lightning_lora.trainer.replaced_layers import warn_of_lost
 from lightning_lora.trainer.watching.frozen_watch import MOVING, FrozenWatch
 from lightning_lora.trainer.watching.liveness import Liveness
+from lightning_lora.trainer.watching.lost_gradients import LostGradients
 from lightning_lora.trainer.watching.nothing_trains import refuse_loss
 from lightning_lora.trainer.watching.start_of_training import StartOfTraining, has_start_hooks
 
@@ -46,6 +47,7 @@ class FirstSteps:
         self.moving, self.can_hold_moving = set[str](), True
         self.snapshots: list[OptimizerSnapshot] = []
         self.liveness: Liveness | None = None
+        self.lost_gradients: LostGradients | None = None
 
     def watch_frozen(self) -> None:
         """From the end of the strategy's set-up on, watch what is frozen."""
@@ -75,6 +77,11 @@ class FirstSteps:
         """Take the watch off the adapters."""
         if self.liveness is not None:
             self.liveness.close()
+        self._close_lost_gradients()
+
+    def _close_lost_gradients(self) -> None:
+        if self.lost_gradients is not None:
+            self.lost_gradients.close()
 
     def begin_batch(self, index: int) -> None:
         """Take the base as of the first batch; in the first steps, compare what is frozen with it.
@@ -85,7 +92,9 @@ class FirstSteps:
                 moves.
         """
         start, frozen = self.files.start, self.files.frozen
+        self._close_lost_gradients()
         if start is not None:
+            self.lost_gradients = LostGradients(self.module, self.method)
             self.files.start_training()
             if start.has_hooks and self.was_bare and not self.files.loaded:
                 renew(self.module)

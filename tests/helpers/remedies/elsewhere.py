@@ -32,7 +32,7 @@ TRIED = {
     ),
     ("cli/inspect_plot.py", "`{}` holds no A and B"): ("cli/test_inspect_plot.py", "test_a_method_without_pairs"),
     ("methods/lora.py", "Quantized weights cannot hold the sum"): (
-        "layers/test_quantized.py",
+        "layers/quantized/test_linear.py",
         "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
     ),
     ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (

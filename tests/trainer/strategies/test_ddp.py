@@ -49,6 +49,14 @@ def test_resume_equals_the_uninterrupted_run_and_other_ranks_are_warned_of(tmp_p
 
 
 @pytest.mark.slow
+def test_quantized_weights_are_those_of_the_first_rank_on_all(tmp_path):
+    two_processes("quantized", tmp_path)
+    results = [torch.load(tmp_path / f"quantized-{rank}.pt") for rank in (0, 1)]
+    assert [result["kept"] for result in results] == [True, False]
+    assert all(result["equal"] and not result["left"] for result in results)
+
+
+@pytest.mark.slow
 def test_a_base_that_the_first_rank_alone_has_is_the_base_of_all(tmp_path):
     two_processes("base_of_one", tmp_path)
     two, resumed = (load(tmp_path / name / "last.ckpt") for name in ("two", "resumed"))

@@ -1,0 +1,46 @@
+"""LoRA for a linear layer with a quantized weight: the adapter adds the low-rank term to the output of the layer.
+
+Where the fused ops can be used, they add it, and compute the matrix of the weight once for forward and once for
+backward. Elsewhere, as on a CPU and under a compiler, the layer of the other library runs, and the term is added to
+its output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.linear import LinearAdapter
+from lightning_lora.layers.mixed.linear import mixed_layer
+from lightning_lora.layers.mixed.terms import add_terms
+from lightning_lora.layers.quantized.packed import bias_in, packed_weight
+from lightning_lora.ops.linear import fuse
+from lightning_lora.ops.shared_cast import shared_cast
+
+
+class LoRAQuantizedLinear(LoRALayer, nn.Linear):
+    """Mixin for a linear layer with a quantized weight; A and B are fp32."""
+
+    original_class = nn.Linear
+    lora_adapter_class = LinearAdapter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base output of the quantized layer plus the low-rank term of each adapter."""
+        adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
+        y = None if torch.compiler.is_dynamo_compiling() else self._fused(input, adapters)
+        return add_terms(super().forward(input), adapters.terms(input), [input]) if y is None else y
+
+    def _fused(self, input: Tensor, adapters: Any) -> Tensor | None:
+        """The sum as one node of autograd; ``None`` where that is not possible."""
+        choice = adapters.choice_now()
+        is_mixed = choice is not None and not choice.is_uniform and adapters.enabled
+        terms: Any = () if is_mixed else adapters.terms(input)
+        weight = packed_weight(self, input, super().forward) if is_mixed or len(terms) == 1 else None
+        if weight is None:
+            return None
+        x, bias = shared_cast(input, weight.dtype), bias_in(self, weight.dtype)
+        y = mixed_layer(adapters, choice).output(x, weight, bias, choice) if is_mixed else fuse(x, weight, bias, terms)
+        return None if y is None else y.to(input.dtype)
