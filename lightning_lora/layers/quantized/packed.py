@@ -14,9 +14,8 @@ from lightning_lora.layers.quantized.formats import dequantized_int8, int8_of, i
 from lightning_lora.ops import fused_linear
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 from lightning_lora.ops.packed.weight import PackedWeight
-from lightning_lora.torch_internals import any_autocast_enabled, is_transformed
+from lightning_lora.torch_internals import any_autocast_enabled
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_ROWS_BY_CODES = 1536  # for more rows bitsandbytes computes the matrix of a 4-bit weight first
 
 
@@ -29,15 +28,11 @@ def packed_weight(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
         forward: that of the original class, a bound method.
     """
     device = x.device.type
-    if device not in fused_linear.DEVICES or type(x) is not Tensor or x.numel() == 0 or is_transformed():
-        return None
-    if not _is_the_librarys(forward.__func__):
+    if device not in fused_linear.DEVICES or not _is_the_librarys(forward.__func__):
         return None
     state = quantization_of(module)
     weight = _int8(module, x, forward) if state is None else _four_bits(module, state, x, forward)
-    if weight is None or weight.dtype not in FLOATS:
-        return None
-    if any_autocast_enabled() and torch.is_autocast_enabled(device):
+    if weight is not None and any_autocast_enabled() and torch.is_autocast_enabled(device):
         return weight if torch.get_autocast_dtype(device) == weight.dtype else None
     return weight
 
@@ -50,8 +45,8 @@ def _is_the_librarys(forward: Any) -> bool:
 
 
 def _four_bits(module: Any, state: Any, x: Tensor, forward: Any) -> PackedWeight | None:
-    if is_packed_for_cpu(state) or tuple(state.shape) != (module.out_features, module.in_features):
-        return None  # an old layer may have a weight that was quantized in another orientation
+    if is_packed_for_cpu(state):
+        return None
     if not module.compute_type_is_set:
         module.set_compute_type(x)
         module.compute_type_is_set = True

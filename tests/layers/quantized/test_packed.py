@@ -235,6 +235,23 @@ def test_bitsandbytes_is_asked_whether_it_multiplies_by_codes(monkeypatch, funct
     assert ask(-1, torch.bfloat16, 99, 96, 100)  # a CPU
 
 
+def test_a_weight_that_was_packed_anew_for_a_cpu_is_left_to_bitsandbytes():
+    layer, x = adapted(four_bits(dtype=torch.bfloat16)), torch.randn(ROWS, 64)
+    functional = bitsandbytes.functional
+    layer.weight.data, layer.weight.quant_state = functional._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    assert packed.packed_weight(layer, x, bitsandbytes.nn.Linear4bit.forward.__get__(layer)) is None
+
+
+def test_without_an_adapter_that_acts_nothing_is_prepared(monkeypatch):
+    monkeypatch.setattr("lightning_lora.layers.quantized.linear.packed_weight", None)
+    layer, x = four_bits(dtype=torch.bfloat16), torch.randn(ROWS, 64)
+    alone = layer.train()(x)
+    with use_adapters(adapted(layer), None):
+        assert torch.equal(layer(x), alone)
+
+
 class Doubled(bitsandbytes.nn.Linear4bit):
     """A user's layer whose forward is its own."""
 
