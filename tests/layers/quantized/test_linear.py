@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,29 +18,11 @@ from lightning_lora import (
     plan_lora,
     use_adapters,
 )
-from tests.helpers.models import Block, Lit, checkpoints, data, trainer
+from tests.helpers.models import checkpoints, data, trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-
-class WideNet(nn.Module):
-    """Layers of the sizes that bitsandbytes takes on a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.head = nn.Linear(16, 64), nn.Linear(64, 3)
-        self.layers = nn.Sequential(Block(64), Block(64))
-
-    def forward(self, x):
-        return self.head(self.layers(self.up(x)))
-
-
-class Wide(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = WideNet()
+from tests.helpers.quantized import FourBits, Wide, four_bits, quantizing_trainer  # noqa: E402
 
 
 class Spy(Callback):
@@ -53,22 +34,9 @@ class Spy(Callback):
         self.weight = type(pl_module.net.layers[0].q.weight).__name__
 
 
-def quantizing(*callbacks: object, **kwargs: object):
-    runner = trainer(*callbacks, **kwargs)
-    # Lightning refuses the plug-in on a CPU; the plug-in and bitsandbytes do not.
-    runner.strategy.precision_plugin = BitsandbytesPrecision("nf4", torch.float32, {"net.head", "net.up"})
-    return runner
-
-
-def quantized(layer: nn.Linear, **kwargs: object) -> nn.Module:
-    other = bitsandbytes.nn.Linear4bit(*layer.weight.T.shape, compute_dtype=torch.float32, quant_type="nf4", **kwargs)
-    other.load_state_dict(layer.state_dict())
-    return other.to("cpu")
-
-
 def test_adapters_are_there_in_fp32_and_train_and_so_is_their_optimizer_state(tmp_path):
     spy, module = Spy(), Wide()
-    quantizing(LoRACallback(r=4), spy, checkpoints(tmp_path, monitor=None)).fit(module, data())
+    quantizing_trainer(LoRACallback(r=4), spy, checkpoints(tmp_path, monitor=None)).fit(module, data())
     assert len(spy.adapters) == 16 and set(spy.adapters.values()) == {(torch.float32, True)}
     assert spy.trained == sorted(spy.adapters) and spy.states == {torch.float32} and spy.weight == "Params4bit"
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -80,24 +48,12 @@ def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, 
     said: list[str] = []
     monkeypatch.setattr("lightning_lora.trainer.end_of_fit.rank_zero_info", said.append)
     files, module = checkpoints(tmp_path, monitor=None), Wide()
-    runner = quantizing(LoRACallback(r=4), files)
+    runner = quantizing_trainer(LoRACallback(r=4), files)
     runner.fit(module, data())
     assert "Quantized weights cannot hold the sum, so nothing is merged" in said[0]
     own = runner.test(module, data(2), verbose=False)
-    fresh = quantizing(LoRACallback(r=4)).test(Wide(), data(2), ckpt_path=files.last_model_path, verbose=False)
-    assert own == fresh != quantizing().test(Wide(), data(2), verbose=False)
-
-
-class FourBits(Lit):
-    """A base that comes quantized, as transformers loads one; on a CPU bitsandbytes packs it anew in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = WideNet()
-            for block in self.net.layers:
-                block.q = quantized(block.q)
+    fresh = quantizing_trainer(LoRACallback(r=4)).test(Wide(), data(2), ckpt_path=files.last_model_path, verbose=False)
+    assert own == fresh != quantizing_trainer().test(Wide(), data(2), verbose=False)
 
 
 def test_a_base_that_evaluation_packs_anew_is_the_same_base(tmp_path):
@@ -115,7 +71,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     def run(name: str, epochs: int, ckpt: object = None) -> dict:
         files = checkpoints(tmp_path / name, monitor=None)
         module = Wide()
-        quantizing(LoRACallback(r=4), files, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
+        quantizing_trainer(LoRACallback(r=4), files, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
         return lora_state_dict(module)
 
     four, two = run("four", 4), run("two", 2)
@@ -127,7 +83,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_output_is_the_quantized_map_and_the_low_rank_term(training):
     torch.manual_seed(0)
-    model = nn.Sequential(quantized(nn.Linear(64, 96)))
+    model = nn.Sequential(four_bits(nn.Linear(64, 96)))
     packed = model[0].weight
     weight = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
     apply_lora(model, LoRAConfig(r=4, targets=["0"]))
@@ -139,11 +95,11 @@ def test_the_output_is_the_quantized_map_and_the_low_rank_term(training):
     expected = F.linear(x, weight + B @ A, model[0].bias)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-3 if training else 0.3)  # evaluates in bf16
     assert isinstance(model[0], bitsandbytes.nn.Linear4bit)
-    assert "64 -> 96" in str(plan_lora(nn.Sequential(quantized(nn.Linear(64, 96))), LoRAConfig(targets=["0"])))
+    assert "64 -> 96" in str(plan_lora(nn.Sequential(four_bits(nn.Linear(64, 96))), LoRAConfig(targets=["0"])))
 
 
 def test_a_merge_is_refused_by_name():
-    model = nn.Sequential(quantized(nn.Linear(64, 64)))
+    model = nn.Sequential(four_bits(nn.Linear(64, 64)))
     apply_lora(model, LoRAConfig(r=4, targets=["0"]))
     with pytest.raises(
         ValueError, match=r"`0` is quantized, and its few bits cannot hold the sum. Merge the adapter's"
@@ -168,7 +124,7 @@ def test_eight_bits_and_an_embedding_that_is_plain():
 
 def test_each_sample_of_a_mixed_batch_is_that_sample_alone():
     torch.manual_seed(0)
-    layer = quantized(nn.Linear(64, 64))
+    layer = four_bits(nn.Linear(64, 64))
     for name in ("fr", "de", "idle"):
         apply_lora(layer, LoRAConfig(r=2, targets="all", name=name))
         nn.init.normal_(layer.lora[name].B)
