@@ -94,6 +94,7 @@ class Record:
         merged_child: on a module whose child of another method is merged.
         load_hook: of the hook that loads adapter state dicts into the module.
         started_from: the path of the file or directory that a run started the adapters from.
+        packs: on a quantized layer, whether an evaluation on a CPU packs its weight while the model has no adapters.
         plain_copy: whether the module came into an adapted model as a copy, after the injection: it stays plain.
     """
 
@@ -110,6 +111,7 @@ class Record:
     merged_child: MergedChild | None = None
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
+    packs: bool = False
     plain_copy: bool = False
 
     @property
