@@ -224,6 +224,18 @@ def check_merge(merge: Any, choices: tuple[Any, ...]) -> None:
         check_choice("merge", merge, choices)
 
 
+def check_merge_base(argument: str, base: Any, dequantize: Any) -> None:
+    """Raise unless ``base``, the value of ``argument``, is a path or None, and None where ``dequantize`` is set."""
+    check_flag("dequantize", dequantize)
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise TypeError(f"`{argument}` must be the path of a model in full precision, but got {base!r}.")
+    if base is not None and dequantize:
+        raise ValueError(
+            f"`{argument}={str(base)!r}` and `dequantize=True` name two bases to merge into: the file's weights, and "
+            "what the few bits stand for. Give one of the two."
+        )
+
+
 def check_base_dtype(base_dtype: str | None, compute: str, save: str) -> None:
     """Raise if ``compute`` or ``save`` needs the weights that ``base_dtype`` takes off the module."""
     if compute == "weights" and base_dtype is not None:

@@ -80,6 +80,15 @@ TASK_CLASSES = {
 QUANTIZING_LIBRARY = "bitsandbytes"
 # Its module and the function in it that decides on a GPU whether a product is computed by 4-bit codes.
 PRODUCT_BY_CODES = ("bitsandbytes.backends.cuda.ops", "_gemm_4bit_use_custom_fn")
+# What its linear layers have in addition to those of torch. transformers adds the class that it replaced.
+SOURCE_CLASS = "source_cls"
+QUANTIZED_ATTRIBUTES = (
+    *("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"),
+    *("state", "index", SOURCE_CLASS),
+)
+# What a model of transformers, and its configuration, know of its quantization.
+QUANTIZED_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+QUANTIZED_CONFIG = ("quantization_config", "_is_quantized")
 
 # Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
 # optimum, has a class of its own.

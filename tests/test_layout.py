@@ -47,6 +47,11 @@ ELSEWHERE = {
     "layers/weight_view": ("targets/test_fused_qkv", "its rows are those of query, key and value"),
     "model/freeze": ("model/test_apply", "`apply_lora` freezes"),
     "model/record": ("model/test_merge", "the record is what a merge leaves, for an exact unmerge"),
+    "model/mergeable": ("model/test_merge", "its refusals are those of `merge_lora`"),
+    "model/quantized/packed": (
+        "model/quantized/test_merge",
+        "a merge makes layers plain, and its undoing packs them",
+    ),
     "model/several/combined_config": ("model/several/test_combine", "a combination has its configuration"),
     "model/several/common_form": ("model/several/test_combine", "what is combined is in one form"),
     "model/several/trained_in_addition": ("model/several/test_one_adapter", "it goes with one adapter"),

@@ -1,7 +1,6 @@
 """The tensors of a base in files that an adapter in files changes.
 
-A model with a head calls its inner model ``model`` or ``transformer``, and files of the inner model alone lack that
-part of the names. So the first part of the names may be missing on one side, if every layer is found without it.
+The first part of the names may be missing on one side, if every layer is found without it.
 
 Tied weights are recognised by names: files do not say which modules share a parameter.
 """
@@ -9,10 +8,11 @@ Tied weights are recognised by names: files do not say which modules share a par
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_lora.cli.meta_model import is_embedding
+from lightning_lora.files.renaming import Renaming, renamings
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
 from lightning_lora.foreign import MODELS_WITH_HEAD
@@ -57,9 +57,6 @@ def _is_token_embedding(name: str, base: Weights) -> bool:
     """Whether ``name`` is the embedding with a row for each token: the largest one."""
     sizes = {key: t.numel() for key, t in base.tensors.items() if is_embedding(key.removesuffix(".weight"))}
     return bool(sizes) and f"{name}.weight" in sizes and sizes[f"{name}.weight"] == max(sizes.values())
-
-
-Renaming = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -144,13 +141,7 @@ def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renamin
 
     if inner and fits(lambda name: f"{inner}.{name}"):
         return lambda name: f"{inner}.{name}"
-    starts = sorted({key.split(".")[0] for key in base.tensors if "." in key})
-    plain: list[Renaming] = [lambda name: name, lambda name: name.partition(".")[2]]
-    below: list[tuple[str, Renaming]] = [(start, lambda name, start=start: f"{start}.{name}") for start in starts]  # type: ignore[misc]
-    for way in plain:
-        if fits(way):
-            return way
-    fitting = [(start, way) for start, way in below if fits(way)]
+    fitting = renamings(names, base.tensors, fits)
     if len(fitting) > 1:
         raise ValueError(
             f"`{names[0]}` of the adapter may be `{fitting[0][0]}.{names[0]}` or `{fitting[1][0]}.{names[0]}` of the "

@@ -26,7 +26,8 @@ from lightning_lora.model.initial_values import remember
 from lightning_lora.model.inject import inject_each
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import load_lora_state_dict
-from lightning_lora.model.merge import merge_in, quantized_layers, unmerge_in, unwritable
+from lightning_lora.model.merge import merge_in, unmerge_in
+from lightning_lora.model.mergeable import quantized_layers, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
 from lightning_lora.model.record import configs_of, is_merged, merged_layers
 from lightning_lora.model.report.random_heads import random_heads, warning_of

@@ -12,17 +12,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import names
-from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
+from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.adapted import adapted_modules
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted
+from lightning_lora.model.file_values import agree, is_whole
 from lightning_lora.model.journal import Journal, all_or_nothing
 from lightning_lora.model.loading import check_state, load_trained_state
-from lightning_lora.model.merge import merge_all, quantized_layers, unmerge_all
+from lightning_lora.model.merge import merge_all, unmerge_all
+from lightning_lora.model.mergeable import quantized_layers
 from lightning_lora.model.merged_values import merged_weights
+from lightning_lora.model.quantized.merge import merge_base_of, plain_weights
 from lightning_lora.model.record import config_of, is_merged, merged_children, merged_layers, record_of, records
 from lightning_lora.model.state import (
     added_parameters,
@@ -102,9 +104,9 @@ def _adopt(module: nn.Module, adapter: Mapping[str, Any], state: Mapping[str, An
 
     def check_base() -> None:
         own, frozen = clean_state(module), frozen_names(module)
-        sums = merged_weights(module, {}) if are_merged and all(map(_is_whole, own.values())) else ()
+        sums = merged_weights(module, {}) if are_merged and all(map(is_whole, own.values())) else ()
         expected = _with_sums({name: value for name, value in own.items() if name in frozen}, sums)
-        wrong = next((name for name, value in expected if not _agree(state.get(name, value), value)), None)
+        wrong = next((name for name, value in expected if not agree(state.get(name, value), value)), None)
         if wrong is not None:
             raise ValueError(
                 f"`{wrong}` has other values in the state dict than in this module, so its adapters were trained on "
@@ -121,6 +123,7 @@ def _load(
     check_state(module, adapter)
     reshard(module)
     merged, workspace, others = list(merged_layers(module)), Workspace(), merged_children(module)
+    into = merge_base_of(module)
     unmerge_all(merged, journal, workspace)
     for _, _, other in others[:1]:  # it acts on the whole model
         other.unmerge(module, journal)
@@ -128,7 +131,9 @@ def _load(
     check()
     for _, _, other in others[:1]:
         other.merge(module, journal)
-    merge_all([(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)], journal, workspace)
+    plain = None if into is None else plain_weights(module, into)
+    layers = [(name, layer) for name, layer, _ in merged if isinstance(layer, LoRALayer)]
+    merge_all(layers, journal, workspace, plain=plain)
 
 
 def _with_sums(base: Mapping[str, Any], sums: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Any]]:
@@ -147,7 +152,7 @@ def _own_merged_weights(module: nn.Module, state: Mapping[str, Any]) -> set[str]
     """
     base = clean_state(module)
     weights = [names.join(name, key) for name, layer in adapted_layers(module) for key in layer.lora.by_weight()]
-    if not all(name in state and _is_whole(base[name]) for name in weights) or quantized_layers(module):
+    if not all(name in state and is_whole(base[name]) for name in weights) or quantized_layers(module):
         return set()
     if all(_is_same(state[name], base[name]) for name in weights):
         return set()
@@ -163,28 +168,9 @@ def _own_merged_weights(module: nn.Module, state: Mapping[str, Any]) -> set[str]
     return set()
 
 
-def _is_whole(value: Any) -> bool:
-    """Whether the values of ``value`` are all on this rank."""
-    return not (isinstance(value, Tensor) and (value.is_meta or is_sharded(value) or is_split(value)))
-
-
 def _is_same(stored: Any, own: Any) -> bool:
     """Whether ``stored``, cast to the dtype of ``own``, has its bits: a bf16 update can be a mere rounding."""
     return isinstance(stored, Tensor) and isinstance(own, Tensor) and same_bits(stored.to(own.dtype), own)
-
-
-def _agree(stored: Any, own: Any) -> bool:
-    """Whether two values are equal but for rounding to the dtype of one of them, as far as they can be compared."""
-    if not isinstance(stored, Tensor) or not isinstance(own, Tensor) or not _is_whole(own):
-        return True
-    if stored.shape != own.shape or same_bits(stored, own):
-        return stored.shape == own.shape
-    if not (stored.is_floating_point() and own.is_floating_point()):
-        return False
-    step = 4 * max(torch.finfo(value.dtype).eps for value in (stored, own))
-    actual, expected = (value.detach().to("cpu", torch.float64) for value in (stored, own))
-    size = float(expected.nan_to_num(0, 0, 0).abs().max()) if expected.numel() else 0.0
-    return torch.allclose(actual, expected, rtol=step, atol=step * size, equal_nan=True)
 
 
 def is_adapter_state(model: nn.Module, state: Mapping[str, Any]) -> bool:

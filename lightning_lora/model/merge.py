@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from typing import NoReturn
 
 from torch import nn
 
-from lightning_lora.arguments import check_flag, check_number
-from lightning_lora.distributed.sharded import is_sharded, is_split, reshard
-from lightning_lora.layers.adapted import has_added
-from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted, parameter_of
+from lightning_lora.arguments import check_flag, check_merge_base, check_number
+from lightning_lora.distributed.sharded import reshard
+from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted
 from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
 from lightning_lora.model.merge_layer import merge_layer, unmerge_layer
+from lightning_lora.model.mergeable import check_has_quantized, check_mergeable, warn_of_shared
+from lightning_lora.model.quantized.base_file import differences_elsewhere, open_base
+from lightning_lora.model.quantized.flags import put_flags_back, take_flags
+from lightning_lora.model.quantized.merge import (
+    MergeBase,
+    PlainWeights,
+    make_others_plain,
+    merge_base_of,
+    merge_quantized_layer,
+    pack_others_again,
+    plain_weights,
+)
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
 from lightning_lora.model.several.one_adapter import check_name
 from lightning_lora.model.several.strengths import strengths_of
@@ -26,7 +38,12 @@ from lightning_lora.ops.workspace import Workspace
 
 
 def merge_lora(
-    model: nn.Module, weights: Mapping[str, float] | None = None, *misplaced: NoReturn, undo: bool = True
+    model: nn.Module,
+    weights: Mapping[str, float] | None = None,
+    *misplaced: NoReturn,
+    undo: bool = True,
+    dequantize: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
     """Add adapters to the weights that they adapt, in place: afterwards ``model`` is a plain model.
 
@@ -41,6 +58,13 @@ def merge_lora(
             calls without :func:`use_adapters`: all, unless some rest, as after :func:`combine_adapters`.
         misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
+        dequantize: for a quantized base, whose few bits cannot hold the sum: merge into what they stand for. Every
+            quantized layer becomes a plain linear layer, in the dtype of most of the other parameters. The merged model
+            computes what the adapters were trained to compute.
+        base: for a quantized base: merge into the weights in full precision in this file or directory, in the same way.
+            It must be the model that was quantized. A safetensors file, a directory with one or with shards, or a state
+            dict or a checkpoint that ``torch.save`` wrote. The adapters were trained on other weights, so measure what
+            the merged model loses or gains.
 
     Returns:
         For each merged layer the share of delta's norm that rounding to the weight's dtype lost: about 1e-4 or less in
@@ -48,9 +72,11 @@ def merge_lora(
 
     Raises:
         ValueError: if ``model`` has no adapters, none of a name in ``weights``, or none that acts; if a factor is not
-            finite; or if its weights have no values (the meta device), are in pieces (FSDP1, ZeRO 3), tied and sharded,
-            or quantized.
-        TypeError: if ``undo`` is no bool, or is given by position.
+            finite; if its weights have no values (the meta device), are in pieces (FSDP1, ZeRO 3), or tied and sharded;
+            if they are quantized and neither ``dequantize`` nor ``base`` is given, or both are, or they are not and one
+            is; or if ``base`` is another model.
+        FileNotFoundError: if there is nothing at ``base``.
+        TypeError: if ``undo`` or ``dequantize`` is no bool, or is given by position.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: no added inference latency.
 
@@ -63,12 +89,26 @@ def merge_lora(
     """
     _check_arguments(weights, *misplaced)
     check_flag("undo", undo)
+    check_merge_base("base", base, dequantize)
     _check_something_acts(model, weights)
-    return merge_in(model, Workspace(), undo, weights)
+    into = MergeBase(None if base is None else os.fspath(base)) if dequantize or base is not None else None
+    if into is not None:
+        check_has_quantized(model, "dequantize=True" if base is None else f"base={str(base)!r}")
+    differences = None
+    if into is not None and into.path is not None and any(map(is_quantized, model.modules())):
+        differences = differences_elsewhere(open_base(into.path, model), model)
+    lost = merge_in(model, Workspace(), undo, weights, into)
+    if differences is not None:
+        warnings.warn(differences, stacklevel=2)
+    return lost
 
 
 def merge_in(
-    model: nn.Module, workspace: Workspace, undo: bool = True, weights: Mapping[str, float] | None = None
+    model: nn.Module,
+    workspace: Workspace,
+    undo: bool = True,
+    weights: Mapping[str, float] | None = None,
+    into: MergeBase | None = None,
 ) -> dict[str, float]:
     """As :func:`merge_lora`; the sums are computed in ``workspace``, and have the same bits on every device."""
     complete_undo(model)
@@ -79,12 +119,13 @@ def merge_in(
         check_name(model, name, "weights")
 
     def change(journal: Journal) -> dict[str, float]:
-        if weights is not None and _is_merged_otherwise(model, weights):
+        other_weights = weights is not None and _is_merged_otherwise(model, weights)
+        if other_weights or _is_merged_into_another(model, into):
             unmerge(model, journal, workspace)
         layers = list(adapted_layers(model))
-        _check_mergeable(model, layers)
-        _warn_of_shared(layers)
-        return _merge(model, layers, undo, journal, workspace, weights)
+        check_mergeable(model, layers, into)
+        warn_of_shared(layers)
+        return _merge(model, layers, undo, journal, workspace, weights, into)
 
     return all_or_nothing(model, change)
 
@@ -103,6 +144,12 @@ def _is_merged_otherwise(model: nn.Module, weights: Mapping[str, float]) -> bool
     """Whether adapters are merged with other factors than ``weights``."""
     present = [(merged.factors, merged.adapters) for _, _, merged in merged_layers(model)]
     return any(factors.get(name, 0) != weights.get(name, 0) for factors, adapters in present for name in adapters)
+
+
+def _is_merged_into_another(model: nn.Module, into: MergeBase | None) -> bool:
+    """Whether adapters are merged into another base in full precision than ``into``."""
+    present = merge_base_of(model)
+    return into is not None and present is not None and present.path != into.path
 
 
 def _check_arguments(weights: object, *misplaced: object) -> None:
@@ -127,8 +174,13 @@ def _merge(
     journal: Journal,
     workspace: Workspace,
     weights: Mapping[str, float] | None,
+    into: MergeBase | None,
 ) -> dict[str, float]:
-    lost = merge_all(layers, journal, workspace, weights)
+    plain = None if into is None else plain_weights(model, into)
+    lost = merge_all(layers, journal, workspace, weights, plain)
+    if plain is not None:
+        make_others_plain(model, plain, workspace)
+        take_flags(model, journal)
     lost = {name: lost[name] for name, layer in layers if record_of(layer).merged.weights}  # type: ignore[union-attr]
     for holder, _ in holders(model):  # none where `model` is a part of an adapted model: it stays frozen with that
         strip(holder)
@@ -136,43 +188,6 @@ def _merge(
         unfreeze(model)
         forget(model)
     return lost
-
-
-def _check_mergeable(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> None:
-    for name, layer in layers:
-        for key in layer.lora.by_weight():
-            if parameter_of(layer, key).is_meta:
-                raise ValueError(
-                    f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
-                )
-    for name in quantized_layers(model):
-        raise ValueError(
-            f"`{name}` is quantized, and its few bits cannot hold the sum. Merge the adapter's file into the base in "
-            "full precision, and quantize that."
-        )
-    where = unwritable(model)
-    if where is not None:
-        raise ValueError(
-            f"{where} Merge on one device, into the base and from the adapter's file; LoRACallback writes the merged "
-            "weights into one at the end of its run."
-        )
-
-
-def quantized_layers(model: nn.Module) -> list[str]:
-    """The adapted layers of ``model`` whose weights are quantized and cannot hold the sum."""
-    return [name for name, layer in adapted_layers(model) if is_quantized(layer) and has_added(layer)]
-
-
-def unwritable(model: nn.Module) -> str | None:
-    """Why the sum cannot be written into the weights of ``model``, though it can into a file; ``None`` if it can."""
-    for name, layer in adapted_layers(model):
-        for key in layer.lora.by_weight():
-            weight = parameter_of(layer, key)
-            if is_split(weight):
-                return f"`{join(name, key)}` is in pieces, which FSDP1 or ZeRO 3 made of it, and cannot take the sum."
-            if is_sharded(weight) and key in record_of(layer).shared:
-                return f"`{join(name, key)}` is tied and sharded: FSDP2 would tie it again after it took the sum."
-    return None
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -210,7 +225,11 @@ def unmerge(model: nn.Module, journal: Journal, workspace: Workspace) -> None:
     Raises:
         ValueError: as :func:`unmerge_lora`.
     """
+    put_flags_back(model, journal)
     unmerge_all(list(merged_layers(model)), journal, workspace)
+    changed = pack_others_again(model, workspace)
+    if changed is not None:
+        raise ValueError(_changed_since(changed))
     for holder, configs in holders(model):
         equip(holder, *configs)
 
@@ -225,11 +244,15 @@ def unmerge_all(merged: list[tuple[str, nn.Module, Merged]], journal: Journal, w
         for name, module, record in merged:
             changed = unmerge_layer(module, record, journal, workspace)
             if changed is not None:
-                raise ValueError(
-                    f"`{join(name, changed)}` is not what the merge left there: it was changed, cast or loaded since, "
-                    "or its merge record was, so the base cannot be restored. Nothing was changed. To go on from these "
-                    "weights call `merge_lora(model, undo=False)`."
-                )
+                raise ValueError(_changed_since(join(name, changed)))
+
+
+def _changed_since(name: str) -> str:
+    return (
+        f"`{name}` is not what the merge left there: it was changed, cast or loaded since, or its merge record was, so "
+        "the base cannot be restored. Nothing was changed. To go on from these weights call `merge_lora(model, "
+        "undo=False)`."
+    )
 
 
 def merge_all(
@@ -237,18 +260,14 @@ def merge_all(
     journal: Journal,
     workspace: Workspace,
     weights: Mapping[str, float] | None = None,
+    plain: PlainWeights | None = None,
 ) -> dict[str, float]:
-    """Merge these layers; for each the share of delta's norm that rounding lost."""
+    """Merge these layers, quantized ones into ``plain``; for each the share of delta's norm that rounding lost."""
+
+    def merge(name: str, layer: LoRALayer) -> float:
+        if plain is not None and is_quantized(layer):
+            return merge_quantized_layer(name, layer, plain, workspace, weights)
+        return merge_layer(layer, journal, workspace, weights)
+
     with workspace:
-        return {name: merge_layer(layer, journal, workspace, weights) for name, layer in layers}
-
-
-def _warn_of_shared(layers: list[tuple[str, LoRALayer]]) -> None:
-    for name, layer in layers:
-        for key in record_of(layer).shared & layer.lora.by_weight().keys():
-            warnings.warn(
-                f"`{join(name, key)}` was shared with another module, and merged it is a parameter of its own. A model "
-                "into which the merged weights are loaded must not tie the two (`tie_word_embeddings=False` in "
-                "transformers).",
-                stacklevel=3,
-            )
+        return {name: merge(name, layer) for name, layer in layers}

@@ -14,6 +14,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters, set_adapters
 from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.model.journal import Journal
+from lightning_lora.model.quantized.packed import pack_again, was_changed
 from lightning_lora.model.record import Merged, MergedWeight, record_of
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.ops.exact_product import ExactProduct, exact_product
@@ -144,11 +145,17 @@ def unmerge_layer(module: nn.Module, record: Merged, journal: Journal, workspace
     Returns:
         ``None``; or the parameter whose value before the merge cannot be computed, and then nothing was changed.
     """
-    by_weight = record.adapters.to_merge(record.factors)
-    restored = {
-        key: workspace.compute(partial(_restored, parameter_of(module, key), by_weight[key], weight, key))
-        for key, weight in record.weights.items()
-    }
+    by_weight, restored = record.adapters.to_merge(record.factors), dict[str, Tensor | None]()
+    packed = record_of(module).packed
+    if packed is not None and was_changed(module, packed, workspace):
+        return "weight"
+    if packed is not None:
+        pack_again(module)
+    else:
+        restored = {
+            key: workspace.compute(partial(_restored, parameter_of(module, key), by_weight[key], weight, key))
+            for key, weight in record.weights.items()
+        }
     for key, weight in restored.items():
         if weight is None:
             return key

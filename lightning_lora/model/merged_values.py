@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from lightning_lora.distributed.sharded import fsdp1_units, full_parameters
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
-from lightning_lora.model.merge import quantized_layers
+from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.model.merge_layer import deltas_of, matrices_in
+from lightning_lora.model.mergeable import quantized_layers
+from lightning_lora.model.quantized.merge import MergeBase, plain_values, plain_weights
 from lightning_lora.model.state import full_detached, has_adapters, lora_parameters, own_state
 from lightning_lora.names import clean, join, named_modules, named_parameters
 from lightning_lora.ops import exact_sum as exact
@@ -47,7 +49,10 @@ def merged_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     if not has_adapters(model):
         raise ValueError("The model has no adapters, live or merged: `model.state_dict()` is its plain state dict.")
     for name in quantized_layers(model):
-        raise ValueError(f"`{name}` is quantized, and its few bits cannot hold the sum of the weight and the adapter.")
+        raise ValueError(
+            f"`{name}` is quantized, and its few bits cannot hold the sum of the weight and the adapter. Call "
+            "merge_lora(model, dequantize=True) first; unmerge_lora(model) gives the quantized model back."
+        )
     # A state dict of FSDP1's gathers all parameters of a unit at once.
     state = own_state(model) if fsdp1_units(model) else model.state_dict()
     return with_merged_weights(model, state, dict(merged_values(model)))
@@ -119,7 +124,9 @@ def merged_weights(
 
 
 @torch.no_grad()
-def merged_values(model: nn.Module, factors: Mapping[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
+def merged_values(
+    model: nn.Module, factors: Mapping[str, float] | None = None, into: MergeBase | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of the merged model by clean name, one at a time; ``model`` is not changed.
 
     Tied parameters are the same object. Every rank must iterate to the end.
@@ -127,7 +134,10 @@ def merged_values(model: nn.Module, factors: Mapping[str, float] | None = None) 
     Args:
         model: a model with live or merged adapters.
         factors: of the updates by adapter, as :func:`merge_lora` takes them.
+        into: what adapters on a quantized base are added to; its layers have plain values then.
     """
+    if into is not None:
+        yield from plain_values(model, plain_weights(model, into), factors)
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in named_modules(model):
         for key, parameter in module._parameters.items():
@@ -136,6 +146,8 @@ def merged_values(model: nn.Module, factors: Mapping[str, float] | None = None) 
     of_name = {name: users[id(parameter)] for name, parameter in named_parameters(model)}
     for first, value in full_parameters(model):
         for name, module, key in of_name[first]:
+            if into is not None and is_quantized(module):
+                continue
             if isinstance(module, LoRALayer) and key in module.lora.to_merge(factors):
                 yield name, _merged_weight(module, key, value, {}, workspace, factors)
             elif not isinstance(module, Adapter):

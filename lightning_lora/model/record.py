@@ -55,6 +55,28 @@ class Merged:
     factors: dict[str, float]
 
 
+@dataclass
+class PackedLayer:
+    """A quantized layer as it was before a merge made it a plain linear layer.
+
+    Args:
+        cls: its class, without the adapters.
+        parameters: the weight in few bits, and the bias.
+        attributes: those of its class that a plain layer does not have, such as the state of the quantization.
+        hooks: those of its class, which quantize what is loaded, by the attribute that holds them.
+        checksum: of the plain weight that took its place.
+        source: path of the file whose weights took the place of the quantized ones; ``None`` for what the few bits
+            stand for.
+    """
+
+    cls: type[nn.Module]
+    parameters: dict[str, nn.Parameter]
+    attributes: dict[str, Any]
+    hooks: dict[str, dict[int, Any]]
+    checksum: int
+    source: str | None
+
+
 class MergedChild(Protocol):
     """What a method that is no LoRA leaves on a module whose child is merged.
 
@@ -92,6 +114,8 @@ class Record:
         originals: values before training of what may move: trained parameters and buffers, on the CPU.
         merged: on a layer whose adapters are merged.
         merged_child: on a module whose child of another method is merged.
+        packed: on a quantized layer that is a plain one now, adapted or not.
+        flags: on a model of transformers whose quantized layers are plain now: what it knew of its quantization.
         load_hook: of the hook that loads adapter state dicts into the module.
         started_from: the path of the file or directory that a run started the adapters from.
         packs: on a quantized layer, whether an evaluation on a CPU packs its weight while the model has no adapters.
@@ -109,6 +133,8 @@ class Record:
     originals: dict[str, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
     merged_child: MergedChild | None = None
+    packed: PackedLayer | None = None
+    flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None
     started_from: str | None = None
     packs: bool = False
@@ -217,6 +243,12 @@ def merged_layers(model: nn.Module | Survey) -> Iterator[tuple[str, nn.Module, M
     for name, module, record in records(model):
         if record.merged is not None:
             yield name, module, record.merged
+
+
+def packed_layers(model: nn.Module | Survey) -> list[tuple[str, nn.Module, PackedLayer]]:
+    """Every quantized layer that a merge made a plain one."""
+    every = [(name, module, record.packed) for name, module, record in records(model)]
+    return [(name, module, packed) for name, module, packed in every if packed is not None]
 
 
 def merged_children(model: nn.Module | Survey) -> list[tuple[str, nn.Module, MergedChild]]:

@@ -19,9 +19,16 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.distributed.sharded import is_sharded, shape_of
 from lightning_lora.files.json_files import parse_object, shown
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.model.fingerprint import Fingerprint, exactly_same, fingerprint, is_fingerprint, other_base
+from lightning_lora.model.fingerprint import (
+    Fingerprint,
+    exactly_same,
+    fingerprint,
+    is_fingerprint,
+    other_base,
+    shape_alone,
+)
 from lightning_lora.model.merge import unmerge_lora
-from lightning_lora.model.record import Merged, merged_layers
+from lightning_lora.model.record import Merged, merged_layers, packed_layers
 from lightning_lora.peft_format.config import difference
 from lightning_lora.version import __version__
 
@@ -134,6 +141,8 @@ def base_of(model: nn.Module) -> Fingerprint:
     """The fingerprint of the base, also where adapters are merged into it."""
     sums = fingerprint(model)
     merged = list(merged_layers(model))
+    for name, _, packed in packed_layers(model):  # the values of the plain weight that took its place are no base's
+        sums[names.join(name, "weight")] = shape_alone(packed.parameters["weight"])
     for name, layer, record in merged:
         sums |= {names.join(name, key): value for key, value in _unmerged(layer, record).items()}
     return {name: sums[name] for name in _first_names(model) if name in sums} if merged else sums

@@ -102,7 +102,8 @@ def test_a_merge_is_refused_by_name():
     model = nn.Sequential(four_bits(nn.Linear(64, 64)))
     apply_lora(model, LoRAConfig(r=4, targets=["0"]))
     with pytest.raises(
-        ValueError, match=r"`0` is quantized, and its few bits cannot hold the sum. Merge the adapter's"
+        ValueError,
+        match=r"`0` is quantized, and its few bits cannot hold the sum. merge_lora\(model, dequantize=True\)",
     ):
         merge_lora(model)
 

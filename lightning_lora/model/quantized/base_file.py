@@ -1,0 +1,174 @@
+"""The weights in full precision of a quantized base, in a file that the user names.
+
+They are read one layer at a time. What this model's layers hold must be what quantizing them gives: a file of another
+model, or of another fine-tune of it, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.files.renaming import Renaming, renamings
+from lightning_lora.files.safetensors import StoredTensor
+from lightning_lora.files.torch_files import checked
+from lightning_lora.files.weights import INDEX, open_weights
+from lightning_lora.foreign import CONV1D, SOURCE_CLASS
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.layers.quantized.requantize import limit_of, quantized_again
+from lightning_lora.model.file_values import agree
+from lightning_lora.model.state import frozen_names
+from lightning_lora.names import clean, each_module_once, join, named_parameters, nearest
+
+RUN = "lightning_lora"  # the entry of a checkpoint that a run with adapters wrote
+FULL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMED = 3  # parameters that a warning names
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """The tensors of a model in full precision.
+
+    Args:
+        path: of the file or directory.
+        tensors: by name; those in safetensors files are not read yet.
+        called: what a module of the quantized model is called there.
+    """
+
+    path: str
+    tensors: Mapping[str, Tensor | StoredTensor]
+    called: Renaming
+
+    def weight(self, name: str, layer: nn.Module) -> Tensor:
+        """The weight of the quantized ``layer`` in full precision, ``(out_features, in_features)``, on its device.
+
+        Raises:
+            ValueError: if quantizing it does not give what the layer has.
+        """
+        stored = self.tensors[join(self.called(name), "weight")]
+        value = stored.read() if isinstance(stored, StoredTensor) else stored.detach()
+        value = (value.T.contiguous() if is_transposed(layer) else value).to(parameter_of(layer).device)
+        self._check_values(join(name, "weight"), value, layer)
+        return value
+
+    def _check_values(self, name: str, value: Tensor, layer: nn.Module) -> None:
+        present = dequantized(layer).float()
+        distance = float((quantized_again(layer, value).float() - present).norm() / present.norm().clamp_min(1e-30))
+        if not distance <= limit_of(layer):
+            raise ValueError(
+                f"`{name}` of {self.path} is not what this base was quantized from: quantized, it is {distance:.1%} "
+                f"away, where rounding explains {limit_of(layer):.0%}. Name the file of the model that was quantized, "
+                "or merge into the dequantized base."
+            )
+
+
+def open_base(path: str, model: nn.Module) -> BaseFile:
+    """Find every quantized layer of ``model`` in the file or directory at ``path``, by name and shape.
+
+    Args:
+        path: a ``.safetensors`` file, its index, a directory that ``save_pretrained`` wrote, or a file that
+            ``torch.save`` wrote of a state dict, or of a checkpoint with one.
+        model: with quantized layers.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if the file is damaged, lacks a layer, or has one of another shape or in few bits.
+    """
+    tensors = _tensors_at(Path(path))
+    layers = {name: layer for name, layer in each_module_once(model) if is_quantized(layer)}
+    names = [clean(name) for name in layers]
+
+    def fits(way: Renaming) -> bool:
+        return all(join(way(name), "weight") in tensors for name in names)
+
+    fitting = renamings(names, tensors, fits, max(name.count(".") for name in names))
+    if not fitting:
+        raise ValueError(_why_nothing_fits(path, tensors, names))
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{path} has the layers of this model at {' and at '.join(f'`{start}`' for start, _ in fitting[:2])}. Name "
+            "a file with one of them alone."
+        )
+    base = BaseFile(path, tensors, fitting[0][1])
+    for name, layer in layers.items():
+        _check_shape(base, clean(name), layer)
+    return base
+
+
+def _tensors_at(path: Path) -> Mapping[str, Tensor | StoredTensor]:
+    path = path.parent if path.name.endswith(INDEX) else path
+    if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
+        return open_weights(path).tensors
+    content: Any = checked(path, True, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    if isinstance(content, dict) and RUN in content:
+        raise ValueError(f"{path} holds adapters of a run, and no base in full precision: name the file of the base.")
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _why_nothing_fits(path: str, tensors: Mapping[str, Any], names: list[str]) -> str:
+    tails = {key.split(".", 1)[-1] for key in tensors} | set(tensors)
+    missing = next((name for name in names if not any(key.endswith(f"{name}.weight") for key in tails)), names[0])
+    return (
+        f"{path} has no tensor `{join(missing, 'weight')}` for a quantized layer of this model. The nearest names are "
+        f"{', '.join(nearest(join(missing, 'weight'), tensors))}. Name the file of the model that was quantized."
+    )
+
+
+def _check_shape(base: BaseFile, name: str, layer: nn.Module) -> None:
+    key = join(base.called(name), "weight")
+    stored: Any = base.tensors[key]
+    dtype = stored.torch_dtype() if isinstance(stored, StoredTensor) else stored.dtype
+    if dtype not in FULL:
+        raise ValueError(f"`{key}` of {base.path} is of {dtype}: it is quantized too. Name a file in full precision.")
+    expected: tuple[Any, ...] = (layer.out_features, layer.in_features)
+    expected = expected[::-1] if is_transposed(layer) else expected
+    if tuple(stored.shape) != expected:
+        raise ValueError(
+            f"`{key}` of {base.path} has shape {tuple(stored.shape)}, and this model's layer has {expected}. Name the "
+            "file of the model that was quantized."
+        )
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether ``layer`` stands for Hugging Face's ``Conv1D``, which stores ``(in_features, out_features)``."""
+    return getattr(getattr(layer, SOURCE_CLASS, None), "__name__", "") == CONV1D
+
+
+def check_samples(base: BaseFile, model: nn.Module) -> None:
+    """Compare the values of the first and the last quantized layer of ``model``: a check that takes no time.
+
+    Raises:
+        ValueError: if the file is another model's.
+    """
+    layers = [(clean(name), layer) for name, layer in each_module_once(model) if is_quantized(layer)]
+    for name, layer in dict((layers[0], layers[-1])).items():
+        base.weight(name, layer)
+
+
+def differences_elsewhere(base: BaseFile, model: nn.Module) -> str | None:
+    """A sentence about the frozen parameters that are not quantized, and differ from the file's or are not in it."""
+    frozen = frozen_names(model)
+    quantized = {id(parameter_of(layer)) for layer in model.modules() if is_quantized(layer)}
+    others = []
+    for name, parameter in named_parameters(model):
+        if name not in frozen or id(parameter) in quantized:
+            continue
+        module, _, key = name.rpartition(".")
+        stored = base.tensors.get(join(base.called(module), key))
+        if stored is None:
+            others.append(f"`{name}` (not in the file)")
+        elif not agree(stored.read() if isinstance(stored, StoredTensor) else stored, parameter):
+            others.append(f"`{name}`")
+    if not others:
+        return None
+    return (
+        f"Of the parameters that are not quantized, {len(others)} differ from {base.path}, and stay as the model has "
+        f"them: {', '.join(others[:NAMED])}{' and more' if len(others) > NAMED else ''}."
+    )

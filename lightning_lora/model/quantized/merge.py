@@ -1,0 +1,189 @@
+"""The merge of adapters on a quantized base: ``W = W0 + scale * B A`` in a plain layer, and every other layer plain.
+
+``W0`` is what the few bits stand for, or a weight in full precision from a file. The sum is computed in fp32 (fp64 for
+a file in fp64) and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.distributed.sharded import is_sharded, is_split
+from lightning_lora.foreign import QUANTIZING_LIBRARY, is_from
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
+from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.model.freeze import adapter_parameters
+from lightning_lora.model.merge_layer import deltas_of, matrices_in
+from lightning_lora.model.quantized.base_file import is_transposed, open_base
+from lightning_lora.model.quantized.packed import make_plain, pack_again, was_changed
+from lightning_lora.model.record import Merged, MergedWeight, packed_layers, record_of
+from lightning_lora.names import clean, each_module_once, join, named_parameters
+from lightning_lora.ops import exact_sum as exact
+from lightning_lora.ops.exact_sum import Squares, quick_checksum
+from lightning_lora.ops.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class MergeBase:
+    """What adapters on a quantized base are added to.
+
+    Args:
+        path: of the file or directory with the weights in full precision; ``None`` for what the few bits stand for.
+        dtype: of the plain layers; ``None`` for :func:`plain_dtype`.
+    """
+
+    path: str | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class PlainWeights:
+    """The weights in full precision of the quantized layers of one model.
+
+    Args:
+        path: as of :class:`MergeBase`.
+        dtype: of the plain layers.
+        read: gives the weight of the layer of a name, ``(out_features, in_features)``.
+    """
+
+    path: str | None
+    dtype: torch.dtype
+    read: Callable[[str, nn.Module], Tensor]
+
+    @torch.no_grad()
+    def merged(
+        self, name: str, layer: nn.Module, adapters: list[Adapter], workspace: Workspace
+    ) -> tuple[Tensor, float]:
+        """The plain weight with the updates of ``adapters``, and the share of their norm that rounding lost."""
+        start = self.read(name, layer)
+        weight, squares = workspace.compute(partial(_sum, start, adapters, self.dtype))
+        return weight.to(start.device), squares.lost()
+
+
+def _sum(
+    start: Tensor, adapters: list[Adapter], dtype: torch.dtype, workspace: Workspace
+) -> tuple[Tensor, exact.Squares]:
+    start = workspace.bring(start)
+    start = start.to(torch.promote_types(start.dtype, torch.float32)).contiguous()
+    if not adapters:
+        return start.to(dtype), Squares()
+    total, squares = torch.empty_like(start), Squares()
+    matrices = adapters[0].part.matrices(start)
+    for each in zip(matrices, deltas_of(adapters, start, start.device), matrices_in(total, matrices), strict=True):
+        squares += exact.add_delta(*each, workspace)
+    rounded = total.to(dtype)
+    return rounded, squares + Squares(error=float((rounded - total).double().square().sum()))
+
+
+def plain_weights(model: nn.Module, base: MergeBase) -> PlainWeights:
+    """The weights in full precision of the quantized layers of ``model``.
+
+    Raises:
+        FileNotFoundError, ValueError: if they cannot be had, or are another model's; the message names the layer.
+    """
+    dtype = base.dtype or plain_dtype(model)
+    if base.path is None or not any(map(is_quantized, model.modules())):
+        return PlainWeights(base.path, dtype, lambda name, layer: dequantized(layer))
+    return PlainWeights(base.path, dtype, open_base(base.path, model).weight)
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most of the parameters that are not quantized: their activations go through the plain layers.
+
+    bitsandbytes' layers cast their input to a dtype of their own and their output back. A model of quantized layers
+    alone gets that dtype, or fp32.
+    """
+    quantized = [layer for layer in model.modules() if is_quantized(layer)]
+    left_out = {id(parameter) for layer in quantized for parameter in layer._parameters.values()}
+    left_out |= adapter_parameters(model).keys()
+    sizes: Counter[torch.dtype] = Counter()
+    for _, parameter in named_parameters(model):
+        if id(parameter) not in left_out and parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    own = next((getattr(layer, "compute_dtype", None) for layer in quantized), None)
+    return max(sizes, key=sizes.__getitem__) if sizes else own or torch.float32
+
+
+def merge_quantized_layer(
+    name: str, layer: LoRALayer, weights: PlainWeights, workspace: Workspace, factors: Mapping[str, float] | None = None
+) -> float:
+    """Merge the adapters of the quantized ``layer`` into a plain weight; its packed one moves into the record.
+
+    Every change is one of structure, which a journal undoes.
+
+    Returns:
+        The share of delta's norm that rounding lost.
+    """
+    factors = dict(layer.lora.strengths_now() if factors is None else factors)
+    by_key = layer.lora.to_merge(factors)
+    weight, lost = weights.merged(name, layer, by_key.get("weight", []), workspace)
+    packed, adapters = parameter_of(layer), pop_adapters(layer)
+    make_plain(layer, weight, weights.path, workspace)
+    merged, original = (quick_checksum(value.detach(), workspace) for value in (weight, packed))
+    record = MergedWeight([], merged, original, shared=packed)
+    record_of(layer).merged = Merged(adapters, dict.fromkeys(by_key, record), factors)
+    return lost
+
+
+def make_others_plain(model: nn.Module, weights: PlainWeights, workspace: Workspace) -> None:
+    """Make every quantized layer of ``model`` plain that has no adapters."""
+    for name, layer in each_module_once(model):
+        if is_quantized(layer) and not isinstance(layer, LoRALayer):
+            weight, _ = weights.merged(clean(name), layer, [], workspace)
+            make_plain(layer, weight, weights.path, workspace)
+
+
+def pack_others_again(model: nn.Module, workspace: Workspace) -> str | None:
+    """Make the plain layers of ``model`` that were quantized, and had no adapters, quantized again.
+
+    Returns:
+        ``None``; or the first weight that was changed since.
+    """
+    for name, layer, packed in packed_layers(model):
+        if was_changed(layer, packed, workspace):
+            return join(name, "weight")
+        pack_again(layer)
+    return None
+
+
+def merge_base_of(model: nn.Module) -> MergeBase | None:
+    """What adapters of ``model`` are merged into, if its base was quantized."""
+    return next(
+        (MergeBase(packed.source, parameter_of(layer).dtype) for _, layer, packed in packed_layers(model)), None
+    )
+
+
+def plain_values(
+    model: nn.Module, weights: PlainWeights, factors: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The weight and the bias of each quantized layer as a merge would write them, one at a time, by clean name."""
+    workspace = Workspace()
+    for name, layer in each_module_once(model):
+        if is_quantized(layer):
+            adapters = layer.lora.to_merge(factors).get("weight", []) if isinstance(layer, LoRALayer) else []
+            weight = weights.merged(clean(name), layer, adapters, workspace)[0]
+            yield join(clean(name), "weight"), weight.T.contiguous() if is_transposed(layer) else weight
+            bias = layer._parameters.get("bias")
+            if bias is not None:
+                yield join(clean(name), "bias"), bias.detach().to(weight.dtype)
+
+
+def why_not_plain(model: nn.Module) -> str | None:
+    """Why the quantized layers of ``model`` cannot become plain ones; ``None`` if they can."""
+    for name, layer in each_module_once(model):
+        for key, parameter in layer._parameters.items():
+            if is_quantized(layer) and parameter is not None and (is_sharded(parameter) or is_split(parameter)):
+                return f"`{join(clean(name), key)}` is quantized and sharded: load and merge it on one device."
+            if not is_quantized(layer) and is_from(type(parameter), QUANTIZING_LIBRARY):
+                return (
+                    f"`{join(clean(name), key)}` of a {type(layer).__name__} is quantized, and only linear layers can "
+                    "be made plain: load this module without quantization."
+                )
+    return None
