@@ -224,8 +224,28 @@ def check_merge(merge: Any, choices: tuple[Any, ...]) -> None:
         check_choice("merge", merge, choices)
 
 
-def check_merge_base(argument: str, base: Any, dequantize: Any) -> None:
-    """Raise unless ``base``, the value of ``argument``, is a path or None, and None where ``dequantize`` is set."""
+def check_targets(targets: Any, presets: tuple[str, ...]) -> None:
+    """Raise unless ``targets`` is one of ``presets``, or a list of patterns that is not empty."""
+    if not isinstance(targets, str):
+        check_patterns("targets", targets)
+        if not targets:
+            raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
+    elif targets not in presets:
+        raise ValueError(
+            f"`targets` must be one of the presets {', '.join(map(repr, presets))} or a list of module names, but got "
+            f"{targets!r}. To adapt modules of that name write targets=[{targets!r}]."
+        )
+
+
+def check_merge_base(argument: str, base: Any, dequantize: Any, merges: bool = True) -> None:
+    """Raise unless ``base``, the value of ``argument``, is a path or None, and None where ``dequantize`` is set.
+
+    Args:
+        argument: the name of the argument.
+        base: its value.
+        dequantize: the other way to say what adapters on a quantized base are merged into.
+        merges: whether anything is merged, so that the two arguments mean something.
+    """
     check_flag("dequantize", dequantize)
     if base is not None and not isinstance(base, (str, os.PathLike)):
         raise TypeError(f"`{argument}` must be the path of a model in full precision, but got {base!r}.")
@@ -233,6 +253,11 @@ def check_merge_base(argument: str, base: Any, dequantize: Any) -> None:
         raise ValueError(
             f"`{argument}={str(base)!r}` and `dequantize=True` name two bases to merge into: the file's weights, and "
             "what the few bits stand for. Give one of the two."
+        )
+    if (base is not None or dequantize) and not merges:
+        raise ValueError(
+            f"`{argument}` and `dequantize` say what adapters on a quantized base are merged into, and merge=False "
+            "without `merged` merges nothing. Leave them out, or ask for a merge."
         )
 
 

@@ -18,12 +18,14 @@ from lightning_lora.arguments import (
     check_flag,
     check_mapping,
     check_merge,
+    check_merge_base,
     check_number,
     check_path,
     check_patterns,
     check_positive,
     check_rank,
     check_route,
+    check_targets,
     plain_data,
 )
 from lightning_lora.names import first_match
@@ -145,7 +147,7 @@ class LoRAConfig:
         check_rank("r", self.r)
         if self.alpha is not None:
             check_positive("alpha", self.alpha)
-        _check_targets(self.targets)
+        check_targets(self.targets, PRESETS)
         for argument in ("exclude", "also_train"):
             if getattr(self, argument) is not None:
                 check_patterns(argument, getattr(self, argument))
@@ -235,6 +237,8 @@ class RunConfig:
         base_dtype: dtype of frozen weights during a run under mixed precision, ``"bf16"`` or ``"fp16"``, or ``None``.
         save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
         merged: safetensors file into which the end of fit writes the merged model.
+        dequantize: merge adapters on a quantized base into what its few bits stand for.
+        merge_base: file or directory whose weights in full precision they are merged into instead.
         compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``; see :func:`apply_lora`.
         route: the entry of a batch that says which adapter each sample uses; ``None`` where all act.
         balance: divide each adapter's gradient by its share of the samples.
@@ -252,6 +256,8 @@ class RunConfig:
     base_dtype: str | None = None
     save: str = "adapter"
     merged: str | None = None
+    dequantize: bool = False
+    merge_base: str | None = None
     compute: str = "auto"
     route: str | int | None = None
     balance: bool = False
@@ -265,6 +271,8 @@ class RunConfig:
         check_route(self.route, self.balance)
         check_factors("keep", self.keep or {})
         check_flag("liveness", self.liveness)
+        merges = self.merge is not False or self.merged is not None
+        check_merge_base("merge_base", self.merge_base, self.dequantize, merges)
         for argument in ("init_from", "export", "merged"):
             check_path(argument, getattr(self, argument))
         check_choice("base_dtype", self.base_dtype, (None, *BASE_DTYPES))
@@ -286,15 +294,3 @@ def _in_our_words(targets: Any) -> Any:
     if isinstance(targets, list):
         return [_in_our_words(target) if isinstance(target, str) else target for target in targets]
     return OTHER_WORDS.get(targets, targets) if isinstance(targets, str) else targets
-
-
-def _check_targets(targets: Any) -> None:
-    if not isinstance(targets, str):
-        check_patterns("targets", targets)
-        if not targets:
-            raise ValueError(f"`targets` must name at least one module, but got {targets!r}.")
-    elif targets not in PRESETS:
-        raise ValueError(
-            f"`targets` must be one of the presets {', '.join(map(repr, PRESETS))} or a list of module names, but got "
-            f"{targets!r}. To adapt modules of that name write targets=[{targets!r}]."
-        )

@@ -29,6 +29,7 @@ from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_in, unmerge_in
 from lightning_lora.model.mergeable import quantized_layers, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
+from lightning_lora.model.quantized.merge import MergeBase, merge_base_of
 from lightning_lora.model.record import configs_of, is_merged, merged_layers
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
@@ -55,6 +56,7 @@ class LoRAMethod(RecordedMethod):
         compute: the side of the equation, as of :func:`lightning_lora.apply_lora`.
         keep: adapters that the model has already and that do not train, with the strength with which they act.
         factors: of the updates that a merge adds, by adapter; ``None`` for what acts, if one adapter trains.
+        into: what adapters on a quantized base are merged into; ``None`` merges none of them.
 
     Example:
         >>> method, model = LoRAMethod(LoRAConfig(r=2, targets="all")), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -76,11 +78,12 @@ class LoRAMethod(RecordedMethod):
         compute: str = "auto",
         keep: Mapping[str, float] | None = None,
         factors: Mapping[str, float] | None = None,
+        into: MergeBase | None = None,
     ) -> None:
         super().__init__(config)
         check_compute(compute, config)
         self.compute, self.keep = compute, dict(keep or {})
-        self.names, self.factors = [each.name for each in config.each()], factors
+        self.names, self.factors, self.into = [each.name for each in config.each()], factors, into
         check_names(self.names, self.keep, factors or {})
 
     @override
@@ -221,11 +224,12 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def never_merges(self, model: nn.Module) -> str | None:
-        if not quantized_layers(model):
+        if self.into is not None or not quantized_layers(model):
             return why_not_all(self.names) if len(self.names) > 1 and self.factors is None else None
         return (
             "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
-            "checkpoints hold them. Merge a file into the base in full precision, and quantize that."
+            "checkpoints hold them. dequantize=True merges into what the few bits stand for, merge_base=PATH into the "
+            "weights in full precision that were quantized."
         )
 
     @override
@@ -234,13 +238,15 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def merged_as(self, model: nn.Module) -> Any:
-        """The factors of the adapters that are merged."""
+        """The factors of the adapters that are merged, and what a quantized base was replaced by."""
         merged = [merged for _, _, merged in merged_layers(model)]
-        return {name: factor for each in merged for name, factor in each.factors.items()} or None
+        factors = {name: factor for each in merged for name, factor in each.factors.items()}
+        return (factors, merge_base_of(model)) if factors else None
 
     @override
     def merge(self, model: nn.Module, device: torch.device | None = None, like: Any = None) -> dict[str, float]:
-        return merge_in(model, Workspace(device), weights=self.factors if like is None else like)
+        factors, into = (self.factors, self.into) if like is None else like
+        return merge_in(model, Workspace(device), weights=factors, into=into)
 
     @override
     def unmerge(self, model: nn.Module, device: torch.device | None = None) -> None:
@@ -248,7 +254,7 @@ class LoRAMethod(RecordedMethod):
 
     @override
     def merged_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return merged_values(model, self.factors)
+        return merged_values(model, self.factors, self.into)
 
     @override
     def merged_state(

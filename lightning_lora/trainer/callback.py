@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_lora.arguments import strengths_of
 from lightning_lora.config import LoRAConfig, RunConfig
 from lightning_lora.methods.lora import LoRAMethod
+from lightning_lora.model.quantized.merge import MergeBase
 from lightning_lora.trainer.several.routed_callback import RoutedCallback
 
 
@@ -78,9 +79,9 @@ class LoRACallback(RoutedCallback):
         lr_scale: Factor on the learning rate of the optimizer groups that hold adapters, schedulers included. LoRA
             needs about ten times the rate of full fine-tuning. A LearningRateFinder finds the rate before this factor.
         merge: What to merge into the weights at the end of fit: True or "last", "best" (the adapters of the best
-            checkpoint of a ModelCheckpoint with a monitor), or False. Quantized weights cannot hold the sum and are not
-            merged. Of several adapters nothing is merged unless a dict says which, with the factor of each update, such
-            as {"fr": 1.0}.
+            checkpoint of a ModelCheckpoint with a monitor), or False. Quantized weights cannot hold the sum: nothing is
+            merged unless dequantize or merge_base says into what. Of several adapters nothing is merged unless a dict
+            says which, with the factor of each update, such as {"fr": 1.0}.
         name: Name of the adapter. Its parameters are called <layer>.lora.<name>.A and .B.
         liveness: Check in the first steps and the first evaluation that every adapter runs and gets a gradient, and
             that frozen parameters do not change.
@@ -100,6 +101,13 @@ class LoRACallback(RoutedCallback):
         merged: File into which the end of fit writes the merged model: safetensors, with the keys of
             module.state_dict(), tied tensors once. It holds the best adapters with merge="best", else the last. None
             writes nothing.
+        dequantize: For a base that bitsandbytes quantized, merge into what its few bits stand for, which is what the
+            adapters were trained on. Every quantized layer becomes a plain linear layer, in the dtype of most of the
+            other parameters; a second fit, and a test with ckpt_path, run on the quantized base again.
+        merge_base: For such a base, the path of the weights in full precision that were quantized, to merge into these:
+            a safetensors file, a directory with one or with shards, or a state dict or checkpoint of torch.save. Names
+            and shapes are compared before the first step, values at the merge. The adapters were trained on the
+            quantized weights, so test the merged model. None with dequantize=False merges nothing.
         compute: Which side of the equation layers compute. "activations" is W0 x + scale B (A x), a few small products
             for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
@@ -158,6 +166,8 @@ class LoRACallback(RoutedCallback):
         base_dtype: Literal["bf16", "fp16"] | None = None,
         save: Literal["adapter", "merged"] = "adapter",
         merged: str | None = None,
+        dequantize: bool = False,
+        merge_base: str | None = None,
         compute: Literal["auto", "activations", "weights"] = "auto",
         adapters: dict[str, dict[str, Any]] | None = None,
         route: str | int | None = None,
@@ -189,6 +199,8 @@ class LoRACallback(RoutedCallback):
             base_dtype=base_dtype,
             save=save,
             merged=merged,
+            dequantize=dequantize,
+            merge_base=merge_base,
             compute=compute,
             route=route,
             balance=balance,
@@ -196,6 +208,7 @@ class LoRACallback(RoutedCallback):
         )
         # A sum with a weight that `base_dtype` has rounded would differ from the sum without it.
         factors = run_config.merge if isinstance(run_config.merge, Mapping) else None
-        method = LoRAMethod(config, "activations" if base_dtype else compute, run_config.keep, factors)
+        into = MergeBase(run_config.merge_base) if dequantize or run_config.merge_base is not None else None
+        method = LoRAMethod(config, "activations" if base_dtype else compute, run_config.keep, factors, into)
         super().__init__(method, run_config)
         self.config = config

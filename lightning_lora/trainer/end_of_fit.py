@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_lora.model.quantized.merge import MergeBase, merge_base_of
 from lightning_lora.names import counted
 from lightning_lora.trainer.checkpointing.best import load_best
 from lightning_lora.trainer.checkpointing.init_and_export import export
@@ -96,12 +97,22 @@ def merge_into_base(run: Run, which: str) -> str:
     if why_not_here is not None:
         return _merge_into_file(run, why_not_here, which)
     dtypes = {weight.dtype for _, weight in run.method.adapted_weights(run.module).values()}
-    lost = run.method.merge(run.module, gpu_of(run.trainer))
+    try:
+        lost = run.method.merge(run.module, gpu_of(run.trainer))
+    except (ValueError, OSError) as error:
+        if run.run_config.merge_base is None:
+            raise
+        rank_zero_warn(f"`merge_base={run.run_config.merge_base!r}`: {error}")
+        return "Nothing is merged: the module keeps its adapters, and the checkpoints hold them."
+    into = merge_base_of(run.module)
+    dtypes = dtypes if into is None or into.dtype is None else {into.dtype}
     merge_copies(run.trainer, run.module, run.method)
     run.strategy_adapter.after_merge()
     count = counted(len(lost), "layer")
     done = (
-        f"Merged {count} in {', '.join(sorted(map(_short, dtypes)))}: {which}." if lost else f"Merged already: {which}."
+        f"Merged {count} in {', '.join(sorted(map(_short, dtypes)))}{_into_what(into)}: {which}."
+        if lost
+        else f"Merged already: {which}."
     )
     worst = max(lost, key=lost.__getitem__, default="")
     if lost.get(worst, 0) > LOST:
@@ -110,6 +121,12 @@ def merge_into_base(run: Run, which: str) -> str:
             "sum merge into an fp32 model."
         )
     return done
+
+
+def _into_what(into: MergeBase | None) -> str:
+    if into is None:
+        return ""
+    return " into the dequantized base" if into.path is None else f" into the weights in {into.path}"
 
 
 def _merge_into_file(run: Run, why_not_here: str, which: str) -> str:

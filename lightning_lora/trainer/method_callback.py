@@ -13,6 +13,7 @@ from lightning_lora.config import RunConfig
 from lightning_lora.methods.base import Method
 from lightning_lora.model.hooks import start_graphs
 from lightning_lora.trainer.checkpointing import contents
+from lightning_lora.trainer.checkpointing.quantized_base import keep_plain
 from lightning_lora.trainer.compatibility import check_compatibility
 from lightning_lora.trainer.end_of_fit import finish
 from lightning_lora.trainer.imports import CallbackBase, pl, rank_zero_info
@@ -65,6 +66,7 @@ class MethodCallback(CallbackBase):
         check_compatibility(trainer, self, stage)
         self._run = Run(trainer, pl_module, self.method, self.run_config, stage, self.state_key)
         self._run.begin()
+        keep_plain(self._run.stack, trainer, self.method)
         scale_search(self._run.stack, trainer, self.method, self.run_config.lr_scale)
 
     @override

@@ -11,7 +11,7 @@ from lightning_lora.config import RunConfig
 from lightning_lora.methods.base import Method
 from lightning_lora.trainer.imports import MisconfigurationException
 
-PATHS = ("init_from", "export")  # may differ, as every process may have a folder of its own
+PATHS = ("init_from", "export", "merge_base")  # may differ, as every process may have a folder of its own
 
 
 def check_same_on_ranks(method: Method, run_config: RunConfig) -> None:

@@ -32,6 +32,9 @@ def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: 
         source: path of the file that ``weight`` comes from; ``None`` for the dequantized weight.
         workspace: where the checksum is computed.
     """
+    if record_of(layer).packs:  # the adapters had switched it off
+        let_pack(layer)
+        record_of(layer).packs = False
     cls, attributes = type(layer), vars(layer)
     taken = (
         {key: attributes[key] for key in QUANTIZED_ATTRIBUTES if key in attributes} if is_quantized_class(cls) else {}

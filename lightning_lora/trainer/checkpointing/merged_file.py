@@ -43,7 +43,7 @@ def write_merged_file(trainer: Any, method: Method, needed: Iterable[str], path:
     """
     try:
         _write(trainer, method, needed, Path(path), tied_once=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).rstrip(".")
         rank_zero_warn(f"`merged={path!r}` was not written: {reason}. Use torch.save(merged_state_dict(module), ...).")
         return False

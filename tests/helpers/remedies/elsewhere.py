@@ -31,9 +31,49 @@ TRIED = {
         "test_refusals",
     ),
     ("cli/inspect_plot.py", "`{}` holds no A and B"): ("cli/test_inspect_plot.py", "test_a_method_without_pairs"),
-    ("methods/lora.py", "Quantized weights cannot hold the sum"): (
-        "layers/quantized/test_linear.py",
-        "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
+    ("arguments.py", "`{}={}` and `dequantize=True` name two bases"): (
+        "model/quantized/test_merge.py",
+        "test_arguments_that_are_refused",
+    ),
+    ("arguments.py", "`{}` and `dequantize` say what adapters"): (
+        "trainer/checkpointing/test_quantized_base.py",
+        "test_arguments_that_contradict_each_other",
+    ),
+    ("model/mergeable.py", "`{}` is for a base that is quantized"): (
+        "model/quantized/test_merge.py",
+        "test_a_base_that_is_not_quantized_has_nothing_to_dequantize",
+    ),
+    ("model/merged_values.py", "`{}` is quantized, and its few bits"): (
+        "model/quantized/test_merge.py",
+        "test_the_state_dict_of_the_merged_model_is_the_plain_one",
+    ),
+    ("model/quantized/base_file.py", "`{}` of {} is not what this base was quantized from"): (
+        "model/quantized/test_base_file.py",
+        "test_another_model_is_refused_by_name",
+    ),
+    ("model/quantized/base_file.py", "{} has the layers of this model at {}"): (
+        "model/quantized/test_base_file.py",
+        "test_a_file_with_the_layers_at_two_places_is_refused",
+    ),
+    ("model/quantized/base_file.py", "{} holds adapters of a run"): (
+        "model/quantized/test_base_file.py",
+        "test_a_checkpoint_of_adapters_is_no_base",
+    ),
+    ("model/quantized/base_file.py", "{} has no tensor `{}`"): (
+        "model/quantized/test_base_file.py",
+        "test_another_model_is_refused_by_name",
+    ),
+    ("model/quantized/base_file.py", "`{}` of {} is of {}"): (
+        "model/quantized/test_base_file.py",
+        "test_another_model_is_refused_by_name",
+    ),
+    ("model/quantized/base_file.py", "`{}` of {} has shape {}"): (
+        "model/quantized/test_base_file.py",
+        "test_another_model_is_refused_by_name",
+    ),
+    ("model/quantized/merge.py", "`{}` of a {} is quantized, and only linear layers"): (
+        "model/quantized/test_merge.py",
+        "test_quantized_layers_that_are_no_linear_ones_are_refused_by_name",
     ),
     ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (
         "ops/test_weight_sums.py",
@@ -148,7 +188,11 @@ NOT_TRIED = {
         "model/initial_values.py",
         "`{}` is partitioned by ZeRO 3",
     ): "needs a DeepSpeed engine; the remedy is another model",
-    ("model/merge.py", "`{}` is quantized, and its few bits"): "needs bitsandbytes; the command tries the same remedy",
+    ("model/quantized/merge.py", "`{}` is quantized and sharded"): "needs processes; one device is what others run",
+    (
+        "trainer/checkpointing/quantized_base.py",
+        "`{}` makes quantized layers plain ones",
+    ): "needs processes; one device is what others run",
     ("peft_format/attention.py", "peft {} wrote an adapter"): "the remedy is to look at outputs",
     ("peft_format/config.py", "it adapts parameters by name"): "merged by peft as in the cases of DoRA and of rows",
     ("peft_format/config.py", "it repeats layers of the base"): "needs a decoder of transformers; the run is a new one",

@@ -60,7 +60,7 @@ def merge_after_apply(message: Expected, folder: Path) -> None:
     torch.testing.assert_close(outputs(model), outputs(adapted()))
 
 
-@remedy("model/merge.py", "`{}` is on the meta device", "`layers.0.q.weight`", "load the base first")
+@remedy("model/mergeable.py", "`{}` is on the meta device", "`layers.0.q.weight`", "load the base first")
 def merge_after_the_base_was_loaded(message: Expected, folder: Path) -> None:
     with torch.device("meta"):
         model = Net()
@@ -89,7 +89,7 @@ def a_merged_weight_that_was_changed(message: Expected, folder: Path) -> None:
     assert torch.equal(outputs(model), before)
 
 
-@remedy("model/merge.py", "`{}` was shared with another module", "`embedding.weight`", "must not tie the two")
+@remedy("model/mergeable.py", "`{}` was shared with another module", "`embedding.weight`", "must not tie the two")
 def merged_weights_go_into_an_untied_model(message: Expected, folder: Path) -> None:
     model, untied = EveryKind(), EveryKind()
     untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())

@@ -92,7 +92,7 @@ def no_dropout_where_the_weight_is_read(message: Expected, folder: Path) -> None
     apply_lora(Reads(), LoRAConfig(r=2, targets=["q"], dropout=0))
 
 
-@remedy("config.py", "`targets` must be one of the presets {} or a list", "'q_proj'", "write targets=['q_proj']")
+@remedy("arguments.py", "`targets` must be one of the presets {} or a list", "'q_proj'", "write targets=['q_proj']")
 def one_name_in_a_list(message: Expected, folder: Path) -> None:
     with message:
         LoRAConfig(targets="q_proj")

@@ -107,6 +107,8 @@ def test_another_model_is_refused_by_name(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         merge_lora(model, base=as_safetensors(tmp_path, tensors))
     assert is_quantized(model.net.q) and is_quantized(model.net.v)
+    merge_lora(model, base=as_safetensors(tmp_path, values()))
+    merge_lora(model, dequantize=True)
 
 
 def test_a_fine_tune_of_the_base_is_another_model(tmp_path):
@@ -128,6 +130,8 @@ def test_a_file_with_the_layers_at_two_places_is_refused(tmp_path):
     tensors = {f"{start}.net.{name}": value for start in "ab" for name, value in values().items()}
     with pytest.raises(ValueError, match=r"has the layers of this model at `a` and at `b`"):
         open_base(str(as_state_dict(tmp_path, tensors)), quantized())
+    one = {name: value for name, value in tensors.items() if name.startswith("a")}
+    check_samples(open_base(str(as_state_dict(tmp_path, one)), quantized()), quantized())
 
 
 def test_a_checkpoint_of_adapters_is_no_base(tmp_path):

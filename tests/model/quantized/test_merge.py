@@ -255,6 +255,7 @@ def test_arguments_that_are_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         merge_lora(model, **arguments)
     assert is_quantized(model.layers[0].q)
+    merge_lora(model, dequantize=True)
 
 
 def test_a_base_that_is_not_quantized_has_nothing_to_dequantize():
@@ -262,6 +263,7 @@ def test_a_base_that_is_not_quantized_has_nothing_to_dequantize():
     apply_lora(model, LoRAConfig(targets=["q"]))
     with pytest.raises(ValueError, match="`dequantize=True` is for a base that is quantized, and no linear layer"):
         merge_lora(model, dequantize=True)
+    merge_lora(model)
 
 
 def test_quantized_layers_that_are_no_linear_ones_are_refused_by_name():
