@@ -82,13 +82,14 @@ class Study:
     Args:
         folder: of ``prepare``.
         adapters: folder for the adapters of runs with ``keep``; None writes none.
+        model: the base, on the device; None loads it.
     """
 
-    def __init__(self, folder: Path, adapters: Path | None = None) -> None:
+    def __init__(self, folder: Path, adapters: Path | None = None, model: nn.Module | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.sizes = ON_GPU if self.device.type == "cuda" else ON_CPU
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model = load_base(folder).to(self.device, dtype)
+        self.model = load_base(folder).to(self.device, dtype) if model is None else model
         novels = [torch.from_numpy(np.load(path).astype(np.int64)) for path in sorted(folder.glob("novel_*.npy"))]
         cuts = [len(novel) - len(novel) // HELD_OUT for novel in novels]
         self.train = torch.cat([novel[:cut] for novel, cut in zip(novels, cuts, strict=True)]).to(self.device)

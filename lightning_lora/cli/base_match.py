@@ -169,8 +169,9 @@ def _own_weight(name: str, base: Weights) -> StoredTensor:
         raise ValueError(no_such(f"{name}.weight", base))
     if weight.dtype not in FLOATS:
         raise ValueError(
-            f"`{weight.name}` is of {weight.dtype}, whose few bits cannot hold the sum: merge into the base in full "
-            "precision, and quantize that."
+            f"`{weight.name}` is of {weight.dtype}, whose few bits cannot hold the sum. Give the base in full "
+            "precision that was quantized; or load this one, and call load_adapter(model, ADAPTER), merge_lora(model, "
+            "dequantize=True) and model.save_pretrained(OUT)."
         )
     return weight
 

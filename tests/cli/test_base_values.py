@@ -1,0 +1,75 @@
+"""An adapter that was trained on a quantized base, merged in files into the base in full precision."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lightning_lora.cli.main import main
+from lightning_lora.cli.merge import merge_files
+
+pytest.importorskip("bitsandbytes")
+from tests.helpers.quantized import four_bits
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.q, self.ln = nn.Embedding(8, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+
+
+def quantized() -> nn.Module:
+    model = Small()
+    model.q = four_bits(model.q)
+    return model
+
+
+def adapter_on_a_quantized_base(folder):
+    """Its directory, and ``B A``."""
+    model = quantized()
+    apply_lora(model, LoRAConfig(r=2, targets=["q"]))
+    for _, parameter in lora_parameters(model):
+        nn.init.normal_(parameter, 0, 0.1)
+    save_adapter(model, folder / "adapter")
+    return folder / "adapter", (model.q.lora.default.B @ model.q.lora.default.A).detach()
+
+
+@pytest.mark.parametrize("start", ["", "model."])
+def test_the_original_takes_the_sum_and_the_report_says_what_was_not_compared(tmp_path, capsys, start):
+    adapter, delta = adapter_on_a_quantized_base(tmp_path)
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({start + name: value for name, value in Small().state_dict().items()}, base)
+    assert main(["merge", str(base), str(adapter), str(out)]) == 0
+    words = "The adapter was trained on a quantized base: 1 weight of this one agree by name and shape"
+    assert words in capsys.readouterr().out
+    torch.testing.assert_close(load_file(out)[f"{start}q.weight"], Small().q.weight.detach() + delta)
+    assert main(["merge", str(base), str(adapter), str(out), "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantized"] == [f"{start}q.weight"]
+
+
+@pytest.mark.parametrize("name", ["emb.weight", "ln.bias", "q.bias"])
+def test_other_values_of_a_parameter_that_was_not_quantized_are_another_base(tmp_path, name):
+    adapter, _ = adapter_on_a_quantized_base(tmp_path)
+    state = Small().state_dict()
+    save_file({**state, name: state[name] + 0.5}, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=rf"was trained on another base: `{name}` has other values"):
+        merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+
+
+def test_a_quantized_base_is_refused_and_can_be_merged_in_the_module(tmp_path):
+    adapter, delta = adapter_on_a_quantized_base(tmp_path)
+    save_file(quantized().state_dict(), tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=r"`q.weight` is of U8, whose few bits.*merge_lora\(model, dequantize=True\)"):
+        merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    model, plain = quantized(), quantized()
+    load_adapter(model, adapter)
+    merge_lora(model, dequantize=True)
+    apply_lora(plain, LoRAConfig(r=2, targets=["q"]))
+    merge_lora(plain, dequantize=True)
+    torch.testing.assert_close(model.q.weight, plain.q.weight + delta)
