@@ -6,7 +6,7 @@ the original weights (in fp32, and rounded to bf16), and of the merged models pu
 paired: window by window from the model as it was trained.
 
 `--steps`, `--seeds` and `--out` choose a longer study, for a GPU; `--data` names the folder with the model and the
-tokens, as `python examples/findings.py` writes it. It needs bitsandbytes, accelerate and gguf.
+tokens, as `python examples/findings.py` writes it. It needs bitsandbytes and gguf.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bitsandbytes
 import torch
-from austen_runs import Setting, Study, data_folder
-from smollm2 import convert
+from austen_runs import Setting, Study, data_folder, load_base
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lightning_lora import apply_lora, lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import apply_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 CPU = {"targets": "qkvo", "r": 16, "alpha": 16.0, "rate": 2e-3, "steps": 60}
 PACKAGES = ("torch", "bitsandbytes", "transformers", "lightning-lora")
 AS_TRAINED = "NF4 and adapters, as trained"
@@ -45,23 +43,23 @@ class QuantizedStudy(Study):
     """As :class:`Study`, on the base in NF4, everything else in fp32.
 
     Args:
-        folder: of the tokens.
-        original: directory of the model in full precision.
+        folder: of the model and the tokens.
+        original: file to write the model in full precision to.
     """
 
     def __init__(self, folder: Path, original: Path) -> None:
         device, self.original = "cuda" if torch.cuda.is_available() else "cpu", original
-        super().__init__(folder, model=AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).to(device))
+        super().__init__(folder, model=load_base(folder).to(device))
         self.plain_loss = self.base_loss
-        settings = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            original, dtype=torch.float32, quantization_config=settings, device_map={"": device}
-        )
-        self.base_loss = statistics.fmean(self.losses())
+        state = self.model.state_dict()
+        save_file({name: value for name, value in state.items() if name != "lm_head.weight"}, original)  # it is tied
+        quantize(self.model)
 
     def measure(self, setting: Setting) -> Losses:
         """Train adapters, and measure every way to merge them; the model is as it was afterwards."""
         apply_lora(self.model, setting.config)
+        # Without adapters an evaluation on a CPU would pack the weights anew, and round their blocks.
+        self.base_loss = statistics.fmean(self.losses())
         self.fit([parameter for _, parameter in lora_parameters(self.model)], setting)
         losses = {AS_TRAINED: self.losses()}
         for words, merge in {
@@ -71,13 +69,24 @@ class QuantizedStudy(Study):
             merge()
             losses[f"merged into {words}"] = self.losses()
             for way, change in {"rounded to bf16": to_bf16, "put into NF4 again": to_nf4}.items():
-                with changed(self.model, change):
+                with Changed(self.model, change):
                     losses[f"merged into {words}, {way}"] = self.losses()
             unmerge_lora(self.model)
+        remove_lora(self.model)
         return losses
 
 
-class changed:
+def quantize(model: nn.Module) -> None:
+    """Put every linear layer of the decoder into NF4 with double quantization, as QLoRA does."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.endswith("_proj"):
+            sizes, device = (layer.in_features, layer.out_features), layer.weight.device
+            few = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+            few.load_state_dict(layer.cpu().state_dict())
+            model.set_submodule(name, few.to(device))
+
+
+class Changed:
     """Inside the ``with`` block the weights of the linear layers of ``model`` are what ``change`` makes of them."""
 
     def __init__(self, model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -145,14 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder, start, records = data_folder(options.data), time.perf_counter(), []
     with tempfile.TemporaryDirectory() as scratch:
-        convert(folder, Path(scratch) / "original")
-        study = QuantizedStudy(folder, Path(scratch) / "original")
+        study = QuantizedStudy(folder, Path(scratch) / "original.safetensors")
         for seed in range(options.seeds):
             losses = study.measure(Setting(**{**CPU, "steps": options.steps}, seed=seed))
             about = {"plain_loss": study.plain_loss, "base_loss": study.base_loss, "seed": seed, "steps": options.steps}
             records.append({**about, "device": device_name(study.device), "losses": losses})
-    if options.out is not None:
-        options.out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+            if options.out is not None:
+                options.out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"{records[0]['device']}, {versions}; {options.steps} steps, {time.perf_counter() - start:.0f} s\n")
     print(table(records))

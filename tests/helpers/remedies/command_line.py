@@ -227,7 +227,7 @@ def a_base_with_one_part(message: Expected, folder: Path) -> None:
     MATCH,
     "`{}` is of {}, whose few bits",
     "`model.layers.0.self_attn.q_proj.weight`",
-    "in full precision, and quantize",
+    "Give the base in full precision that was quantized",
 )
 def a_base_in_full_precision(message: Expected, folder: Path) -> None:
     _, adapter = files(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
 
 transformers = pytest.importorskip("transformers")
@@ -55,6 +55,20 @@ def test_the_merged_model_is_saved_and_loaded_as_a_plain_one(tmp_path, options):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     unmerge_lora(model)
     assert flags(model) == before and is_quantized(model.model.layers[0].self_attn.q_proj)
+
+
+def test_the_weights_are_those_that_peft_merges_into_the_dequantized_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = adapted(quantized(llama(tmp_path / "base"), load_in_4bit=True), ("q_proj", "down_proj"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for name, layer in model.named_modules():
+        if is_quantized(layer):
+            plain.get_submodule(name).weight.data = dequantized(layer)
+    save_adapter(model, tmp_path / "adapter")
+    expected = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    merge_lora(model, dequantize=True)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
 
 def test_a_failed_merge_keeps_what_the_configuration_knows(tmp_path, monkeypatch):

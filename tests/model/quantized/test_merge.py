@@ -24,6 +24,7 @@ from lightning_lora.layers.quantized.formats import dequantized, is_quantized
 from lightning_lora.model.quantized.merge import plain_dtype
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+from tests.helpers.interrupts import interrupt, lines_in  # noqa: E402
 from tests.helpers.quantized import WideNet, four_bits  # noqa: E402
 
 SCALE = 0.5
@@ -195,6 +196,40 @@ def test_an_error_leaves_the_quantized_model(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["q", "v"])
+def everything(model: nn.Module) -> tuple[object, ...]:
+    """Classes, attributes, flags and bits."""
+    modules = {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return modules, flags, {key: value.reshape(-1).view(torch.uint8).tolist() for key, value in bits(model).items()}
+
+
+def dequantize(model: nn.Module) -> None:
+    merge_lora(model, dequantize=True)
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", [dequantize, unmerge_lora])
+def test_an_interrupt_at_any_line_leaves_the_model_before_or_after(verb, count):
+    def ready() -> nn.Module:
+        model = nn.ModuleDict({name: four_bits(nn.Linear(64, 64).requires_grad_(False)) for name in "qv"})
+        apply_lora(model, LoRAConfig(r=2, targets=["q"], seed=0))
+        train(model)
+        if verb is unmerge_lora:
+            dequantize(model)
+        return model
+
+    torch.manual_seed(0)
+    subject = ready()
+    twin, done = copy.deepcopy(subject), copy.deepcopy(subject)
+    before, lines = everything(subject), len(lines_in(lambda: verb(twin)))
+    verb(done)
+    after = everything(done)
+    for line in range(1, lines, max(1, lines // count)):
+        model = copy.deepcopy(subject)
+        interrupt(lambda model=model: verb(model), line)
+        assert everything(model) in (before, after), f"line {line} of {lines}"
+
+
 def test_a_weight_that_changed_since_is_not_overwritten(name):
     model = adapted_net()
     merge_lora(model, dequantize=True)
