@@ -21,7 +21,7 @@ from lightning_lora.layers.base import adapted_layers, parameter_of
 from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.layers.weight_view import Rows
 from lightning_lora.model.merge_layer import value_before_merge
-from lightning_lora.model.record import Merged, merged_layers
+from lightning_lora.model.record import Merged, merged_layers, record_of
 from lightning_lora.names import join, named_parameters
 from lightning_lora.ops.low_rank import DeltaFactors
 
@@ -172,7 +172,8 @@ def _full(shard: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _check_readable(update: Update) -> None:
-    if is_quantized(update.module):
+    was_quantized = update.merged is not None and record_of(update.module).packed is not None
+    if was_quantized or is_quantized(update.module):
         raise ValueError(
             f"`{update.name}` has a quantized weight, of which no norm is taken. `UpdateSpectrum` and "
             "`SubspaceSimilarity` read A and B alone: use one of these."

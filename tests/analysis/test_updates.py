@@ -111,6 +111,9 @@ def test_a_quantized_weight_is_refused_and_the_spectrum_can_be_taken():
     spectrum = UpdateSpectrum()
     spectrum.update(model)
     assert spectrum.compute()["0"].tolist() == [0, 0]
+    merge_lora(model, dequantize=True)
+    with pytest.raises(ValueError, match=r"`0` has a quantized weight"):
+        list(frozen_matrices(model, updates_of(model)))
 
 
 def test_a_weight_that_two_layers_share():

@@ -52,7 +52,7 @@ class BaseFile:
             ValueError: if quantizing it does not give what the layer has.
         """
         stored = self.tensors[join(self.called(name), "weight")]
-        value = stored.read() if isinstance(stored, StoredTensor) else stored.detach()
+        value = stored.read() if isinstance(stored, StoredTensor) else stored.detach().clone()  # of a mapped file
         value = (value.T.contiguous() if is_transposed(layer) else value).to(parameter_of(layer).device)
         self._check_values(join(name, "weight"), value, layer)
         return value

@@ -26,7 +26,7 @@ from lightning_lora.model.quantized.packed import make_plain, pack_again, was_ch
 from lightning_lora.model.record import Merged, MergedWeight, packed_layers, record_of
 from lightning_lora.names import clean, each_module_once, join, named_parameters
 from lightning_lora.ops import exact_sum as exact
-from lightning_lora.ops.exact_sum import Squares, quick_checksum
+from lightning_lora.ops.exact_sum import Squares
 from lightning_lora.ops.workspace import Workspace
 
 
@@ -124,10 +124,9 @@ def merge_quantized_layer(
     factors = dict(layer.lora.strengths_now() if factors is None else factors)
     by_key = layer.lora.to_merge(factors)
     weight, lost = weights.merged(name, layer, by_key.get("weight", []), workspace)
-    packed, adapters = parameter_of(layer), pop_adapters(layer)
-    make_plain(layer, weight, weights.path, workspace)
-    merged, original = (quick_checksum(value.detach(), workspace) for value in (weight, packed))
-    record = MergedWeight([], merged, original, shared=packed)
+    quantized, adapters = parameter_of(layer), pop_adapters(layer)
+    packed = make_plain(layer, weight, weights.path, workspace)
+    record = MergedWeight([], packed.checksum, 0, shared=quantized)  # nothing is computed back
     record_of(layer).merged = Merged(adapters, dict.fromkeys(by_key, record), factors)
     return lost
 

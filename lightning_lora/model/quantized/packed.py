@@ -22,8 +22,8 @@ HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 @torch.no_grad()
-def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: Workspace) -> None:
-    """Give the quantized ``layer`` the plain class, ``weight`` and a bias of the same dtype. A record keeps the rest.
+def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: Workspace) -> PackedLayer:
+    """Give the quantized ``layer`` the plain class, ``weight`` and a bias of the same dtype.
 
     Args:
         layer: without adapters.
@@ -31,6 +31,9 @@ def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: 
             transposed.
         source: path of the file that ``weight`` comes from; ``None`` for the dequantized weight.
         workspace: where the checksum is computed.
+
+    Returns:
+        What it was, which its record keeps.
     """
     if record_of(layer).packs:  # the adapters had switched it off
         let_pack(layer)
@@ -51,11 +54,12 @@ def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: 
     for name, ids in hooks.items():
         for hook in ids:
             del attributes[name][hook]
-    layer._parameters["weight"] = nn.Parameter(weight, parameter_of(layer).requires_grad and weight.is_floating_point())
+    layer._parameters["weight"] = nn.Parameter(weight, parameter_of(layer).requires_grad)
     bias = layer._parameters.get("bias")
     if bias is not None and bias.dtype != weight.dtype:
         layer._parameters["bias"] = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
     layer.__class__ = plain
+    return packed
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:

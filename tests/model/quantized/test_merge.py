@@ -13,11 +13,13 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     apply_lora,
+    load_adapter,
     lora_parameters,
     lora_state_dict,
     merge_lora,
     merged_state_dict,
     remove_lora,
+    save_adapter,
     unmerge_lora,
 )
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
@@ -195,7 +197,6 @@ def test_an_error_leaves_the_quantized_model(monkeypatch):
     assert same_bits(bits(model), before) and all(is_quantized(block.q) for block in model.layers)
 
 
-@pytest.mark.parametrize("name", ["q", "v"])
 def everything(model: nn.Module) -> tuple[object, ...]:
     """Classes, attributes, flags and bits."""
     modules = {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()}
@@ -230,6 +231,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_before_or_after(verb, count):
         assert everything(model) in (before, after), f"line {line} of {lines}"
 
 
+@pytest.mark.parametrize("name", ["q", "v"])
 def test_a_weight_that_changed_since_is_not_overwritten(name):
     model = adapted_net()
     merge_lora(model, dequantize=True)
@@ -306,3 +308,15 @@ def test_quantized_layers_that_are_no_linear_ones_are_refused_by_name():
     apply_lora(model, LoRAConfig(targets=["q"]))
     with pytest.raises(ValueError, match=r"`emb.weight` of a Embedding4bit is quantized, and only linear layers"):
         merge_lora(model, dequantize=True)
+
+
+def test_a_merged_model_saves_its_adapters_with_the_fingerprint_of_the_quantized_base(tmp_path):
+    model = adapted_net()
+    save_adapter(model, tmp_path / "live")
+    merge_lora(model, dequantize=True)
+    save_adapter(model, tmp_path / "merged")
+    live, merged = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("live", "merged"))
+    assert live == merged
+    load_adapter(other := quantized_net(), tmp_path / "merged")
+    unmerge_lora(model)
+    assert same_bits(bits(other), bits(model))
