@@ -5,8 +5,8 @@ CPU, and then measures the loss per token of held-out windows: as trained, merge
 the original weights (in fp32, and rounded to bf16), and of the merged models put into NF4 again. The differences are
 paired: window by window from the model as it was trained.
 
-`--steps`, `--seeds` and `--out` choose a longer study, for a GPU; `--data` names the folder with the model and the
-tokens, as `python examples/findings.py` writes it. It needs bitsandbytes and gguf.
+`--steps`, `--seeds`, `--windows` and `--out` choose a longer or a shorter study; `--data` names the folder with the
+model and the tokens, as `python examples/findings.py` writes it. It needs bitsandbytes and gguf.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class QuantizedStudy(Study):
     Args:
         folder: of the model and the tokens.
         original: file to write the model in full precision to.
+        windows: how many held-out windows to take, at most.
     """
 
-    def __init__(self, folder: Path, original: Path) -> None:
+    def __init__(self, folder: Path, original: Path, windows: int) -> None:
         device, self.original = "cuda" if torch.cuda.is_available() else "cpu", original
         super().__init__(folder, model=load_base(folder).to(device))
-        self.plain_loss = self.base_loss
+        self.held_out = self.held_out[:: -(-len(self.held_out) // windows)]
+        self.plain_loss = statistics.fmean(self.losses())
         state = self.model.state_dict()
         save_file({name: value for name, value in state.items() if name != "lm_head.weight"}, original)  # it is tied
         quantize(self.model)
@@ -146,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of the model and the tokens")
     parser.add_argument("--steps", type=int, default=CPU["steps"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=10_000, help="held-out windows, at most")
     parser.add_argument("--out", type=Path, help="file of JSON lines to write")
     parser.add_argument("--report", type=Path, help="print the table of such a file, and stop")
     options = parser.parse_args(arguments)
@@ -154,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder, start, records = data_folder(options.data), time.perf_counter(), []
     with tempfile.TemporaryDirectory() as scratch:
-        study = QuantizedStudy(folder, Path(scratch) / "original.safetensors")
+        study = QuantizedStudy(folder, Path(scratch) / "original.safetensors", options.windows)
         for seed in range(options.seeds):
             losses = study.measure(Setting(**{**CPU, "steps": options.steps}, seed=seed))
             about = {"plain_loss": study.plain_loss, "base_loss": study.base_loss, "seed": seed, "steps": options.steps}
