@@ -162,7 +162,12 @@ def what_the_module_imports(message: Expected, folder: Path) -> None:
     fit(LoRACallback(also_train=["head"], init_from=str(folder / "out")))
 
 
-@remedy(MERGE, "The adapter was trained on another base", "has other values", "Give the base it was trained on")
+@remedy(
+    "cli/base_values.py",
+    "The adapter was trained on another base",
+    "has other values",
+    "Give the base it was trained on",
+)
 def the_base_of_the_adapter(message: Expected, folder: Path) -> None:
     base, other = write_lit(folder / "base"), net()
     nn.init.ones_(other.layers[0].q.weight)
