@@ -143,7 +143,8 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
         "OUT gets the same files as BASE, with W + scale * B A in place of W, summed in fp32 and rounded once. It "
         "appears only when it is complete. The share of the update that rounding lost is reported. Several adapters "
         "are added at once: `lightning-lora merge BASE fr de OUT --weights 0.7 0.3`. Of a .ckpt that holds several, "
-        "`lightning-lora export` makes directories first.",
+        "`lightning-lora export` makes directories first. For an adapter that was trained on a quantized base, BASE is "
+        "the model in full precision that was quantized.",
     ),
     "diff": (
         _add_diff,
