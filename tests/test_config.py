@@ -155,6 +155,8 @@ def test_defaults_are_those_of_the_design():
         "base_dtype": None,
         "save": "adapter",
         "merged": None,
+        "dequantize": False,
+        "merge_base": None,
     }
 
 
