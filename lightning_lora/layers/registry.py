@@ -265,6 +265,8 @@ def refused_parameter(module: nn.Module, key: str) -> str | None:
     parameter = parameter_of(module, key)
     if hasattr(module, "lora") and not isinstance(module, LoRALayer):
         return "is in a module that has an attribute `lora` of its own, where the adapter would go"
+    if is_quantized(module) and key == "weight":
+        return "is quantized, and no code reads it as a matrix: name the layer instead"
     if not torch.nn.parameter.is_lazy(parameter) and parameter.dim() not in (2, 3):
         return f"has shape {tuple(parameter.shape)}; LoRA adapts matrices, and stacks of them"
     return _refused_weights(module, [key])

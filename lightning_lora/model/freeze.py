@@ -12,10 +12,9 @@ from lightning_lora.config import MethodConfig
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.adapted import added_to, has_added
 from lightning_lora.layers.base import LoRALayer, has_adapter
-from lightning_lora.layers.quantized.formats import is_quantized
+from lightning_lora.layers.quantized.formats import stores_codes
 from lightning_lora.model.record import Record, holders, kept_names, prune, record_of, records
 from lightning_lora.names import covers
-from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.targets.survey import Site, Survey, survey_of
 
 BIAS = re.compile(r".*bias|bias_[ih]h.*")  # recurrent layers number theirs
@@ -35,8 +34,6 @@ def freeze(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     for site in survey.sites.values():
         for key, parameter in site.module._parameters.items():
             if parameter is not None:
-                for config in configs:
-                    _check_trainable(site, key, config)
                 record_of(site.module).requires_grad.setdefault(key, parameter.requires_grad)
                 if any(trains(site, key, is_adapted_by(site.module, config), config) for config in configs):
                     record_of(site.module).trained.add(key)
@@ -81,19 +78,7 @@ def trains(site: Site, key: str, adapted: bool, config: MethodConfig) -> bool:
     """Whether the parameter ``key`` of a module that is ``adapted``, or is not, trains in addition to the adapters."""
     parameter = site.module._parameters[key]
     named = any(asked_for(names.join(name, key), adapted, config) for name in site.names)
-    if not named or parameter is None or not parameter.is_floating_point():
-        return False
-    return not is_quantized_tensor(parameter)
-
-
-def _check_trainable(site: Site, key: str, config: MethodConfig) -> None:
-    """Raise if ``config`` asks to train a quantized weight."""
-    named = any(covers(names.join(name, key), config.also_train or ()) for name in site.names)
-    if named and key == "weight" and is_quantized(site.module):
-        raise ValueError(
-            f"`also_train` names `{names.join(site.name, key)}`, which is quantized, and codes take no gradient. Adapt "
-            "the layer by `targets`, or quantize the model without it."
-        )
+    return named and parameter is not None and parameter.is_floating_point() and not stores_codes(site.module, key)
 
 
 def _set_flags(survey: Survey) -> None:

@@ -11,7 +11,7 @@ from lightning_lora.foreign import adapter_library
 from lightning_lora.layers.registry import is_known, refusal, refused_parameter
 from lightning_lora.names import folded, join, matches, nearest
 from lightning_lora.targets.roles import roles_in
-from lightning_lora.targets.survey import Survey
+from lightning_lora.targets.survey import Site, Survey
 
 EXPRESSION = re.compile(r"\.\*|[|()^$\\+]")
 
@@ -126,6 +126,16 @@ def raise_refusals(reasons: Mapping[str, str | None]) -> None:
     if names_by_reason:
         others = None in reasons.values()
         raise ValueError("\n".join(refused(reason, names, others) for reason, names in names_by_reason.items()))
+
+
+def of_codes(pattern: str, site: Site) -> str:
+    """A pattern of ``also_train`` that names a quantized weight."""
+    return (
+        f"`also_train` has {pattern!r}, and the weight of `{site.name}` is quantized: its codes take no gradient. "
+        "Adapt the layer instead, by `targets`, or leave it out of the quantization: by `filter_fn` of torchao's "
+        "`quantize_`, by `ignore_modules` of BitsandbytesPrecision, or by `llm_int8_skip_modules` of BitsAndBytesConfig, which takes the ends of names "
+        f"and acts on 4 bits, too, as in llm_int8_skip_modules={[site.name.rpartition('.')[2], 'lm_head']!r}."
+    )
 
 
 def adapted_by(library: str, class_name: str) -> str:

@@ -12,11 +12,20 @@ from lightning_lora.config import PRESETS, LoRAConfig, MethodConfig
 from lightning_lora.foreign import adapter_library
 from lightning_lora.layers.merged_forward import WeightAdapter
 from lightning_lora.layers.parameter import ParameterAdapter, part_of_parameter
+from lightning_lora.layers.quantized.formats import stores_codes
 from lightning_lora.layers.registry import adapted_class_for, parts_of, refusal, refused_parameter
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.names import covers, join, matches
 from lightning_lora.targets.fused_qkv import fused_parts
-from lightning_lora.targets.problems import adapted_by, empty_preset, nothing_left, refused, unadapted, unmatched
+from lightning_lora.targets.problems import (
+    adapted_by,
+    empty_preset,
+    nothing_left,
+    of_codes,
+    refused,
+    unadapted,
+    unmatched,
+)
 from lightning_lora.targets.role_names import around, stem
 from lightning_lora.targets.select import Choice, by_name, by_preset, matrix_names
 from lightning_lora.targets.survey import Site, Survey, survey_of
@@ -177,13 +186,13 @@ def _refusals(sites: list[Site], others: bool) -> list[str]:
 
 
 def useless_patterns(survey: Survey, config: MethodConfig) -> list[str]:
-    """The patterns of ``exclude`` and ``also_train`` that match nothing in the model."""
+    """The patterns of ``exclude`` and ``also_train`` that match nothing in the model, or nothing that can train."""
     if not config.exclude and not config.also_train:
         return []
     sites = survey.sites.values()
     named = [name for site in sites for name in site.names if name] + [name for name, _ in survey.parameters()]
     matrices = [name for site in sites for name in matrix_names(site)]
-    return [
+    useless = [
         unmatched(argument, pattern, [], survey)
         for argument, patterns, names in (
             ("exclude", config.exclude, named + matrices),
@@ -192,6 +201,13 @@ def useless_patterns(survey: Survey, config: MethodConfig) -> list[str]:
         for pattern in patterns or ()
         if not any(matches(name, pattern) for name in names)
     ]
+    return useless + [of_codes(p, site) for p in config.also_train or () if (site := _codes_in(p, survey))]
+
+
+def _codes_in(pattern: str, survey: Survey) -> Site | None:
+    """The first layer whose quantized weight ``pattern`` of ``also_train`` names, which cannot train."""
+    layers = (site for site in survey.sites.values() if stores_codes(site.module))
+    return next((site for site in layers if any(covers(join(n, "weight"), [pattern]) for n in site.names)), None)
 
 
 def _useless_ranks(sites: list[Site], config: LoRAConfig) -> list[str]:

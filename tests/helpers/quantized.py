@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.models import Block, Lit, trainer
 
@@ -34,6 +35,24 @@ class Wide(Lit):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = WideNet()
+
+
+class Words(Lit):
+    """Reads integers, so that no plug-in casts its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = WideNet()
+            self.net.up = nn.Embedding(32, 64)
+
+
+def words(seed: int = 0) -> DataLoader:
+    """Data of :class:`Words`."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(0, 32, (32,), generator=generator), torch.randint(0, 3, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
 class FourBits(Wide):

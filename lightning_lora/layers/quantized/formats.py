@@ -30,6 +30,17 @@ def is_quantized(module: nn.Module) -> bool:
     return is_quantized_class(type(module)) or is_quantized_tensor(module._parameters.get("weight"))
 
 
+def stores_codes(module: nn.Module, key: str = "weight") -> bool:
+    """Whether the parameter ``key`` of ``module`` holds the codes of a quantized weight, which take no gradient.
+
+    So it does as well before the layer was moved to a device, where its numbers become codes. An 8-bit layer that keeps
+    fp16 numbers, as of the plug-in's mode ``"int8-training"``, holds those.
+    """
+    keeps_numbers = getattr(getattr(module, "state", None), "has_fp16_weights", False)
+    has_codes = key == "weight" and is_quantized(module) and not keeps_numbers
+    return has_codes or is_quantized_tensor(module._parameters.get(key))
+
+
 @torch.no_grad()
 def dequantized(module: nn.Module) -> Tensor:
     """The matrix that the quantized weight of ``module`` stands for.

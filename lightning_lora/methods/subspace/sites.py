@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.distributed.sharded import is_split
-from lightning_lora.layers.quantized.formats import is_quantized_class
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.layers.quantized.formats import is_quantized
 from lightning_lora.methods.subspace.config import ALL, SubspaceConfig
 from lightning_lora.model.freeze import asked_for
 from lightning_lora.names import covers, join, nearest
@@ -34,7 +34,7 @@ def projected(survey: Survey, config: SubspaceConfig) -> dict[str, Keys]:
             aliases = [] if parameter is None else names[memory_of(site.module, key)]
             if parameter is None or not _is_meant(aliases, config):
                 continue
-            _check(join(site.name, key), site.module, parameter)
+            _check(join(site.name, key), site.module, key)
             if parameter.is_floating_point():
                 chosen.setdefault(site.name, {})[key] = aliases[0]
     if not chosen:
@@ -73,13 +73,13 @@ def _check_targets(names: Iterable[list[str]], config: SubspaceConfig) -> None:
             )
 
 
-def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
-    """Raise if ``parameter``, a part of ``module``, cannot be read as the sum.
+def _check(name: str, module: nn.Module, key: str) -> None:
+    """Raise if the parameter ``key`` of ``module`` cannot be read as the sum.
 
     Raises:
         ValueError: with the reason.
     """
-    if is_lazy(parameter):
+    if is_lazy(parameter_of(module, key)):
         raise ValueError(
             f"`{name}` has no shape yet, as its module is lazy, and cannot be projected. Run one batch through the "
             "model first."
@@ -89,15 +89,15 @@ def _check(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
             f"`{name}` is in a compiled TorchScript module, which has no class to replace, and cannot be projected. "
             "Build the model in Python."
         )
-    reason = _refusal(module, parameter)
+    reason = _refusal(module, key)
     if reason is not None:
         outer = name.rpartition(".")[0] or name
         raise ValueError(f"`{name}` cannot be projected: {reason}. Or leave it out, exclude=[{outer!r}].")
 
 
-def _refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
-    cls: Any = type(module)
-    if is_quantized_tensor(parameter) or (is_quantized_class(cls) and not parameter.is_floating_point()):
+def _refusal(module: nn.Module, key: str) -> str | None:
+    parameter = parameter_of(module, key)
+    if is_quantized_tensor(parameter) or (is_quantized(module) and key == "weight"):
         return "its few bits cannot be summed with P z. Load the model without quantization"
     if is_split(parameter):
         return "FSDP1 or ZeRO 3 keeps it in pieces. Train with DDP or ModelParallelStrategy"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.layers.quantized.formats import stores_codes
 from lightning_lora.methods.tune.config import PARTS, TuneConfig
 from lightning_lora.model.freeze import BIAS
 from lightning_lora.model.report.summary import output_heads
 from lightning_lora.names import covers, join, matches, nearest
-from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.targets.role_names import CLASSIFIER, leaf_is
 from lightning_lora.targets.roles import head_container, roles_in
 from lightning_lora.targets.survey import Site, Survey
@@ -103,22 +102,24 @@ def _excluded(site: Site, key: str, exclude: Collection[str]) -> bool:
 
 
 def _trainable(places: list[Place], survey: Survey, part: str) -> list[Place]:
-    """Those of ``places`` that take a gradient: quantized weights are codes, and stay as they are."""
-    kept = [(site, key) for site, key in places if _takes_gradient(site.module._parameters[key])]
+    """Those of ``places`` that take a gradient: the codes of quantized weights stay as they are."""
+    kept = [(site, key) for site, key in places if _takes_gradient(site.module, key)]
     if not kept:
         site, key = places[0]
         dtype = getattr(site.module._parameters[key], "dtype", None)
+        codes = "it is quantized, and its codes take"
+        reason = codes if stores_codes(site.module, key) else f"its dtype is {dtype}, which takes"
         raise ValueError(
-            f"`train` has {part!r}, which means {join(site.name, key)!r} and nothing that can train: its dtype is "
-            f"{dtype}, which takes no gradient. {_instead(survey, part)}"
+            f"`train` has {part!r}, which means {join(site.name, key)!r} and nothing that can train: {reason} no "
+            f"gradient. {_instead(survey, part)}"
         )
     return kept
 
 
-def _takes_gradient(parameter: torch.Tensor | None) -> bool:
-    if parameter is None or is_quantized_tensor(parameter):
-        return False
-    return parameter.is_floating_point() or parameter.is_complex()
+def _takes_gradient(module: nn.Module, key: str) -> bool:
+    parameter = module._parameters[key]
+    is_number = parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
+    return is_number and not stores_codes(module, key)
 
 
 def _head(survey: Survey) -> list[Place]:

@@ -75,6 +75,22 @@ TRIED = {
         "model/quantized/test_merge.py",
         "test_quantized_layers_that_are_no_linear_ones_are_refused_by_name",
     ),
+    ("layers/quantized/packing.py", "{} of the model ran in evaluation"): (
+        "layers/quantized/test_packing.py",
+        "test_a_step_after_an_evaluation_has_the_gradients_of_the_dequantized_weights",
+    ),
+    ("layers/registry.py", "is quantized, and no code reads it"): (
+        "layers/quantized/test_linear.py",
+        "test_codes_that_are_to_train_are_refused_by_name",
+    ),
+    ("targets/problems.py", "`also_train` has {}, and the weight of"): (
+        "layers/quantized/test_linear.py",
+        "test_codes_that_are_to_train_are_refused_by_name",
+    ),
+    ("methods/lora.py", "Quantized weights cannot hold the sum"): (
+        "layers/quantized/test_linear.py",
+        "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
+    ),
     ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (
         "ops/test_weight_sums.py",
         "test_a_second_derivative_after_a_write_is_refused",

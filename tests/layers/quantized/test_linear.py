@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
+    SubspaceConfig,
+    TuneCallback,
+    TuneConfig,
+    adapt,
     apply_lora,
     lora_parameters,
     lora_state_dict,
@@ -22,7 +26,7 @@ from tests.helpers.models import checkpoints, data, trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-from tests.helpers.quantized import FourBits, Wide, four_bits, quantizing_trainer  # noqa: E402
+from tests.helpers.quantized import FourBits, Wide, Words, four_bits, quantizing_trainer, words  # noqa: E402
 
 
 class Spy(Callback):
@@ -138,3 +142,69 @@ def test_each_sample_of_a_mixed_batch_is_that_sample_alone():
             torch.testing.assert_close(y, layer(sample))
     mixed.sum().backward()
     assert layer.lora["idle"].A.grad is None and layer.lora["fr"].A.grad is not None
+
+
+def half_quantized() -> nn.Module:
+    """A quantized layer, whose weight no device has made codes yet, and what trains."""
+    return nn.ModuleDict(
+        {"mlp": nn.Sequential(bitsandbytes.nn.LinearNF4(64, 64), nn.LayerNorm(64)), "q": nn.Linear(64, 64)}
+    )
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoRAConfig(r=2, targets=["q"], also_train=["mlp"]), r"the weight of `mlp\.0` is quantized: its codes take no"),
+        (
+            LoRAConfig(r=2, targets=["mlp.0.weight"]),
+            "holds `weight`, which is quantized, and .*: name the layer instead",
+        ),
+        (TuneConfig(["mlp.0.weight"]), "nothing that can train: it is quantized, and its codes take no gradient"),
+        (SubspaceConfig(4), r"`mlp\.0\.weight` cannot be projected: its few bits"),
+    ],
+)
+def test_codes_that_are_to_train_are_refused_by_name(config, words, moved):
+    model = half_quantized().to("cpu") if moved else half_quantized()
+    with pytest.raises(ValueError, match=words):
+        adapt(model, config)
+    remedies = {LoRAConfig: LoRAConfig(r=2, targets=["q", "mlp.0"], also_train=["mlp.1", "mlp.0.bias"])}
+    adapt(model, remedies.get(type(config), TuneConfig(["mlp"])))
+    model.to("cpu")["mlp"](torch.ones(1, 64)).sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"mlp.0.bias", "mlp.1.weight"} <= trained and "mlp.0.weight" not in trained
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("nf4", torch.float32), ("int8", torch.float16)])
+def test_all_that_can_train_of_a_base_that_a_plug_in_quantizes(mode, dtype):
+    module = Words()
+    runner = quantizing_trainer(TuneCallback("all"), mode=mode, dtype=dtype, max_epochs=1)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    runner.fit(module, words())
+    moved = {
+        name for name, p in module.named_parameters() if not p.is_floating_point() or not torch.equal(p, before[name])
+    }
+    codes = {name for name, parameter in module.named_parameters() if not parameter.is_floating_point()}
+    assert len(codes) == 10 and moved == set(before)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"])
+def test_every_mode_of_the_plug_in(mode, tmp_path):
+    """No warning either: a base is the same before and after its numbers became codes."""
+    dtype = torch.float16 if mode.startswith("int8") else torch.float32
+
+    def run(folder: str, epochs: int, ckpt: object = None) -> tuple:
+        files, module = checkpoints(tmp_path / folder), Words()
+        runner = quantizing_trainer(LoRACallback(r=4), files, mode=mode, dtype=dtype, max_epochs=epochs)
+        runner.fit(module, words(), words(1), ckpt_path=ckpt)
+        return lora_state_dict(module), runner, module, files
+
+    expected, runner, module, files = run("whole", 2)
+    expected = {key: value.clone() for key, value in expected.items()}
+    run("half", 1)
+    resumed, *_ = run("resumed", 2, tmp_path / "half" / "last.ckpt")
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    assert torch.load(files.last_model_path, weights_only=True)["state_dict"].keys() == expected.keys()
+    best = runner.test(module, words(2), ckpt_path="best", verbose=False)
+    fresh = quantizing_trainer(LoRACallback(r=4), mode=mode, dtype=dtype)
+    assert fresh.test(Words(), words(2), ckpt_path=files.best_model_path, verbose=False) == best

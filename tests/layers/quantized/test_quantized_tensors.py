@@ -230,7 +230,7 @@ def test_quantized_weights_are_not_trained():
 
 
 def test_also_train_of_a_quantized_layer_is_refused_by_name():
-    words = "`also_train` names `3.weight`, which is quantized, and codes take no gradient. Adapt the layer"
+    words = "`also_train` has '3', and the weight of `3` is quantized: its codes take no gradient. Adapt the layer"
     with pytest.raises(ValueError, match=words):
         apply_lora(model_of(), LoRAConfig(targets=["0"], also_train=["3"]))
     apply_lora(model_of(), LoRAConfig(targets=["0", "3"]))  # the remedies
