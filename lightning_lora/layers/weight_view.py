@@ -45,6 +45,7 @@ class WeightPart:
         transposed: whether the parameter is stored as ``(in_features, out_features)``.
         stacked: whether the parameter has one matrix per expert, along its first dimension.
         read: whether the parameter is adapted at each read, not by the forward of its layer.
+        shape: of W0, where the parameter may have another one, as codes of a quantized weight have.
     """
 
     key: str = "weight"
@@ -53,10 +54,11 @@ class WeightPart:
     transposed: bool = False
     stacked: bool = False
     read: bool = False
+    shape: tuple[int, int] | None = None
 
     def full_features(self, weight: Tensor) -> tuple[int, int]:
         """``(in_features, out_features)`` of W0, which ``weight`` stores in the shape of its layer."""
-        shape = shape_of(weight)
+        shape = self.shape or shape_of(weight)
         first, *rest = shape[1:] if self.stacked else shape
         return (first, math.prod(rest)) if self.transposed else (math.prod(rest), first)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import names
 from lightning_lora.distributed.sharded import full_parameters, shape_of
 from lightning_lora.files.json_files import printable, shown
-from lightning_lora.layers.quantized.formats import stores_codes
+from lightning_lora.layers.quantized.formats import codes_in
 from lightning_lora.model.copies import copied_names
 from lightning_lora.model.freeze import in_files
 from lightning_lora.model.state import added_parameters
@@ -36,9 +36,11 @@ def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> F
         device: where to compute, one parameter at a time; a CPU takes half a minute for 7 B parameters.
     """
     left_out = {name for name, _ in (*in_files(model), *added_parameters(model))} | copied_names(model)
-    codes = {id(module._parameters["weight"]) for module in model.modules() if stores_codes(module)}
+    codes = codes_in(model)
     quantized = {
-        name: shape_alone(p) for name, p in names.named_parameters(model) if hasattr(p, "quant_state") or id(p) in codes
+        name: [None, None, None, *codes.get(id(p), shape_of(p))]
+        for name, p in names.named_parameters(model)
+        if hasattr(p, "quant_state") or id(p) in codes
     }
     changing = {id(parameter) for _, parameter in written_parameters(model)} | renormalized(model)
     uncompared = {name for name, parameter in names.named_parameters(model) if id(parameter) in changing}

@@ -12,6 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise, product
 from types import TracebackType
 from typing import Any
@@ -126,7 +127,7 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[We
         count = sum(len(numbers) for numbers in by_role.values())
         disjoint = count == len(set().union(*by_role.values())) == out_features
         if disjoint and len(rows) > 1 and None not in rows.values():
-            return [WeightPart("weight", name, rows[name], whole.transposed) for name in FUSED_PARTS if name in rows]
+            return [replace(whole, name=name, rows=rows[name]) for name in FUSED_PARTS if name in rows]
     return (
         "fuses query, key and value, and which rows are which was not found by running the code around it; to "
         f"adapt all of it write targets={[leaf]!r}"

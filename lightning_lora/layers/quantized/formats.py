@@ -41,6 +41,21 @@ def stores_codes(module: nn.Module, key: str = "weight") -> bool:
     return has_codes or is_quantized_tensor(module._parameters.get(key))
 
 
+def codes_in(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """The parameters of ``model`` that hold codes, by ``id``, with the shapes of the matrices that they stand for."""
+    return {id(m._parameters["weight"]): matrix_shape(m) for m in model.modules() if stores_codes(m)}
+
+
+def is_8bit(module: nn.Module) -> bool:
+    """Whether ``module`` is an 8-bit layer of bitsandbytes, whose codes move from the weight to a state of its own."""
+    return is_quantized_class(type(module)) and hasattr(module, "state")
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """The shape of the matrix that the weight of a quantized ``module`` stands for."""
+    return module.out_features, module.in_features
+
+
 @torch.no_grad()
 def dequantized(module: nn.Module) -> Tensor:
     """The matrix that the quantized weight of ``module`` stands for.

@@ -16,7 +16,9 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.mixed.linear import mixed_layer
 from lightning_lora.layers.mixed.terms import add_terms
+from lightning_lora.layers.quantized.formats import matrix_shape
 from lightning_lora.layers.quantized.packed import bias_in, packed_weight
+from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import fuse
 from lightning_lora.ops.shared_cast import shared_cast
 
@@ -26,6 +28,11 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
 
     original_class = nn.Linear
     lora_adapter_class = LinearAdapter
+
+    @classmethod
+    def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
+        """One matrix, whose shape the codes do not have."""
+        return [WeightPart(shape=matrix_shape(module))]
 
     def forward(self, input: Tensor) -> Tensor:
         """The base output of the quantized layer plus the low-rank term of each adapter."""

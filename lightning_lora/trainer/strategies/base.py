@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.names import counted
+from lightning_lora.trainer.strategies.quantized import check_cast_codes
 
 
 class StrategyAdapter:
@@ -48,7 +49,12 @@ class StrategyAdapter:
         """After adapters were made, at each time."""
 
     def before_wrap(self, stack: ExitStack) -> None:
-        """After injection, before the strategy wraps the module."""
+        """After injection, before the strategy wraps the module.
+
+        Raises:
+            MisconfigurationException: if the module cannot be cast or wrapped as the Trainer asks for.
+        """
+        check_cast_codes(self.strategy, self.module)
 
     def after_optimizers(self, stack: ExitStack, optimizers: list[Any], schedulers: list[Any]) -> None:
         """After the optimizers were restricted to what trains."""

@@ -66,6 +66,7 @@ class DeepSpeed(StrategyAdapter):
         Raises:
             MisconfigurationException: if something else trains in another dtype; ZeRO takes one dtype alone.
         """
+        super().before_wrap(stack)
         adapters = adapter_parameters(self.module)
         for name, parameter in in_files(self.module):
             if self.strategy.precision_plugin.precision != "32-true" and id(parameter) not in adapters:

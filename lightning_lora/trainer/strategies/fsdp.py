@@ -30,6 +30,7 @@ from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.patching import patch_attribute, patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter, states_in
+from lightning_lora.trainer.strategies.quantized import check_flat_codes, check_sharded_codes
 
 
 class Sharded(StrategyAdapter):
@@ -146,10 +147,13 @@ class FSDP1(Sharded):
         """Add trained parameters to ``ignored_states``; FSDP then neither shards, moves, materializes nor casts them.
 
         Raises:
-            MisconfigurationException: if a parameter of the base trains that FSDP should have cast, or all train.
+            MisconfigurationException: if a parameter of the base trains that FSDP should have cast, or all train, or a
+                quantized weight cannot be sharded.
         """
         if fsdp1_units(self.module):  # by an earlier run
             return
+        super().before_wrap(stack)
+        check_flat_codes(self.strategy, self.module)
         self._check_casts()
         if all(parameter.requires_grad for parameter in self.module.parameters()):
             raise MisconfigurationException(
@@ -187,11 +191,13 @@ class FSDP2(Sharded):
         super().at_setup(stack)
 
     def before_wrap(self, stack: ExitStack) -> None:
-        """Raise for tensor parallelism: A and B would have to be split as the weight is.
+        """Raise for tensor parallelism: A and B would have to be split as the weight is; and for 8-bit layers.
 
         Raises:
-            MisconfigurationException: naming the first layer that is split by it.
+            MisconfigurationException: naming the first layer that is split by it, or stored so.
         """
+        super().before_wrap(stack)
+        check_sharded_codes(self.strategy, self.module)
         for name, layer in adapted_layers(self.module):
             for key in layer.lora.by_weight():
                 mesh = getattr(parameter_of(layer, key), "device_mesh", None)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.config import RunConfig
+from lightning_lora.layers.quantized.formats import codes_in
 from lightning_lora.methods.base import Method
 from lightning_lora.names import covers, it_or_them
 from lightning_lora.trainer.imports import rank_zero_warn
@@ -30,7 +31,8 @@ def untrained_targets(optimizers: list[Optimizer], model: nn.Module, method: Met
     adapted = dict(weight for key, weight in method.adapted_weights(model).items() if key in trains)
     if not adapted:
         return _untrained_twins(held, model, method)
-    weights = {name: p for name, p in adapted.items() if p.is_floating_point()}  # integers hold a quantized base
+    codes = codes_in(model)  # which no run trains
+    weights = {name: p for name, p in adapted.items() if p.is_floating_point() and id(p) not in codes}
     trained = {name.rpartition(".")[0] for name, p in weights.items() if p.requires_grad and id(p) in held}
     every = dict.fromkeys(name.rpartition(".")[0] for name in weights)
     return [name for name in every if name not in trained], [name for name in every if name in trained]

@@ -83,6 +83,18 @@ TRIED = {
         "layers/quantized/test_linear.py",
         "test_codes_that_are_to_train_are_refused_by_name",
     ),
+    ("trainer/strategies/quantized.py", "`{}` stores its 4-bit weight as {}, and precision"): (
+        "trainer/strategies/test_quantized.py",
+        "test_codes_that_a_precision_would_cast_are_refused",
+    ),
+    ("trainer/strategies/quantized.py", "`{}` stores its 4-bit weight as {}, and {} shards"): (
+        "trainer/strategies/test_quantized.py",
+        "test_ranks_are_equal_and_a_run_resumes_bit_for_bit",
+    ),
+    ("trainer/strategies/quantized.py", "`{}` is an 8-bit layer"): (
+        "trainer/strategies/test_quantized.py",
+        "test_ranks_are_equal_and_a_run_resumes_bit_for_bit",
+    ),
     ("targets/problems.py", "`also_train` has {}, and the weight of"): (
         "layers/quantized/test_linear.py",
         "test_codes_that_are_to_train_are_refused_by_name",

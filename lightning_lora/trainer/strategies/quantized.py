@@ -1,0 +1,86 @@
+"""How the quantized weights of bitsandbytes must be stored for a precision and a strategy.
+
+Codes may be stored in a floating dtype, so that FSDP1 shards them. A cast to another dtype would destroy them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora import names
+from lightning_lora.layers.quantized.formats import is_8bit, is_quantized_class, quantization_of
+from lightning_lora.model.freeze import in_files
+from lightning_lora.trainer.imports import MisconfigurationException
+
+TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+def check_cast_codes(strategy: Any, module: nn.Module) -> None:
+    """Raise for 4-bit weights that the precision or FSDP1 would cast.
+
+    Raises:
+        MisconfigurationException: naming the first layer, and the dtype to load it with.
+    """
+    plugin = strategy.precision_plugin
+    mixed = getattr(strategy, "mixed_precision_config", None)
+    wanted = TRUE_PRECISION.get(plugin.precision) or getattr(mixed, "param_dtype", None)
+    for name, layer in _quantized(module):
+        stored = layer.weight.dtype
+        if stored.is_floating_point and wanted not in (None, stored) and quantization_of(layer) is not None:
+            raise MisconfigurationException(
+                f"`{name}` stores its 4-bit weight as {stored}, and precision={plugin.precision!r} would cast that to "
+                f"{wanted}, which destroys the codes. Load the model with BitsAndBytesConfig("
+                f"bnb_4bit_quant_storage={wanted})."
+            )
+
+
+def check_sharded_codes(strategy: Any, module: nn.Module) -> None:
+    """Raise for 8-bit layers, which read their weight from a place that no strategy shards.
+
+    Raises:
+        MisconfigurationException: naming the first layer.
+    """
+    for name, layer in _quantized(module):
+        if is_8bit(layer):
+            raise MisconfigurationException(
+                f"`{name}` is an 8-bit layer of bitsandbytes, which keeps its weight in a second place, where "
+                f"{type(strategy).__name__} does not shard it. Load the model in 4 bits, or use strategy='ddp'."
+            )
+
+
+def check_flat_codes(strategy: Any, module: nn.Module) -> None:
+    """Raise for 4-bit weights that cannot be a part of FSDP1's flat parameters, which are of one floating dtype.
+
+    Raises:
+        MisconfigurationException: naming the first layer, and the dtype to load it with.
+    """
+    check_sharded_codes(strategy, module)
+    layers = dict(_quantized(module))
+    others = _dtypes(module, layers.values())
+    for name, layer in layers.items():
+        stored = layer.weight.dtype
+        if not stored.is_floating_point or others.keys() - {stored}:
+            wanted = others.most_common(1)[0][0] if others else torch.bfloat16
+            also = f" and dtype={wanted} for the rest" if len(others) > 1 else ", the dtype of the rest"
+            raise MisconfigurationException(
+                f"`{name}` stores its 4-bit weight as {stored}, and {type(strategy).__name__} shards parameters of one "
+                f"floating dtype. Load the model with BitsAndBytesConfig(bnb_4bit_quant_storage={wanted}){also}, or "
+                "use ModelParallelStrategy, which shards each parameter by itself."
+            )
+
+
+def _quantized(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, layer in names.named_modules(module):
+        if is_quantized_class(type(layer)):
+            yield name, layer
+
+
+def _dtypes(module: nn.Module, layers: Any) -> Counter[torch.dtype]:
+    """The dtypes of what is sharded in addition to the weights of ``layers``, with the numbers of parameters."""
+    left_out = {id(parameter) for _, parameter in in_files(module)} | {id(layer.weight) for layer in layers}
+    return Counter(parameter.dtype for parameter in module.parameters() if id(parameter) not in left_out)
