@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -44,6 +45,7 @@ def restrict(optimizers: list[Optimizer], model: nn.Module, method: Method) -> l
         keeps_state = bool(optimizer.state)
         for group in optimizer.param_groups:
             _edit(optimizer, group, wanted[id(group)], label)
+            _refuse_half(optimizer, group, label)
         if keeps_state:
             _seed_state(optimizer)
     return snapshots
@@ -112,6 +114,26 @@ def _refuse_sparse(optimizer: Optimizer, wanted: dict[int, list[nn.Parameter]], 
             "`SparseAdam` takes sparse gradients only, and those of adapters are dense. Use Adam in "
             "`configure_optimizers`, or leave the embedding out with `exclude`."
         )
+
+
+def _refuse_half(optimizer: Optimizer, group: Group, label: dict[int, str]) -> None:
+    """Raise where one of torch's optimizers would divide by an ``eps`` that is 0 in the dtype of its states."""
+    eps = group.get("eps")
+    if not isinstance(eps, float) or torch.tensor(eps, dtype=torch.float16) or not _is_of_torch(optimizer):
+        return
+    for parameter in group["params"]:
+        if parameter.dtype == torch.float16:
+            raise MisconfigurationException(
+                f"`{label[id(parameter)]}` trains in float16, where the `eps={eps}` of {type(optimizer).__name__} is "
+                "0: it divides by 0 where a gradient is 0 or small, and NaN follows. Load the module in bf16 or fp32, "
+                "or use an optimizer whose states are fp32, such as bitsandbytes.optim.AdamW."
+            )
+
+
+def _is_of_torch(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step is torch's own, with states in the dtype of the parameters."""
+    step: Any = type(optimizer).step
+    return bool(inspect.unwrap(step).__module__.startswith("torch.optim."))
 
 
 def _wanted(optimizers: list[Optimizer], model: nn.Module, method: Method) -> dict[int, list[nn.Parameter]]:

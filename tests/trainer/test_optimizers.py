@@ -8,8 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn, optim
 
-from lightning_lora import LoRACallback
-from tests.helpers.models import Lit, data, net, trainer
+from lightning_lora import LoRACallback, lora_state_dict
+from tests.helpers.models import Lit, checkpoints, data, net, trainer
 from tests.helpers.selection import slow_except
 
 DECAY = lambda m: [p for p in m.parameters() if p.ndim > 1]  # noqa: E731
@@ -241,3 +241,65 @@ def test_a_plain_run_continues_what_is_saved_after_the_merge(case, tmp_path):
     resumed = trainer(max_epochs=runner.current_epoch + 1)
     resumed.fit(plain, data(), ckpt_path=tmp_path / "merged.ckpt")
     assert not torch.equal(plain.net.head.weight, module.net.head.weight)
+
+
+class FewBits(Lit):
+    """Trained by an optimizer of bitsandbytes."""
+
+    def __init__(self, name: str, **arguments: object) -> None:
+        super().__init__()
+        self.optimizer_name, self.arguments = name, arguments
+
+    def configure_optimizers(self):
+        import bitsandbytes
+
+        make = getattr(bitsandbytes.optim, self.optimizer_name)
+        return make(self.parameters(), lr=1e-3, **self.arguments)
+
+
+class Half(Lit):
+    """Loaded in fp16, or in another dtype."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16, make: type = torch.optim.AdamW, **arguments: object) -> None:
+        super().__init__()
+        self.make, self.arguments, self.dtype_of_base = make, arguments, dtype
+        self.net.to(dtype)
+
+    def forward(self, x):
+        return self.net(x.to(self.dtype_of_base)).float()
+
+    def configure_optimizers(self):
+        return self.make(self.parameters(), lr=1e-3, **self.arguments)
+
+
+def test_an_eps_that_is_zero_in_the_dtype_of_what_trains_is_refused():
+    for make in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad):
+        with pytest.raises(MisconfigurationException, match=r"`net\.head\.weight` trains in float16, where"):
+            trainer(LoRACallback(r=4, also_train=["head"])).fit(Half(make=make), data())
+    with_fp32_states = pytest.importorskip("bitsandbytes").optim.AdamW
+    for module in (Half(torch.bfloat16), Half(make=torch.optim.SGD), Half(make=with_fp32_states)):
+        trainer(LoRACallback(r=4, also_train=["head"]), max_epochs=1).fit(module, data())
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+    trainer(LoRACallback(r=4), max_epochs=1).fit(Half(), data())  # A and B are fp32
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Adam8bit", "Lion8bit", "AdamW"])
+def test_an_optimizer_of_few_bits_resumes_bit_for_bit(name, tmp_path):
+    """Of what has fewer than 4,096 elements bitsandbytes keeps fp32 states, unless it is told otherwise."""
+    pytest.importorskip("bitsandbytes")
+    bits = {"optim_bits": 8} if name == "AdamW" else {}
+
+    def run(folder: str, epochs: int, ckpt: object = None) -> dict:
+        module, files = FewBits(name, min_8bit_size=1, **bits), checkpoints(tmp_path / folder, monitor=None)
+        callback = LoRACallback(r=4, also_train=["head"], lr_scale=4.0)
+        trainer(callback, files, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
+        (saved,) = torch.load(files.last_model_path, weights_only=True)["optimizer_states"]
+        dtypes = {state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in saved["state"].values()}
+        assert dtypes == {torch.uint8} and len(saved["state"]) == len(lora_state_dict(module)) == 18
+        return lora_state_dict(module)
+
+    whole = {key: value.clone() for key, value in run("whole", 3).items()}
+    run("half", 1)
+    resumed = run("resumed", 3, tmp_path / "half" / "last.ckpt")
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())

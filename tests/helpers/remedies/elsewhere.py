@@ -91,6 +91,10 @@ TRIED = {
         "trainer/strategies/test_quantized.py",
         "test_ranks_are_equal_and_a_run_resumes_bit_for_bit",
     ),
+    ("trainer/optimizers.py", "`{}` trains in float16"): (
+        "trainer/test_optimizers.py",
+        "test_an_eps_that_is_zero_in_the_dtype_of_what_trains_is_refused",
+    ),
     ("trainer/strategies/quantized.py", "`{}` is an 8-bit layer"): (
         "trainer/strategies/test_quantized.py",
         "test_ranks_are_equal_and_a_run_resumes_bit_for_bit",
