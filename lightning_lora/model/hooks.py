@@ -19,6 +19,7 @@ from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
 from lightning_lora.layers.adapted import Adapted, added_to
+from lightning_lora.layers.quantized.devices import follow_inputs, leave_inputs
 from lightning_lora.layers.quantized.packing import keep_for_training, let_pack, packs_for_evaluation
 from lightning_lora.layers.source_code import computing_methods
 from lightning_lora.model.freeze import freeze, unfreeze
@@ -61,6 +62,7 @@ def equip(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     accept_base(survey.model)
     start_graphs(survey)
     keep_packing(survey)
+    follow_inputs(survey.model)
 
 
 def strip(model: nn.Module) -> None:
@@ -69,6 +71,7 @@ def strip(model: nn.Module) -> None:
     be_strict(model)
     leave_graphs(model)
     release_packing(model)
+    leave_inputs(model)
 
 
 def start_graphs(model: nn.Module | Survey) -> None:

@@ -1,0 +1,42 @@
+"""Where an 8-bit layer of bitsandbytes keeps its codes: on the device of its input, also after the model was moved.
+
+Its first call takes the codes off the parameter, and ``model.to`` moves parameters and buffers alone. So the codes stay
+on the GPU where a Trainer moves the model to the CPU after a run, and a call there reads memory of the other device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.quantized.formats import is_8bit
+
+
+class FollowInput:
+    """A forward pre-hook: the codes and their scales go to the device of the input."""
+
+    def __call__(self, layer: Any, args: Any) -> None:
+        """Move them, where they are elsewhere."""
+        weight = layer._parameters["weight"]
+        owner = layer.state if getattr(weight, "CB", None) is None else weight
+        device = args[0].device if args else weight.device
+        for key in ("CB", "SCB"):
+            value = getattr(owner, key, None)
+            if value is not None and value.device != device:
+                setattr(owner, key, value.to(device))
+
+
+def follow_inputs(model: nn.Module) -> None:
+    """Let the codes of every 8-bit layer of ``model`` follow its input."""
+    for layer in model.modules():
+        if is_8bit(layer) and not any(isinstance(hook, FollowInput) for hook in layer._forward_pre_hooks.values()):
+            layer.register_forward_pre_hook(FollowInput())
+
+
+def leave_inputs(model: nn.Module) -> None:
+    """Remove the hooks of :func:`follow_inputs`."""
+    for layer in model.modules():
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, FollowInput):
+                del layer._forward_pre_hooks[key]
