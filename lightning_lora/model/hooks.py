@@ -19,6 +19,7 @@ from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
 from lightning_lora.layers.adapted import Adapted, added_to
+from lightning_lora.layers.quantized.biases import cast_trained_biases
 from lightning_lora.layers.quantized.devices import follow_inputs, leave_inputs
 from lightning_lora.layers.quantized.packing import keep_for_training, let_pack, packs_for_evaluation
 from lightning_lora.layers.source_code import computing_methods
@@ -59,6 +60,7 @@ def equip(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
     survey = survey_of(model)
     freeze(survey, *configs)
+    cast_trained_biases(survey.model)
     accept_base(survey.model)
     start_graphs(survey)
     keep_packing(survey)
