@@ -133,7 +133,8 @@ def of_codes(pattern: str, site: Site) -> str:
     return (
         f"`also_train` has {pattern!r}, and the weight of `{site.name}` is quantized: its codes take no gradient. "
         "Adapt the layer instead, by `targets`, or leave it out of the quantization: by `filter_fn` of torchao's "
-        "`quantize_`, by `ignore_modules` of BitsandbytesPrecision, or by `llm_int8_skip_modules` of BitsAndBytesConfig, which takes the ends of names "
+        "`quantize_`, by `ignore_modules` of BitsandbytesPrecision, or by `llm_int8_skip_modules` of "
+        "BitsAndBytesConfig, which takes the ends of names "
         f"and acts on 4 bits, too, as in llm_int8_skip_modules={[site.name.rpartition('.')[2], 'lm_head']!r}."
     )
 

@@ -20,7 +20,7 @@ from lightning_lora.layers.quantized.formats import matrix_shape
 from lightning_lora.layers.quantized.packed import bias_in, packed_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import fuse
-from lightning_lora.ops.shared_cast import shared_cast
+from lightning_lora.ops.packed.shared_cast import shared_cast
 
 
 class LoRAQuantizedLinear(LoRALayer, nn.Linear):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_lora.ops import shared_cast as file
-from lightning_lora.ops.shared_cast import shared_cast
+from lightning_lora.ops.packed import shared_cast as file
+from lightning_lora.ops.packed.shared_cast import shared_cast
 
 
 @pytest.fixture
