@@ -2,8 +2,7 @@
 
 A base checkpoint loads into an adapted model as into a plain one. Reentrant activation checkpointing computes no
 gradients where no input requires one, as after a frozen embedding. So in a model that uses it, the outputs of the first
-frozen layers are made to require a gradient. ``use_reentrant=False`` needs nothing. Quantized layers keep the form of
-their weights that has a backward pass, see :mod:`lightning_lora.layers.quantized.packing`.
+frozen layers are made to require a gradient. ``use_reentrant=False`` needs nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +18,9 @@ from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
 from lightning_lora.layers.adapted import Adapted, added_to
-from lightning_lora.layers.quantized.biases import cast_trained_biases
-from lightning_lora.layers.quantized.devices import follow_inputs, leave_inputs
-from lightning_lora.layers.quantized.packing import keep_for_training, let_pack, packs_for_evaluation
 from lightning_lora.layers.source_code import computing_methods
 from lightning_lora.model.freeze import freeze, unfreeze
-from lightning_lora.model.record import record_of, records
+from lightning_lora.model.quantized.live import equip_quantized, strip_quantized
 from lightning_lora.targets.survey import Survey, survey_of
 
 
@@ -60,11 +56,9 @@ def equip(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     """Freeze the base of ``model``, whose adapters are live now, and put the hooks on that live adapters need."""
     survey = survey_of(model)
     freeze(survey, *configs)
-    cast_trained_biases(survey.model)
     accept_base(survey.model)
     start_graphs(survey)
-    keep_packing(survey)
-    follow_inputs(survey.model)
+    equip_quantized(survey)
 
 
 def strip(model: nn.Module) -> None:
@@ -72,8 +66,7 @@ def strip(model: nn.Module) -> None:
     unfreeze(model)
     be_strict(model)
     leave_graphs(model)
-    release_packing(model)
-    leave_inputs(model)
+    strip_quantized(model)
 
 
 def start_graphs(model: nn.Module | Survey) -> None:
@@ -117,22 +110,6 @@ def _reenters(node: ast.AST) -> bool:
     called = getattr(node.func, "attr", getattr(node.func, "id", ""))
     values = [keyword.value for keyword in node.keywords if keyword.arg == "use_reentrant"]
     return called in CHECKPOINT_FUNCTIONS and not any(isinstance(v, ast.Constant) and v.value is False for v in values)
-
-
-def keep_packing(survey: Survey) -> None:
-    """Let no evaluation on a CPU pack the weights of quantized layers, adapted or not, which could then not train."""
-    layers = [(name, module) for name, module in survey.modules if packs_for_evaluation(module)]
-    for _, layer in layers:
-        record_of(layer).packs = True
-    keep_for_training(layers)
-
-
-def release_packing(model: nn.Module) -> None:
-    """The reverse of :func:`keep_packing`."""
-    for _, layer, record in records(model):
-        if record.packs:
-            record.packs = False
-            let_pack(layer)
 
 
 class BaseCheckpoint:

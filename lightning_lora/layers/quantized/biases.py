@@ -10,13 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers.quantized.formats import is_quantized
 
-
-def cast_trained_biases(model: nn.Module) -> None:
-    """Cast what trains of them as the first call would, where the dtype is known before it."""
-    for layer in model.modules():
-        bias: Any = layer._parameters.get("bias")
-        known = is_quantized(layer) and getattr(layer, "compute_type_is_set", False)
-        if known and bias is not None and bias.requires_grad and bias.dtype != layer.compute_dtype:
-            bias.data = bias.data.to(layer.compute_dtype)
+def cast_trained_bias(layer: nn.Module) -> None:
+    """Cast the bias of a quantized ``layer``, if it trains, as the first call would, where the dtype is known."""
+    bias: Any = layer._parameters.get("bias")
+    known = getattr(layer, "compute_type_is_set", False)
+    if known and bias is not None and bias.requires_grad and bias.dtype != layer.compute_dtype:
+        bias.data = bias.data.to(layer.compute_dtype)

@@ -27,16 +27,14 @@ class FollowInput:
                 setattr(owner, key, value.to(device))
 
 
-def follow_inputs(model: nn.Module) -> None:
-    """Let the codes of every 8-bit layer of ``model`` follow its input."""
-    for layer in model.modules():
-        if is_8bit(layer) and not any(isinstance(hook, FollowInput) for hook in layer._forward_pre_hooks.values()):
-            layer.register_forward_pre_hook(FollowInput())
+def follow_inputs(layer: nn.Module) -> None:
+    """Let the codes of ``layer``, if it is one of 8 bits, follow its input."""
+    if is_8bit(layer) and not any(isinstance(hook, FollowInput) for hook in layer._forward_pre_hooks.values()):
+        layer.register_forward_pre_hook(FollowInput())
 
 
-def leave_inputs(model: nn.Module) -> None:
-    """Remove the hooks of :func:`follow_inputs`."""
-    for layer in model.modules():
-        for key, hook in list(layer._forward_pre_hooks.items()):
-            if isinstance(hook, FollowInput):
-                del layer._forward_pre_hooks[key]
+def leave_inputs(layer: nn.Module) -> None:
+    """Remove the hook of :func:`follow_inputs`."""
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, FollowInput):
+            del layer._forward_pre_hooks[key]
