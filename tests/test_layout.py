@@ -14,7 +14,7 @@ TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 
 # Source files without a test file of their name: which file tests them, and why there.
 ELSEWHERE = {
-    "model/quantized/live.py": "tests/layers/quantized has a file for each thing that it switches on and off",
+    "model/quantized/live": ("layers/quantized/test_devices", "each of what it does has a test file in that folder"),
     "arguments": ("test_config", "the configurations show what its checks refuse"),
     "methods/base": ("methods/test_lora", "an abstract class is tested by its methods"),
     "methods/adapt": ("methods/test_life_of_a_run", "every method is put on and taken off by the two verbs"),

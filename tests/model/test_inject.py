@@ -120,7 +120,7 @@ def test_the_model_goes_down_through_the_rooms(config):
     order = [FLOOR[callee] for _, callee in calls]
     assert len(calls) > 10
     climbs = [pair for pair in pairwise(order) if pair[0] < pair[1]]  # of two calls in a row
-    assert len(climbs) <= 7, climbs
+    assert len(climbs) <= 8, climbs
 
 
 def test_a_name_that_the_adapters_have_no_room_for_changes_nothing():
