@@ -2,6 +2,7 @@
 
     python examples/benchmarks/qlora_resume.py                    # a model with the shapes of Llama-2-7B, on a GPU
     python examples/benchmarks/qlora_resume.py --out qlora_resume # appends to qlora_resume_<date>.md
+    python examples/benchmarks/qlora_resume.py --size "7 B, 2 of its 32 layers"   # takes minutes on a CPU
     python examples/benchmarks/qlora_resume.py --tiny             # to try the script
 
 The model has random weights, in NF4 with double quantization, and trains 50 steps through Lightning, with shuffled
@@ -38,7 +39,7 @@ from lightning_lora import LoRACallback, lora_parameters, merge_lora
 
 STEPS, STEPS_OF_EPOCH, KILLED_IN = 50, 10, 25
 KILLED, RESUMED = "killed", "resumed"
-SHAPES = {"7 B": (1, 256), "tiny": (2, 16)}  # batch, tokens
+SHAPES = {"7 B": (1, 256), "7 B, 2 of its 32 layers": (2, 16), "tiny": (2, 16)}  # batch, tokens
 
 
 class Decoder(LightningModule):
@@ -77,8 +78,6 @@ def fit(role: str, size: str, folder: Path) -> Decoder:
     seed_everything(3, verbose=False)
     module = Decoder(size)
     files = ModelCheckpoint(folder / role)
-    callbacks = [LoRACallback(r=8, targets="all", dropout=0.05, merge=False), files]
-    callbacks += [Killed()] if role == KILLED else []
     trainer = Trainer(
         max_epochs=STEPS // STEPS_OF_EPOCH,
         accelerator="gpu" if CUDA else "cpu",
@@ -156,7 +155,7 @@ def words(same: bool) -> str:
 
 def killed_process(size: str, folder: Path) -> subprocess.Popen[bytes]:
     """The run that kills itself, which goes on while this process does the uninterrupted one."""
-    command = [sys.executable, __file__, "--killed", str(folder), *["--tiny"] * (size == "tiny")]
+    command = [sys.executable, __file__, "--killed", str(folder), "--size", size]
     return subprocess.Popen(command)
 
 
@@ -181,9 +180,10 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="where to append the result, without the date and .md")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
+    parser.add_argument("--size", choices=SHAPES, help="of the model; 7 B on a GPU, else tiny")
     parser.add_argument("--killed", help=argparse.SUPPRESS)  # the folder of the process that is killed
     arguments = parser.parse_args(words)
-    size = "tiny" if arguments.tiny or not CUDA else "7 B"
+    size = "tiny" if arguments.tiny else arguments.size or ("7 B" if CUDA else "tiny")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is then deterministic
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -38,6 +38,13 @@ LLAMA = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
     },
+    "7 B, 2 of its 32 layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
