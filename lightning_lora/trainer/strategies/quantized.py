@@ -26,17 +26,21 @@ def check_cast_codes(strategy: Any, module: nn.Module) -> None:
     Raises:
         MisconfigurationException: naming the first layer, and the dtype to load it with.
     """
-    plugin = strategy.precision_plugin
-    mixed = getattr(strategy, "mixed_precision_config", None)
-    wanted = TRUE_PRECISION.get(plugin.precision) or getattr(mixed, "param_dtype", None)
     for name, layer in _quantized(module):
-        stored = layer.weight.dtype
+        stored, wanted = layer.weight.dtype, _cast_to(strategy)
         if stored.is_floating_point and wanted not in (None, stored) and quantization_of(layer) is not None:
+            precision = strategy.precision_plugin.precision
             raise MisconfigurationException(
-                f"`{name}` stores its 4-bit weight as {stored}, and precision={plugin.precision!r} would cast that to "
+                f"`{name}` stores its 4-bit weight as {stored}, and precision={precision!r} would cast that to "
                 f"{wanted}, which destroys the codes. Load the model with BitsAndBytesConfig("
                 f"bnb_4bit_quant_storage={wanted})."
             )
+
+
+def _cast_to(strategy: Any) -> torch.dtype | None:
+    """The dtype to which weights are cast; ``None`` if they stay as they are."""
+    mixed = getattr(strategy, "mixed_precision_config", None)
+    return TRUE_PRECISION.get(strategy.precision_plugin.precision) or getattr(mixed, "param_dtype", None)
 
 
 def check_sharded_codes(strategy: Any, module: nn.Module) -> None:

@@ -4,6 +4,26 @@ from __future__ import annotations
 
 # By file and the first words: the test that does what the message says.
 TRIED = {
+    ("layers/registry.py", "is an {}, which computes with weights of -1, 0 and 1"): (
+        "layers/quantized/test_quantized_tensors.py",
+        "test_layers_that_would_round_an_update_are_refused_by_name",
+    ),
+    ("layers/registry.py", "has a weight that is a {}, which LoRA adapts only in linear layers"): (
+        "layers/quantized/test_quantized_tensors.py",
+        "test_a_layer_that_reads_its_weight_is_refused_by_name",
+    ),
+    ("trainer/checkpointing/base_weights.py", "is of {} in it and a {} here"): (
+        "trainer/test_quantized_tensor_runs.py",
+        "test_a_base_of_another_form_is_refused_by_name",
+    ),
+    ("trainer/compatibility.py", "{} averages every parameter, and the model has quantized weights"): (
+        "trainer/test_quantized_tensor_runs.py",
+        "test_an_average_of_codes_is_refused_by_name",
+    ),
+    ("trainer/watching/lost_gradients.py", "Quantize the weights alone"): (
+        "trainer/watching/test_lost_gradients.py",
+        "test_the_remedy_of_another_config_trains",
+    ),
     ("analysis/sources.py", " A state dict has no scale"): (
         "analysis/test_sources.py",
         "test_a_state_dict_has_no_scale",
@@ -102,10 +122,6 @@ TRIED = {
     ("targets/problems.py", "`also_train` has {}, and the weight of"): (
         "layers/quantized/test_linear.py",
         "test_codes_that_are_to_train_are_refused_by_name",
-    ),
-    ("methods/lora.py", "Quantized weights cannot hold the sum"): (
-        "layers/quantized/test_linear.py",
-        "test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same",
     ),
     ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (
         "ops/test_weight_sums.py",

@@ -293,6 +293,7 @@ def test_layers_that_would_round_an_update_are_refused_by_name():
     bitnet = pytest.importorskip("transformers.integrations.bitnet")
     with pytest.raises(ValueError, match="`0` is an AutoBitLinear, which computes with weights of -1, 0 and 1"):
         apply_lora(nn.Sequential(bitnet.AutoBitLinear(128, 128)), CONFIG_OF_ONE)
+    apply_lora(nn.Sequential(nn.Linear(128, 128)), CONFIG_OF_ONE)  # the remedy
 
 
 def test_weights_of_8_bit_floating_point_are_refused_with_what_can_be_adapted():
