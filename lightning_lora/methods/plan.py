@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoRAConfig, MethodConfig
+from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.registry import original_class
 from lightning_lora.methods.added import AddedMethod
@@ -88,7 +89,7 @@ def plan(model: nn.Module, config: Any) -> Plan | MethodPlan:
     survey = Survey(model)
     added, in_full = would_train(method, survey)
     present = adapter_parameters(survey)
-    base = sum(parameter.numel() for _, parameter in survey.parameters() if id(parameter) not in present)
+    base = sum(shape_of(parameter).numel() for _, parameter in survey.parameters() if id(parameter) not in present)
     kinds = {name: original_class(survey.by_name[name]).__name__ for name in added}
     return MethodPlan(method.key, added, kinds, in_full, base)
 
@@ -106,4 +107,5 @@ def would_train(method: AddedMethod, survey: Survey) -> tuple[dict[str, int], di
         for key in site.module._parameters
         if trains(site, key, name in sites, method.config)
     }
-    return added, {name: parameter.numel() for name, parameter in survey.parameters() if id(parameter) in asked}
+    in_full = {name: shape_of(parameter).numel() for name, parameter in survey.parameters() if id(parameter) in asked}
+    return added, in_full

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from lightning_lora.config import LoRAConfig, check_compute
+from lightning_lora.distributed.sharded import shape_of
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import original_class
 from lightning_lora.layers.weight_view import WeightPart
@@ -112,7 +113,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig | HasConfig, *, compute: str 
         targets.check()
     rows = [_row(site, part, each, config) for targets, each in every for site in targets.sites for part in site.parts]
     base = _base_parameters(survey)
-    size = sum(parameter.numel() for parameter in base.values())
+    size = sum(shape_of(parameter).numel() for parameter in base.values())
     remarks = useless_ranks(rows)
     for targets, each in every:
         remarks += [line for line in left_alone(survey, targets.names(), each) if line not in remarks]
@@ -149,7 +150,7 @@ def _in_full(targets: Targets, base: Mapping[str, nn.Parameter], config: LoRACon
         for key in site.module._parameters
         if trains(site, key, name in adapted, config)
     }
-    return {name: parameter.numel() for name, parameter in base.items() if id(parameter) in trained}
+    return {name: shape_of(parameter).numel() for name, parameter in base.items() if id(parameter) in trained}
 
 
 def _every_name(survey: Survey, sites: Iterable[Site], base: Iterable[str]) -> list[str]:

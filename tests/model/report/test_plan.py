@@ -5,7 +5,8 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, lora_parameters, plan_lora
+from lightning_lora import LoRACallback, LoRAConfig, TuneConfig, apply_lora, lora_parameters, plan_lora
+from lightning_lora.methods.plan import plan
 from tests.helpers import models, oracles
 from tests.helpers.oracles import net
 
@@ -134,3 +135,15 @@ def test_several_adapters():
     assert sum(row.parameters for row in planned.rows) == sum(p.numel() for _, p in lora_parameters(model))
     again = LoRAConfig(r=2, adapters=yaml.safe_load(planned.to_yaml()))
     assert [row.name for row in plan_lora(models.net(), again).rows] == [row.name for row in planned.rows]
+
+
+def test_quantized_weights_count_as_the_matrices_that_they_store():
+    pytest.importorskip("bitsandbytes")
+    from tests.helpers.quantized import WideNet, four_bits
+
+    plain, quantized = WideNet(), WideNet()
+    for block in quantized.layers:
+        block.q = four_bits(block.q)
+    expected = sum(parameter.numel() for parameter in plain.parameters())
+    for config in (LoRAConfig(targets="all"), TuneConfig("bias")):
+        assert plan(quantized, config).base == plan(plain, config).base == expected
