@@ -8,6 +8,7 @@ from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.layers.summed_weight import MAX_CHECKPOINTED_WORK, MAX_ELEMENTS, MAX_WORK
 from lightning_lora.model.sum_groups import has_weight_side
+from lightning_lora.names import counted
 from lightning_lora.targets.survey import Site
 
 ACTIVATIONS, WEIGHTS = "W0 x + scale B (A x)", "(W0 + scale B A) x"
@@ -22,7 +23,7 @@ def side_remark(sites: Sequence[Site], compute: str, dropout: float) -> str:
         return f"Layers compute {ACTIVATIONS}{', as dropout needs' if compute != 'activations' else ''}."
     sizes = [_size(site) for site in sites if has_weight_side(adapted_class_for(site.module, site.parts))]
     count = len(sites) - len(sizes)
-    others = f"\n{count} of {len(sites)} layers always compute in the one way that their kind has." if count else ""
+    others = f"\n`compute` has no effect on {count} of {counted(len(sites), 'layer')}." if count else ""
     if compute == "weights":
         return f"Layers compute {WEIGHTS}.{others}"
     rows = sorted({0 if size > MAX_ELEMENTS else MAX_WORK // max(1, size) for size in sizes})

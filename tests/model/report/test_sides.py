@@ -34,7 +34,7 @@ def test_auto_gives_the_limits_by_size():
 
 def test_layers_of_other_kinds_are_counted():
     text = last_lines("weights", nn.Linear(8, 8), nn.Embedding(8, 8))
-    assert text == f"{WEIGHTS}.\n1 of 2 layers always compute in the one way that their kind has."
+    assert text == f"{WEIGHTS}.\n`compute` has no effect on 1 of 2 layers."
 
 
 def test_a_weight_that_is_too_large_for_the_sum():
