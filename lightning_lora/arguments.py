@@ -252,7 +252,7 @@ def check_merge_base(argument: str, base: Any, dequantize: Any, merges: bool = T
     if base is not None and dequantize:
         raise ValueError(
             f"`{argument}={str(base)!r}` and `dequantize=True` name two bases to merge into: the file's weights, and "
-            "what the few bits stand for. Give one of the two."
+            "the dequantized ones. Give one of the two."
         )
     if (base is not None or dequantize) and not merges:
         raise ValueError(

@@ -237,7 +237,7 @@ class RunConfig:
         base_dtype: dtype of frozen weights during a run under mixed precision, ``"bf16"`` or ``"fp16"``, or ``None``.
         save: ``"adapter"``, or ``"merged"`` for checkpoints that hold the merged state dict as well.
         merged: safetensors file into which the end of fit writes the merged model.
-        dequantize: merge adapters on a quantized base into what its few bits stand for.
+        dequantize: merge adapters on a quantized base into the dequantized weights.
         merge_base: file or directory whose weights in full precision they are merged into instead.
         compute: the side of the equation: ``"auto"``, ``"activations"`` or ``"weights"``; see :func:`apply_lora`.
         route: the entry of a batch that says which adapter each sample uses; ``None`` where all act.

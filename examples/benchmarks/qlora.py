@@ -1,4 +1,4 @@
-"""What a base in four bits costs a LoRA step of a 7 B model: time and memory, beside a base in bf16 and beside peft.
+"""What a base in four bits costs a LoRA step of a 7 B model: time and memory, compared with a bf16 base and with peft.
 
 The base has the shapes of Llama-2-7B, random weights, and its linear layers but the head in NF4 with double
 quantization. The bound is the same step of the frozen bf16 model without adapters, with the gradient flowing through.

@@ -7,7 +7,7 @@
 
 The model has random weights, in NF4 with double quantization, and trains 50 steps through Lightning, with shuffled
 batches and dropout in the adapters. A second process does the same at the same time and kills itself in step 25. A
-third run resumes it from its checkpoint of step 20; then its adapters are merged into what the four bits stand for.
+third run resumes it from its checkpoint of step 20; then its adapters are merged into the dequantized weights.
 """
 
 from __future__ import annotations

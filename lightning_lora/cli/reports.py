@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a command imports what it needs and no other command
 
 QUANTIZED = (
     "The adapter was trained on a quantized base: {count} of this one agree by name and shape, and no values were "
-    "compared. It learned what goes with the quantized weights, so test the merged model."
+    "compared. Its adapters were trained on the quantized weights, so test the merged model."
 )
 LISTED = 20  # rows of a list that has no limit of its own
 

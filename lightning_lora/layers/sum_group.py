@@ -95,7 +95,7 @@ class SumGroup:
         return group
 
     def end_of_choice(self, names: frozenset[str]) -> None:
-        """Let go of the sums of a choice that ends; those with a graph end with their backward pass."""
+        """Free the sums of a choice that ends; those with a graph end with their backward pass."""
         group = self.of_choices.get(names)
         if group is not None and group.grad is False:
             group.forget()

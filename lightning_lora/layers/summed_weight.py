@@ -40,7 +40,7 @@ from lightning_lora.torch_internals import (
 
 MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
 MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a forward twice, and packs what it saves
-MAX_CHOICES = 128  # whose plans a layer keeps; their sums are let go when the choice ends
+MAX_CHOICES = 128  # whose plans a layer keeps; their sums are freed when the choice ends
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
@@ -104,7 +104,7 @@ class SummedWeight:
         self.of_choices[names] = SummedWeight(layer, self.key, group, self.width, self.size, self.always, names)
 
     def forget_choices(self) -> None:
-        """Let go of the sums of choices; they may hold adapters that were removed."""
+        """Drop the sums of choices; they may hold adapters that were removed."""
         self.of_choices.clear()
         self.group.of_choices.clear()
 

@@ -228,7 +228,7 @@ class LoRAMethod(RecordedMethod):
             return why_not_all(self.names) if len(self.names) > 1 and self.factors is None else None
         return (
             "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
-            "checkpoints hold them. dequantize=True merges into what the few bits stand for, merge_base=PATH into the "
+            "checkpoints hold them. dequantize=True merges into the dequantized weights, merge_base=PATH into the "
             "weights in full precision that were quantized."
         )
 

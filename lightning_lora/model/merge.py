@@ -58,7 +58,7 @@ def merge_lora(
             calls without :func:`use_adapters`: all, unless some rest, as after :func:`combine_adapters`.
         misplaced: nothing; it catches what is not given by name.
         undo: keep that record (the default). ``False`` deletes it: the merged weights are the base from then on.
-        dequantize: for a quantized base, whose few bits cannot hold the sum: merge into what they stand for. Every
+        dequantize: for a quantized base, whose few bits cannot hold the sum: merge into the dequantized weights. Every
             quantized layer becomes a plain linear layer, in the dtype of most of the other parameters. The merged model
             computes what the adapters were trained to compute.
         base: for a quantized base: merge into the weights in full precision in this file or directory, in the same way.

@@ -15,7 +15,7 @@ from lightning_lora.model.record import packed_layers, record_of
 from lightning_lora.names import join
 
 TWO_WAYS = (
-    "its few bits cannot hold the sum. merge_lora(model, dequantize=True) merges into what they stand for, and "
+    "its few bits cannot hold the sum. merge_lora(model, dequantize=True) merges into the dequantized weights, and "
     "merge_lora(model, base=PATH) into the weights in full precision that were quantized."
 )
 

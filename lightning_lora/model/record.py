@@ -61,12 +61,12 @@ class PackedLayer:
 
     Args:
         cls: its class, without the adapters.
-        parameters: the weight in few bits, and the bias.
+        parameters: the quantized weight, and the bias.
         attributes: those of its class that a plain layer does not have, such as the state of the quantization.
         hooks: those of its class, which quantize what is loaded, by the attribute that holds them.
         checksum: of the plain weight that took its place.
-        source: path of the file whose weights took the place of the quantized ones; ``None`` for what the few bits
-            stand for.
+        source: path of the file whose weights took the place of the quantized ones; ``None`` for the dequantized
+            weights.
     """
 
     cls: type[nn.Module]

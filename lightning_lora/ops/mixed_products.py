@@ -31,7 +31,7 @@ class Columns:
 
     def of_layer(self, index: int) -> Tensor:
         """``(out_features, pairs * r)``."""
-        made = self.made  # another thread may let go of it
+        made = self.made  # another thread may reset it
         if made is None:
             made = self.made = self.every_B.transpose(1, 2).flatten(2).unbind()
         return made[index]

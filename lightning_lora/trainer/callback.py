@@ -101,13 +101,14 @@ class LoRACallback(RoutedCallback):
         merged: File into which the end of fit writes the merged model: safetensors, with the keys of
             module.state_dict(), tied tensors once. It holds the best adapters with merge="best", else the last. None
             writes nothing.
-        dequantize: For a base that bitsandbytes quantized, merge into what its few bits stand for, which is what the
-            adapters were trained on. Every quantized layer becomes a plain linear layer, in the dtype of most of the
-            other parameters; a second fit, and a test with ckpt_path, run on the quantized base again.
-        merge_base: For such a base, the path of the weights in full precision that were quantized, to merge into these:
-            a safetensors file, a directory with one or with shards, or a state dict or checkpoint of torch.save. Names
-            and shapes are compared before the first step, values at the merge. The adapters were trained on the
-            quantized weights, so test the merged model. None with dequantize=False merges nothing.
+        dequantize: For a quantized base, merge into the dequantized weights, on which the adapters were trained. Every
+            quantized layer becomes a plain linear layer, in the dtype of most of the other parameters; a second fit,
+            and a test with ckpt_path, run on the quantized base again.
+        merge_base: For a quantized base, the path of the weights in full precision that were quantized, to merge into
+            these: a safetensors file, a directory with one or with shards, or a state dict or checkpoint of torch.save.
+            Names and shapes are compared before the first step, values at the merge. The adapters were trained on the
+            quantized weights, so measure the merged model: trainer.test(model) does, and with a ckpt_path it measures
+            the quantized one. None with dequantize=False merges nothing.
         compute: Which side of the equation layers compute. "activations" is W0 x + scale B (A x), a few small products
             for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU

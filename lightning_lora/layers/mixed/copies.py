@@ -92,7 +92,7 @@ def place_of(matrix: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
 
 
 def facts_of(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[object, ...]:
-    """What tells of a change of A and B, and where they were copied."""
+    """What differs after A and B were changed, or were copied to another device, dtype or stream."""
     return *place_of(matrices[0], dtype), *versions_of(*matrices), *map(Tensor.data_ptr, matrices)
 
 

@@ -4,7 +4,7 @@ At small sizes the host limits the speed of a step. So what a layer computes wit
 act, and A and B are copied in the dtype of the products for neighbours in a model together.
 
 They are copied when the first layer of a group is called, and again when a layer is called for the second time: that is
-another forward pass, before which any value may have changed. In between, versions and addresses tell of changes.
+another forward pass, before which any value may have changed. In between, versions and addresses show a change.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class MixedLayer:
         return copies
 
     def end_of_choice(self) -> None:
-        """Let go of copies that were made for a forward pass in which the layer was not called."""
+        """Drop copies that were made for a forward pass in which the layer was not called."""
         if self.copies is not None and not self.copies.is_overwritten:
             self.copies = None
 

@@ -1,7 +1,7 @@
-"""How quantized weights are stored, and the matrices that they stand for.
+"""How quantized weights are stored, and how they are dequantized.
 
-bitsandbytes keeps a 4-bit weight as codes, two in a byte, and the largest absolute value of each block of numbers. The
-latter may be quantized again ("double quantization"): 8-bit codes, and an offset. Its 8-bit weight is a matrix of
+bitsandbytes keeps a 4-bit weight as codes, two in a byte, and the largest absolute value of each block of numbers. That
+value may be quantized again ("double quantization"): 8-bit codes, and an offset. Its 8-bit weight is a matrix of
 ``int8`` and the largest absolute value of each row. Both are in memory only once a layer was moved to a device.
 """
 
@@ -17,7 +17,7 @@ from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 from lightning_lora.ops.packed.quantized_tensors import dequantized_tensor, is_quantized_tensor
 
 INT8_MAX = 127
-ROWS_ON_CPU = 32  # that bitsandbytes stores together where it packs a weight anew for evaluation on a CPU
+ROWS_ON_CPU = 32  # that bitsandbytes stores together where it packs a weight again for evaluation on a CPU
 
 
 def is_quantized_class(cls: type[nn.Module]) -> bool:
@@ -42,7 +42,7 @@ def stores_codes(module: nn.Module, key: str = "weight") -> bool:
 
 
 def codes_in(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """The parameters of ``model`` that hold codes, by ``id``, with the shapes of the matrices that they stand for."""
+    """The parameters of ``model`` that hold codes, by ``id``, with the shapes of the matrices that they store."""
     return {id(m._parameters["weight"]): matrix_shape(m) for m in model.modules() if stores_codes(m)}
 
 
@@ -52,13 +52,13 @@ def is_8bit(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
-    """The shape of the matrix that the weight of a quantized ``module`` stands for."""
+    """The shape of the matrix that the weight of a quantized ``module`` stores: ``(out_features, in_features)``."""
     return module.out_features, module.in_features
 
 
 @torch.no_grad()
 def dequantized(module: nn.Module) -> Tensor:
-    """The matrix that the quantized weight of ``module`` stands for.
+    """The dequantized weight of ``module``.
 
     Returns:
         ``(out_features, in_features)`` in new memory, in the dtype in which the layer computes, or fp32 where it has
@@ -84,7 +84,7 @@ def quantization_of(module: nn.Module) -> Any:
 
 
 def is_packed_for_cpu(state: Any) -> bool:
-    """Whether bitsandbytes packed the codes anew, in another order, for evaluation on a CPU."""
+    """Whether bitsandbytes packed the codes again, in another order, for evaluation on a CPU."""
     return vars(state).get("packing_format_for_cpu", False) is True  # a missing attribute is looked for at length
 
 
@@ -120,7 +120,7 @@ def dequantized_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:
-    """The matrix in fp32 of a weight that was packed anew for evaluation on a CPU.
+    """The matrix in fp32 of a weight that was packed again for evaluation on a CPU.
 
     Of 32 rows and two columns, 64 codes, the low halves of 32 bytes hold the first 32, the high halves the others.
     """

@@ -1,6 +1,6 @@
 """How bitsandbytes keeps a 4-bit weight in the memory of a CPU: a model with adapters keeps the form for training.
 
-On a CPU with AVX512-BF16, the first evaluation of a 4-bit layer packs its weight anew for a kernel that computes in
+On a CPU with AVX512-BF16, the first evaluation of a 4-bit layer packs its weight again for a kernel that computes in
 bf16 and has no backward pass. The largest value of each block is rounded to bf16 then. A later training step has no
 gradient through the layer, or raises, and ``state_dict()`` leaves blocks with the values of others.
 """

@@ -23,10 +23,10 @@ LIMIT_OTHER = 0.2  # of a format that this file does not know: the distance to t
 
 @torch.no_grad()
 def quantized_again(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """The matrix that the weight of ``layer`` would stand for if it were quantized from ``matrix``.
+    """``matrix`` quantized as the weight of ``layer`` is, and dequantized.
 
     Args:
-        layer: a quantized layer. Where its weight is not in few bits yet, or in a format that is not known, ``matrix``
+        layer: a quantized layer. Where its weight is not quantized yet, or in a format that is not known, ``matrix``
             itself is returned.
         matrix: ``(out_features, in_features)``.
     """

@@ -78,7 +78,7 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
-        ValueError: if the file is damaged, lacks a layer, or has one of another shape or in few bits.
+        ValueError: if the file is damaged, lacks a layer, or has one of another shape or a quantized one.
     """
     tensors = _tensors_at(Path(path))
     layers = {name: layer for name, layer in each_module_once(model) if is_quantized(layer)}

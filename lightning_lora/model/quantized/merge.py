@@ -1,6 +1,6 @@
 """The merge of adapters on a quantized base: ``W = W0 + scale * B A`` in a plain layer, and every other layer plain.
 
-``W0`` is what the few bits stand for, or a weight in full precision from a file. The sum is computed in fp32 (fp64 for
+``W0`` is the dequantized weight, or a weight in full precision from a file. The sum is computed in fp32 (fp64 for
 a file in fp64) and rounded once.
 """
 
@@ -35,7 +35,7 @@ class MergeBase:
     """What adapters on a quantized base are added to.
 
     Args:
-        path: of the file or directory with the weights in full precision; ``None`` for what the few bits stand for.
+        path: of the file or directory with the weights in full precision; ``None`` for the dequantized weights.
         dtype: of the plain layers; ``None`` for :func:`plain_dtype`.
     """
 

@@ -78,9 +78,8 @@ def _hooks(layer: nn.Module) -> dict[str, dict[int, Any]]:
 def _is_of_library(hook: Any) -> bool:
     function = getattr(hook, "hook", hook)  # torch wraps it
     function = function.func if isinstance(function, partial) else function
-    return QUANTIZING_LIBRARY in str(getattr(function, "__module__", "")).split(
-        "."
-    )  # Lightning has a file of that name
+    # A part of the path, and not the first: Lightning has a file of that name.
+    return QUANTIZING_LIBRARY in str(getattr(function, "__module__", "")).split(".")
 
 
 def pack_again(layer: nn.Module) -> None:

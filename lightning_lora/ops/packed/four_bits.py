@@ -21,7 +21,7 @@ class Nested(NamedTuple):
 
     Args:
         absmax: of each block of blocks, in fp32.
-        table: the number that each 8-bit code stands for, in fp32.
+        table: the number of each 8-bit code, ``(256,)`` in fp32.
         offset: that is added, one number.
         blocksize: blocks in a block of blocks.
     """
@@ -38,7 +38,7 @@ class FourBits(NamedTuple):
     Args:
         codes: two in a byte, the first one in the higher half; of any dtype.
         absmax: the largest absolute value of each block, in fp32; in a nested format its 8-bit code.
-        table: the number that each code stands for, in fp32.
+        table: the number of each code, ``(16,)`` in fp32.
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: numbers in a block.
         shape: of the matrix.
