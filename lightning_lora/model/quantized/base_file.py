@@ -103,13 +103,28 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
 
 def _tensors_at(path: Path) -> Mapping[str, Tensor | StoredTensor]:
     path = path.parent if path.name.endswith(INDEX) else path
-    if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`{path}` does not exist: give a file or a directory with the base. For a name of the Hugging Face Hub "
+            "give the directory that huggingface_hub.snapshot_download(name) returns."
+        )
+    if path.is_dir() or path.suffix == ".safetensors":
         return open_weights(path).tensors
-    content: Any = checked(path, True, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    content = _torch_content(path)
     if isinstance(content, dict) and RUN in content:
         raise ValueError(f"{path} holds adapters of a run, and no base in full precision: name the file of the base.")
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _torch_content(path: Path) -> Any:
+    try:
+        return checked(path, True, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {error}). Name a safetensors file, a directory "
+            "with one, or a file of torch.save; of a checkpoint with other objects save the `state_dict` alone."
+        ) from error
 
 
 def _why_nothing_fits(path: str, tensors: Mapping[str, Any], names: list[str]) -> str:

@@ -75,6 +75,10 @@ TRIED = {
         "model/quantized/test_base_file.py",
         "test_a_file_with_the_layers_at_two_places_is_refused",
     ),
+    ("model/quantized/base_file.py", "{} cannot be read as weights"): (
+        "model/quantized/test_base_file.py",
+        "test_a_file_that_cannot_be_read_is_named",
+    ),
     ("model/quantized/base_file.py", "{} holds adapters of a run"): (
         "model/quantized/test_base_file.py",
         "test_a_checkpoint_of_adapters_is_no_base",
@@ -205,6 +209,7 @@ TRIED = {
 
 # By file and the first words: why nothing is tried.
 NOT_TRIED = {
+    ("model/quantized/base_file.py", "`{}` does not exist"): "needs a download; a directory is what others give",
     ("trainer/several/routed_callback.py", "{} gives an adapter that no sample used"): (
         "needs a DeepSpeed engine; the others are what two processes run"
     ),

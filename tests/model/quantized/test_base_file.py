@@ -140,6 +140,22 @@ def test_a_checkpoint_of_adapters_is_no_base(tmp_path):
         open_base(str(tmp_path / "run.ckpt"), quantized())
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json cannot be read as weights \(ValueError: it is no zip archive"):
+        open_base(str(tmp_path / "config.json"), quantized())
+    torch.save({"state_dict": values(), "hyper_parameters": {"folder": tmp_path}}, tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"run.ckpt cannot be read as weights \(ObjectRefusedError: pathlib"):
+        open_base(str(tmp_path / "run.ckpt"), quantized())
+    state = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"]
+    open_base(str(as_state_dict(tmp_path, state)), quantized())  # the remedy
+
+
+def test_a_name_of_the_hub_is_no_path():
+    with pytest.raises(FileNotFoundError, match=r"`owner/name` does not exist: .*snapshot_download\(name\) returns"):
+        open_base("owner/name", quantized())
+
+
 def test_parameters_that_are_not_quantized_and_differ_are_named_in_a_warning(tmp_path):
     tensors = {**values(), "emb.weight": torch.zeros(8, 64)}
     del tensors["ln.bias"]
