@@ -20,6 +20,7 @@ from lightning_lora import (
     plan_lora,
     remove_lora,
     save_adapter,
+    unmerge_lora,
     use_adapters,
 )
 from lightning_lora.analysis import UpdateRatio, UpdateSpectrum
@@ -283,6 +284,20 @@ def test_quanto_adds_the_update_to_the_output_of_its_own_layer(make):
     torch.testing.assert_close(dequantized(model[0]).double(), matrix)
     with pytest.raises(ValueError, match="`0` is quantized, and its few bits cannot hold the sum"):
         merge_lora(model)
+
+
+@pytest.mark.parametrize("make", [model_of, toy_quanto])
+def test_a_merge_into_the_dequantized_weight_is_undone_bit_for_bit(make):
+    model, x = make(), torch.randn(5, 128)
+    apply_lora(model, CONFIG_OF_ONE)
+    pair, before = model[0].lora.default, dequantized(model[0]).double()
+    nn.init.normal_(pair.B, std=0.01)
+    expected, y = before + pair.scale * (pair.B @ pair.A).detach().double(), model(x)
+    merge_lora(model, dequantize=True)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model[0].weight.double(), expected, rtol=1e-6, atol=1e-7)
+    unmerge_lora(model)
+    assert torch.equal(model(x), y)
 
 
 def test_layers_that_would_round_an_update_are_refused_by_name():
