@@ -1,4 +1,4 @@
-"""Which pairs each sample of a batch uses, with which coefficients, as products with all samples at once read them."""
+"""Which pairs each sample of a batch uses, and with which coefficients, as tensors for the products of all samples."""
 
 from __future__ import annotations
 

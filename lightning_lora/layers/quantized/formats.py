@@ -104,7 +104,7 @@ def dequantized_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """The matrix of a 4-bit weight.
 
     Args:
-        codes: two in a byte.
+        codes: two in a byte, of the shape in which bitsandbytes stores them.
         state: bitsandbytes' ``QuantState``.
         dtype: of the result; each number is computed in fp32 and rounded once.
     """
@@ -114,7 +114,13 @@ def dequantized_4bit(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 
 
 def dequantized_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix of an 8-bit weight, whose numbers are computed in fp32 and rounded once to ``dtype``."""
+    """The matrix of an 8-bit weight, whose numbers are computed in fp32 and rounded once to ``dtype``.
+
+    Args:
+        codes: ``(out_features, in_features)``, int8.
+        largest: the largest absolute value of each row, ``(out_features,)``.
+        dtype: of the result.
+    """
     matrix = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     return torch.mul(codes, largest.unsqueeze(1).mul(1 / INT8_MAX), out=matrix)  # one kernel
 

@@ -1,4 +1,4 @@
-"""What a model of transformers knows of its quantization, which must go for its plain weights to be saved and loaded.
+"""The attributes by which transformers knows a quantized model; without them its plain weights are saved and loaded.
 
 Its own ``dequantize`` removes the same attributes; here a record keeps them, for the way back.
 """

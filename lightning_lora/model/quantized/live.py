@@ -1,4 +1,4 @@
-"""What the quantized layers of a model have while adapters are live, adapted or not: gradients must pass through all.
+"""How quantized layers are prepared while a model has live adapters: gradients must pass through all of them.
 
 Their weights keep the form that has a backward pass, 8-bit codes follow the input to its device, and a bias that trains
 has the dtype in which its layer computes before an optimizer sees it.
@@ -17,7 +17,7 @@ from lightning_lora.targets.survey import Survey
 
 
 def equip_quantized(survey: Survey) -> None:
-    """Called when adapters of the surveyed model went live, and its base is frozen."""
+    """Called after adapters of the surveyed model became active and its base was frozen."""
     layers = [(name, module) for name, module in survey.modules if is_quantized(module)]
     for _, layer in layers:
         cast_trained_bias(layer)

@@ -20,9 +20,9 @@ class Nested(NamedTuple):
     """How the largest absolute values of blocks are stored in a nested format.
 
     Args:
-        absmax: of each block of blocks, in fp32.
+        absmax: of each block of blocks, one vector in fp32.
         table: the number of each 8-bit code, ``(256,)`` in fp32.
-        offset: that is added, one number.
+        offset: that is added to each product, one number.
         blocksize: blocks in a block of blocks.
     """
 
@@ -36,12 +36,12 @@ class FourBits(NamedTuple):
     """A weight in four bits.
 
     Args:
-        codes: two in a byte, the first one in the higher half; of any dtype.
-        absmax: the largest absolute value of each block, in fp32; in a nested format its 8-bit code.
+        codes: two in a byte, the first one in the higher half; of any shape and dtype.
+        absmax: the largest absolute value of each block, one vector in fp32; in a nested format of 8-bit codes.
         table: the number of each code, ``(16,)`` in fp32.
         quant_type: ``"nf4"`` or ``"fp4"``.
         blocksize: numbers in a block.
-        shape: of the matrix.
+        shape: of the matrix, ``(out_features, in_features)``.
         nested: ``None`` unless the format is nested.
     """
 
