@@ -92,7 +92,7 @@ def rows_of(makes: Mapping[str, Make], settings: Settings) -> dict[tuple[int, in
             windows = settings.windows(WINDOWS[size].rounds, WINDOWS[size].steps)
             rows[name] = measure({name: partial(step_of, shape, model)}, windows, settings)[name]
             rows[name].weights, rows[name].peak = weights, rows[name].peak + weights
-            print(name, shape, rows[name], flush=True)  # a call may be interrupted before its tables
+            print(name, shape, rows[name], flush=True)  # a run may be interrupted before its tables
         del model
     return results
 

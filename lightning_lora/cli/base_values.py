@@ -1,7 +1,7 @@
 """Whether a base in files has the values that an adapter was trained on.
 
-The fingerprint of a quantized base has no values of the quantized weights, which a merge adds to: there names and
-shapes alone are compared. Of such a base the other parameters are compared, as embeddings and norms.
+The fingerprint of a quantized base has no values of the quantized weights, which a merge adds to: there only names
+and shapes are compared. The values of the other parameters, such as embeddings and norms, are compared.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ def check_base(trained_on: Fingerprint, change: Changes, base: Weights) -> list[
 
     Args:
         trained_on: the fingerprint, by the adapter's names.
-        change: of the adapter.
-        base: the model.
+        change: the updates of the adapter, with the weights of ``base`` that each is added to.
+        base: the tensors of the model.
 
     Returns:
-        The names of those of which the fingerprint has no values, as they were quantized.
+        The names of the weights that were quantized, so that the fingerprint has no values of them.
 
     Raises:
         ValueError: naming the first parameter that has other values, or another shape.

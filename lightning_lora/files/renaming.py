@@ -1,4 +1,4 @@
-"""What the modules of a model are called in a file of another one, which holds it, or is a part of it.
+"""How the modules of a model are called in a file of a larger model that contains it, or of a part of it.
 
 A model with a head calls its inner model ``model`` or ``transformer``, a LightningModule calls it ``net``, and files of
 the inner model alone lack that part of the names.
@@ -15,7 +15,7 @@ Renaming = Callable[[str], str]
 def renamings(
     names: Iterable[str], keys: Iterable[str], fits: Callable[[Renaming], bool], leading: int = 1
 ) -> list[tuple[str, Renaming]]:
-    """The ways in which ``names`` fit a file, each with the part that it puts in front; of those without it, the first.
+    """The ways to rename ``names`` so that they fit a file, each with the prefix that it adds; at most one adds none.
 
     Args:
         names: of modules.
