@@ -281,8 +281,28 @@ def test_quanto_adds_the_update_to_the_output_of_its_own_layer(make):
     y.sum().backward()
     torch.testing.assert_close(x.grad.double(), summed.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dequantized(model[0]).double(), matrix)
-    with pytest.raises(ValueError, match="`0` is quantized, and its few bits cannot hold the sum"):
+
+
+@pytest.mark.parametrize("make", [toy_quanto, real_quanto])
+def test_quanto_is_merged_in_the_model_in_full_precision(make, tmp_path):
+    """Python cannot give its layers the class of a plain one."""
+    model, original = make(), nn.Linear(128, 128)
+    original.bias = nn.Parameter(model[0].bias.detach().clone())
+    apply_lora(model, CONFIG_OF_ONE)
+    pair = model[0].lora.default
+    nn.init.normal_(pair.B, std=0.01)
+    words = "`0` is a layer of quanto, which cannot become a plain one. Call save_adapter"
+    with pytest.raises(ValueError, match=f"`0` is quantized, and its few bits cannot hold the sum. {words}"):
         merge_lora(model)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        merge_lora(model, dequantize=True)
+    save_adapter(model, tmp_path)
+    matrix, plain = original.weight.detach().double(), nn.Sequential(original)
+    with pytest.warns(UserWarning, match="`0.weight` was compared by name and shape alone"):
+        load_adapter(plain, tmp_path)
+    merge_lora(plain)
+    expected = matrix + pair.scale * (pair.B @ pair.A).detach().double()
+    torch.testing.assert_close(original.weight.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_that_would_round_an_update_are_refused_by_name():
