@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import (
@@ -20,6 +21,7 @@ from lightning_lora import (
     plan_lora,
     remove_lora,
     save_adapter,
+    unmerge_lora,
     use_adapters,
 )
 from lightning_lora.analysis import UpdateRatio, UpdateSpectrum
@@ -321,3 +323,24 @@ def test_weights_of_8_bit_floating_point_are_refused_with_what_can_be_adapted():
     words = "`0` has a weight of torch.float8_e4m3fn; LoRA adapts .* weights that bitsandbytes, torchao or quanto quant"
     with pytest.raises(ValueError, match=words):
         apply_lora(nn.Sequential(integration.FP8Linear(128, 128)), CONFIG_OF_ONE)
+
+
+def test_an_embedding_that_is_quantized_too_is_recorded_and_becomes_plain(tmp_path):
+    """`quantize_` with a filter of its own takes embeddings, which have no `in_features`."""
+    model = nn.ModuleDict({"emb": nn.Embedding(32, 128), "q": nn.Linear(128, 64)})
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    matrices = {name: layer.weight.detach().clone() for name, layer in model.items()}
+    for layer in model.values():
+        FORMATS["toy"](layer)
+    rows = model["emb"].weight.dequantize()
+    apply_lora(model, LoRAConfig(r=4, alpha=4, targets=["q"]))
+    nn.init.normal_(model["q"].lora.default.B, std=0.01)
+    delta = (model["q"].lora.default.B @ model["q"].lora.default.A).detach()
+    assert fingerprint(model)["emb.weight"] == [None, None, None, 32, 128]
+    merge_lora(model, dequantize=True)
+    assert type(model["emb"]) is nn.Embedding and torch.equal(model["emb"].weight, rows)
+    merge_lora(model, base=tmp_path / "base.safetensors")
+    assert torch.equal(model["emb"].weight, matrices["emb"])
+    torch.testing.assert_close(model["q"].weight, matrices["q"] + delta)
+    unmerge_lora(model)
+    assert torch.equal(model["emb"].weight.dequantize(), rows)
