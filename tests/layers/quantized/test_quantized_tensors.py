@@ -17,6 +17,7 @@ from lightning_lora import (
     apply_lora,
     load_adapter,
     lora_parameters,
+    lora_state_dict,
     merge_lora,
     plan_lora,
     remove_lora,
@@ -344,3 +345,22 @@ def test_an_embedding_that_is_quantized_too_is_recorded_and_becomes_plain(tmp_pa
     torch.testing.assert_close(model["q"].weight, matrices["q"] + delta)
     unmerge_lora(model)
     assert torch.equal(model["emb"].weight.dequantize(), rows)
+
+
+class QConv2d(nn.Conv2d):
+    """As quanto's: its state dict has the parts of its weight."""
+
+    __module__ = "optimum.toy"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight._data"] = self.weight.detach()
+        destination[f"{prefix}weight._scale"] = torch.ones(())
+
+
+def test_the_parts_of_a_quantized_weight_that_is_no_linear_layers_stay_out_of_files(tmp_path):
+    model = nn.Sequential(QConv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 4))
+    apply_lora(model, LoRAConfig(r=2, targets=["2"]))
+    assert list(lora_state_dict(model)) == ["2.lora.default.A", "2.lora.default.B"]
+    save_adapter(model, tmp_path)
+    remove_lora(model)
+    load_adapter(model, tmp_path)
