@@ -93,7 +93,8 @@ QUANTIZED_CONFIG = ("quantization_config", "_is_quantized")
 # Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
 # optimum, has a class of its own.
 TENSOR_QUANTIZERS = ("torchao", "optimum")
-QUANTIZING_LIBRARIES = (QUANTIZING_LIBRARY, "optimum")  # with linear layers of their own
+QUANTO = "optimum"
+QUANTIZING_LIBRARIES = (QUANTIZING_LIBRARY, QUANTO)  # with linear layers of their own
 TERNARY_LINEAR = "AutoBitLinear"  # of transformers: it rounds its input, and its weight or scales its output
 OUTPUT_QUANTIZATION = "activation_qtype"  # quanto's, an attribute of a layer
 

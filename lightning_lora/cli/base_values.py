@@ -50,4 +50,6 @@ def _compare(trained_on: Fingerprint, name: str, present: StoredTensor) -> None:
 def _prefixes(target: StoredTarget) -> tuple[str, str]:
     """What the names of the base have in front of the adapter's, and what they lack; one of the two is empty."""
     here, there = target.pair.name, target.start.name.rpartition(".")[0]
-    return there.removesuffix(here), here.removesuffix(there)
+    if there.endswith(here):
+        return there.removesuffix(here), ""
+    return "", here.removesuffix(there)

@@ -29,7 +29,7 @@ from lightning_lora.model.loading import load_lora_state_dict
 from lightning_lora.model.merge import merge_in, unmerge_in
 from lightning_lora.model.mergeable import quantized_layers, unwritable
 from lightning_lora.model.merged_values import merged_values, merged_weights, with_merged_weights
-from lightning_lora.model.quantized.merge import MergeBase, merge_base_of
+from lightning_lora.model.quantized.merge import MergeBase, merge_base_of, why_not_plain
 from lightning_lora.model.record import configs_of, is_merged, merged_layers
 from lightning_lora.model.report.random_heads import random_heads, warning_of
 from lightning_lora.model.report.summary import describe
@@ -226,10 +226,13 @@ class LoRAMethod(RecordedMethod):
     def never_merges(self, model: nn.Module) -> str | None:
         if self.into is not None or not quantized_layers(model):
             return why_not_all(self.names) if len(self.names) > 1 and self.factors is None else None
+        ways = why_not_plain(model) or (
+            "dequantize=True merges into the dequantized weights, merge_base=PATH into the weights in full precision "
+            "that were quantized."
+        )
         return (
             "Quantized weights cannot hold the sum, so nothing is merged: the module keeps its adapters, and the "
-            "checkpoints hold them. dequantize=True merges into the dequantized weights, merge_base=PATH into the "
-            "weights in full precision that were quantized."
+            f"checkpoints hold them. {ways}"
         )
 
     @override

@@ -119,6 +119,26 @@ def _is_packed(entry: list[int | None], shape: list[int | None]) -> bool:
     return entry[:3] == [None, None, None] and 2 * count == math.prod(size or 0 for size in shape)
 
 
+def inexact(expected: Fingerprint, present: Fingerprint, adapter: str) -> str | None:
+    """A warning about two bases between which :func:`other_base` knows no difference; ``None`` if they are one.
+
+    Args:
+        expected: of the base on which ``adapter`` was trained.
+        present: of the model that gets it.
+        adapter: what the warning calls it.
+    """
+    names = [name for name in expected if (expected[name][2] is None) != (present[name][2] is None)]
+    if names:
+        which = f"`{names[0]}` and {len(names) - 1} more were" if len(names) > 1 else f"`{names[0]}` was"
+        return (
+            f"The base may not be the one that {adapter} was trained on: {which} compared by name and shape alone, "
+            "being quantized in one of the two."
+        )
+    if exactly_same(expected, present):
+        return None
+    return f"The base differs in low bits from the one that {adapter} was trained on (another dtype?)."
+
+
 def exactly_same(expected: Fingerprint, present: Fingerprint) -> bool:
     """Whether two bases are bit-identical."""
     return expected == present

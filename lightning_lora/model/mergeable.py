@@ -15,8 +15,8 @@ from lightning_lora.model.record import packed_layers, record_of
 from lightning_lora.names import join
 
 TWO_WAYS = (
-    "its few bits cannot hold the sum. merge_lora(model, dequantize=True) merges into the dequantized weights, and "
-    "merge_lora(model, base=PATH) into the weights in full precision that were quantized."
+    "merge_lora(model, dequantize=True) merges into the dequantized weights, and merge_lora(model, base=PATH) into the "
+    "weights in full precision that were quantized."
 )
 
 
@@ -38,7 +38,9 @@ def check_mergeable(model: nn.Module, layers: list[tuple[str, LoRALayer]], into:
                     f"`{join(name, key)}` is on the meta device, without values to merge into: load the base first."
                 )
     for name in quantized_layers(model) if into is None else ():
-        raise ValueError(f"`{name}` is quantized, and {TWO_WAYS}")
+        raise ValueError(
+            f"`{name}` is quantized, and its few bits cannot hold the sum. {why_not_plain(model) or TWO_WAYS}"
+        )
     reason = None if into is None else why_not_plain(model)
     if reason is not None:
         raise ValueError(reason)

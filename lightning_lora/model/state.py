@@ -12,9 +12,9 @@ from lightning_lora.distributed.sharded import (
     full_tensor,
     reshard,
 )
+from lightning_lora.foreign import QUANTIZING_LIBRARIES, is_from
 from lightning_lora.layers.adapted import Adapted, added_to
 from lightning_lora.layers.base import LoRALayer, is_adapted
-from lightning_lora.layers.quantized.formats import is_quantized_class
 from lightning_lora.model.freeze import adapter_parameters, in_files
 from lightning_lora.model.initial_values import moved
 from lightning_lora.model.record import is_merged, merged_children, merged_layers, records
@@ -152,8 +152,9 @@ def own_state(model: nn.Module) -> dict[str, Any]:
 
 def save_own(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
     """Put the entries of ``module`` itself into ``state``, under keys that begin with ``prefix``."""
-    # The entries that a quantized layer adds for its weight belong to the base.
-    save = nn.Module._save_to_state_dict if is_quantized_class(type(module)) else type(module)._save_to_state_dict
+    # The entries that a quantized module adds for its weight belong to the base.
+    of_library = is_from(type(module), *QUANTIZING_LIBRARIES)
+    save = nn.Module._save_to_state_dict if of_library else type(module)._save_to_state_dict
     save(module, state, prefix, True)
     if prefix and type(module).state_dict is not nn.Module.state_dict:  # metrics add their own
         module.state_dict(destination=state, prefix=prefix, keep_vars=True)

@@ -21,8 +21,8 @@ from lightning_lora.files.json_files import parse_object, shown
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.model.fingerprint import (
     Fingerprint,
-    exactly_same,
     fingerprint,
+    inexact,
     is_fingerprint,
     other_base,
     shape_alone,
@@ -192,8 +192,10 @@ def check_base(metadata: Mapping[str, str], own: Callable[[], Fingerprint], trai
         )
     if wrong is not None:
         warnings.warn(f"The adapter was trained on another base: {wrong}.", stacklevel=5)
-    elif not exactly_same(expected, present):
-        warnings.warn("The base differs in low bits from the one it was trained on (another dtype?).", stacklevel=5)
+        return
+    warning = inexact(expected, present, "the adapter")
+    if warning is not None:
+        warnings.warn(warning, stacklevel=5)
 
 
 def base_in(metadata: Mapping[str, str]) -> Fingerprint:

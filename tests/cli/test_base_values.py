@@ -30,14 +30,15 @@ def quantized() -> nn.Module:
     return model
 
 
-def adapter_on_a_quantized_base(folder):
-    """Its directory, and ``B A``."""
-    model = quantized()
+def adapter_on_a_quantized_base(folder, inside=""):
+    """Its directory, and ``B A``; ``inside`` is in front of the names of the base in the adapter's file."""
+    base = quantized()
+    model = nn.ModuleDict({inside.removesuffix("."): base}) if inside else base
     apply_lora(model, LoRAConfig(r=2, targets=["q"]))
     for _, parameter in lora_parameters(model):
         nn.init.normal_(parameter, 0, 0.1)
     save_adapter(model, folder / "adapter")
-    return folder / "adapter", (model.q.lora.default.B @ model.q.lora.default.A).detach()
+    return folder / "adapter", (base.q.lora.default.B @ base.q.lora.default.A).detach()
 
 
 @pytest.mark.parametrize("start", ["", "model."])
@@ -54,11 +55,14 @@ def test_the_original_takes_the_sum_and_the_report_says_what_was_not_compared(tm
 
 
 @pytest.mark.parametrize("name", ["emb.weight", "ln.bias", "q.bias"])
-def test_other_values_of_a_parameter_that_was_not_quantized_are_another_base(tmp_path, name):
-    adapter, _ = adapter_on_a_quantized_base(tmp_path)
+@pytest.mark.parametrize(("inside", "start"), [("", ""), ("", "model."), ("net.", "")])
+def test_other_values_of_a_parameter_that_was_not_quantized_are_another_base(tmp_path, name, inside, start):
+    """The names of the base may have a part in front that those of the adapter lack, or the reverse."""
+    adapter, _ = adapter_on_a_quantized_base(tmp_path, inside)
     state = Small().state_dict()
-    save_file({**state, name: state[name] + 0.5}, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=rf"was trained on another base: `{name}` has other values"):
+    state[name] = state[name] + 0.5
+    save_file({start + key: value for key, value in state.items()}, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=rf"was trained on another base: `{inside}{name}` has other values"):
         merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
 
 

@@ -17,7 +17,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.model.fingerprint import exactly_same, fingerprint, other_base
+from lightning_lora.model.fingerprint import exactly_same, fingerprint, inexact, other_base, shape_alone
 from lightning_lora.trainer.checkpointing import checkpoint_io as files
 from tests.helpers.models import Lit, data, trainer
 from tests.helpers.oracles import adapted, net, train
@@ -59,6 +59,17 @@ def test_the_same_base_in_another_precision_is_no_other_but_not_exactly_the_same
     assert other_base(fingerprint(net()), cast) is None
     assert other_base(cast, fingerprint(net())) is None
     assert not exactly_same(fingerprint(net()), cast)
+
+
+def test_a_weight_that_is_quantized_in_one_of_two_bases_is_not_said_to_differ_in_low_bits():
+    here, quantized = fingerprint(net()), fingerprint(net())
+    quantized["body.0.weight"] = shape_alone(net().body[0].weight)
+    for first, second in ((here, quantized), (quantized, here)):
+        assert other_base(first, second) is None
+        words = "trained on: `body.0.weight` was compared by name and shape alone, being quantized in one of the two"
+        assert words in (inexact(first, second, "the adapter") or "")
+    assert "in low bits from the one that it was" in (inexact(here, fingerprint(net().bfloat16()), "it") or "")
+    assert inexact(quantized, quantized, "it") is None
 
 
 @pytest.mark.parametrize("there", [torch.bfloat16, torch.float64], ids=str)

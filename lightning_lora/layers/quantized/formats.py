@@ -41,7 +41,7 @@ def stores_codes(module: nn.Module, key: str = "weight") -> bool:
     return has_codes or is_quantized_tensor(module._parameters.get(key))
 
 
-def codes_in(model: nn.Module) -> dict[int, tuple[int, int]]:
+def codes_in(model: nn.Module) -> dict[int, tuple[int, ...]]:
     """The parameters of ``model`` that hold codes, by ``id``, with the shapes of the matrices that they store."""
     return {id(m._parameters["weight"]): matrix_shape(m) for m in model.modules() if stores_codes(m)}
 
@@ -51,8 +51,11 @@ def is_8bit(module: nn.Module) -> bool:
     return is_quantized_class(type(module)) and hasattr(module, "state")
 
 
-def matrix_shape(module: Any) -> tuple[int, int]:
-    """The shape of the matrix that the weight of a quantized ``module`` stores: ``(out_features, in_features)``."""
+def matrix_shape(module: Any) -> tuple[int, ...]:
+    """The shape of the matrix, or of the convolution's kernel, that the weight of a quantized ``module`` stores."""
+    weight = module._parameters["weight"]
+    if is_quantized_tensor(weight):  # of an embedding or a convolution too, which have no such attributes
+        return tuple(weight.shape)
     return module.out_features, module.in_features
 
 

@@ -32,7 +32,8 @@ class LoRAQuantizedLinear(LoRALayer, nn.Linear):
     @classmethod
     def lora_parts(cls, module: nn.Module) -> list[WeightPart]:
         """One matrix, whose shape the codes do not have."""
-        return [WeightPart(shape=matrix_shape(module))]
+        rows, columns = matrix_shape(module)
+        return [WeightPart(shape=(rows, columns))]
 
     def forward(self, input: Tensor) -> Tensor:
         """The base output of the quantized layer plus the low-rank term of each adapter."""

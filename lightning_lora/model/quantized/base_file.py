@@ -20,7 +20,7 @@ from lightning_lora.files.torch_files import checked
 from lightning_lora.files.weights import INDEX, open_weights
 from lightning_lora.foreign import CONV1D, SOURCE_CLASS
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.layers.quantized.formats import dequantized, is_quantized, matrix_shape
 from lightning_lora.layers.quantized.requantize import limit_of, quantized_again
 from lightning_lora.model.file_values import agree
 from lightning_lora.model.state import frozen_names
@@ -142,7 +142,7 @@ def _check_shape(base: BaseFile, name: str, layer: nn.Module) -> None:
     dtype = stored.torch_dtype() if isinstance(stored, StoredTensor) else stored.dtype
     if dtype not in FULL:
         raise ValueError(f"`{key}` of {base.path} is of {dtype}: it is quantized too. Name a file in full precision.")
-    expected: tuple[Any, ...] = (layer.out_features, layer.in_features)
+    expected = matrix_shape(layer)
     expected = expected[::-1] if is_transposed(layer) else expected
     if tuple(stored.shape) != expected:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import is_sharded, is_split
-from lightning_lora.foreign import QUANTIZING_LIBRARY, is_from
+from lightning_lora.foreign import QUANTIZING_LIBRARY, QUANTO, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
@@ -177,6 +177,12 @@ def plain_values(
 def why_not_plain(model: nn.Module) -> str | None:
     """Why the quantized layers of ``model`` cannot become plain ones; ``None`` if they can."""
     for name, layer in each_module_once(model):
+        if is_quantized(layer) and is_from(type(layer), QUANTO):
+            return (
+                f"`{clean(name)}` is a layer of quanto, which cannot become a plain one. Call save_adapter(model, "
+                "PATH), load the model without quantization, and call load_adapter(model, PATH) and merge_lora(model) "
+                "there."
+            )
         for key, parameter in layer._parameters.items():
             if is_quantized(layer) and parameter is not None and (is_sharded(parameter) or is_split(parameter)):
                 return f"`{join(clean(name), key)}` is quantized and sharded: load and merge it on one device."

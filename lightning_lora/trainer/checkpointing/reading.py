@@ -15,7 +15,7 @@ from lightning_lora.files.pickles import ObjectRefusedError
 from lightning_lora.files.torch_files import checked, read_torch_file
 from lightning_lora.methods.base import Method
 from lightning_lora.methods.known import config_from_file
-from lightning_lora.model.fingerprint import Fingerprint, exactly_same, other_base
+from lightning_lora.model.fingerprint import Fingerprint, inexact, other_base
 from lightning_lora.trainer.checkpointing.checks import check_facts, check_pairs, check_weights
 from lightning_lora.trainer.checkpointing.contents import ENTRIES_OF_RUN, FORMATS, KEPT, KEY, WEIGHTS
 from lightning_lora.trainer.watching.frozen_facts import LATE, how_it_was_set, names_in
@@ -199,8 +199,9 @@ def check_base(
             f"{_named(path, argument)} was trained on another base: {wrong}. Load the base it was trained on first."
             + how_it_was_set(wrong, late)
         )
-    if not exactly_same(trained_on, base):
-        _warn(f"The base differs in low bits from the one that {path} was trained on (another dtype?).")
+    warning = inexact(trained_on, base, str(path))
+    if warning is not None:
+        _warn(warning)
 
 
 def _warn(message: str) -> None:

@@ -99,6 +99,10 @@ TRIED = {
         "model/quantized/test_merge.py",
         "test_quantized_layers_that_are_no_linear_ones_are_refused_by_name",
     ),
+    ("model/quantized/merge.py", "`{}` is a layer of quanto, which cannot become a plain one"): (
+        "layers/quantized/test_quantized_tensors.py",
+        "test_quanto_is_merged_in_the_model_in_full_precision",
+    ),
     ("layers/quantized/packing.py", "{} of the model ran in evaluation"): (
         "layers/quantized/test_packing.py",
         "test_a_step_after_an_evaluation_has_the_gradients_of_the_dequantized_weights",

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import (
@@ -16,6 +17,7 @@ from lightning_lora import (
     apply_lora,
     load_adapter,
     lora_parameters,
+    lora_state_dict,
     merge_lora,
     plan_lora,
     remove_lora,
@@ -282,8 +284,28 @@ def test_quanto_adds_the_update_to_the_output_of_its_own_layer(make):
     y.sum().backward()
     torch.testing.assert_close(x.grad.double(), summed.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dequantized(model[0]).double(), matrix)
-    with pytest.raises(ValueError, match="`0` is quantized, and its few bits cannot hold the sum"):
+
+
+@pytest.mark.parametrize("make", [toy_quanto, real_quanto])
+def test_quanto_is_merged_in_the_model_in_full_precision(make, tmp_path):
+    """Python cannot give its layers the class of a plain one."""
+    model, original = make(), nn.Linear(128, 128)
+    original.bias = nn.Parameter(model[0].bias.detach().clone())
+    apply_lora(model, CONFIG_OF_ONE)
+    pair = model[0].lora.default
+    nn.init.normal_(pair.B, std=0.01)
+    words = "`0` is a layer of quanto, which cannot become a plain one. Call save_adapter"
+    with pytest.raises(ValueError, match=f"`0` is quantized, and its few bits cannot hold the sum. {words}"):
         merge_lora(model)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        merge_lora(model, dequantize=True)
+    save_adapter(model, tmp_path)
+    matrix, plain = original.weight.detach().double(), nn.Sequential(original)
+    with pytest.warns(UserWarning, match="`0.weight` was compared by name and shape alone"):
+        load_adapter(plain, tmp_path)
+    merge_lora(plain)
+    expected = matrix + pair.scale * (pair.B @ pair.A).detach().double()
+    torch.testing.assert_close(original.weight.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [model_of, toy_quanto])
@@ -316,3 +338,43 @@ def test_weights_of_8_bit_floating_point_are_refused_with_what_can_be_adapted():
     words = "`0` has a weight of torch.float8_e4m3fn; LoRA adapts .* weights that bitsandbytes, torchao or quanto quant"
     with pytest.raises(ValueError, match=words):
         apply_lora(nn.Sequential(integration.FP8Linear(128, 128)), CONFIG_OF_ONE)
+
+
+def test_an_embedding_that_is_quantized_too_is_recorded_and_becomes_plain(tmp_path):
+    """`quantize_` with a filter of its own takes embeddings, which have no `in_features`."""
+    model = nn.ModuleDict({"emb": nn.Embedding(32, 128), "q": nn.Linear(128, 64)})
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    matrices = {name: layer.weight.detach().clone() for name, layer in model.items()}
+    for layer in model.values():
+        FORMATS["toy"](layer)
+    rows = model["emb"].weight.dequantize()
+    apply_lora(model, LoRAConfig(r=4, alpha=4, targets=["q"]))
+    nn.init.normal_(model["q"].lora.default.B, std=0.01)
+    delta = (model["q"].lora.default.B @ model["q"].lora.default.A).detach()
+    assert fingerprint(model)["emb.weight"] == [None, None, None, 32, 128]
+    merge_lora(model, dequantize=True)
+    assert type(model["emb"]) is nn.Embedding and torch.equal(model["emb"].weight, rows)
+    merge_lora(model, base=tmp_path / "base.safetensors")
+    assert torch.equal(model["emb"].weight, matrices["emb"])
+    torch.testing.assert_close(model["q"].weight, matrices["q"] + delta)
+    unmerge_lora(model)
+    assert torch.equal(model["emb"].weight.dequantize(), rows)
+
+
+class QConv2d(nn.Conv2d):
+    """As quanto's: its state dict has the parts of its weight."""
+
+    __module__ = "optimum.toy"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight._data"] = self.weight.detach()
+        destination[f"{prefix}weight._scale"] = torch.ones(())
+
+
+def test_the_parts_of_a_quantized_weight_that_is_no_linear_layers_stay_out_of_files(tmp_path):
+    model = nn.Sequential(QConv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 4))
+    apply_lora(model, LoRAConfig(r=2, targets=["2"]))
+    assert list(lora_state_dict(model)) == ["2.lora.default.A", "2.lora.default.B"]
+    save_adapter(model, tmp_path)
+    remove_lora(model)
+    load_adapter(model, tmp_path)
