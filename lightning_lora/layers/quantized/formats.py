@@ -128,13 +128,18 @@ def dequantized_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tens
     return torch.mul(codes, largest.unsqueeze(1).mul(1 / INT8_MAX), out=matrix)  # one kernel
 
 
-def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:
-    """The matrix in fp32 of a weight that was packed again for evaluation on a CPU.
+def codes_packed_for_cpu(codes: Tensor, state: Any) -> Tensor:
+    """The codes of a weight that was packed again for evaluation on a CPU, one in a byte, in the order of the matrix.
 
     Of 32 rows and two columns, 64 codes, the low halves of 32 bytes hold the first 32, the high halves the others.
     """
     rows, columns = state.shape
     blocks = codes.view(torch.uint8).view(-1, ROWS_ON_CPU)
-    numbers = state.code.float()[torch.cat([blocks & 0xF, blocks >> 4], dim=-1).int()]
-    matrix: Tensor = numbers.view(-1, columns // 2, ROWS_ON_CPU, 2).transpose(1, 2).reshape(rows, columns)
+    halves = torch.cat([blocks & 0xF, blocks >> 4], dim=-1)
+    return halves.view(-1, columns // 2, ROWS_ON_CPU, 2).transpose(1, 2).reshape(rows, columns)
+
+
+def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:
+    """The matrix in fp32 of a weight that was packed anew for evaluation on a CPU."""
+    matrix: Tensor = state.code.float()[codes_packed_for_cpu(codes, state).int()]
     return matrix.mul_(state.absmax.t().float().repeat_interleave(state.blocksize, dim=1))

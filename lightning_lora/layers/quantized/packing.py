@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.quantized.formats import ROWS_ON_CPU, is_quantized, quantization_of
+from lightning_lora.layers.quantized.formats import (
+    codes_packed_for_cpu,
+    is_packed_for_cpu,
+    is_quantized,
+    quantization_of,
+)
 from lightning_lora.names import counted
 
 PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' name for whether an evaluation packs the layer's weight
@@ -57,7 +62,7 @@ def _unpack(layer: nn.Module) -> bool:
     originals = [] if state is None else [key for key in vars(state) if key.startswith("original_")]
     if not originals:
         return False
-    if state.packing_format_for_cpu:
+    if is_packed_for_cpu(state):
         weight.data = _unpacked(weight.data, state)
         state.dtype, state.packing_format_for_cpu = state.original_dtype, False
     if state.absmax.dim() == 2:
@@ -70,9 +75,6 @@ def _unpack(layer: nn.Module) -> bool:
 
 def _unpacked(codes: Tensor, state: Any) -> Tensor:
     """The codes in the order of the matrix, two in a byte, the first in the high half."""
-    columns = state.shape[1]
-    blocks = codes.view(torch.uint8).view(-1, ROWS_ON_CPU)
-    numbers = torch.cat([blocks & 0xF, blocks >> 4], dim=-1)
-    numbers = numbers.view(-1, columns // 2, ROWS_ON_CPU, 2).transpose(1, 2).reshape(-1, 2)
-    packed = (numbers[:, 0] << 4 | numbers[:, 1]).view(state.original_qshape)
+    pairs = codes_packed_for_cpu(codes, state).view(-1, 2)
+    packed = (pairs[:, 0] << 4 | pairs[:, 1]).view(state.original_qshape)
     return packed.view(getattr(state, "original_storage_type", torch.uint8))
