@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.foreign import PRODUCT_BY_CODES, QUANTIZING_LIBRARY
 from lightning_lora.layers.quantized.formats import dequantized_int8, int8_of, is_packed_for_cpu, quantization_of
@@ -82,11 +82,3 @@ def _int8(module: Any, x: Tensor, forward: Any) -> PackedWeight | None:
         return None
     matrix = partial(dequantized_int8, codes, largest, x.dtype)
     return PackedWeight(module._parameters["weight"].detach(), x.dtype, matrix, forward)
-
-
-def bias_in(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """The bias of ``module``, which bitsandbytes keeps in the dtype in which the layer computes."""
-    bias = module._parameters["bias"]
-    if bias is not None and bias.dtype != dtype:
-        bias.data = bias.data.to(dtype)
-    return bias

@@ -22,6 +22,7 @@ from lightning_lora import (
     plan_lora,
     use_adapters,
 )
+from lightning_lora.layers.adapters import Adapters
 from tests.helpers.models import checkpoints, data, trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -100,6 +101,16 @@ def test_the_output_is_the_quantized_map_and_the_low_rank_term(training):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-3 if training else 0.3)  # evaluates in bf16
     assert isinstance(model[0], bitsandbytes.nn.Linear4bit)
     assert "64 -> 96" in str(plan_lora(nn.Sequential(four_bits(nn.Linear(64, 96))), LoRAConfig(targets=["0"])))
+
+
+def test_what_acts_is_looked_up_once_in_each_call(monkeypatch):
+    layer = four_bits(nn.Linear(64, 64))
+    apply_lora(layer, LoRAConfig(r=4, targets="all"))
+    looked_up, terms = [], Adapters.terms
+    monkeypatch.setattr(Adapters, "terms", lambda self, x: looked_up.append(x) or terms(self, x))
+    x = torch.randn(2, 64)
+    layer(x)
+    assert looked_up == [x]
 
 
 def test_a_merge_is_refused_by_name():
