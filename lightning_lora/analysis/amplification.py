@@ -36,10 +36,10 @@ class AmplificationFactor(QuantityMetric):
     random ones. A small value beside W's own says that the update amplifies what W does not emphasise; a large one
     beside the random ones, that it does not act just anywhere.
 
-    W is the part of the frozen weight that the pair adapts; after a merge it is the weight from before. Delta is not
-    built. For random directions no subspace is drawn: over all of them the root mean square of the norm is
-    :math:`k \|W\|_F / \sqrt{mn}`, for k directions and a matrix of m x n. The paper draws one. W's own directions take
-    a truncated SVD of W: of a large matrix seconds on a CPU.
+    W is the part of the frozen weight that the pair adapts, dequantized if it is quantized; after a merge it is the
+    weight from before. Delta is not built. For random directions no subspace is drawn: over all of them the root mean
+    square of the norm is :math:`k \|W\|_F / \sqrt{mn}`, for k directions and a matrix of m x n. The paper draws one.
+    W's own directions take a truncated SVD of W: of a large matrix seconds on a CPU.
 
     Args:
         name: Name of the adapter to measure. None is the only one of the model.
@@ -54,7 +54,7 @@ class AmplificationFactor(QuantityMetric):
     experts.
 
     Raises:
-        ValueError: If there are no adapters, or several and ``name`` is None, or a weight is quantized.
+        ValueError: If there are no adapters, or several and ``name`` is None, or a quantized weight is sharded.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 7.3, table 7 and appendix H.4.
 

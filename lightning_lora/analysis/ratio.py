@@ -23,8 +23,9 @@ class UpdateRatio(QuantityMetric):
         \qquad
         \mathrm{srank}(\Delta W) = \frac{\|\Delta W\|_F^2}{\|\Delta W\|_2^2} \in [1, r]
 
-    W is the part of the frozen weight that the pair adapts, such as the rows of query in a fused projection. After a
-    merge it is the weight from before. Neither delta nor W + delta is built.
+    W is the part of the frozen weight that the pair adapts, such as the rows of query in a fused projection; of a
+    quantized weight, the dequantized matrix. After a merge it is the weight from before. Neither delta nor W + delta is
+    built.
 
     Args:
         name: Name of the adapter to measure. None is the only one of the model.
@@ -37,7 +38,7 @@ class UpdateRatio(QuantityMetric):
     ``delta_norm`` and ``weight_norm``: numbers, or tensors of shape ``(experts,)`` for stacked experts.
 
     Raises:
-        ValueError: If there are no adapters, or several and ``name`` is None, or a weight is quantized.
+        ValueError: If there are no adapters, or several and ``name`` is None, or a quantized weight is sharded.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), table 7, has the two norms; the stable rank is that of Rudelson and
     Vershynin 2007 (arXiv math/0503442).

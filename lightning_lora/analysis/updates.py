@@ -13,15 +13,17 @@ from lightning_lora.distributed.sharded import (
     full_parameters,
     full_tensor,
     is_sharded,
+    is_split,
     reshard,
 )
 from lightning_lora.layers.adapter import Adapter, Pairs
 from lightning_lora.layers.adapters import Adapters
 from lightning_lora.layers.base import adapted_layers, parameter_of
-from lightning_lora.layers.quantized.formats import is_quantized
+from lightning_lora.layers.quantized.formats import dequantized, stores_codes
 from lightning_lora.layers.weight_view import Rows
 from lightning_lora.model.merge_layer import value_before_merge
-from lightning_lora.model.record import Merged, merged_layers, record_of
+from lightning_lora.model.quantized.packed import weight_before
+from lightning_lora.model.record import Merged, PackedLayer, merged_layers, record_of
 from lightning_lora.names import join, named_parameters
 from lightning_lora.ops.low_rank import DeltaFactors
 
@@ -116,16 +118,17 @@ def _pairs(adapter: nn.Module) -> Iterator[tuple[str, Adapter]]:
 def frozen_matrices(model: nn.Module, updates: list[Update]) -> Iterator[tuple[Update, Tensor]]:
     """Each of the ``updates`` of ``model`` with the matrix that it adapts, without delta; in any order.
 
-    A sharded weight is gathered only during its iteration, once for all of its updates. Every rank must iterate to the
-    end.
+    A sharded weight is gathered, and a quantized one dequantized, only during its iteration, once for all of its
+    updates. Every rank must iterate to the end.
 
     Raises:
-        ValueError: if a weight is quantized or on the meta device, or the value before a merge cannot be computed.
+        ValueError: if a weight is quantized and sharded, or on the meta device, or the value before a merge cannot be
+            computed.
     """
     reshard(model)
-    by_parameter: dict[int, list[Update]] = {}
+    by_parameter, in_units = dict[int, list[Update]](), bool(fsdp1_units(model))
     for update in updates:
-        _check_readable(update)
+        _check_readable(update, in_units)
         by_parameter.setdefault(id(parameter_of(update.module, update.pair.part.key)), []).append(update)
     for parameter_id, weight in _weights(model, by_parameter):
         for update in by_parameter[parameter_id]:
@@ -143,9 +146,12 @@ def _weights(model: nn.Module, by_parameter: dict[int, list[Update]]) -> Iterato
 
 def _before_merge(update: Update) -> Tensor:
     key = update.pair.part.key
-    parameter = parameter_of(update.module, key)
+    parameter, packed = parameter_of(update.module, key), _packed(update)
+    if packed is not None:
+        return weight_before(update.module, packed)
     if update.merged is None:
-        return full_tensor(parameter).detach()
+        is_packed = stores_codes(update.module, key)
+        return dequantized(update.module) if is_packed else full_tensor(parameter).detach()
     value = value_before_merge(update.module, update.merged, key)
     if value is None:
         raise ValueError(
@@ -171,12 +177,19 @@ def _full(shard: Tensor, parameter: Tensor) -> Tensor:
     return full_tensor(sharded)
 
 
-def _check_readable(update: Update) -> None:
-    was_quantized = update.merged is not None and record_of(update.module).packed is not None
-    if was_quantized or is_quantized(update.module):
+def _packed(update: Update) -> PackedLayer | None:
+    """The layer before its merge, where that was quantized."""
+    return None if update.merged is None else record_of(update.module).packed
+
+
+def _check_readable(update: Update, in_units: bool) -> None:
+    key = update.pair.part.key
+    parameter = parameter_of(update.module, key)
+    in_pieces = in_units or is_sharded(parameter) or is_split(parameter)
+    if in_pieces and (_packed(update) is not None or stores_codes(update.module, key)):
         raise ValueError(
-            f"`{update.name}` has a quantized weight, of which no norm is taken. `UpdateSpectrum` and "
-            "`SubspaceSimilarity` read A and B alone: use one of these."
+            f"`{update.name}` has a quantized weight that is sharded, of which no norm is taken. Measure it on one "
+            "device, or use `UpdateSpectrum` and `SubspaceSimilarity`, which read A and B alone."
         )
-    if parameter_of(update.module, update.pair.part.key).is_meta:
+    if parameter.is_meta:
         raise ValueError(f"`{update.name}` is on the meta device, without values to measure: load the base first.")

@@ -34,8 +34,8 @@ class LoRAMonitor(CallbackBase):
 
     It measures before the first step of a run, then after every_n_steps steps, and at the end. A measurement does not
     build delta: it takes about as long as the forward pass of r tokens. Under every strategy all ranks measure, and the
-    first one logs; each sharded weight is gathered once. LoRAMonitor may come before or after LoRACallback in the list,
-    and it measures a module that apply_lora adapted, too.
+    first one logs; each sharded weight is gathered once. A quantized weight is dequantized, one layer at a time.
+    LoRAMonitor may come before or after LoRACallback in the list, and measures a module that apply_lora adapted, too.
 
     Args:
         every_n_steps: Steps of the optimizer between two measurements.
@@ -44,7 +44,7 @@ class LoRAMonitor(CallbackBase):
 
     Raises:
         ValueError: If every_n_steps is below 1. Before the first step, if the module has several adapters and name is
-            None, or if a weight is quantized.
+            None, or if a quantized weight is sharded.
         TypeError: If every_n_steps is no integer.
         MisconfigurationException: At the start of a run, if the Trainer has no logger or the module has no adapters.
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
-from lightning_lora.analysis import UpdateSpectrum
+from lightning_lora.analysis import AmplificationFactor, UpdateRatio, UpdateSpectrum
 from lightning_lora.analysis.updates import Update, chosen_name, frozen_matrices, updates_of
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.weight_view import Rows, WeightPart
 from tests.helpers.dense_updates import dense, two_layers
 from tests.helpers.layer_cases import LAYER_CASES, Subject
 from tests.helpers.oracles import same_bits, snapshot
+from tests.helpers.quantized_tensors import matrix_of, quantize
 from tests.helpers.selection import slow_except
 
 FAST = {
@@ -99,21 +100,54 @@ def test_a_base_on_the_meta_device():
     assert torch.equal(matrix, torch.eye(4))
 
 
-@pytest.mark.slow
-def test_a_quantized_weight_is_refused_and_the_spectrum_can_be_taken():
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "bf16 storage", "int8"])
+def test_a_quantized_weight_is_the_dequantized_matrix_live_and_after_a_merge(kind, called):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-    layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    model = nn.Sequential(layer.to("cpu"))
+    from tests.helpers.quantized import eight_bits, four_bits
+
+    torch.manual_seed(0)
+    plain, storage = nn.Linear(64, 96), torch.bfloat16 if "bf16" in kind else torch.uint8
+    model = nn.Sequential(eight_bits(plain) if kind == "int8" else four_bits(plain, quant_storage=storage))
+    weight = model[0].weight
+    if kind == "int8":
+        expected = weight.CB.float() * weight.SCB.unsqueeze(1) / 127
+    else:
+        expected = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     apply_lora(model, LoRAConfig(r=2, targets=["0"]))
-    with pytest.raises(ValueError, match=r"`0` has a quantized weight.* `UpdateSpectrum` and `SubspaceSimilarity`"):
+    nn.init.normal_(model[0].lora.default.B)
+    delta = (model[0].lora.default.scale * model[0].lora.default.B @ model[0].lora.default.A).detach()
+    U, _, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    if called:
+        model(torch.randn(2, 64))
+    for merged in (False, True, False):
+        ((_, matrix),) = frozen_matrices(model, updates_of(model))
+        torch.testing.assert_close(matrix, expected, rtol=1e-6, atol=0)
+        ratio, amplification = UpdateRatio(), AmplificationFactor()
+        ratio.update(model)
+        amplification.update(model)
+        torch.testing.assert_close(ratio.compute()["0"]["ratio"], delta.norm() / expected.norm())
+        projected = (U[:, :2].T @ expected.double() @ Vh[:2].T).norm().float()
+        torch.testing.assert_close(amplification.compute()["0"]["factor"], delta.norm() / projected)
+        unmerge_lora(model) if merged else merge_lora(model, dequantize=True)
+
+
+def test_a_quantized_tensor_is_the_matrix_that_it_multiplies_by():
+    model = two_layers()
+    quantize(model, "toy", ("0",))
+    matrices = {update.name: matrix for update, matrix in frozen_matrices(model, updates_of(model))}
+    torch.testing.assert_close(matrices["0"].double(), matrix_of(model[0]), rtol=1e-6, atol=1e-7)
+
+
+def test_a_quantized_weight_in_pieces_is_refused_and_the_spectrum_can_be_taken():
+    model = two_layers()
+    quantize(model, "toy", ("0",))
+    model[0].weight._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"`0` has a quantized weight that is sharded.* `UpdateSpectrum` and `Subspac"):
         list(frozen_matrices(model, updates_of(model)))
     spectrum = UpdateSpectrum()
     spectrum.update(model)
-    assert spectrum.compute()["0"].tolist() == [0, 0]
-    merge_lora(model, dequantize=True)
-    with pytest.raises(ValueError, match=r"`0` has a quantized weight"):
-        list(frozen_matrices(model, updates_of(model)))
+    assert spectrum.compute().keys() == {"0", "1"}
 
 
 def test_a_weight_that_two_layers_share():

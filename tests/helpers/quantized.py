@@ -72,6 +72,13 @@ def four_bits(layer: nn.Linear, **kwargs: object) -> nn.Module:
     return quantized.to("cpu")
 
 
+def eight_bits(layer: nn.Linear) -> nn.Module:
+    """``layer`` in 8-bit codes, on the CPU."""
+    quantized = bitsandbytes.nn.Linear8bitLt(*layer.weight.T.shape, bias=layer.bias is not None, has_fp16_weights=False)
+    quantized.load_state_dict(layer.state_dict())
+    return quantized.to("cpu")
+
+
 def quantizing_trainer(
     *callbacks: object, mode: str = "nf4", dtype: torch.dtype = torch.float32, **kwargs: object
 ) -> Trainer:

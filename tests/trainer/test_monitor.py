@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lora import LoRACallback, LoRAConfig, LoRAMonitor, TuneCallback, apply_lora
 from lightning_lora.analysis import AmplificationFactor, UpdateRatio
 from lightning_lora.analysis import measures as measuring
+from lightning_lora.layers.quantized.formats import dequantized
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 LAYERS = [f"net.layers.{block}.{name}" for block in (0, 1) for name in "qkvo"]
@@ -61,6 +62,20 @@ def test_it_logs_what_the_metrics_measure(tmp_path):
     factors = amplification.compute().values()
     projected = torch.stack([each["update_directions"] for each in factors]).norm()
     assert float(found[-1]["lora_amplification"]) == pytest.approx(float(norms["delta_norm"] / projected))
+
+
+def test_a_quantized_base_is_measured_as_the_dequantized_one(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tests.helpers.quantized import FourBits
+
+    module, found = fit(tmp_path, LoRACallback(r=2, targets=["q"]), LoRAMonitor(8), module=FourBits())
+    delta, weight = 0.0, 0.0
+    for block in module.net.layers:
+        pair = block.q.lora.default
+        delta += (pair.scale * pair.B @ pair.A).detach().double().square().sum()
+        weight += dequantized(block.q).double().square().sum()
+    assert steps(found) == [0, 8, 16]
+    assert float(found[-1]["lora_ratio"]) == pytest.approx(float((delta / weight).sqrt()))
 
 
 def test_before_the_first_step_only_the_ratio_is_defined(tmp_path):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from lightning_lora.foreign import CONV1D, QUANTIZED_ATTRIBUTES, QUANTIZING_LIBRARY, SOURCE_CLASS
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.quantized.formats import is_quantized_class
+from lightning_lora.layers.quantized.formats import dequantized, is_quantized_class
 from lightning_lora.layers.quantized.packing import let_pack
 from lightning_lora.model.record import PackedLayer, record_of
 from lightning_lora.ops.exact_sum import quick_checksum
 from lightning_lora.ops.workspace import Workspace
 
-# The attributes of a module that hold what a layer of such a class does before and after a state dict is loaded.
 CONV1D_SIZES = ("nf", "nx")  # its attributes for the sizes of its output and its input
+# The attributes of a module that hold what a layer of such a class does before and after a state dict is loaded.
 HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
@@ -39,9 +39,8 @@ def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: 
         let_pack(layer)
         record_of(layer).packs = False
     cls, attributes = type(layer), vars(layer)
-    taken = (
-        {key: attributes[key] for key in QUANTIZED_ATTRIBUTES if key in attributes} if is_quantized_class(cls) else {}
-    )
+    of_class = QUANTIZED_ATTRIBUTES if is_quantized_class(cls) else ()
+    taken = {key: attributes[key] for key in of_class if key in attributes}
     plain, hooks = _plain_class(layer), _hooks(layer)
     if plain.__name__ == CONV1D:
         weight = weight.T.contiguous()
@@ -96,6 +95,14 @@ def pack_again(layer: nn.Module) -> None:
     record_of(layer).packed = None
     if parameter_of(layer).device != device:  # the model was moved since
         layer.to(device)
+
+
+@torch.no_grad()
+def weight_before(layer: nn.Module, packed: PackedLayer) -> Tensor:
+    """The matrix that the weight of ``layer`` stood for before :func:`make_plain`, ``(out_features, in_features)``."""
+    quantized = packed.cls.__new__(packed.cls)  # it shares every tensor with the record
+    vars(quantized).update({**vars(layer), **packed.attributes, "_parameters": packed.parameters})
+    return dequantized(quantized)
 
 
 def was_changed(layer: nn.Module, packed: PackedLayer, workspace: Workspace) -> bool:

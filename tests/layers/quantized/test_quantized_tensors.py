@@ -164,9 +164,11 @@ def test_it_is_saved_and_loaded_as_any_adapter(tmp_path):
 def test_the_plan_and_the_metrics_know_it():
     assert "128 -> 128" in str(plan_lora(model_of(), CONFIG))
     model = adapted("toy")
-    UpdateSpectrum().update(model)
-    with pytest.raises(ValueError, match="`0` has a quantized weight, of which no norm is taken"):
-        UpdateRatio().update(model)
+    ratio = UpdateRatio()
+    for metric in (UpdateSpectrum(), ratio):
+        metric.update(model)
+    norm = matrix_of(model[0]).norm().float()
+    torch.testing.assert_close(ratio.compute()["0"]["weight_norm"], norm)
 
 
 def test_a_merge_is_refused_by_name_and_one_beside_quantized_layers_is_not():

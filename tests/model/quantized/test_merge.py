@@ -27,7 +27,7 @@ from lightning_lora.model.quantized.merge import plain_dtype
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from tests.helpers.interrupts import interrupt, lines_in  # noqa: E402
-from tests.helpers.quantized import WideNet, four_bits  # noqa: E402
+from tests.helpers.quantized import WideNet, eight_bits, four_bits  # noqa: E402
 
 SCALE = 0.5
 FORMATS = {
@@ -37,12 +37,6 @@ FORMATS = {
     "stored as bf16": {"quant_type": "nf4", "quant_storage": torch.bfloat16},
     "computes in bf16": {"quant_type": "nf4", "compute_dtype": torch.bfloat16},
 }
-
-
-def eight_bits(layer: nn.Linear) -> nn.Module:
-    quantized = bitsandbytes.nn.Linear8bitLt(*layer.weight.T.shape, bias=layer.bias is not None, has_fp16_weights=False)
-    quantized.load_state_dict(layer.state_dict())
-    return quantized.to("cpu")
 
 
 def net() -> WideNet:
