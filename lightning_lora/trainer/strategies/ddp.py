@@ -22,6 +22,7 @@ class DDP(StrategyAdapter):
 
     def before_wrap(self, stack: ExitStack) -> None:
         """DDP broadcasts every parameter by views of its memory, which a quantized tensor does not have."""
+        super().before_wrap(stack)
         quantized = {name: p for name, p in self.module.named_parameters() if is_quantized_tensor(p)}
         if not quantized:
             return

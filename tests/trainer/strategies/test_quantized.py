@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora import LoRACallback
+from lightning_lora.trainer.strategies.ddp import DDP
 from tests.helpers.models import data, trainer
 from tests.helpers.scripts import run_script
 
@@ -75,6 +79,9 @@ def test_codes_that_a_precision_would_cast_are_refused(precision, wanted):
     other = torch.float32
     with pytest.raises(MisconfigurationException, match=f"would cast that to {wanted}, which destroys the codes"):
         trainer(LoRACallback(r=4), precision=precision, max_steps=1).fit(Stored(other), data())
+    adapter = DDP(SimpleNamespace(precision_plugin=SimpleNamespace(precision=precision)), Stored(other))
+    with pytest.raises(MisconfigurationException, match="destroys the codes"):
+        adapter.before_wrap(ExitStack())
     for storage in {wanted, torch.uint8} - {torch.float64}:
         module = Stored(storage)
         trainer(LoRACallback(r=4), precision=precision, max_steps=1).fit(module, data())
