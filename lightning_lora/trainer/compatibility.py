@@ -22,7 +22,7 @@ from lightning_lora.foreign import (
     UNTRIED_STRATEGIES,
     is_a,
 )
-from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
+from lightning_lora.layers.quantized.formats import holds_float_codes
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.strategies.selection import strategy_adapter_for
 
@@ -125,7 +125,7 @@ def _check_averaging(trainer: Any, other: Any) -> None:
         raise MisconfigurationException(
             f"{name} copies the whole module, which {strategy} shards. Leave it out, or use strategy='ddp'."
         )
-    if is_a(other, *AVERAGING_CALLBACKS) and any(map(is_quantized_tensor, trainer.lightning_module.parameters())):
+    if is_a(other, *AVERAGING_CALLBACKS) and any(map(holds_float_codes, trainer.lightning_module.parameters())):
         raise MisconfigurationException(
             f"{name} averages every parameter, and the model has quantized weights, whose codes have no average. Leave "
             f"{name} out, or load the model without quantization."

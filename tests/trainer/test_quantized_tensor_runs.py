@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -90,6 +90,22 @@ def test_an_average_of_codes_is_refused_by_name():
     with pytest.raises(MisconfigurationException, match="WeightAveraging averages every parameter, and the model has"):
         trainer(LoRACallback(r=4), WeightAveraging()).fit(Quantized("toy"), data())
     trainer(LoRACallback(r=4), WeightAveraging()).fit(in_full(), data())  # one of the remedies
+
+
+def test_an_average_of_codes_stored_as_numbers_is_refused_and_one_beside_integers_keeps_them():
+    pytest.importorskip("bitsandbytes")
+    from tests.helpers.quantized import Wide, four_bits
+
+    for storage in (torch.float32, torch.uint8):
+        module = Wide()
+        layer = module.net.layers[0].q = four_bits(module.net.layers[0].q, quant_storage=storage)
+        before, runner = layer.weight.clone(), trainer(LoRACallback(r=4), EMAWeightAveraging(decay=0.5), max_steps=4)
+        if storage == torch.uint8:
+            runner.fit(module, data())
+            assert torch.equal(module.net.layers[0].q.weight, before)
+            continue
+        with pytest.raises(MisconfigurationException, match="EMAWeightAveraging averages every parameter, and the"):
+            runner.fit(module, data())
 
 
 def test_a_base_of_another_form_is_refused_by_name(tmp_path):

@@ -46,6 +46,12 @@ def codes_in(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {id(m._parameters["weight"]): matrix_shape(m) for m in model.modules() if stores_codes(m)}
 
 
+def holds_float_codes(parameter: Tensor) -> bool:
+    """Whether ``parameter`` holds the codes of a quantized weight, and is taken for numbers of floating point."""
+    storage = getattr(parameter, "quant_storage", None)
+    return is_quantized_tensor(parameter) or (storage is not None and storage.is_floating_point)
+
+
 def is_8bit(module: nn.Module) -> bool:
     """Whether ``module`` is an 8-bit layer of bitsandbytes, whose codes move from the weight to a state of its own."""
     return is_quantized_class(type(module)) and hasattr(module, "state")
