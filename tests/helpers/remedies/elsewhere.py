@@ -40,7 +40,7 @@ TRIED = {
     ("analysis/updates.py", "{} has several adapters"): ("analysis/test_updates.py", "test_which_adapter"),
     ("analysis/updates.py", "`{}` has a quantized weight"): (
         "analysis/test_updates.py",
-        "test_a_quantized_weight_is_refused_and_the_spectrum_can_be_taken",
+        "test_a_quantized_weight_in_pieces_is_refused_and_the_spectrum_can_be_taken",
     ),
     ("analysis/updates.py", "`{}` is on the meta device"): (
         "analysis/test_updates.py",
