@@ -26,9 +26,6 @@ def freeze(model: nn.Module | Survey, *configs: MethodConfig) -> None:
     Args:
         model: an adapted model.
         configs: of everything that it is adapted by.
-
-    Raises:
-        ValueError: if one of ``configs`` asks to train a quantized weight.
     """
     survey = survey_of(model)
     for site in survey.sites.values():

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora.arguments import check_flag, check_merge_base, check_number
 from lightning_lora.distributed.sharded import reshard
 from lightning_lora.layers.base import LoRALayer, adapted_layers, is_adapted
-from lightning_lora.layers.quantized.formats import is_quantized
+from lightning_lora.layers.quantized.formats import is_quantized, quantized_modules
 from lightning_lora.model.freeze import unfreeze
 from lightning_lora.model.hooks import equip, strip
 from lightning_lora.model.journal import Journal, all_or_nothing, complete_undo
@@ -95,7 +95,7 @@ def merge_lora(
     if into is not None:
         check_has_quantized(model, "dequantize=True" if base is None else f"base={str(base)!r}")
     differences = None
-    if into is not None and into.path is not None and any(map(is_quantized, model.modules())):
+    if into is not None and into.path is not None and quantized_modules(model):
         differences = differences_elsewhere(open_base(into.path, model), model)
     lost = merge_in(model, Workspace(), undo, weights, into)
     if differences is not None:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.distributed.sharded import is_sharded, is_split
 from lightning_lora.layers.adapted import has_added
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
-from lightning_lora.layers.quantized.formats import is_quantized
+from lightning_lora.layers.quantized.formats import is_quantized, quantized_modules
 from lightning_lora.model.quantized.merge import MergeBase, why_not_plain
 from lightning_lora.model.record import packed_layers, record_of
 from lightning_lora.names import join
@@ -58,7 +58,7 @@ def check_has_quantized(model: nn.Module, argument: str) -> None:
     Raises:
         ValueError: saying what to do.
     """
-    if not any(map(is_quantized, model.modules())) and not packed_layers(model):
+    if not quantized_modules(model) and not packed_layers(model):
         raise ValueError(
             f"`{argument}` is for a base that is quantized, and no linear layer of this model is. Leave it out: the "
             "weights take the sum as they are."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.foreign import QUANTIZING_LIBRARIES, is_from
+from lightning_lora.names import clean, each_module_once
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
 from lightning_lora.ops.packed.quantized_tensors import dequantized_tensor, is_quantized_tensor
 
@@ -28,6 +29,11 @@ def is_quantized_class(cls: type[nn.Module]) -> bool:
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer with a quantized weight."""
     return is_quantized_class(type(module)) or is_quantized_tensor(module._parameters.get("weight"))
+
+
+def quantized_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every linear layer of ``model`` with a quantized weight, each once, under its first clean name."""
+    return [(clean(name), module) for name, module in each_module_once(model) if is_quantized(module)]
 
 
 def stores_codes(module: nn.Module, key: str = "weight") -> bool:
@@ -146,6 +152,6 @@ def codes_packed_for_cpu(codes: Tensor, state: Any) -> Tensor:
 
 
 def _dequantized_for_cpu(codes: Tensor, state: Any) -> Tensor:
-    """The matrix in fp32 of a weight that was packed anew for evaluation on a CPU."""
+    """The matrix in fp32 of a weight that was packed again for evaluation on a CPU."""
     matrix: Tensor = state.code.float()[codes_packed_for_cpu(codes, state).int()]
     return matrix.mul_(state.absmax.t().float().repeat_interleave(state.blocksize, dim=1))

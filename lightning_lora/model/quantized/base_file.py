@@ -20,11 +20,11 @@ from lightning_lora.files.torch_files import checked
 from lightning_lora.files.weights import INDEX, open_weights
 from lightning_lora.foreign import CONV1D, SOURCE_CLASS
 from lightning_lora.layers.base import parameter_of
-from lightning_lora.layers.quantized.formats import dequantized, is_quantized, matrix_shape
+from lightning_lora.layers.quantized.formats import dequantized, matrix_shape, quantized_modules
 from lightning_lora.layers.quantized.requantize import limit_of, quantized_again
 from lightning_lora.model.file_values import agree
 from lightning_lora.model.state import frozen_names
-from lightning_lora.names import clean, each_module_once, join, named_parameters, nearest
+from lightning_lora.names import clean, join, named_parameters, nearest
 
 RUN = "lightning_lora"  # the entry of a checkpoint that a run with adapters wrote
 FULL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,8 +81,8 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
         ValueError: if the file is damaged, lacks a layer, or has one of another shape or a quantized one.
     """
     tensors = _tensors_at(Path(path))
-    layers = {name: layer for name, layer in each_module_once(model) if is_quantized(layer)}
-    names = [clean(name) for name in layers]
+    layers = dict(quantized_modules(model))
+    names = list(layers)
 
     def fits(way: Renaming) -> bool:
         return all(join(way(name), "weight") in tensors for name in names)
@@ -97,7 +97,7 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
         )
     base = BaseFile(path, tensors, fitting[0][1])
     for name, layer in layers.items():
-        _check_shape(base, clean(name), layer)
+        _check_shape(base, name, layer)
     return base
 
 
@@ -162,7 +162,7 @@ def check_samples(base: BaseFile, model: nn.Module) -> None:
     Raises:
         ValueError: if the file is another model's.
     """
-    layers = [(clean(name), layer) for name, layer in each_module_once(model) if is_quantized(layer)]
+    layers = quantized_modules(model)
     for name, layer in dict((layers[0], layers[-1])).items():
         base.weight(name, layer)
 
@@ -170,7 +170,7 @@ def check_samples(base: BaseFile, model: nn.Module) -> None:
 def differences_elsewhere(base: BaseFile, model: nn.Module) -> str | None:
     """A sentence about the frozen parameters that are not quantized, and differ from the file's or are not in it."""
     frozen = frozen_names(model)
-    quantized = {id(parameter_of(layer)) for layer in model.modules() if is_quantized(layer)}
+    quantized = {id(parameter_of(layer)) for _, layer in quantized_modules(model)}
     others = []
     for name, parameter in named_parameters(model):
         if name not in frozen or id(parameter) in quantized:

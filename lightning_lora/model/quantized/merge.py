@@ -18,7 +18,7 @@ from lightning_lora.distributed.sharded import is_sharded, is_split
 from lightning_lora.foreign import QUANTIZING_LIBRARY, QUANTO, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
-from lightning_lora.layers.quantized.formats import dequantized, is_quantized
+from lightning_lora.layers.quantized.formats import dequantized, is_quantized, quantized_modules
 from lightning_lora.model.freeze import adapter_parameters
 from lightning_lora.model.merge_layer import deltas_of, matrices_in
 from lightning_lora.model.quantized.base_file import is_transposed, open_base
@@ -89,7 +89,7 @@ def plain_weights(model: nn.Module, base: MergeBase) -> PlainWeights:
         FileNotFoundError, ValueError: if they cannot be had, or are another model's; the message names the layer.
     """
     dtype = base.dtype or plain_dtype(model)
-    if base.path is None or not any(map(is_quantized, model.modules())):
+    if base.path is None or not quantized_modules(model):
         return PlainWeights(base.path, dtype, lambda name, layer: dequantized(layer))
     return PlainWeights(base.path, dtype, open_base(base.path, model).weight)
 
@@ -100,7 +100,7 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
     bitsandbytes' layers cast their input to a dtype of their own and their output back. A model of quantized layers
     alone gets that dtype, or fp32.
     """
-    quantized = [layer for layer in model.modules() if is_quantized(layer)]
+    quantized = [layer for _, layer in quantized_modules(model)]
     left_out = {id(parameter) for layer in quantized for parameter in layer._parameters.values()}
     left_out |= adapter_parameters(model).keys()
     sizes: Counter[torch.dtype] = Counter()
@@ -133,9 +133,9 @@ def merge_quantized_layer(
 
 def make_others_plain(model: nn.Module, weights: PlainWeights, workspace: Workspace) -> None:
     """Make every quantized layer of ``model`` plain that has no adapters."""
-    for name, layer in each_module_once(model):
-        if is_quantized(layer) and not isinstance(layer, LoRALayer):
-            weight, _ = weights.merged(clean(name), layer, [], workspace)
+    for name, layer in quantized_modules(model):
+        if not isinstance(layer, LoRALayer):
+            weight, _ = weights.merged(name, layer, [], workspace)
             make_plain(layer, weight, weights.path, workspace)
 
 
@@ -164,14 +164,13 @@ def plain_values(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weight and the bias of each quantized layer as a merge would write them, one at a time, by clean name."""
     workspace = Workspace()
-    for name, layer in each_module_once(model):
-        if is_quantized(layer):
-            adapters = layer.lora.to_merge(factors).get("weight", []) if isinstance(layer, LoRALayer) else []
-            weight = weights.merged(clean(name), layer, adapters, workspace)[0]
-            yield join(clean(name), "weight"), weight.T.contiguous() if is_transposed(layer) else weight
-            bias = layer._parameters.get("bias")
-            if bias is not None:
-                yield join(clean(name), "bias"), bias.detach().to(weight.dtype)
+    for name, layer in quantized_modules(model):
+        adapters = layer.lora.to_merge(factors).get("weight", []) if isinstance(layer, LoRALayer) else []
+        weight = weights.merged(name, layer, adapters, workspace)[0]
+        yield join(name, "weight"), weight.T.contiguous() if is_transposed(layer) else weight
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            yield join(name, "bias"), bias.detach().to(weight.dtype)
 
 
 def why_not_plain(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.layers.quantized.formats import is_quantized
+from lightning_lora.layers.quantized.formats import quantized_modules
 from lightning_lora.methods.base import Method
 from lightning_lora.names import clean, each_module_once, join
 from lightning_lora.targets.survey import memory_of
@@ -28,7 +28,7 @@ def check_merged_saves(method: Method, module: Any) -> None:
             f"`{type(module).__name__}.state_dict()` has no entry `{missing[0]}`, an adapted weight, so a file has no "
             "place for the merged value. Leave this entry in it under this name."
         )
-    if reason is None and any(map(is_quantized, module.modules())):
+    if reason is None and quantized_modules(module):
         reason = "Its base is quantized, and is merged once, at the end of fit: `merged=PATH` writes that."
     reason = _why_tied(method, module) if reason is None else reason
     if reason is not None:
