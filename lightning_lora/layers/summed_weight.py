@@ -25,9 +25,10 @@ from torch import Tensor
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice
-from lightning_lora.layers.sum_group import PLAIN, SumGroup, place_now
+from lightning_lora.layers.sum_group import SumGroup, place_now
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops import dispatch
+from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import is_dense
 from lightning_lora.ops.weight_sums import with_graph
 from lightning_lora.torch_internals import (

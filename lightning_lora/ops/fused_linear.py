@@ -26,8 +26,9 @@ from lightning_lora.torch_internals import (
     versions_of,
 )
 
-PLAIN_CLASSES = {Tensor, nn.Parameter, type(None)}
-WEIGHT_CLASSES = {Tensor, nn.Parameter, PackedWeight}
+PLAIN = {Tensor, nn.Parameter}  # not sharded, not quantized, not computed
+PLAIN_CLASSES = PLAIN | {type(None)}
+WEIGHT_CLASSES = PLAIN | {PackedWeight}
 DEVICES = ("cuda",)  # on a CPU the last bits of a product depend on what it accumulates onto
 
 

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
-from lightning_lora.ops.fused_linear import can_fuse, undropped
+from lightning_lora.ops.fused_linear import PLAIN, can_fuse, undropped
 from lightning_lora.ops.mixed_products import BySample, MixedProducts, PairCopies, Stacked, copies_of
 from lightning_lora.ops.mixture import Mixture
 from lightning_lora.ops.packed.weight import Weight, matrix_of, stored_in
 from lightning_lora.ops.products import as_matrix, like
 from lightning_lora.torch_internals import apply_of, is_batched, saved_tensors_have_hooks, versions_of
 
-PLAIN = {Tensor, nn.Parameter}  # not sharded, not computed
 MAX_STACKED = 1024  # positions of a sample times pairs; measured on an H200 with 64 samples and r = 16
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.mixed_linear import PLAIN
+from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.mixed_products import Layout, PairCopies, copies_of
 from lightning_lora.torch_internals import cuda_stream_id, is_capturing, versions_of
 

@@ -1,4 +1,4 @@
-"""The fused ops with a weight that is computed when it is needed: the bits of the same ops with the matrix."""
+"""The fused ops give the same bits with a packed weight as with its matrix."""
 
 from __future__ import annotations
 
