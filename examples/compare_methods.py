@@ -15,12 +15,10 @@ network (`--data DIR`). Results are appended as they come, and a study that was 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import shutil
 import statistics
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +27,11 @@ import torch
 from compare_report import FULL, LORA, SWEEP_SEED, report
 from lightning.pytorch import Callback, Trainer, seed_everything
 from real_data import CACHE, MINILM, fetch, rotten_tomatoes
-from recorded_runs import Record, Storage, add_arguments, of_settings, run_missing, storage_of
+from recorded_runs import Record, Storage, add_arguments, of_settings, quiet, run_missing, storage_of
 from safetensors.torch import load_file, save_file
 from text_classification import ReviewClassifier, Reviews, Watch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lightning_lora import (
     AdapterCallback,
@@ -247,10 +244,7 @@ def main(arguments: list[str]) -> None:
     add_arguments(parser, "compare_methods")
     parser.add_argument("--only", nargs="*", choices=METHODS, help=f"these methods (default: all but the {SLOW})")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*|.*no `val_dataloader`.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    set_verbosity_error()
-    disable_progress_bar()
+    quiet()
     if options.prepare:
         prepare(options.prepare)
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paired import Difference, difference, names
-from recorded_runs import Record, machines
+from recorded_runs import Record, show
 
 SWEEP_SEED = 0  # chooses the rate
 LORA, FULL = "LoRA, r=8 on q and v", "full fine-tuning"  # what the report singles out
@@ -176,7 +176,5 @@ def report(records: Sequence[Record], path: Path | None, picture: Path) -> None:
     rows = [best(sweep) for sweep in every.values()]
     text = f"{table(rows)}\n\n{statement(rows)}"
     draw(rows, every, picture)
-    print(text)
+    show(text, records, path)
     print(f"losses over the rates: {picture}")
-    if path is not None:
-        path.write_text(f"{machines(records)}\n\n{text}\n")

@@ -36,8 +36,7 @@ from findings_report import (
     table_of_rates,
     table_of_subspaces,
 )
-from recorded_runs import Record, Storage, add_arguments, machines, of_settings, run_missing, storage_of
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from recorded_runs import Record, Storage, add_arguments, of_settings, quiet, run_missing, show, storage_of
 
 ALPHA = 16
 RATES = (1e-3, 3e-3, 1e-2)
@@ -181,8 +180,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--adapters", type=Path, default=Path("findings_adapters"), help="folder for A and B")
     parser.add_argument("--only", nargs="*", metavar="CHOICE", help="runs of these matrices and ranks, as qv8 qv64")
     options = parser.parse_args(arguments)
-    set_verbosity_error()
-    disable_progress_bar()
+    quiet()
     if options.prepare:
         prepare(options.prepare)
         return
@@ -193,9 +191,7 @@ def main(arguments: list[str]) -> None:
     if storage.part[1] == 1:
         records = storage.read()
         text = report(records, options, data)
-        print(text)
-        if options.report is not None:
-            options.report.write_text(f"{machines(records)}\n\n{text}\n")
+        show(text, records, options.report)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import statistics
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,10 +23,9 @@ import torch
 from austen_runs import Study, data_folder, prepare
 from lightning.pytorch import LightningModule, Trainer
 from paired import difference
-from recorded_runs import Record, add_arguments, machines, of_settings, run_missing, storage_of
+from recorded_runs import Record, add_arguments, of_settings, quiet, run_missing, show, storage_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lightning_lora import LoRACallback
 
@@ -163,10 +160,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "qlora_accuracy")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*|.*no `val_dataloader`.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    set_verbosity_error()
-    disable_progress_bar()
+    quiet()
     if options.prepare:
         prepare(options.prepare)
         return
@@ -177,9 +171,7 @@ def main(arguments: list[str]) -> None:
     records = of_settings(wanted, storage.read())
     if storage.part[1] == 1:
         text = f"{table(records)}\n\n{statement(records)}"
-        print(text)
-        if options.report is not None:
-            options.report.write_text(f"{machines(records)}\n\n{text}\n")
+        show(text, records, options.report)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from austen_runs import Setting, Study, data_folder, prepare
-from recorded_runs import Record, add_arguments, machines, of_settings, run_missing, storage_of
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from recorded_runs import Record, add_arguments, of_settings, quiet, run_missing, show, storage_of
 
 ALPHA = 16
 FIXED, EQUAL = f"alpha = {ALPHA} for every rank", "alpha = r, a scale of 1"
@@ -92,8 +91,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "rate_and_rank")
     options = parser.parse_args(arguments)
-    set_verbosity_error()
-    disable_progress_bar()
+    quiet()
     if options.prepare:
         prepare(options.prepare)
         return
@@ -110,9 +108,7 @@ def main(arguments: list[str]) -> None:
         path = options.report or Path(__file__)
         draw(found, records[0]["base_loss"], path.with_suffix(".png"))
         text = f"The base without adapters has a loss of {records[0]['base_loss']:.4f} per token.\n\n{table(found)}"
-        print(text)
-        if options.report is not None:
-            options.report.write_text(f"{machines(records)}\n\n{text}\n")
+        show(text, records, options.report)
 
 
 if __name__ == "__main__":

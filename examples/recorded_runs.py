@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 Record = dict[str, Any]
 PACKAGES = ("torch", "lightning", "transformers")
@@ -123,6 +126,21 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--done", type=Path, nargs="*", default=[], metavar="FILE", help="results of earlier runs")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="make every Nth run, from the Ith on")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make no runs: write FILE from the results")
+
+
+def quiet() -> None:
+    """Show no warnings about data loading, and no bars and notes of libraries, between the lines of a study."""
+    warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*|.*no `val_dataloader`.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    set_verbosity_error()
+    disable_progress_bar()
+
+
+def show(text: str, records: Sequence[Record], report: Path | None) -> None:
+    """Print the result of a study, and write it into the file ``report`` with the machines of ``records``."""
+    print(text)
+    if report is not None:
+        report.write_text(f"{machines(records)}\n\n{text}\n")
 
 
 def storage_of(options: argparse.Namespace) -> Storage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, use_adapters
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.trainer.method_callback import MethodCallback
@@ -53,6 +53,16 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = model.eval()(x)
     return y if isinstance(y, Tensor) else y.logits
+
+
+def mixed_as_alone(model: nn.Module, x: Tensor, entries: Sequence[Any]) -> Tensor:
+    """The output for a batch whose samples use the adapters of ``entries``: that of each sample alone."""
+    with use_adapters(model, entries):
+        mixed: Tensor = model(x)
+    for sample, y, entry in zip(x, mixed, entries, strict=True):
+        with use_adapters(model, entry):
+            torch.testing.assert_close(y, model(sample))
+    return mixed
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from lightning_lora import (
     lora_state_dict,
     merge_lora,
     plan_lora,
-    use_adapters,
 )
 from lightning_lora.layers.adapters import Adapters
 from tests.helpers.models import checkpoints, data, trainer
+from tests.helpers.several import mixed_as_alone
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -144,14 +144,7 @@ def test_each_sample_of_a_mixed_batch_is_that_sample_alone():
     for name in ("fr", "de", "idle"):
         apply_lora(layer, LoRAConfig(r=2, targets="all", name=name))
         nn.init.normal_(layer.lora[name].B)
-    x = torch.randn(3, 4, 64)
-    entries = ["fr", None, {"de": 0.5}]
-    with use_adapters(layer, entries):
-        mixed = layer(x)
-    for sample, y, entry in zip(x, mixed, entries, strict=True):
-        with use_adapters(layer, entry):
-            torch.testing.assert_close(y, layer(sample))
-    mixed.sum().backward()
+    mixed_as_alone(layer, torch.randn(3, 4, 64), ["fr", None, {"de": 0.5}]).sum().backward()
     assert layer.lora["idle"].A.grad is None and layer.lora["fr"].A.grad is not None
 
 

@@ -23,7 +23,6 @@ from lightning_lora import (
     remove_lora,
     save_adapter,
     unmerge_lora,
-    use_adapters,
 )
 from lightning_lora.analysis import UpdateRatio, UpdateSpectrum
 from lightning_lora.layers.base import LoRALayer
@@ -34,6 +33,7 @@ from lightning_lora.model.fingerprint import fingerprint, other_base
 from lightning_lora.model.frozen_values import FrozenValues
 from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor, stored_tensors
 from tests.helpers.quantized_tensors import FORMATS, QUANTIZES_INPUT, matrix_of, quantize
+from tests.helpers.several import mixed_as_alone
 
 CONFIG = LoRAConfig(r=4, alpha=8, targets=["0", "2"])
 CONFIG_OF_ONE = LoRAConfig(r=4, alpha=8, targets=["0"])
@@ -203,13 +203,7 @@ def test_each_sample_of_a_mixed_batch_is_that_sample_alone():
         apply_lora(model, LoRAConfig(r=2, targets=["0", "2"], name=name))
         for layer in (model[0], model[2]):
             nn.init.normal_(layer.lora[name].B)
-    x, entries = torch.randn(3, 4, 128), ["fr", None, {"de": 0.5}]
-    with use_adapters(model, entries):
-        mixed = model(x)
-    for sample, y, entry in zip(x, mixed, entries, strict=True):
-        with use_adapters(model, entry):
-            torch.testing.assert_close(y, model(sample))
-    mixed.sum().backward()
+    mixed_as_alone(model, torch.randn(3, 4, 128), ["fr", None, {"de": 0.5}]).sum().backward()
 
 
 class Scaled(nn.Linear):
