@@ -27,7 +27,16 @@ import torch
 from compare_report import FULL, LORA, SWEEP_SEED, report
 from lightning.pytorch import Callback, Trainer, seed_everything
 from real_data import CACHE, MINILM, fetch, rotten_tomatoes
-from recorded_runs import Record, Storage, add_arguments, of_settings, quiet, run_missing, storage_of
+from recorded_runs import (
+    Record,
+    Storage,
+    add_arguments,
+    of_settings,
+    quiet_lightning,
+    quiet_transformers,
+    run_missing,
+    storage_of,
+)
 from safetensors.torch import load_file, save_file
 from text_classification import ReviewClassifier, Reviews, Watch
 from torch import Tensor
@@ -244,7 +253,8 @@ def main(arguments: list[str]) -> None:
     add_arguments(parser, "compare_methods")
     parser.add_argument("--only", nargs="*", choices=METHODS, help=f"these methods (default: all but the {SLOW})")
     options = parser.parse_args(arguments)
-    quiet()
+    quiet_lightning()
+    quiet_transformers()
     if options.prepare:
         prepare(options.prepare)
         return

@@ -36,7 +36,7 @@ from findings_report import (
     table_of_rates,
     table_of_subspaces,
 )
-from recorded_runs import Record, Storage, add_arguments, of_settings, quiet, run_missing, show, storage_of
+from recorded_runs import Record, Storage, add_arguments, of_settings, quiet_transformers, run_missing, show, storage_of
 
 ALPHA = 16
 RATES = (1e-3, 3e-3, 1e-2)
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--adapters", type=Path, default=Path("findings_adapters"), help="folder for A and B")
     parser.add_argument("--only", nargs="*", metavar="CHOICE", help="runs of these matrices and ranks, as qv8 qv64")
     options = parser.parse_args(arguments)
-    quiet()
+    quiet_transformers()
     if options.prepare:
         prepare(options.prepare)
         return

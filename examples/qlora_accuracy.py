@@ -23,7 +23,16 @@ import torch
 from austen_runs import Study, data_folder, prepare
 from lightning.pytorch import LightningModule, Trainer
 from paired import difference
-from recorded_runs import Record, add_arguments, of_settings, quiet, run_missing, show, storage_of
+from recorded_runs import (
+    Record,
+    add_arguments,
+    of_settings,
+    quiet_lightning,
+    quiet_transformers,
+    run_missing,
+    show,
+    storage_of,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -160,7 +169,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "qlora_accuracy")
     options = parser.parse_args(arguments)
-    quiet()
+    quiet_lightning()
+    quiet_transformers()
     if options.prepare:
         prepare(options.prepare)
         return

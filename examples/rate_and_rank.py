@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from austen_runs import Setting, Study, data_folder, prepare
-from recorded_runs import Record, add_arguments, of_settings, quiet, run_missing, show, storage_of
+from recorded_runs import Record, add_arguments, of_settings, quiet_transformers, run_missing, show, storage_of
 
 ALPHA = 16
 FIXED, EQUAL = f"alpha = {ALPHA} for every rank", "alpha = r, a scale of 1"
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "rate_and_rank")
     options = parser.parse_args(arguments)
-    quiet()
+    quiet_transformers()
     if options.prepare:
         prepare(options.prepare)
         return

@@ -128,12 +128,16 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="make no runs: write FILE from the results")
 
 
-def quiet() -> None:
-    """Show no warnings about data loading, and no bars and notes of libraries, between the lines of a study."""
-    warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*|.*no `val_dataloader`.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+def quiet_transformers() -> None:
+    """Show no bars and no notes of transformers between the lines of a study."""
     set_verbosity_error()
     disable_progress_bar()
+
+
+def quiet_lightning() -> None:
+    """Show no notes of Lightning and no warnings about data loading, for a study whose runs are a Trainer's."""
+    warnings.filterwarnings("ignore", message=".*many workers.*|.*treespec.*|.*in eval mode.*|.*no `val_dataloader`.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def show(text: str, records: Sequence[Record], report: Path | None) -> None:
