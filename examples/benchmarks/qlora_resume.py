@@ -105,30 +105,37 @@ def result_of(module: Decoder) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged(network: nn.Module, size: str) -> dict[str, float]:
-    """Relative differences of the outputs of the merged model to those of the sum, and of the model with adapters."""
+    """Relative differences of the outputs of the merged model to those of the sum, and of the model with adapters.
+
+    The first is taken in fp32: in bf16 the layers make a last bit of one weight as large as any rounding.
+    """
     ids = torch.randint(0, network.config.vocab_size, SHAPES[size], device=DEVICE)
     with_adapters = network(input_ids=ids).logits
     sums = {name: written_out(layer) for name, layer in network.named_modules() if hasattr(layer, "lora")}
     merge_lora(network, dequantize=True, undo=False)
     of_merged = network(input_ids=ids).logits
+    dtype, of_merged_fp32 = of_merged.dtype, network.float()(input_ids=ids).logits
     other = sum(int((network.get_submodule(name).weight != value).sum()) for name, value in sums.items())
     for name, value in sums.items():
-        network.get_submodule(name).weight = nn.Parameter(value)
-    of_sums = network(input_ids=ids).logits
+        network.get_submodule(name).weight = nn.Parameter(value.float())
+    of_sums_fp32 = network(input_ids=ids).logits
+    of_sums = network.to(dtype)(input_ids=ids).logits
     return {
+        "of merged, in fp32": difference(of_merged_fp32, of_sums_fp32),
         "of merged": difference(of_merged, of_sums),
+        "of bf16": difference(of_sums, of_sums_fp32),
         "of adapted": difference(with_adapters, of_sums),
         "rounded otherwise": other / sum(value.numel() for value in sums.values()),
     }
 
 
 def written_out(layer: Any) -> Tensor:
-    """``W0 + scale * B A`` in the dtype of the other parameters, with W0 as bitsandbytes itself computes it."""
+    """``W0 + scale * B A`` in fp64, in the dtype of the other parameters; bitsandbytes itself computes W0."""
     from bitsandbytes.functional import dequantize_4bit
 
     pair, weight = layer.lora.default, layer.weight
-    base = dequantize_4bit(weight.data, weight.quant_state).float()
-    return (base + pair.scale * pair.B @ pair.A).to(layer.compute_dtype)
+    base = dequantize_4bit(weight.data, weight.quant_state).double()
+    return (base + pair.scale * pair.B.double() @ pair.A.double()).to(layer.compute_dtype)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -143,9 +150,11 @@ def sentences(whole: dict[str, Any], resumed: dict[str, Any], outputs: dict[str,
         f"({len(whole['adapters'])} tensors).",
         f"Losses of these {rest} steps: {words(torch.equal(losses[-rest:], resumed['losses']))} "
         f"(the first of all {float(losses[0]):.4f}, the last {float(losses[-1]):.4f}).",
-        f"Outputs of the merged model, relative difference to those of the sum written out: "
-        f"{outputs['of merged']:.1e}; of the model with adapters: {outputs['of adapted']:.1e}. Weights that the two "
-        f"sums round to different numbers: {100 * outputs['rounded otherwise']:.4f} %.",
+        f"Outputs of the merged model, relative difference to those of the sum written out in fp64, both computed in "
+        f"fp32: {outputs['of merged, in fp32']:.1e}; both in bf16: {outputs['of merged']:.1e}. Of the model with "
+        f"adapters, in bf16: {outputs['of adapted']:.1e}. Of the sum in bf16 to itself in fp32: "
+        f"{outputs['of bf16']:.1e}. Weights that the two sums round to different numbers: "
+        f"{100 * outputs['rounded otherwise']:.5f} %.",
     ]
 
 
