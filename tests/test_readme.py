@@ -152,6 +152,7 @@ def test_the_numbers_of_the_tables_are_recorded():
         ("rate_and_rank", "0.003", "0.003 for r=32 and r=128"),
         ("compare_methods", "0.85", "| +0.85 ± 0.36 |"),
         ("qlora_accuracy", "0.058", "After training NF4 is behind by +0.0583"),
+        ("qlora_merge", "14", "14 % of what the training gained is lost"),
     ],
 )
 def test_what_it_says_of_a_study_is_in_its_record(study, number, recorded):

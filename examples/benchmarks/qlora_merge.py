@@ -164,10 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append({**about, "device": device_name(study.device), "losses": losses})
             if options.out is not None:
                 options.out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(map(version_of, PACKAGES))
     print(f"{records[0]['device']}, {versions}; {options.steps} steps, {time.perf_counter() - start:.0f} s\n")
     print(table(records))
     return 0
+
+
+def version_of(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # as where the folder of the clone is on the path
+        return f"no installed {package}"
 
 
 def device_name(device: torch.device) -> str:
