@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.weight_view import Rows
 from lightning_lora.ops.fused_linear import PLAIN
+from lightning_lora.ops.weight_batch import Block
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
 from lightning_lora.torch_internals import any_autocast_enabled, call_after_backward, cuda_stream_id, is_capturing
@@ -23,11 +26,12 @@ class Member(Protocol):
 
     value: Tensor | None
     index: int
+    blocks: range
     facts: Sequence[object]
     has_watched_factors: bool
     pairs: Sequence[Adapter]
     sources: Sequence[tuple[dict[str, Any], str]]
-    is_whole: bool
+    separate: Sequence[Rows | None]
     layer: weakref.ref[LoRALayer]
 
     def is_live(self, layer: LoRALayer | None) -> bool:
@@ -42,8 +46,11 @@ class Member(Protocol):
     def is_watched(self) -> bool:
         """Whether a hook waits for the gradient of A or B."""
 
-    def factors_in_group(self, scale: float) -> tuple[Tensor, Tensor]:
-        """Its factors for the graph of the group."""
+    def rows(self, weight: Tensor) -> list[tuple[int, int]]:
+        """The first row of each of its blocks, and the one after the last."""
+
+    def factors_in_group(self, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Its factors for the graph of the group, as those of :meth:`factors`."""
 
     def facts_now(self) -> list[object]:
         """What tells of a change."""
@@ -71,7 +78,8 @@ class SumGroup:
         self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
         self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
-        self.addresses: list[int] = []  # of the tensors that `kinds` and `plan` are of
+        self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
+        self.blocks: list[Block] = []
         self.kinds: list[list[int]] = []
         self.plan: SumPlan | None = None
         self._clear()
@@ -103,12 +111,15 @@ class SumGroup:
         """Sum the weights of all layers that are adapted now, and can be summed together with the weight ``first``."""
         self.forget()
         members = self._summed_now(first, grad)
+        first_block = 0
         for index, member in enumerate(members):
             member.index, member.has_watched_factors = index, grad and member.is_watched()
+            member.blocks = range(first_block, first_block + (len(member.separate) or 1))
+            first_block = member.blocks.stop
         place = place_now(first)
         self.sums = sums = self._sums_of(members, members[0].pairs[0].scale, place[0])
-        everything, done = range(len(members)), _forgetting(self, sums)
-        values = with_graph(sums, everything, sums.lefts, sums.rights, done) if grad else sums.compute()
+        everything, done = (range(len(members)), range(len(sums.blocks))), _forgetting(self, sums)
+        values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
         for member, value in zip(members, values, strict=True):
             member.facts, member.value = member.facts_now(), value
         self.grad, self.place = grad, place  # last: from here on the sums are read
@@ -127,19 +138,22 @@ class SumGroup:
         return [member for member in usable if not member.is_called_alone(grad)]
 
     def _sums_of(self, members: list[Member], scale: float, dtype: Any) -> WeightSums:
-        lefts, rights = zip(*[member.factors_in_group(scale) for member in members], strict=True)
+        factors = [member.factors_in_group(scale) for member in members]
+        lefts, rights = (tuple(chain.from_iterable(part)) for part in zip(*factors, strict=True))
         weights = [parameters[key] for parameters, key in [member.sources[0] for member in members]]
         tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
         addresses = list(map(Tensor.data_ptr, tensors))
+        can_be_planned = not is_capturing(weights[0]) and all(
+            member.separate and all(pair.scale == scale for pair in member.pairs) for member in members
+        )
         if addresses != self.addresses:
-            self.kinds, self.plan, self.addresses = _kinds(weights, lefts), None, addresses
-            is_whole = all(member.is_whole for member in members) and not is_capturing(weights[0])
-            if is_whole and SumPlan.can_be_used(weights, lefts, rights):
-                self.plan = SumPlan(weights, lefts, rights)
-        has_one_scale = all(member.pairs[0].scale == scale for member in members)
-        if self.plan is not None and has_one_scale and not is_capturing(weights[0]):
-            return PlannedSums(self.plan, lefts, rights, scale, dtype)
-        return BatchedSums(weights, self.kinds, lefts, rights, scale, dtype)
+            self.blocks = [Block(i, *rows) for i, member in enumerate(members) for rows in member.rows(weights[i])]
+            self.kinds, self.plan, self.addresses = _kinds(weights, self.blocks, lefts), None, addresses
+            if can_be_planned and SumPlan.can_be_used(weights, self.blocks, lefts, rights):
+                self.plan = SumPlan(weights, self.blocks, lefts, rights)
+        if can_be_planned and self.plan is not None:
+            return PlannedSums(self.plan, self.blocks, lefts, rights, scale, dtype)
+        return BatchedSums(weights, self.kinds, self.blocks, lefts, rights, scale, dtype)
 
     def forget(self) -> None:
         """Let go of the sums."""
@@ -158,11 +172,13 @@ class SumGroup:
         return SumGroup, ()
 
 
-def _kinds(weights: list[Tensor], lefts: tuple[Tensor, ...]) -> list[list[int]]:
-    """The indices of layers with weights of one shape, strides and rank, for each such kind."""
+def _kinds(weights: list[Tensor], blocks: list[Block], lefts: tuple[Tensor, ...]) -> list[list[int]]:
+    """The indices of the blocks of each kind: of one shape, strides and rank, all whole weights or all parts."""
     kinds: dict[object, list[int]] = {}
-    for index, (weight, left) in enumerate(zip(weights, lefts, strict=True)):
-        kinds.setdefault((weight.shape, weight.stride(), left.shape), []).append(index)
+    for index, (block, left) in enumerate(zip(blocks, lefts, strict=True)):
+        weight = weights[block.weight]
+        kind = block.is_whole(weight), weight.shape[1:], weight.stride(), left.shape
+        kinds.setdefault(kind, []).append(index)
     return list(kinds.values())
 
 

@@ -26,7 +26,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice
 from lightning_lora.layers.sum_group import SumGroup, place_now
-from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import is_dense
@@ -60,12 +60,13 @@ class SummedWeight:
 
     value: Tensor | None = None
     index = 0  # in the group
+    blocks = range(0)  # the indices of its blocks of rows in the group
     facts: Sequence[object] = ()
     strengths: dict[str, float] | None = None  # with which the adapters of `pairs` and `sources` act
     adapters: Mapping[str, Any] = MappingProxyType({})  # of the layer when `pairs` and `sources` were found
     pairs: Sequence[Adapter] = ()
     sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
-    is_whole = False  # A and B of one pair are the factors as they are
+    separate: Sequence[Rows | None] = ()  # the rows of each pair, which has them alone; none if pairs share rows
     was_read = False
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
@@ -123,7 +124,7 @@ class SummedWeight:
             self.pairs = adapters.summed(self.key, self.names)
             matrices: list[Any] = [(pair._parameters, name) for pair in self.pairs for name in ("A", "B")]
             self.sources = [(layer._parameters, self.key), *matrices]  # type: ignore[union-attr]
-            self.is_whole = len(self.pairs) == 1 and self.pairs[0].part == WeightPart(self.key)
+            self.separate = separate_rows([pair.part for pair in self.pairs])
             self.strengths, self.adapters = strengths, dict(adapters._modules)
         return bool(self.pairs)
 
@@ -162,8 +163,7 @@ class SummedWeight:
         if value is None or sums is None:  # another thread computes with the model, too
             return None
         if grad and (self.has_watched_factors or not value.requires_grad or (recomputes and _needs_own_graph())):
-            left, right = self.factors(sums.scale)
-            return with_graph(sums, [self.index], [left], [right])[0]
+            return with_graph(sums, [self.index], self.blocks, *self.factors(sums.scale))[0]
         return value
 
     def _is_faster(self, x: Tensor) -> bool:
@@ -199,21 +199,32 @@ class SummedWeight:
         """Whether a hook waits for the gradient of A or B."""
         return any(has_tensor_hooks(parameters[key]) for parameters, key in self.sources[1:])
 
-    def factors_in_group(self, scale: float) -> tuple[Tensor, Tensor]:
-        """The factors for the graph of the group, which goes on to those of layers that were not called, too."""
-        left, right = self.factors(scale)
-        return (left.detach(), right.detach()) if self.has_watched_factors else (left, right)
+    def rows(self, weight: Tensor) -> list[tuple[int, int]]:
+        """The first row of each of its blocks, and the one after the last."""
+        whole = 0, len(weight)
+        return [(rows.start, rows.stop) if rows else whole for rows in self.separate] or [whole]
 
-    def factors(self, scale: float) -> tuple[Tensor, Tensor]:
-        """The left factor ``(rows, r)`` and the right factor ``(r, columns)`` of delta / scale; differentiable."""
-        if self.is_whole and self.pairs[0].scale == scale:
-            matrices: Any = self.pairs[0]._parameters
-            return matrices["B"], matrices["A"]
+    def factors_in_group(self, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """The factors for the graph of the group, which goes on to those of layers that were not called, too."""
+        lefts, rights = self.factors(scale)
+        if self.has_watched_factors:
+            return [left.detach() for left in lefts], [right.detach() for right in rights]
+        return lefts, rights
+
+    def factors(self, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """The left factor ``(rows, r)`` and the right factor ``(r, columns)`` of each block's delta / scale."""
+        matrices: list[Any] = [pair._parameters for pair in self.pairs]
+        rights = [each["A"] for each in matrices]
+        lefts = [
+            each["B"] if pair.scale == scale else (pair.scale / scale) * each["B"]
+            for pair, each in zip(self.pairs, matrices, strict=True)
+        ]
+        if self.separate:
+            return lefts, rights
         weights, key = self.sources[0]
         weight: Any = weights[key]
-        scaled = [pair.B if pair.scale == scale else (pair.scale / scale) * pair.B for pair in self.pairs]
-        factors = [pair.part.factors(pair.A, B, weight) for pair, B in zip(self.pairs, scaled, strict=True)]
-        return torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors])
+        factors = [pair.part.factors(A, B, weight) for pair, A, B in zip(self.pairs, rights, lefts, strict=True)]
+        return [torch.cat([left for left, _ in factors], 1)], [torch.cat([right for _, right in factors])]
 
     def forget(self) -> None:
         """Let go of the sum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -102,3 +103,21 @@ class WeightPart:
         """The matrices in ``weight``, contiguous for any memory format: the same memory where it is so already."""
         matrices = weight.flatten(2) if self.stacked else weight.flatten(1).unsqueeze(0)
         return [matrix.contiguous() for matrix in matrices]
+
+
+def separate_rows(parts: list[WeightPart]) -> list[Rows | None]:
+    """The rows of each of ``parts``, ``None`` for all of a weight; an empty list if they cannot be summed one by one.
+
+    Example:
+        >>> separate_rows([WeightPart("qkv", "q", Rows(0, 2)), WeightPart("qkv", "v", Rows(4, 6))])
+        [Rows(start=0, stop=2, blocks=1), Rows(start=4, stop=6, blocks=1)]
+        >>> separate_rows([WeightPart(), WeightPart()])  # of two adapters
+        []
+    """
+    rows = [part.rows for part in parts]
+    if len(parts) == 1 and parts[0] == WeightPart(parts[0].key, parts[0].name):
+        return rows
+    edges = sorted((each.start, each.stop) for each in rows if each is not None and each.blocks == 1)
+    is_plain = all(part == WeightPart(part.key, part.name, part.rows) for part in parts)
+    have_none_in_common = all(stop <= start for (_, stop), (start, _) in pairwise(edges))
+    return rows if len(edges) == len(parts) and is_plain and have_none_in_common else []

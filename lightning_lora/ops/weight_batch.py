@@ -1,22 +1,50 @@
-"""``W0 + scale * B A`` of layers with weights of one shape: one batched product, and two more for the gradients."""
+"""``W0 + scale * B A`` of blocks of rows of one shape: one batched product, and two more for the gradients.
+
+A block is a whole weight, or some of its rows: query, key and value of an attention layer are rows of one weight.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_lora.ops.products import batched_matmul
 
+ALIGNMENT = 128  # elements at whose multiples the kernels write what they compute: multiples of 256 bytes
+
+
+class Block(NamedTuple):
+    """Rows ``start:stop`` of the weight with the index ``weight``; one pair (A, B) adapts them.
+
+    Example:
+        >>> Block(0, 1, 3).of(torch.tensor([[1.0], [2.0], [3.0]]))
+        tensor([[2.],
+                [3.]])
+    """
+
+    weight: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of ``tensor``, which has the shape of the weight: a view, or ``tensor`` if they are all."""
+        return tensor if self.is_whole(tensor) else tensor[self.start : self.stop]
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether they are all rows of ``tensor``."""
+        return self.stop - self.start == len(tensor)
+
 
 class WeightBatch:
-    """n layers with weights of one shape.
+    """n blocks of one shape.
 
     Args:
-        weights: W0 of each layer, of two or more dimensions.
-        lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
-        rights: A of each layer, ``(r, columns)``.
+        weights: W0 of each block, of two or more dimensions.
+        lefts: B of each block, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
+        rights: A of each block, ``(r, columns)``.
         scale: factor of the product.
 
     Example:
@@ -34,19 +62,26 @@ class WeightBatch:
 
     def sums(self) -> Sequence[Tensor]:
         """The sums, rounded to the dtype of the weights once."""
-        products, first = torch.bmm(self.left, self.right), self.weights[0]
-        deltas = products.as_strided((len(products), *first.shape), (first.numel(), *first.stride())).unbind(0)
-        sums: Sequence[Tensor] = torch._foreach_add(self.weights, deltas)
+        sums: Sequence[Tensor] = torch._foreach_add(self.weights, self._deltas())
+        first = self.weights[0]
         if sums[0].stride() != first.stride():  # of dimensions of size 1, from which cuDNN reads the memory format
             return [total.as_strided(first.shape, first.stride()) for total in sums]
         return sums
+
+    def add_to(self, copies: list[Tensor]) -> None:
+        """Add the products to ``copies``, which hold the values of the weights."""
+        torch._foreach_add_(copies, self._deltas())
+
+    def _deltas(self) -> tuple[Tensor, ...]:
+        products, first = torch.bmm(self.left, self.right), self.weights[0]
+        return products.as_strided((len(products), *first.shape), (first.numel(), *first.stride())).unbind(0)
 
     def gradients(self, used: list[int], gradients: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The gradients of the left factors, ``(n, rows, r)``, and of the right ones, ``(n, r, columns)``.
 
         Args:
-            used: the layers that have a gradient.
-            gradients: of the weights of these layers.
+            used: the blocks that have a gradient.
+            gradients: of the weights of these blocks.
             dtype: of the result.
         """
         stacked = torch.stack([_as_matrix(gradient, self.order) for gradient in gradients])

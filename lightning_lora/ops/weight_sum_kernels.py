@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What the table holds for each layer. The results are at offsets from the beginning of one allocation, in UNITs.
+from lightning_lora.ops.weight_batch import ALIGNMENT
+
+# What the table holds for each block. The results are at offsets from the beginning of one allocation, in UNITs.
 FIELDS = tl.constexpr(10)
 ROWS, COLUMNS, RANK, INNER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 WEIGHT, LEFT, RIGHT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)  # addresses of W0, B, A
 SUM, LEFT_GRADIENT, RIGHT_GRADIENT = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
-UNIT = tl.constexpr(128)  # elements; keeps the results at multiples of 256 bytes
+UNIT = tl.constexpr(ALIGNMENT)
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

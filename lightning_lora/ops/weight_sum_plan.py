@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.ops.dispatch import supports_kernels
-from lightning_lora.ops.weight_batch import stored_order
+from lightning_lora.ops.weight_batch import ALIGNMENT, Block, stored_order
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 128
@@ -24,49 +24,67 @@ Gradients = list[Tensor | None]
 
 
 class SumPlan:
-    """The table of n layers, and the share of each program of a launch.
+    """The table of the blocks of n layers, and the share of each program of a launch.
 
-    It holds addresses, and no tensors: it is valid as long as the ``data_ptr()`` of each tensor stays the same.
+    It holds addresses, and no tensors: it is valid as long as the ``data_ptr()`` of each tensor stays the same. Rows
+    that no pair adapts are blocks with a rank of 0, after the others in the table.
 
     Args:
         weights: W0 of each layer, all of one dtype.
-        lefts: B of each layer, ``(rows, r)``; r may differ between layers.
-        rights: A of each layer, ``(r, columns)``, the columns in the order of a contiguous weight.
+        blocks: the rows that each pair (A, B) adapts, in the order of the weights.
+        lefts: B of each block, ``(rows, r)``; r may differ between blocks.
+        rights: A of each block, ``(r, columns)``, the columns in the order of a contiguous weight.
     """
 
-    def __init__(self, weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    ) -> None:
         from lightning_lora.ops import weight_sum_kernels as kernels
 
         self.kernels, self.dtype, self.device = kernels, weights[0].dtype, weights[0].device
         self.shapes, self.strides = [weight.shape for weight in weights], [weight.stride() for weight in weights]
         self.left_shapes, self.right_shapes = [left.shape for left in lefts], [right.shape for right in rights]
         self.left_strides, self.right_strides = [left.stride() for left in lefts], [right.stride() for right in rights]
-        self.columns = [right.shape[1] for right in rights]
+        self.blocks = [*blocks, *_unadapted(weights, blocks)]
         self.inner = [inner_size(weight) for weight in weights]
+        self.row_sizes = [weight.numel() // len(weight) for weight in weights]
+        self.columns = self._of_blocks(self.row_sizes)
         self.r = kernels.padded_rank(max(left.shape[1] for left in lefts))
-        weight_addresses, right_addresses = _addresses(weights), _addresses(rights)
-        self.is_plain = self._is_plain(self.inner, weight_addresses + right_addresses)
-        self.sum_offsets, self.sums_size = _offsets([weight.numel() for weight in weights], kernels.UNIT.value)
-        sizes = [factor.numel() for factor in (*lefts, *rights)]
-        self.gradient_offsets, self.gradients_size = _offsets(sizes, kernels.UNIT.value)
-        self._make_table(weight_addresses, _addresses(lefts), right_addresses)
+        addresses = self._begins(_addresses(weights), weights[0].element_size())
+        self.is_plain = self._is_plain(self._of_blocks(self.inner), addresses + _addresses(rights))
+        self.sum_offsets, self.sums_size = _offsets([weight.numel() for weight in weights])
+        self.gradient_offsets, self.gradients_size = _offsets([factor.numel() for factor in (*lefts, *rights)])
+        self._make_table(addresses, _addresses(lefts), _addresses(rights))
         self._make_tiles()
 
-    def _make_table(self, *addresses: list[int]) -> None:
-        unit, rows, ranks = self.kernels.UNIT.value, *zip(*self.left_shapes, strict=True)
-        units = [offset // unit for offset in self.sum_offsets + self.gradient_offsets]
-        n = len(rows)
-        fields = [rows, self.columns, ranks, self.inner, *addresses, units[:n], units[n : 2 * n], units[2 * n :]]
+    def _of_blocks(self, of_weights: Sequence[int]) -> list[int]:
+        return [of_weights[block.weight] for block in self.blocks]
+
+    def _begins(self, of_weights: Sequence[int], size: int = 1) -> list[int]:
+        """Where each block begins, in weights that begin at these places, with elements of ``size``."""
+        begins = zip(self._of_blocks(of_weights), self.blocks, self.columns, strict=True)
+        return [begin + block.start * columns * size for begin, block, columns in begins]
+
+    def _make_table(self, weights: list[int], lefts: list[int], rights: list[int]) -> None:
+        n, zeros = len(lefts), [0] * (len(self.blocks) - len(lefts))
+        rows = [block.stop - block.start for block in self.blocks]
+        ranks, inner = [shape[1] for shape in self.left_shapes], self._of_blocks(self.inner)
+        offsets = self.gradient_offsets[:n], self.gradient_offsets[n:], self._begins(self.sum_offsets)
+        d_lefts, d_rights, sums = ([offset // ALIGNMENT for offset in part] for part in offsets)
+        of_pairs = [part + zeros for part in (ranks, lefts, rights, d_lefts, d_rights)]
+        ranks, lefts, rights, d_lefts, d_rights = of_pairs
+        fields = [rows, self.columns, ranks, inner, weights, lefts, rights, sums, d_lefts, d_rights]
         self.table = torch.tensor(fields).T.contiguous().to(self.device)
 
     def _make_tiles(self) -> None:
         height, width = self.kernels.SUM_TILE
-        rows = torch.tensor([shape[0] for shape in self.left_shapes])
+        rows = torch.tensor([block.stop - block.start for block in self.blocks])
         columns = torch.tensor(self.columns)
         of_sums = -(-rows // height) * -(-columns // width)
         self.sum_tiles = _programs(of_sums, of_sums).to(self.device)
-        of_lefts = _programs(-(-rows // self.kernels.LEFT_ROWS), columns)
-        of_rights = _programs(-(-columns // self.kernels.right_columns(self.r)), rows)
+        n = len(self.left_shapes)
+        of_lefts = _programs(-(-rows[:n] // self.kernels.LEFT_ROWS), columns[:n])
+        of_rights = _programs(-(-columns[:n] // self.kernels.right_columns(self.r)), rows[:n])
         self.gradient_tiles = of_lefts.to(self.device), of_rights.to(self.device)
 
     def _is_plain(self, inner: list[int], addresses: list[int]) -> bool:
@@ -93,38 +111,47 @@ class SumPlan:
 
         Args:
             gradients: of each sum, all of one dtype; ``None`` where there is none, as in the result.
-            lefts: B of each layer, as it was when the sums were computed; fp32, contiguous.
-            rights: A of each layer, likewise.
+            lefts: B of each block, as it was when the sums were computed; fp32, contiguous.
+            rights: A of each block, likewise.
             scale: factor of the product.
         """
+        n = len(lefts)
         if all(gradient is None for gradient in gradients):
-            return [None] * len(gradients), [None] * len(gradients)
+            return [None] * n, [None] * n
         results = self._launch_gradients(gradients, lefts, rights, scale)
         shapes, strides = self.left_shapes + self.right_shapes, self.left_strides + self.right_strides
-        views = list(map(results.as_strided, shapes, strides, self.gradient_offsets))
-        used = [None if gradient is None else view for gradient, view in zip(2 * [*gradients], views, strict=True)]
-        return used[: len(gradients)], used[len(gradients) :]
+        views: Gradients = list(map(results.as_strided, shapes, strides, self.gradient_offsets))
+        for i, block in enumerate(self.blocks[:n]):
+            if gradients[block.weight] is None:
+                views[i] = views[n + i] = None
+        return views[:n], views[n:]
 
     def _launch_gradients(
         self, gradients: Sequence[Tensor | None], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float
     ) -> Tensor:
         dense, inner = self._dense(gradients)
-        dtype = next(gradient.dtype for gradient in dense if gradient is not None)
-        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in dense]
-        right_addresses = _addresses(rights)
-        is_plain = self._is_plain(inner, addresses + right_addresses)
-        numbers = array("q", addresses + _addresses(lefts) + right_addresses + inner)
+        first = next(gradient for gradient in dense if gradient is not None)
+        addresses = self._gradient_addresses(dense, first.element_size(), len(lefts))
+        zeros, of_rights, inner = [0] * (len(self.blocks) - len(lefts)), _addresses(rights), self._of_blocks(inner)
+        is_plain = self._is_plain(inner, addresses + of_rights)
+        numbers = array("q", addresses + _addresses(lefts) + zeros + of_rights + zeros + inner)
         on_device = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
         results = torch.empty(self.gradients_size, device=self.device)
         with torch.cuda.device(results.get_device()):
             self.kernels.launch_gradients(
-                self.gradient_tiles, self.table, on_device, results, self.r, scale, dtype, is_plain
+                self.gradient_tiles, self.table, on_device, results, self.r, scale, first.dtype, is_plain
             )
         return results
 
+    def _gradient_addresses(self, dense: Gradients, size: int, n: int) -> list[int]:
+        """Where the gradient of each of the first ``n`` blocks begins, else 0: of what has no pair, or no gradient."""
+        begins = self._begins([0 if gradient is None else gradient.data_ptr() for gradient in dense], size)
+        used = [i < n and dense[block.weight] is not None for i, block in enumerate(self.blocks)]
+        return [begin if is_used else 0 for begin, is_used in zip(begins, used, strict=True)]
+
     def _dense(self, gradients: Sequence[Tensor | None]) -> tuple[Gradients, list[int]]:
         """The gradients as the kernels can read them, and their :func:`inner_size`."""
-        dense, inner = list(gradients), list(self.columns)
+        dense, inner = list(gradients), list(self.row_sizes)
         for i, gradient in enumerate(gradients):
             if gradient is None or gradient.is_contiguous():
                 continue
@@ -135,25 +162,29 @@ class SumPlan:
         return dense, inner
 
     @staticmethod
-    def can_be_used(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> bool:
+    def can_be_used(
+        weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    ) -> bool:
         """Whether a plan can be made of these: plain dense tensors on one GPU with Triton, A and B in fp32.
 
         Example:
-            >>> SumPlan.can_be_used([torch.eye(2)], [torch.ones(2, 1)], [torch.ones(1, 2)])  # on the CPU
+            >>> SumPlan.can_be_used([torch.eye(2)], [Block(0, 0, 2)], [torch.ones(2, 1)], [torch.ones(1, 2)])  # CPU
             False
         """
         first = weights[0]
         if not first.is_cuda or not supports_kernels(first.get_device()):
             return False
-        return can_be_read(weights, lefts, rights)
+        return can_be_read(weights, blocks, lefts, rights)
 
 
-def can_be_read(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> bool:
+def can_be_read(
+    weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+) -> bool:
     """Whether the kernels know the dtypes, sizes and strides of these tensors, wherever they are.
 
     Example:
-        >>> B, A = torch.ones(2, 1), torch.ones(1, 2)
-        >>> can_be_read([torch.eye(2)], [B], [A]), can_be_read([torch.eye(2).double()], [B], [A])
+        >>> block, B, A = Block(0, 0, 2), torch.ones(2, 1), torch.ones(1, 2)
+        >>> can_be_read([torch.eye(2)], [block], [B], [A]), can_be_read([torch.eye(2).double()], [block], [B], [A])
         (True, False)
     """
     device, dtype = weights[0].device, weights[0].dtype
@@ -164,14 +195,32 @@ def can_be_read(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequ
         and all(weight.dtype == dtype and inner_size(weight) for weight in weights)
         and all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in factors)
         and all(0 < len(right) <= MAX_R and right.numel() <= MAX_ELEMENTS for right in rights)
-        and all(map(_is_product, weights, lefts, rights))
+        and all(_is_product(weights[each[0].weight], *each) for each in zip(blocks, lefts, rights, strict=True))
     )
 
 
-def _is_product(weight: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether ``left @ right`` has the elements of ``weight``, row by row."""
-    rows, r = len(weight), len(right)
-    return left.shape == (rows, r) and right.shape == (r, weight.numel() // rows)
+def _is_product(weight: Tensor, block: Block, left: Tensor, right: Tensor) -> bool:
+    """Whether ``left @ right`` has the elements of ``block``, row by row, which the kernels can write."""
+    columns = weight.numel() // len(weight)
+    if any(row * columns % ALIGNMENT for row in (block.start, block.stop) if row < len(weight)):
+        return False
+    return left.shape == (block.stop - block.start, len(right)) and right.shape == (len(right), columns)
+
+
+def _unadapted(weights: Sequence[Tensor], blocks: Sequence[Block]) -> list[Block]:
+    """The rows of ``weights`` that are in none of ``blocks``.
+
+    Example:
+        >>> _unadapted([torch.ones(6, 2)], [Block(0, 2, 3), Block(0, 3, 5)])
+        [Block(weight=0, start=0, stop=2), Block(weight=0, start=5, stop=6)]
+    """
+    ends = [Block(i, len(weight), len(weight)) for i, weight in enumerate(weights)]
+    gaps, reached = [], [0] * len(weights)
+    for block in sorted([*blocks, *ends]):
+        if reached[block.weight] < block.start:
+            gaps.append(Block(block.weight, reached[block.weight], block.start))
+        reached[block.weight] = block.stop
+    return gaps
 
 
 def inner_size(weight: Tensor) -> int:
@@ -204,12 +253,12 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _offsets(sizes: list[int], unit: int) -> tuple[list[int], int]:
-    """Where parts of ``sizes`` begin in one allocation, at multiples of ``unit``, and the size of that."""
+def _offsets(sizes: list[int]) -> tuple[list[int], int]:
+    """Where parts of ``sizes`` begin in one allocation, and the size of that."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)
-        end += -(-size // unit) * unit
+        end += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, end
 
 

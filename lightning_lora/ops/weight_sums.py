@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
-from lightning_lora.ops.weight_batch import WeightBatch
+from lightning_lora.ops.weight_batch import Block, WeightBatch
 
 if TYPE_CHECKING:
     from lightning_lora.ops.weight_sum_plan import SumPlan
 
-Triple = tuple[int, Tensor, Tensor]  # index of a layer, the gradient of B, that of A
+Triple = tuple[int, Tensor, Tensor]  # index of a block, the gradient of B, that of A
 FactorGradients = Callable[[Mapping[int, Tensor]], Iterator[Triple]]  # from the gradients of some sums, by index
 
 
@@ -28,8 +28,10 @@ class WeightSums:
     """The sums of several layers, without a graph, in the dtype ``dtype``.
 
     Args:
-        lefts: B of each layer, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the weight's elements.
-        rights: A of each layer, ``(r, columns)``.
+        blocks: the rows that each pair (A, B) adapts, in the order of the weights; those of one weight have no row in
+            common.
+        lefts: B of each block, ``(rows, r)``; with ``rights`` it multiplies to a matrix of the block's elements.
+        rights: A of each block, ``(r, columns)``.
         scale: factor of ``B A``.
         dtype: of the sums: that of autocast, or of the weights.
 
@@ -41,8 +43,15 @@ class WeightSums:
     values: Sequence[Tensor] = ()
     gradients: FactorGradients
 
-    def __init__(self, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...], scale: float, dtype: torch.dtype) -> None:
-        self.lefts, self.rights, self.scale, self.dtype = lefts, rights, scale, dtype
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        lefts: tuple[Tensor, ...],
+        rights: tuple[Tensor, ...],
+        scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.blocks, self.lefts, self.rights, self.scale, self.dtype = blocks, lefts, rights, scale, dtype
 
     def compute(self) -> Sequence[Tensor]:
         """Compute the values, in a place without gradients."""
@@ -50,15 +59,17 @@ class WeightSums:
 
 
 class BatchedSums(WeightSums):
-    """The sums, by one batch for each kind of weight: computed in the dtype of the weights, then cast.
+    """The sums, by one batch for each kind of block: computed in the dtype of the weights, then cast.
 
     Args:
         weights: W0 of each layer, of two or more dimensions and one dtype.
-        kinds: the indices of layers with weights of one shape, strides and rank, for each such kind.
+        kinds: the indices of the blocks of one shape, strides and rank, for each such kind; the blocks of a kind are
+            all whole weights, or all parts of weights.
         arguments: of :class:`WeightSums`.
 
     Example:
-        >>> sums = BatchedSums([torch.eye(2)], [[0]], (torch.ones(2, 1),), (torch.ones(1, 2),), 0.5, torch.float32)
+        >>> B, A = (torch.ones(2, 1),), (torch.ones(1, 2),)
+        >>> sums = BatchedSums([torch.eye(2)], [[0]], [Block(0, 0, 2)], B, A, 0.5, torch.float32)
         >>> sums.compute()[0]
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
@@ -80,22 +91,40 @@ class BatchedSums(WeightSums):
         values: dict[int, Tensor] = {}
         batches: list[WeightBatch] = []
         for kind in self.kinds:
-            weights, left, right = ([tensors[i] for i in kind] for tensors in (self.weights, self.lefts, self.rights))
-            batches.append(WeightBatch(weights, left, right, self.scale))
-            values.update(zip(kind, batches[-1].sums(), strict=True))
-        self.gradients = partial(_batched_gradients, self.kinds, batches, self.lefts[0].dtype)
+            blocks, lefts, rights = [self.blocks[i] for i in kind], *self._factors(kind)
+            batch = WeightBatch([block.of(self.weights[block.weight]) for block in blocks], lefts, rights, self.scale)
+            batches.append(batch)
+            self._add(batch, blocks, values)
+        self.gradients = partial(_batched_gradients, self.kinds, self.blocks, batches, self.lefts[0].dtype)
         self.values = [values[i].to(self.dtype) for i in range(len(self.weights))]
         return self.values
 
+    def _factors(self, kind: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.lefts[i] for i in kind], [self.rights[i] for i in kind]
+
+    def _add(self, batch: WeightBatch, blocks: list[Block], values: dict[int, Tensor]) -> None:
+        """Put the sums of ``batch`` into ``values``, each in its rows of the weight's copy."""
+        if blocks[0].is_whole(self.weights[blocks[0].weight]):
+            values.update(zip([block.weight for block in blocks], batch.sums(), strict=True))
+            return
+        for index in {block.weight for block in blocks} - values.keys():
+            values[index] = self.weights[index].clone()
+        batch.add_to([block.of(values[block.weight]) for block in blocks])
+
 
 def _batched_gradients(
-    kinds: list[list[int]], batches: list[WeightBatch], dtype: torch.dtype, of_sums: Mapping[int, Tensor]
+    kinds: list[list[int]],
+    blocks: Sequence[Block],
+    batches: list[WeightBatch],
+    dtype: torch.dtype,
+    of_sums: Mapping[int, Tensor],
 ) -> Iterator[Triple]:
     for kind, batch in zip(kinds, batches, strict=True):
-        used = [position for position, i in enumerate(kind) if i in of_sums]
+        used = [position for position, i in enumerate(kind) if blocks[i].weight in of_sums]
         if used:
             indices = [kind[position] for position in used]
-            d_left, d_right = batch.gradients(used, [of_sums[i] for i in indices], dtype)
+            gradients = [blocks[i].of(of_sums[blocks[i].weight]) for i in indices]
+            d_left, d_right = batch.gradients(used, gradients, dtype)
             yield from zip(indices, d_left.unbind(0), d_right.unbind(0), strict=True)
 
 
@@ -114,13 +143,15 @@ class PlannedSums(WeightSums):
     def compute(self) -> Sequence[Tensor]:
         """Compute the values in one launch."""
         versions = [factor._version for factor in self.lefts + self.rights]
-        self.gradients = partial(_planned_gradients, self.plan, self.lefts, self.rights, versions, self.scale)
+        of_factors = self.blocks, self.lefts, self.rights, versions
+        self.gradients = partial(_planned_gradients, self.plan, *of_factors, self.scale)
         self.values = self.plan.sums(self.scale, self.dtype)
         return self.values
 
 
 def _planned_gradients(
     plan: SumPlan,
+    blocks: Sequence[Block],
     lefts: tuple[Tensor, ...],
     rights: tuple[Tensor, ...],
     versions: list[int],
@@ -128,14 +159,15 @@ def _planned_gradients(
     of_sums: Mapping[int, Tensor],
 ) -> Iterator[Triple]:
     """As :func:`_batched_gradients`; the kernels read A and B themselves, which no step may have changed."""
-    _check_unmodified(lefts + rights, versions, of_sums)
-    d_lefts, d_rights = plan.gradients([of_sums.get(i) for i in range(len(lefts))], lefts, rights, scale)
-    for i in of_sums:
+    used = [i for i, block in enumerate(blocks) if block.weight in of_sums]
+    _check_unmodified(lefts + rights, versions, used)
+    d_lefts, d_rights = plan.gradients(list(map(of_sums.get, range(blocks[-1].weight + 1))), lefts, rights, scale)
+    for i in used:
         yield i, d_lefts[i], d_rights[i]  # type: ignore[misc]
 
 
 def _check_unmodified(factors: Sequence[Tensor], versions: Sequence[int], used: Iterable[int]) -> None:
-    """Raise if a factor of the layers at ``used`` was changed; a step of others is theirs."""
+    """Raise if a factor of the blocks at ``used`` was changed; a step of others is theirs."""
     for at in used:
         for position in (at, at + len(factors) // 2):
             check_unmodified(factors[position], versions[position])
@@ -150,11 +182,17 @@ class SummedWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sums: WeightSums, indices: Sequence[int], done: Callable[[], object], *factors: Tensor
+        ctx: Any,
+        sums: WeightSums,
+        indices: Sequence[int],
+        blocks: Sequence[int],
+        done: Callable[[], object],
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Left, then right factors of the layers ``indices`` to their sums."""
+        """Left, then right factors of ``blocks`` to the sums of the weights ``indices``."""
         values = [sums.values[index].detach() for index in indices] if sums.values else sums.compute()
         ctx.gradients, ctx.scale, ctx.indices, ctx.done = sums.gradients, sums.scale, indices, done
+        ctx.blocks = {index: sums.blocks[index] for index in blocks}
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
         ctx.set_materialize_grads(False)  # a layer that was not called has no gradient
         return tuple(values)
@@ -163,23 +201,24 @@ class SummedWeights(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradient of each factor, in its own dtype; ``None`` for those of a layer without a gradient."""
-        given = {i: gradient for i, gradient in zip(ctx.indices, gradients, strict=True) if gradient is not None}
-        position = {index: at for at, index in enumerate(ctx.indices)}
-        results: list[Tensor | None] = [None] * (2 * len(gradients))
-        found = _differentiable(ctx, given, position) if torch.is_grad_enabled() else ctx.gradients(given)
-        for index, d_left, d_right in found if given else ():
-            results[position[index]], results[len(gradients) + position[index]] = d_left, d_right
+        of_sums = {i: gradient for i, gradient in zip(ctx.indices, gradients, strict=True) if gradient is not None}
+        position, count = {index: at for at, index in enumerate(ctx.blocks)}, len(ctx.blocks)
+        results: list[Tensor | None] = [None] * (2 * count)
+        triples = _differentiable(ctx, of_sums, position) if torch.is_grad_enabled() else ctx.gradients(of_sums)
+        for index, d_left, d_right in triples if of_sums else ():
+            results[position[index]], results[count + position[index]] = d_left, d_right
         ctx.done()
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]) -> Iterator[Triple]:
     """The gradients by operations that can be differentiated again."""
     lefts, rights = ctx.factors[: len(position)], ctx.factors[len(position) :]
-    _check_unmodified(ctx.factors, ctx.versions, [position[index] for index in of_sums])
-    for index, gradient in of_sums.items():
+    used = {index: block for index, block in ctx.blocks.items() if block.weight in of_sums}
+    _check_unmodified(ctx.factors, ctx.versions, [position[index] for index in used])
+    for index, block in used.items():
         left, right = lefts[position[index]], rights[position[index]]
-        matrix = ctx.scale * gradient.reshape(left.shape[0], right.shape[1])
+        matrix = ctx.scale * block.of(of_sums[block.weight]).reshape(left.shape[0], right.shape[1])
         d_left, d_right = matrix @ right.to(matrix.dtype).mT, left.to(matrix.dtype).mT @ matrix
         yield index, d_left.to(left.dtype), d_right.to(right.dtype)
 
@@ -187,18 +226,20 @@ def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[i
 def with_graph(
     sums: WeightSums,
     indices: Sequence[int],
+    blocks: Sequence[int],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
     done: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, ...]:
-    """The sums of the layers ``indices``, differentiable by their factors.
+    """The sums of the weights ``indices``, differentiable by their factors.
 
     Args:
-        sums: of all layers; if they are not computed yet, ``indices`` must be all of them.
+        sums: of all weights; if they are not computed yet, ``indices`` must be all of them.
         indices: which of them.
+        blocks: the indices of their blocks.
         lefts: the left factor of each of these.
         rights: the right factor of each.
         done: called when a backward pass was through.
     """
-    outputs: tuple[Tensor, ...] = SummedWeights.apply(sums, indices, done, *lefts, *rights)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = SummedWeights.apply(sums, indices, blocks, done, *lefts, *rights)  # type: ignore[no-untyped-call]
     return outputs

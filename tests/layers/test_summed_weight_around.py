@@ -819,3 +819,14 @@ def test_a_convolution_that_becomes_channels_last():
     y.square().sum().backward()
     assert_close(y, model(x))
     assert_same_gradients(twin, model)
+
+
+@pytest.mark.parametrize("targets", ["qv", "all"])
+@pytest.mark.parametrize("make", [FusedBlocks, lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)])
+def test_projections_in_one_weight_are_summed_from_their_own_factors(make, targets):
+    """No copy of A and B is made in each step: neither zeros for the other rows, nor one matrix of all pairs."""
+    model = adapted(make(), targets=targets)
+    with counted_sums() as groups:
+        model(torch.randn(2, 3, 4))
+    factors = {id(factor) for factor in (*groups[0].sums.lefts, *groups[0].sums.rights)}
+    assert factors == {id(parameter) for parameter in trained_parameters(model)}

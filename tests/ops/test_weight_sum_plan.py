@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from lightning_lora.ops.weight_batch import Block
 from lightning_lora.ops.weight_sum_plan import SumPlan, can_be_read, inner_size
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -74,6 +75,11 @@ def draw(layers, dtype):
     return weights, lefts, [torch.randn(size, device=DEVICE) for size in sizes]
 
 
+def whole(weights: list[torch.Tensor]) -> list[Block]:
+    """All rows of each weight."""
+    return [Block(i, 0, len(weight)) for i, weight in enumerate(weights)]
+
+
 def assert_near(value: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
     """Within one rounding to ``dtype`` of a sum in fp32."""
     step = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
@@ -86,7 +92,7 @@ def assert_near(value: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("dtype", "result"), [(HALF, HALF), (torch.float32, HALF), (torch.float32, torch.float32)])
 def test_sums(layers, dtype, result):
     weights, lefts, rights = draw(layers, dtype)
-    sums = SumPlan(weights, lefts, rights).sums(SCALE, result)
+    sums = SumPlan(weights, whole(weights), lefts, rights).sums(SCALE, result)
     for total, weight, left, right in zip(sums, weights, lefts, rights, strict=True):
         assert (total.stride(), total.dtype) == (weight.stride(), result)
         delta = SCALE * (left.double() @ right.double())
@@ -96,7 +102,7 @@ def test_sums(layers, dtype, result):
 @kernels
 def test_a_plan_reads_the_values_of_now():
     weights, lefts, rights = draw(LAYERS, torch.float32)
-    plan = SumPlan(weights, lefts, rights)
+    plan = SumPlan(weights, whole(weights), lefts, rights)
     plan.sums(SCALE, torch.float32)
     for tensor in (*weights, *lefts, *rights):
         tensor.normal_()
@@ -112,7 +118,7 @@ def test_sums_with_b_zero_are_the_weights_bit_for_bit(layers, dtype):
     weights[0].fill_(-0.0)
     for left in lefts:
         left.zero_()
-    for total, weight in zip(SumPlan(weights, lefts, rights).sums(SCALE, dtype), weights, strict=True):
+    for total, weight in zip(SumPlan(weights, whole(weights), lefts, rights).sums(SCALE, dtype), weights, strict=True):
         bits = torch.int32 if dtype == torch.float32 else torch.int16
         assert torch.equal(total.view(bits), weight.view(bits))
 
@@ -134,7 +140,7 @@ def gradients_like(weights: list[torch.Tensor], layout: str) -> list[torch.Tenso
 def test_gradients(layers, dtype, layout):
     weights, lefts, rights = draw(layers, dtype)
     gradients = gradients_like(weights, layout)
-    d_lefts, d_rights = SumPlan(weights, lefts, rights).gradients(gradients, lefts, rights, SCALE)
+    d_lefts, d_rights = SumPlan(weights, whole(weights), lefts, rights).gradients(gradients, lefts, rights, SCALE)
     for d_left, d_right, gradient, left, right in zip(d_lefts, d_rights, gradients, lefts, rights, strict=True):
         matrix = SCALE * gradient.double().reshape(len(left), -1)
         assert d_left.is_contiguous() and d_right.is_contiguous()
@@ -145,7 +151,8 @@ def test_gradients(layers, dtype, layout):
 @kernels
 def test_gradients_of_other_factors_than_those_of_the_plan():
     weights, lefts, rights = draw(LAYERS, torch.float32)
-    plan = SumPlan(weights, [torch.empty_like(left) for left in lefts], [torch.empty_like(right) for right in rights])
+    others = [[torch.empty_like(factor) for factor in factors] for factors in (lefts, rights)]
+    plan = SumPlan(weights, whole(weights), *others)
     d_lefts, d_rights = plan.gradients(weights, lefts, rights, 1.0)
     for d_left, d_right, weight, left, right in zip(d_lefts, d_rights, weights, lefts, rights, strict=True):
         matrix = weight.double().reshape(len(left), -1)
@@ -153,10 +160,54 @@ def test_gradients_of_other_factors_than_those_of_the_plan():
         assert_near(d_right, left.double().T @ matrix, torch.float32)
 
 
+ROWS = {
+    "all": [(0, 16), (16, 32), (32, 48)],
+    "some": [(16, 32)],
+    "some, in another order": [(32, 48), (0, 16)],
+    "of two sizes": [(0, 16), (16, 48)],
+}
+
+
+@kernels
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("columns", [16, 24], ids=["plain", "any"])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_pairs_of_some_rows_of_a_weight(rows, columns, dtype):
+    torch.manual_seed(0)
+    weights = [torch.randn(size, columns, device=DEVICE).to(dtype) for size in (64, 48, 48)]
+    blocks = [Block(0, 0, 64), *(Block(i, *edges) for i in (1, 2) for edges in rows)]
+    lefts = [torch.randn(stop - start, 1 + i, device=DEVICE) for i, (_, start, stop) in enumerate(blocks)]
+    rights = [torch.randn(left.shape[1], columns, device=DEVICE) for left in lefts]
+    assert can_be_read(weights, blocks, lefts, rights)
+    plan = SumPlan(weights, blocks, lefts, rights)
+    exact = [weight.double() for weight in weights]
+    for block, left, right in zip(blocks, lefts, rights, strict=True):
+        block.of(exact[block.weight]).add_(left.double() @ right.double(), alpha=SCALE)
+    for total, value in zip(plan.sums(SCALE, dtype), exact, strict=True):
+        assert_near(total, value, dtype)
+    gradients = [torch.randn_like(weight) for weight in weights]
+    gradients[1] = None
+    d_lefts, d_rights = plan.gradients(gradients, lefts, rights, SCALE)
+    for block, d_left, d_right, left, right in zip(blocks, d_lefts, d_rights, lefts, rights, strict=True):
+        if block.weight == 1:
+            assert d_left is None and d_right is None
+            continue
+        matrix = SCALE * block.of(gradients[block.weight]).double()
+        assert_near(d_left, matrix @ right.to(dtype).double().T, torch.float32)
+        assert_near(d_right, left.to(dtype).double().T @ matrix, torch.float32)
+
+
+def test_rows_must_begin_where_the_kernels_can_write():
+    left, right = torch.ones(16, 2), torch.ones(2, 12)
+    for first, can_be in ((32, True), (16, False), (0, False)):  # the rows after the block begin at 12 * 16 elements
+        blocks = [Block(0, first, first + 16)]
+        assert can_be_read([torch.ones(48, 12)], blocks, [left], [right]) is can_be
+
+
 @kernels
 def test_layers_without_a_gradient():
     weights, lefts, rights = draw(LAYERS, HALF)
-    plan = SumPlan(weights, lefts, rights)
+    plan = SumPlan(weights, whole(weights), lefts, rights)
     every = plan.gradients(weights, lefts, rights, SCALE)
     some = plan.gradients([None if i % 2 else weight for i, weight in enumerate(weights)], lefts, rights, SCALE)
     for of_every, of_some in zip(every, some, strict=True):
@@ -208,10 +259,10 @@ def test_the_inner_size_gives_the_column_of_each_stored_element(shape, order, in
 )
 def test_what_the_kernels_cannot_read(weight, left, right):
     other = torch.ones(4, 6), torch.ones(4, 2), torch.ones(2, 6)
-    assert can_be_read(*([tensor] for tensor in other))
-    assert not can_be_read(*([tensor] for tensor in (weight, left, right)))
-    assert not can_be_read([other[0], weight], [other[1], left], [other[2], right])
+    assert can_be_read([other[0]], whole(other[:1]), [other[1]], [other[2]])
+    assert not can_be_read([weight], whole([weight]), [left], [right])
+    assert not can_be_read([other[0], weight], whole([other[0], weight]), [other[1], left], [other[2], right])
 
 
 def test_no_plan_on_the_cpu():
-    assert not SumPlan.can_be_used([torch.ones(4, 6)], [torch.ones(4, 2)], [torch.ones(2, 6)])
+    assert not SumPlan.can_be_used([torch.ones(4, 6)], [Block(0, 0, 4)], [torch.ones(4, 2)], [torch.ones(2, 6)])
