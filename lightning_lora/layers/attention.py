@@ -1,16 +1,25 @@
 """LoRA for ``nn.MultiheadAttention``: query, key and value have separate pairs, though torch stores one parameter.
 
 The forward of torch reads the weights and calls no layer. So attention is written out, and each low-rank term is added
-to its projection.
+to its projection. Where every weight is summed with its adapters, torch's own function computes on the sums.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.layers.attention_formula import attention, base_projections, output_projection
+from lightning_lora.layers.attention_formula import (
+    PROJECTIONS,
+    attention,
+    base_projections,
+    output_projection,
+    sequence_first,
+)
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.merged_forward import (
@@ -21,6 +30,7 @@ from lightning_lora.layers.merged_forward import (
 from lightning_lora.layers.mixed.terms import add_terms, of_part
 from lightning_lora.layers.summed_weight import summed_weight
 from lightning_lora.layers.weight_view import Rows, WeightPart
+from lightning_lora.torch_internals import has_module_hooks
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -50,28 +60,89 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As the plain layer: the output, of the shape of ``query``, and the attention weights if they are needed."""
+        inputs = (query, key, value)
         arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        grad = torch.is_grad_enabled() and not query.is_nested
+        sums = _summed_weights(self, query) if grad else {}
+        output_weight = _output_weight(self, query) if sums else None
+        if output_weight is not None:
+            return _attention_by_torch(self, inputs, sums, output_weight, *arguments)
         if not has_active_adapters(self):
             return super().forward(query, key, value, *arguments)
         if can_use_merged_weights(self, query) or query.is_nested:
             return call_on_merged_weights(self, super().forward, query, key, value, *arguments)
-        inputs = (query, key, value)
-        return attention(self, inputs, *arguments, project=partial(_project, self), project_out=_project_out)
+        sums = sums if grad else _summed_weights(self, query)
+        return attention(self, inputs, *arguments, project=partial(_project, self, sums), project_out=_project_out)
 
 
-def _project(layer: LoRAMultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, ``(length, batch, embed_dim)``: base output plus low-rank terms."""
-    summed = _summed_weights(layer, query)
-    q, k, v = base_projections(layer, query, key, value, summed or layer._parameters)
-    if summed:
+def _attention_by_torch(
+    layer: LoRAMultiheadAttention,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    sums: dict[str, Tensor],
+    output_weight: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the plain layer gives where gradients are enabled, with ``sums`` and ``output_weight`` for its weights."""
+    is_turned, parameters = layer.batch_first and inputs[0].dim() == 3, layer._parameters | sums
+    query, key, value = sequence_first(layer, *inputs) if is_turned else inputs
+    output, weights = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        parameters["in_proj_weight"],
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        output_weight,
+        layer.out_proj.bias,
+        layer.training,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        not layer._qkv_same_embed_dim,
+        **{name: parameters[name] for name in PROJECTIONS},
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
+    return output.transpose(0, 1) if is_turned else output, weights
+
+
+def _output_weight(layer: nn.MultiheadAttention, query: Tensor) -> Tensor | None:
+    """The weight of ``out_proj`` with its adapters; ``None`` where that layer must be called."""
+    projection: nn.Module = layer.out_proj
+    if torch.compiler.is_compiling() or has_module_hooks(projection) or "forward" in vars(projection):
+        return None
+    if isinstance(projection, LoRALayer) and projection.lora.active_pairs():
+        return summed_weight(projection, query)
+    is_plain = getattr(projection, "original_class", type(projection)) is NonDynamicallyQuantizableLinear
+    return projection._parameters["weight"] if is_plain else None
+
+
+def _project(
+    layer: LoRAMultiheadAttention, sums: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, ``(length, batch, embed_dim)``: base output plus low-rank terms, or that of the sums."""
+    q, k, v = base_projections(layer, query, key, value, sums or layer._parameters)
+    if sums:
         return q, k, v
     return _add_pairs(layer, "q", q, query), _add_pairs(layer, "k", k, key), _add_pairs(layer, "v", v, value)
 
 
 def _summed_weights(layer: LoRAMultiheadAttention, query: Tensor) -> dict[str, Tensor]:
     """The sums of the weights and their adapters by name, or none at all on the side of the activations."""
-    sums = {key: summed_weight(layer, query, key) for key in layer.lora.by_weight()}
-    return {key: total for key, total in sums.items() if total is not None} if None not in sums.values() else {}
+    if not layer.lora.sums:
+        return {}
+    keys = layer.lora.by_weight()
+    sums = {key: total for key in keys if (total := summed_weight(layer, query, key)) is not None}
+    return sums if len(sums) == len(keys) else {}
 
 
 def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:

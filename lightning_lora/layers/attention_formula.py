@@ -53,7 +53,7 @@ def attention(
         raise RuntimeError("`attn_mask` must be given with `is_causal=True`, which is a hint about it, but got None.")
     query, key, value = inputs
     batched = query.dim() == 3
-    query, key, value = _sequence_first(layer, query, key, value)
+    query, key, value = sequence_first(layer, query, key, value)
     causal = is_causal and key_padding_mask is None and not need_weights and extend is None
     mask = None if causal else _mask(layer, query, key, key_padding_mask, attn_mask)
     q, k, v = _extended(layer, *project(query, key, value))
@@ -76,7 +76,7 @@ def attention(
     return output.transpose(0, 1) if layer.batch_first else output, weights
 
 
-def _sequence_first(layer: nn.MultiheadAttention, *inputs: Tensor) -> list[Tensor]:
+def sequence_first(layer: nn.MultiheadAttention, *inputs: Tensor) -> list[Tensor]:
     """The inputs as ``(length, batch, features)``; equal objects stay equal objects, as in torch."""
     if inputs[0].dim() == 2:
         return [x.unsqueeze(1) for x in inputs]

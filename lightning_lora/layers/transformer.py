@@ -30,6 +30,8 @@ class LoRATransformerEncoderLayer(LoRALayer, nn.TransformerEncoderLayer):
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain layer."""
+        if self.training and torch.is_grad_enabled():  # torch then calls each layer
+            return super().forward(src, *args, **kwargs)
         if not has_active_adapters(self):
             return super().forward(src, *args, **kwargs)
         if can_use_merged_weights(self, src):
@@ -45,6 +47,8 @@ class LoRATransformerEncoder(LoRALayer, nn.TransformerEncoder):
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the plain module."""
+        if self.layers[0].training and torch.is_grad_enabled():  # torch then makes no nested tensors
+            return super().forward(src, *args, **kwargs)
         if not has_active_adapters(self) or (can_use_merged_weights(self, src) and not torch.compiler.is_compiling()):
             return super().forward(src, *args, **kwargs)
         with fast_path_disabled(self, "use_nested_tensor"):

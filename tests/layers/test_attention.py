@@ -38,10 +38,10 @@ def build(make):
         return (CASES[make] if isinstance(make, str) else make)()
 
 
-def adapt(layer, targets=("attn",), **arguments):
+def adapt(layer, targets=("attn",), compute="auto", **arguments):
     """A model around a copy of ``layer`` with adapters whose B is zero."""
     model = nn.ModuleDict({"attn": copy.deepcopy(layer)})
-    apply_lora(model, LoRAConfig(r=2, alpha=2 * SCALE, targets=targets, **arguments))
+    apply_lora(model, LoRAConfig(r=2, alpha=2 * SCALE, targets=targets, **arguments), compute=compute)
     return model
 
 
@@ -618,3 +618,122 @@ def test_sizes_may_be_numbers_of_numpy():
     trained = layer(x, x, x)[0]
     merge_lora(model)
     oracles.assert_close(layer(x, x, x)[0], trained, torch.float32)
+
+
+# On the weight's side.
+
+WEIGHTS = {"compute": "weights"}
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """The calls of torch's own function for attention."""
+    calls, plain = [], F.multi_head_attention_forward
+
+    def counted(*arguments, **others):
+        calls.append(1)
+        return plain(*arguments, **others)
+
+    monkeypatch.setattr(F, "multi_head_attention_forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sums_give_the_values_and_the_gradients_of_the_formula_in_fp64(name, by_torch):
+    plain, model, inputs, others = trained(name, **WEIGHTS)
+    layer, values = model["attn"], values_of(model["attn"])
+    wanted = expected(plain, values, inputs, others)
+    by_torch.clear()
+    for mode in ("train", "eval"):
+        output = call(layer, mode, inputs, others)
+        assert_close(output, wanted)
+    assert len(by_torch) == 2
+    for each in (output, wanted):
+        sum(y.square().sum() for y in each if y is not None).backward()
+    for part, pair in pairs_in(layer).items():
+        for present, exact in zip((pair.A.grad, pair.B.grad), values[part], strict=True):
+            oracles.assert_close(present, exact.grad, torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sums_with_b_zero_give_the_bits_of_the_plain_layer(name):
+    plain, inputs, others = build(name)
+    layer = adapt(plain, **WEIGHTS)["attn"]
+    for mode in ("train", "eval"):
+        assert_same_bits(call(layer, mode, inputs, others), call(plain, mode, inputs, others))
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_sums_draw_the_dropout_of_the_attention_as_the_plain_layer(name):
+    plain, inputs, others = build(DROPPED[name])
+    layer = adapt(plain, **WEIGHTS)["attn"]
+    torch.manual_seed(5)
+    wanted, state = call(plain, "train", inputs, others), torch.get_rng_state()
+    torch.manual_seed(5)
+    assert_same_bits(call(layer, "train", inputs, others), wanted)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("which", PARTIAL)
+@pytest.mark.parametrize("name", ["self-batch-first-no-weights", "memory", "kdim"])
+def test_sums_of_some_matrices_and_the_frozen_others(name, which):
+    plain, model, inputs, others = trained(name, PARTIAL[which], **WEIGHTS)
+    layer, values = model["attn"], values_of(model["attn"])
+    output, wanted = call(layer, "train", inputs, others), expected(plain, values, inputs, others)
+    assert_close(output, wanted)
+    output[0].square().sum().backward()
+    wanted[0].square().sum().backward()
+    for part, pair in pairs_in(layer).items():
+        for present, exact in zip((pair.A.grad, pair.B.grad), values[part], strict=True):
+            oracles.assert_close(present, exact.grad, torch.float32)
+
+
+def hooked(layer):
+    seen = []
+    layer.out_proj.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def wrapped_forward(layer):
+    seen, plain = [], layer.out_proj.forward
+    layer.out_proj.forward = lambda x: (seen.append(1), plain(x))[1]
+    return seen
+
+
+@pytest.mark.parametrize("watch", [hooked, wrapped_forward])
+def test_an_output_projection_that_something_watches_is_called(watch, by_torch):
+    plain, model, inputs, others = trained("self", **WEIGHTS)
+    layer, seen = model["attn"], watch(model["attn"])
+    wanted = expected(plain, values_of(layer), inputs, others)
+    by_torch.clear()
+    assert_close(layer(*inputs, **others), wanted)
+    assert seen and not by_torch
+
+
+class Doubling(nn.Linear):
+    """Another output projection than torch's."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_output_projection_of_the_users_is_called():
+    plain, inputs, others = build("self")
+    plain.out_proj = Doubling(WIDTH, WIDTH)
+    model = train_by_hand(adapt(plain, "qv", **WEIGHTS))
+    halved = copy.deepcopy(plain)
+    halved.out_proj = nn.Linear(WIDTH, WIDTH)
+    halved.out_proj.load_state_dict({key: 2 * value for key, value in plain.out_proj.state_dict().items()})
+    assert_close(model["attn"](*inputs, **others), expected(halved, values_of(model["attn"]), inputs, others))
+
+
+def test_dropout_of_one_projections_adapter_leaves_the_sum_of_the_others(by_torch):
+    plain, model, inputs, others = trained("self", **WEIGHTS)
+    layer = model["attn"]
+    layer.out_proj.lora.default.dropout = 0.5
+    with torch.no_grad():
+        layer.out_proj.lora.default.B.zero_()  # nothing is left of what is dropped
+    wanted = expected(plain, values_of(layer), inputs, others)
+    by_torch.clear()
+    assert_close(layer(*inputs, **others), wanted)
+    assert not by_torch
