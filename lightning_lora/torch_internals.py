@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
 in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
@@ -104,6 +105,11 @@ def cuda_stream_id(device: torch.device) -> int:
 def is_capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph records what is computed on the device of ``tensor``."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def count_of_hooks() -> int:
+    """How many hooks of modules and of tensors were registered so far, anywhere: while it stays, none has come."""
+    return RemovableHandle.next_id
 
 
 def has_module_hooks(module: nn.Module) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,16 @@ from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import Block
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
-from lightning_lora.torch_internals import any_autocast_enabled, call_after_backward, cuda_stream_id, is_capturing
+from lightning_lora.torch_internals import (
+    any_autocast_enabled,
+    call_after_backward,
+    count_of_hooks,
+    cuda_stream_id,
+    has_module_hooks,
+    is_capturing,
+)
+
+ADDRESS, VERSION, REQUIRES_GRAD = Tensor.data_ptr, attrgetter("_version"), attrgetter("requires_grad")
 
 
 class Member(Protocol):
@@ -70,12 +80,100 @@ def place_now(weight: Tensor) -> tuple[object, ...]:
     return dtype, weight.is_cuda and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
 
 
+class Lineup:
+    """Members that are summed together, as long as nothing but the values of their tensors changes.
+
+    One that no longer acts, or has another scale, may be among them. It sees that itself when it is called, and lets
+    the group look for its members again.
+
+    Args:
+        members: in their order in the group.
+        grad: whether gradients are enabled.
+
+    Attributes:
+        scale: of the first pair.
+        weights: where W0 of each member is among the tensors.
+        has_plain_factors: whether the factors are A and B themselves, of pairs with one scale.
+    """
+
+    def __init__(self, members: list[Member], grad: bool) -> None:
+        self.references, self.grad = [weakref.ref(member) for member in members], grad
+        tensors, self.hooks = _tensors_of(members), count_of_hooks()
+        self.ids, self.addresses = list(map(id, tensors)), list(map(ADDRESS, tensors))
+        self.flags = list(map(REQUIRES_GRAD, tensors))
+        self.scales = [pair.scale for member in members for pair in member.pairs]
+        self.scale = self.scales[0]
+        self.weights = [*accumulate((len(member.sources) for member in members), initial=0)][:-1]
+        of_weights = set(self.weights)
+        self.pairs = [at for at in range(len(tensors)) if at not in of_weights]  # A and B in turn
+        block = 0
+        for index, member in enumerate(members):
+            member.index, member.has_watched_factors = index, grad and member.is_watched()
+            member.blocks = range(block, block + (len(member.separate) or 1))
+            block = member.blocks.stop
+        self.is_watched = any(member.has_watched_factors for member in members)
+        self.has_plain_factors = set(self.scales) == {self.scale} and all(member.separate for member in members)
+
+    def members(self) -> list[Member]:
+        """Those that exist."""
+        return [member for reference in self.references if (member := reference()) is not None]
+
+    def tensors_if_unchanged(self, caller: Member, grad: bool) -> list[Any] | None:
+        """W0, and A and B of each pair, of all members; ``None`` if the members must be looked for again."""
+        members = self.members()
+        if grad is not self.grad or len(members) < len(self.references) or not any(m is caller for m in members):
+            return None
+        tensors = _tensors_of(members)
+        if list(map(id, tensors)) != self.ids or list(map(ADDRESS, tensors)) != self.addresses:
+            return None
+        return None if self.is_watched or self._has_new_hooks(members) else tensors
+
+    def _has_new_hooks(self, members: list[Member]) -> bool:
+        """Whether a hook expects a call of a pair, or waits for the gradient of A or B, since these were looked for."""
+        hooks = count_of_hooks()
+        if hooks == self.hooks:
+            return False
+        for member in members:
+            if any(map(has_module_hooks, member.pairs)) or (self.grad and member.is_watched()):
+                return True
+        self.hooks = hooks
+        return False
+
+    def factors(self, tensors: list[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The left and the right factor of each block."""
+        if self.has_plain_factors and not self.is_watched:
+            matrices = [tensors[at] for at in self.pairs]
+            return tuple(matrices[1::2]), tuple(matrices[::2])
+        factors = [member.factors_in_group(self.scale) for member in self.members()]
+        lefts, rights = (tuple(chain.from_iterable(part)) for part in zip(*factors, strict=True))
+        return lefts, rights
+
+    def blocks(self, weights: list[Tensor]) -> list[Block]:
+        """The rows of each pair."""
+        members = enumerate(self.members())
+        return [Block(index, *rows) for index, member in members for rows in member.rows(weights[index])]
+
+    def hand_out(self, values: Sequence[Tensor], tensors: list[Any]) -> None:
+        """Give each member its sum, and what tells of a change since."""
+        versions, first = list(map(VERSION, tensors)), 0
+        for at, member, value in zip(self.weights, self.members(), values, strict=True):
+            end = at + len(member.sources)
+            scales = self.scales[first : first + len(member.pairs)]
+            member.facts = [*scales, *versions[at:end], *self.addresses[at:end], *self.flags[at:end]]
+            member.value, first = value, first + len(member.pairs)
+
+
+def _tensors_of(members: Sequence[Member]) -> list[Any]:
+    return [parameters.get(key) for member in members for parameters, key in member.sources]
+
+
 class SumGroup:
     """Layers that are summed together: neighbours in the model, with weights of one dtype."""
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
         self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
+        self.lineup: Lineup | None = None  # the members that were summed last
         self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
         self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
@@ -107,21 +205,20 @@ class SumGroup:
         if group is not None and group.grad is False:
             group.forget()
 
-    def sum(self, first: Tensor, grad: bool) -> None:
-        """Sum the weights of all layers that are adapted now, and can be summed together with the weight ``first``."""
-        self.forget()
-        members = self._summed_now(first, grad)
-        first_block = 0
-        for index, member in enumerate(members):
-            member.index, member.has_watched_factors = index, grad and member.is_watched()
-            member.blocks = range(first_block, first_block + (len(member.separate) or 1))
-            first_block = member.blocks.stop
+    def sum(self, caller: Member, grad: bool) -> None:
+        """Sum the weights of all layers that are adapted now, and can be summed together with that of ``caller``."""
+        if self.sums is not None:
+            self.forget()
+        first = _tensors_of([caller])[0]
+        tensors = None if self.lineup is None else self.lineup.tensors_if_unchanged(caller, grad)
+        if self.lineup is None or tensors is None:
+            self.lineup, members = None, self._summed_now(first, grad)
+            self.lineup, tensors = Lineup(members, grad), _tensors_of(members)
         place = place_now(first)
-        self.sums = sums = self._sums_of(members, members[0].pairs[0].scale, place[0])
-        everything, done = (range(len(members)), range(len(sums.blocks))), _forgetting(self, sums)
+        self.sums = sums = self._sums_of(self.lineup, tensors, place[0])
+        everything, done = (range(len(self.lineup.references)), range(len(sums.blocks))), _forgetting(self, sums)
         values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
-        for member, value in zip(members, values, strict=True):
-            member.facts, member.value = member.facts_now(), value
+        self.lineup.hand_out(values, tensors)
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
     def _summed_now(self, first: Tensor, grad: bool) -> list[Member]:
@@ -137,29 +234,26 @@ class SumGroup:
         usable = [member for member, can_be in zip(live, self.usable, strict=True) if can_be]
         return [member for member in usable if not member.is_called_alone(grad)]
 
-    def _sums_of(self, members: list[Member], scale: float, dtype: Any) -> WeightSums:
-        factors = [member.factors_in_group(scale) for member in members]
-        lefts, rights = (tuple(chain.from_iterable(part)) for part in zip(*factors, strict=True))
-        weights = [parameters[key] for parameters, key in [member.sources[0] for member in members]]
-        tensors: list[Any] = [parameters[key] for member in members for parameters, key in member.sources]
-        addresses = list(map(Tensor.data_ptr, tensors))
-        can_be_planned = not is_capturing(weights[0]) and all(
-            member.separate and all(pair.scale == scale for pair in member.pairs) for member in members
-        )
-        if addresses != self.addresses:
-            self.blocks = [Block(i, *rows) for i, member in enumerate(members) for rows in member.rows(weights[i])]
-            self.kinds, self.plan, self.addresses = _kinds(weights, self.blocks, lefts), None, addresses
+    def _sums_of(self, lineup: Lineup, tensors: list[Any], dtype: Any) -> WeightSums:
+        lefts, rights = lineup.factors(tensors)
+        weights = [tensors[at] for at in lineup.weights]
+        can_be_planned = lineup.has_plain_factors and not is_capturing(weights[0])
+        if lineup.addresses != self.addresses:
+            blocks = lineup.blocks(weights)
+            self.kinds, self.blocks, self.plan = _kinds(weights, blocks, lefts), blocks, None
+            self.addresses = lineup.addresses  # last: from here on those are used
             if can_be_planned and SumPlan.can_be_used(weights, self.blocks, lefts, rights):
                 self.plan = SumPlan(weights, self.blocks, lefts, rights)
         if can_be_planned and self.plan is not None:
-            return PlannedSums(self.plan, self.blocks, lefts, rights, scale, dtype)
-        return BatchedSums(weights, self.kinds, self.blocks, lefts, rights, scale, dtype)
+            return PlannedSums(self.plan, self.blocks, lefts, rights, lineup.scale, dtype)
+        return BatchedSums(weights, self.kinds, self.blocks, lefts, rights, lineup.scale, dtype)
 
     def forget(self) -> None:
         """Let go of the sums."""
-        self._clear()
+        self.grad = None  # first: from here on none is read
         for member in self.alive():
             member.forget()
+        self._clear()
 
     def forget_after_backward(self) -> None:
         """Let go of the sums at the end of the backward pass that runs now: no node tells that it recomputed all."""

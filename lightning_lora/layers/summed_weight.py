@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.choice import Choice
-from lightning_lora.layers.sum_group import SumGroup, place_now
+from lightning_lora.layers.sum_group import ADDRESS, REQUIRES_GRAD, VERSION, SumGroup, place_now
 from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops import dispatch
 from lightning_lora.ops.fused_linear import PLAIN
@@ -144,7 +144,7 @@ class SummedWeight:
         group, weight = self.group, layer._parameters.get(self.key)
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
-        if not (self.always or self._is_faster(x)) or not self.is_live(layer):
+        if not (self.always or self._is_faster(x)) or not self._acts(layer):
             return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
@@ -154,8 +154,12 @@ class SummedWeight:
         is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
         if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
             if not self.can_be_summed(weight) or self.is_called_alone(grad):
+                group.lineup = None
                 return None
-            group.sum(weight, grad)  # type: ignore[arg-type]
+            group.sum(self, grad)
+            if self.facts != self.facts_now():  # the group has not seen a change of this member
+                group.lineup = None
+                group.sum(self, grad)
         self.was_read = True
         if recomputes:
             group.forget_after_backward()
@@ -165,6 +169,12 @@ class SummedWeight:
         if grad and (self.has_watched_factors or not value.requires_grad or (recomputes and _needs_own_graph())):
             return with_graph(sums, [self.index], self.blocks, *self.factors(sums.scale))[0]
         return value
+
+    def _acts(self, layer: LoRALayer) -> bool:
+        if self.is_live(layer):
+            return True
+        self.group.lineup = None  # it sums what acts
+        return False
 
     def _is_faster(self, x: Tensor) -> bool:
         work = x.numel() // self.width * self.size
@@ -176,14 +186,12 @@ class SummedWeight:
 
     def facts_now(self) -> list[object]:
         """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
-        facts: list[object] = [pair.scale for pair in self.pairs]
         try:
-            for parameters, key in self.sources:
-                tensor: Any = parameters[key]
-                facts += (tensor._version, tensor.data_ptr(), tensor.requires_grad)
-        except (KeyError, AttributeError, RuntimeError):  # it is computed, taken away, sharded or an inference tensor
-            return []
-        return facts
+            tensors: list[Any] = [parameters[key] for parameters, key in self.sources]
+            of_tensors = *map(VERSION, tensors), *map(ADDRESS, tensors), *map(REQUIRES_GRAD, tensors)
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            return []  # one of them is computed, taken away, sharded or an inference tensor
+        return [*[pair.scale for pair in self.pairs], *of_tensors]
 
     def can_be_summed(self, first: Any) -> bool:
         """Whether W0, A and B are plain tensors on the device of the weight ``first``, neither sharded nor computed."""

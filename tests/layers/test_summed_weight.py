@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora import load_lora_state_dict, lora_parameters, lora_state_dict, remove_lora, use_adapters
+from lightning_lora.layers.sum_group import SumGroup
 from tests.helpers import oracles
 from tests.helpers.oracles import same_bits
 from tests.helpers.weight_side import (
@@ -176,6 +177,74 @@ def test_training_equals_the_activations_side():
     present, expected = (model(X) for model in models)
     oracles.assert_close(present, expected, torch.float32)
     assert not torch.equal(expected, tower()(X))
+
+
+# From the second step on the group knows its members.
+
+
+def unfreeze_base(model, index):
+    model.layers[index].weight.requires_grad_()
+
+
+def freeze_a(model, index):
+    pair_of(model, index).A.requires_grad_(False)
+
+
+def disable(model, index):
+    model.layers[index].lora.enabled = False
+    pair_of(model, index).scale = 0.0  # what the written out formula has for it
+
+
+def two_steps(model):
+    for _ in range(2):
+        model(X).square().sum().backward()
+        model.zero_grad()
+
+
+def test_the_members_of_a_group_are_looked_for_once(monkeypatch):
+    model, looked_for, plain = tower(), [], SumGroup._summed_now
+    monkeypatch.setattr(SumGroup, "_summed_now", lambda *arguments: looked_for.append(1) or plain(*arguments))
+    two_steps(model)
+    assert len(looked_for) == 1
+
+
+@pytest.mark.parametrize("change", [*CHANGES, unfreeze_base, freeze_a, disable, write_data])
+def test_what_changes_between_two_steps_is_seen(change):
+    model = tower()
+    two_steps(model)
+    change(model, 1)
+    for _ in range(2):
+        model.zero_grad()
+        expected = WrittenOut(model)
+        present, output = model(X), expected(X)
+        assert_close(present, output)
+        present.square().sum().backward()
+        output.square().sum().backward()
+        if change is disable:
+            expected.leaves["layers.1.lora.default.A"].grad = expected.leaves["layers.1.lora.default.B"].grad = None
+        expected.assert_gradients()
+
+
+@pytest.mark.parametrize("watch", ["pair", "A", "everything"])
+def test_a_hook_that_comes_between_two_steps_is_called(watch):
+    model, seen = tower(), []
+    two_steps(model)
+    pair = pair_of(model, 1)
+    if watch == "pair":
+        handle = pair.register_forward_hook(lambda *_: seen.append(1))
+    elif watch == "A":
+        handle = pair.A.register_hook(lambda gradient: seen.append(gradient))
+    else:
+        hook = lambda module, *_: seen.append(1) if module is pair else None  # noqa: E731
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    expected = WrittenOut(model)
+    model(X).square().sum().backward()
+    expected(X).square().sum().backward()
+    expected.assert_gradients()
+    assert len(seen) == 1 and seen[0] is not None
+    handle.remove()
+    two_steps(model)
+    assert len(seen) == 1
 
 
 def pair_parameters(model):
