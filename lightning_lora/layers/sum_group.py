@@ -42,10 +42,14 @@ class Member(Protocol):
     pairs: Sequence[Adapter]
     sources: Sequence[tuple[dict[str, Any], str]]
     separate: Sequence[Rows | None]
+    input_rows: int
     layer: weakref.ref[LoRALayer]
 
     def is_live(self, layer: LoRALayer | None) -> bool:
         """Whether ``layer`` computes with it now."""
+
+    def is_wanted(self, rows: int, growth: float) -> bool:
+        """Whether its layer is expected to read it in this forward pass."""
 
     def can_be_summed(self, first: Any) -> bool:
         """Whether it can be summed together with the weight ``first``."""
@@ -163,6 +167,11 @@ class Lineup:
             member.value, first = value, first + len(member.pairs)
 
 
+def _weight_of(member: Member) -> Any:
+    parameters, key = member.sources[0]
+    return parameters[key]
+
+
 def _tensors_of(members: Sequence[Member]) -> list[Any]:
     return [parameters.get(key) for member in members for parameters, key in member.sources]
 
@@ -174,6 +183,7 @@ class SumGroup:
         self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
         self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
         self.lineup: Lineup | None = None  # the members that were summed last
+        self.times = 1  # that sums were made
         self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
         self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
@@ -205,25 +215,37 @@ class SumGroup:
         if group is not None and group.grad is False:
             group.forget()
 
-    def sum(self, caller: Member, grad: bool) -> None:
-        """Sum the weights of all layers that are adapted now, and can be summed together with that of ``caller``."""
+    def sum(self, caller: Member, grad: bool, rows: int) -> None:
+        """Sum the weights of all layers that are adapted now, and can be summed together with that of ``caller``.
+
+        Args:
+            caller: of the layer that is called.
+            grad: whether autograd records the sums.
+            rows: of the input of that layer.
+        """
         if self.sums is not None:
             self.forget()
-        first = _tensors_of([caller])[0]
         tensors = None if self.lineup is None else self.lineup.tensors_if_unchanged(caller, grad)
         if self.lineup is None or tensors is None:
-            self.lineup, members = None, self._summed_now(first, grad)
+            self.lineup = None
+            members = self._summed_now(_weight_of(caller), grad, self._wanted(caller, rows))
             self.lineup, tensors = Lineup(members, grad), _tensors_of(members)
-        place = place_now(first)
+        self.times += 1
+        place = place_now(_weight_of(caller))
         self.sums = sums = self._sums_of(self.lineup, tensors, place[0])
         everything, done = (range(len(self.lineup.references)), range(len(sums.blocks))), _forgetting(self, sums)
         values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
         self.lineup.hand_out(values, tensors)
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
-    def _summed_now(self, first: Tensor, grad: bool) -> list[Member]:
-        """The members that are summed together with the weight ``first``."""
-        live = [member for member in self.alive() if member.is_live(member.layer())]
+    def _wanted(self, caller: Member, rows: int) -> list[Member]:
+        """The members that act, and whose layers are expected to read their sums: others would be for nobody."""
+        growth = rows / caller.input_rows if caller.input_rows else 1.0
+        wanted = (member for member in self.alive() if member.is_wanted(rows, growth))
+        return [member for member in wanted if member.is_live(member.layer())]
+
+    def _summed_now(self, first: Tensor, grad: bool, live: list[Member]) -> list[Member]:
+        """Those of the members ``live`` that can be summed together with the weight ``first``."""
         tensors: list[Any] = [parameters.get(key) for member in live for parameters, key in member.sources]
         if not set(map(type, tensors)) <= PLAIN:
             self.checked = []

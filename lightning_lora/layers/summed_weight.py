@@ -68,6 +68,7 @@ class SummedWeight:
     sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
     separate: Sequence[Rows | None] = ()  # the rows of each pair, which has them alone; none if pairs share rows
     was_read = False
+    input_rows, noted_at = 0, 0  # of the smallest input since the group was summed for that time; 0: never called
     has_watched_factors = False  # a hook waits for the gradient of A or B, and must see none that is ``None``
 
     def __init__(
@@ -144,7 +145,13 @@ class SummedWeight:
         group, weight = self.group, layer._parameters.get(self.key)
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
-        if not (self.always or self._is_faster(x)) or not self._acts(layer):
+        rows = x.numel() // self.width
+        if not (self.always or (_has_weight_side(x.device) and self.is_faster(rows))):
+            self._note(rows)
+            if self.value is not None and not self.is_faster(self.input_rows):
+                group.lineup = None  # it has summed this weight for nobody
+            return None
+        if not self._acts(layer):
             return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
@@ -156,11 +163,12 @@ class SummedWeight:
             if not self.can_be_summed(weight) or self.is_called_alone(grad):
                 group.lineup = None
                 return None
-            group.sum(self, grad)
+            group.sum(self, grad, rows)
             if self.facts != self.facts_now():  # the group has not seen a change of this member
                 group.lineup = None
-                group.sum(self, grad)
+                group.sum(self, grad, rows)
         self.was_read = True
+        self._note(rows)
         if recomputes:
             group.forget_after_backward()
         value, sums = self.value, group.sums
@@ -176,13 +184,26 @@ class SummedWeight:
         self.group.lineup = None  # it sums what acts
         return False
 
-    def _is_faster(self, x: Tensor) -> bool:
-        work = x.numel() // self.width * self.size
+    def _note(self, rows: int) -> None:
+        if self.noted_at == self.group.times:
+            rows = min(rows, self.input_rows)
+        self.input_rows, self.noted_at = rows, self.group.times
+
+    def is_faster(self, rows: float) -> bool:
+        """Whether the sum is faster than the other side for an input of so many rows."""
+        work = rows * self.size
         if self.size > MAX_ELEMENTS or work > MAX_CHECKPOINTED_WORK:
             return False
-        if work > MAX_WORK and not saved_tensors_have_hooks():
-            return False
-        return x.is_cuda or x.device.type in dispatch.DEVICES
+        return work <= MAX_WORK or saved_tensors_have_hooks()
+
+    def is_wanted(self, rows: int, growth: float) -> bool:
+        """Whether the layer is expected to read the sum in this forward pass.
+
+        Args:
+            rows: of the input of the layer that is called now, for one that was not called yet.
+            growth: that number, divided by what it was in the last pass.
+        """
+        return self.always or self.is_faster(self.input_rows * growth if self.input_rows else rows)
 
     def facts_now(self) -> list[object]:
         """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
@@ -265,6 +286,11 @@ def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: st
         return summed.read(layer, x)
     chosen = summed.of_choice(choice.full) if choice.full else None
     return None if chosen is None else chosen.read(layer, x)
+
+
+def _has_weight_side(device: torch.device) -> bool:
+    """Whether sums are faster for some inputs on ``device``: where a kernel takes longer to launch than to compute."""
+    return device.type == "cuda" or device.type in dispatch.DEVICES
 
 
 def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:

@@ -216,6 +216,85 @@ def test_nothing_of_a_weights_size_is_kept_after_a_backward_pass(use_reentrant, 
     assert [reference() for reference in read] == [None] * len(read)
 
 
+# Which layers of a group are summed: those that read their sums.
+
+
+class TwoSizes(nn.Module):
+    """A small and a large linear layer, called on one input in an order that the call gives."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = nn.Linear(4, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x, order=("small", "large")):
+        return torch.cat([getattr(self, name)(x).flatten() for name in order])
+
+
+def two_sizes(monkeypatch):
+    """The model with adapters, whose large layer takes the weight's side for up to 4 rows and the small one always."""
+    monkeypatch.setattr("lightning_lora.layers.summed_weight.MAX_WORK", 4 * 64 * 4)
+    monkeypatch.setattr("lightning_lora.ops.dispatch.DEVICES", ("cpu",))
+    return adapted(TwoSizes(), compute="auto")
+
+
+def both_written_out(model, x, order=("small", "large")):
+    layers = [(getattr(model, name), getattr(model, name).lora["default"]) for name in order]
+    return torch.cat([(x @ (layer.weight + pair.scale * pair.B @ pair.A).t()).flatten() for layer, pair in layers])
+
+
+def summed_now(model):
+    return [name for name in ("small", "large") if getattr(model, name).lora.sums["weight"].value is not None]
+
+
+def test_a_layer_that_takes_the_other_side_is_not_summed(monkeypatch):
+    """Whether it did so in the last forward pass decides, and before the first one the size of the input."""
+    model = two_sizes(monkeypatch)
+    for rows, summed in [(8, 1), (8, 1), (2, 2), (8, 2), (8, 1), (8, 1)]:
+        y = model(torch.randn(rows, 4))
+        assert summed_now(model) == ["small", "large"][:summed]
+        y.sum().backward()
+
+
+@torch.no_grad()
+def test_a_prompt_and_single_tokens(monkeypatch):
+    """After the first token both layers are summed together, once for each token."""
+    model = two_sizes(monkeypatch)
+    model(torch.randn(8, 4))
+    assert summed_now(model) == ["small"]
+    model(torch.randn(1, 4))
+    with counted_sums() as sums:
+        for _ in range(3):
+            x = torch.randn(1, 4)
+            torch.testing.assert_close(model(x), both_written_out(model, x))
+    assert summed_now(model) == ["small", "large"] and len(sums) == 3
+
+
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small"), ("large",)])
+def test_inputs_that_grow_and_shrink_give_the_gradients_of_the_formula(order, monkeypatch):
+    model = two_sizes(monkeypatch)
+    for rows in (2, 8, 8, 2, 2, 8, 1):
+        x = torch.randn(rows, 4)
+        pairs = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        y, expected = model(x, order), both_written_out(model, x, order)
+        torch.testing.assert_close(y, expected)
+        present = torch.autograd.grad(y.square().sum(), pairs, allow_unused=True)
+        by_hand = torch.autograd.grad(expected.square().sum(), pairs, allow_unused=True)
+        for found, wanted in zip(present, by_hand, strict=True):
+            assert (found is None) == (wanted is None)
+            if found is not None:
+                assert_close(found, wanted)
+
+
+def test_a_layer_that_is_called_twice_is_summed_if_one_call_reads_it(monkeypatch):
+    model, x = two_sizes(monkeypatch), torch.randn(8, 4)
+    for _ in range(2):
+        with counted_sums() as sums:
+            model.large(x[:2])
+            model.large(x)
+    assert len(sums) == 1
+
+
 @pytest.fixture
 def without_collector():
     """No automatic garbage collection, and a quick one by hand."""
