@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
@@ -13,10 +14,11 @@ from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.linear import LoRALinear, TransposedLinear
 from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.sum_group import SumGroup
-from lightning_lora.layers.summed_weight import SummedWeight
+from lightning_lora.layers.summed_weight import MAX_ELEMENTS, SummedWeight
 from lightning_lora.targets.survey import Survey
 
 MAX_BYTES = 2**28  # of the weights of a group: their gradients live until the group's last one is there
+MAX_BYTES_OF_SUMS = 3 * 2**30  # of one model; more memory than that is worth more than the launches it saves
 
 WITH_WEIGHT_SIDE = (LoRALinear, TransposedLinear, LoRAConv, LoRAConvTranspose, LoRAMultiheadAttention)
 
@@ -26,8 +28,11 @@ def group_sums(survey: Survey, compute: str) -> None:
 
     Args:
         survey: of a model with adapters.
-        compute: ``"activations"``, ``"weights"``, or ``"auto"``: the weight's side where it is faster.
+        compute: ``"activations"``, ``"weights"``, or ``"auto"``: the weight's side where it is faster, unless the
+            sums of the whole model would take too much memory.
     """
+    if compute == "auto" and take_too_much_memory(_summed(survey)):
+        compute = "activations"
     groups: dict[object, SumGroup] = {}
     sizes: Counter[object] = Counter()  # bytes of the weights in each
     for layer in survey.layers():
@@ -40,6 +45,18 @@ def group_sums(survey: Survey, compute: str) -> None:
             sizes[kind] += size
             sums[key] = SummedWeight(layer, key, groups[kind], width, weight.numel(), compute == "weights")
         layer.lora.sums = sums
+
+
+def take_too_much_memory(weights: Iterable[Tensor]) -> bool:
+    """Whether ``"auto"`` does without the sums of all ``weights``, of which it never sums one of many elements."""
+    sizes = (weight.numel() * weight.element_size() for weight in weights if weight.numel() <= MAX_ELEMENTS)
+    return sum(sizes) > MAX_BYTES_OF_SUMS
+
+
+def _summed(survey: Survey) -> Iterable[Tensor]:
+    """The weights that have a weight's side."""
+    layers = (layer for layer in survey.layers() if width_of(layer))
+    return (parameter_of(layer, key) for layer in layers for key in layer.lora.by_weight())
 
 
 def compute_on_activations(model: nn.Module) -> None:

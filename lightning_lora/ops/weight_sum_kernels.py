@@ -88,6 +88,8 @@ def _sums(
         _sum_tile(weight, left, right, total, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, BK, False, False)
 
 
+# "tf32x3" computes a product of fp32 as three of TF32 on tensor cores. For 145 MiB of dW and r = 16 an H200 took 272 us
+# in place of 488, and the error was 2.6e-7 in place of 1.3e-6. The sums above are faster in fp32 up to r = 16.
 @triton.jit
 def _left_tile(
     gradient, right, d_left, rows, columns, r, inner, tile, scale,
@@ -107,7 +109,7 @@ def _left_tile(
         g = tl.load(gradient + (i[:, None] * columns + j[None, :]), mask=here & inside, other=0.0)
         at = k[:, None] * columns + _logical(j, columns, inner, PLAIN)[None, :]
         a = tl.load(right + at, mask=ranked[:, None] & inside, other=0.0).to(DTYPE)
-        total = tl.dot(g, tl.trans(a), total, input_precision="ieee")
+        total = tl.dot(g, tl.trans(a), total, input_precision="tf32x3")
     tl.store(d_left + (i[:, None] * r + k[None, :]), total * scale, mask=here & ranked[None, :])
 
 
@@ -129,7 +131,7 @@ def _right_tile(
         here = (i < rows)[:, None]
         g = tl.load(gradient + (i[:, None] * columns + j[None, :]), mask=here & inside, other=0.0)
         b = tl.load(left + (i[:, None] * r + k[None, :]), mask=here & ranked[None, :], other=0.0).to(DTYPE)
-        total = tl.dot(tl.trans(b), g, total, input_precision="ieee")
+        total = tl.dot(tl.trans(b), g, total, input_precision="tf32x3")
     at = k[:, None] * columns + _logical(j, columns, inner, PLAIN)[None, :]
     tl.store(d_right + at, total * scale, mask=ranked[:, None] & inside)
 

@@ -112,8 +112,9 @@ class LoRACallback(RoutedCallback):
         compute: Which side of the equation layers compute. "activations" is W0 x + scale B (A x), a few small products
             for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
-            for small layers and short inputs, where launching kernels takes longer than computing them. Both give the
-            same to rounding. Dropout, sharded weights and base_dtype need the activations' side.
+            for small layers and short inputs, where launching kernels takes longer than computing them, unless the sums
+            of the model would take more than 3 GiB. Both give the same to rounding. Dropout, sharded weights and
+            base_dtype need the activations' side.
 
         adapters: Several adapters by name in place of the one called name, each with the arguments in which it differs:
             r, alpha, targets, dropout, rslora, rank_pattern, alpha_pattern, lr_scale. An example is {"fr": {}, "de":

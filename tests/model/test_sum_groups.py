@@ -30,6 +30,23 @@ def test_a_group_has_a_limit_of_bytes(monkeypatch):
     assert len(set(map(id, groups(model).values()))) == 3
 
 
+@pytest.mark.parametrize(("compute", "has_groups"), [("auto", False), ("weights", True)])
+def test_sums_that_take_too_much_memory_are_made_on_request_alone(compute, has_groups, monkeypatch):
+    monkeypatch.setattr(sum_groups, "MAX_BYTES_OF_SUMS", 2 * 16 * 4)
+    for count, fits in [(2, True), (3, False)]:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+        apply_lora(model, CONFIG, compute=compute)
+        assert bool(groups(model)) == (fits or has_groups)
+
+
+def test_a_weight_that_is_never_summed_takes_none_of_that_memory(monkeypatch):
+    monkeypatch.setattr(sum_groups, "MAX_BYTES_OF_SUMS", 2 * 16 * 4)
+    monkeypatch.setattr(sum_groups, "MAX_ELEMENTS", 16)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 64))
+    apply_lora(model, CONFIG)
+    assert groups(model)
+
+
 @pytest.mark.parametrize("layer", [nn.Embedding(4, 4), nn.LSTM(4, 4), nn.Bilinear(4, 4, 4)])
 def test_other_kinds_have_a_way_of_their_own(layer):
     model = nn.Sequential(layer)

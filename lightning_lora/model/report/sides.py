@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import adapted_class_for
 from lightning_lora.layers.summed_weight import MAX_CHECKPOINTED_WORK, MAX_ELEMENTS, MAX_WORK
-from lightning_lora.model.sum_groups import has_weight_side
+from lightning_lora.model.sum_groups import has_weight_side, take_too_much_memory
 from lightning_lora.names import counted
 from lightning_lora.targets.survey import Site
 
@@ -21,11 +23,14 @@ def side_remark(sites: Sequence[Site], compute: str, dropout: float) -> str:
     """
     if compute == "activations" or dropout:
         return f"Layers compute {ACTIVATIONS}{', as dropout needs' if compute != 'activations' else ''}."
-    sizes = [_size(site) for site in sites if has_weight_side(adapted_class_for(site.module, site.parts))]
+    summed = [site for site in sites if has_weight_side(adapted_class_for(site.module, site.parts))]
+    sizes = [_size(site) for site in summed]
     count = len(sites) - len(sizes)
     others = f"\n`compute` has no effect on {count} of {counted(len(sites), 'layer')}." if count else ""
     if compute == "weights":
         return f"Layers compute {WEIGHTS}.{others}"
+    if take_too_much_memory(weight for site in summed for weight in _weights(site)):
+        return f"Layers compute {ACTIVATIONS}: the sums of all weights would take too much memory.{others}"
     rows = sorted({0 if size > MAX_ELEMENTS else MAX_WORK // max(1, size) for size in sizes})
     if not rows or not rows[-1]:
         return f"Layers compute {ACTIVATIONS}.{others}"
@@ -36,4 +41,8 @@ def side_remark(sites: Sequence[Site], compute: str, dropout: float) -> str:
 
 
 def _size(site: Site) -> int:
-    return max(parameter_of(site.module, part.key).numel() for part in site.parts)
+    return max(weight.numel() for weight in _weights(site))
+
+
+def _weights(site: Site) -> list[Tensor]:
+    return [parameter_of(site.module, key) for key in dict.fromkeys(part.key for part in site.parts)]

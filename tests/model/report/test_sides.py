@@ -42,6 +42,12 @@ def test_a_weight_that_is_too_large_for_the_sum():
     assert last_lines("auto", layer) == f"{ACTIVATIONS}."
 
 
+def test_a_model_whose_sums_are_too_large():
+    layers = [nn.Linear(2**12, 2**12, device="meta") for _ in range(49)]  # 49 * 2**26 bytes in fp32
+    assert last_lines("auto", *layers[:48]).startswith(f"On a GPU l{WEIGHTS[1:]} for inputs of up to")
+    assert last_lines("auto", *layers) == f"{ACTIVATIONS}: the sums of all weights would take too much memory."
+
+
 def test_a_callback_brings_its_own_and_a_configuration_says_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     callback = LoRACallback(r=2, targets="all", compute="weights")
