@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_lora.ops.mixture import Mixture
 from lightning_lora.ops.packed.weight import Weight, matrix_of, product_of
-from lightning_lora.ops.products import as_matrix, base_plus_low_rank, batched_matmul, matmul
+from lightning_lora.ops.products import as_matrix, base_plus_low_rank, matmul
 from lightning_lora.torch_internals import flattened
 
 
@@ -205,7 +205,7 @@ class BySample(_WithCopies):
 
     def gradients_of_A(self, d_hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """The sums over the samples of each pair."""
-        total = batched_matmul(d_hidden.mT, self._by_sample(x), dtype)
+        total = matmul(d_hidden.mT, self._by_sample(x), dtype)
         slots = total.view(self.mixture.size * self.mixture.slots, -1)
         dA = (self.mixture.sums(dtype) @ slots).view(self.mixture.pairs, -1, total.shape[-1])
         return self._of_ranks(dA, 1)
@@ -213,7 +213,7 @@ class BySample(_WithCopies):
     def gradients_of_B(self, dy: Tensor, hidden: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """The sums over the samples of each pair."""
         size, slots = self.mixture.size, self.mixture.slots
-        total = batched_matmul(self._by_sample(dy).mT, hidden, dtype)
+        total = matmul(self._by_sample(dy).mT, hidden, dtype)
         outside = total.shape[1]
         if slots > 1:
             total = total.view(size, outside, slots, -1).transpose(1, 2)

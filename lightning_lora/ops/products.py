@@ -60,19 +60,15 @@ def scaled(matrix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in ``dtype``; cuBLAS writes fp32 from half inputs without rounding to their dtype first."""
+    """``left @ right`` in ``dtype``, of two matrices or two batches of them.
+
+    cuBLAS writes fp32 from half inputs without rounding to their dtype first.
+    """
+    product = torch.mm if left.dim() == 2 else torch.bmm
     to_fp32 = left.is_cuda and dtype == torch.float32 and left.dtype in HALF_DTYPES and torch.version.hip is None
     if to_fp32 and not torch.is_grad_enabled() and not in_functorch_transform():
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype=dtype)
-
-
-def batched_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`matmul` of a batch: ``(n, rows, k)`` and ``(n, k, columns)`` to ``(n, rows, columns)``."""
-    to_fp32 = dtype == torch.float32 and left.dtype in HALF_DTYPES and left.is_cuda and torch.version.hip is None
-    if to_fp32 and not in_functorch_transform():
-        return torch.bmm(left, right, out_dtype=dtype)
-    return torch.bmm(left, right).to(dtype)
+        return product(left, right, out_dtype=dtype)
+    return product(left, right).to(dtype=dtype)
 
 
 def differentiable_gradients(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.products import batched_matmul
+from lightning_lora.ops.products import matmul
 
 ALIGNMENT = 128  # elements at whose multiples the kernels write what they compute: multiples of 256 bytes
 
@@ -87,10 +87,10 @@ class WeightBatch:
         stacked = torch.stack([_as_matrix(gradient, self.order) for gradient in gradients])
         is_full = len(used) == len(self.weights)
         left, right = (self.left, self.right) if is_full else (self.left[used], self.right[used])
-        d_left = batched_matmul(stacked, right.to(stacked.dtype).mT, dtype)
+        d_left = matmul(stacked, right.to(stacked.dtype).mT, dtype)
         if self.scale != 1:
             d_left *= self.scale
-        d_right = batched_matmul(left.to(stacked.dtype).mT, stacked, dtype)
+        d_right = matmul(left.to(stacked.dtype).mT, stacked, dtype)
         return d_left, _reordered_back(d_right, self.shape, self.order)
 
 
