@@ -2,6 +2,10 @@
 
 TIES and DARE act on the elements of the deltas, so these are built; the result is the nearest of rank r to what they
 give. The other two need no matrix larger than the factors.
+
+Each of :data:`KINDS` gets the factors of each delta, weighted: B ``(out_features, r_i)`` and A ``(r_i, in_features)``;
+the rank of the result, the sum of all r_i where they are stacked; ``density``, the share of the largest elements that
+TIES keeps, or the probability with which DARE keeps one; and a generator of random numbers for each delta.
 """
 
 from __future__ import annotations
@@ -17,27 +21,13 @@ Combination = Callable[[Sequence[DeltaFactors], int, float, Sequence[torch.Gener
 
 
 def stack(updates: Sequence[DeltaFactors], r: int, density: float, generators: Sequence[torch.Generator]) -> LowRank:
-    """The sum of ``updates``, exactly: A stacked, B side by side.
-
-    Args:
-        updates: the factors of each delta, weighted: B ``(out_features, r_i)``, A ``(r_i, in_features)``.
-        r: rank of the result, the sum of all r_i.
-        density: not used.
-        generators: not used.
-    """
+    """The sum of ``updates``, exactly: A stacked, B side by side."""
     B, A = stacked(updates)
     return LowRank(A.float(), B.float(), 1.0)
 
 
 def nearest(updates: Sequence[DeltaFactors], r: int, density: float, generators: Sequence[torch.Generator]) -> LowRank:
-    """The nearest of rank ``r`` to the sum of ``updates``, by QR of the stacked factors and an SVD of their product.
-
-    Args:
-        updates: as of :func:`stack`.
-        r: rank of the result.
-        density: not used.
-        generators: not used.
-    """
+    """The nearest of rank ``r`` to the sum of ``updates``, by QR of the stacked factors and an SVD of their product."""
     B, A = stacked(updates)
     left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
     core = truncated_svd(left.R @ right.R.T, r)
@@ -51,12 +41,6 @@ def stacked(updates: Sequence[DeltaFactors]) -> DeltaFactors:
 
 def ties(updates: Sequence[DeltaFactors], r: int, density: float, generators: Sequence[torch.Generator]) -> LowRank:
     """The nearest of rank ``r`` to the TIES merge of ``updates``.
-
-    Args:
-        updates: as of :func:`stack`.
-        r: rank of the result.
-        density: share of the elements of each delta that is kept, the largest.
-        generators: not used.
 
     Source: Yadav et al. 2023 (arXiv 2306.01708), algorithm 1.
     """
@@ -90,11 +74,7 @@ def disjoint_mean(deltas: Sequence[Tensor]) -> Tensor:
 def dare(updates: Sequence[DeltaFactors], r: int, density: float, generators: Sequence[torch.Generator]) -> LowRank:
     """The nearest of rank ``r`` to the sum of what DARE leaves of each of ``updates``.
 
-    Args:
-        updates: as of :func:`stack`.
-        r: rank of the result.
-        density: the probability with which an element is kept.
-        generators: one for each of ``updates``, on the CPU: the same elements are dropped on every device.
+    The generators are on the CPU, so that the same elements are dropped on every device.
 
     Source: Yu et al. 2023 (arXiv 2311.03099), equations 1 and 2.
     """
