@@ -115,8 +115,9 @@ def adapted_class_for(module: nn.Module, parts: Iterable[WeightPart]) -> type[Lo
 
 
 def _derive(original: type[nn.Module]) -> type[LoRALayer]:
-    root, host = adaptable_base(original), host_base(original)
-    if root is None or (host is not None and calls_super(original, root)):
+    root = adaptable_base(original)
+    if root is None:
+        host = host_base(original)
         assert host is not None
         return HOST_CLASSES[host] if original is host else _derived(original, [original, HOST_CLASSES[host]])
     if root in ADAPTED_CLASSES:
