@@ -39,12 +39,11 @@ class StackedSum:
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Called by torch for every function of torch that gets a :class:`StackedSum`."""
-        for value in args:
-            if isinstance(value, StackedSum):
-                value._check_gradient()
-        linear_function = LINEAR_FUNCTIONS.get(func)
-        if linear_function is not None:
-            result = linear_function(*args, **(kwargs or {})) if _expected(kwargs) else NotImplemented
+        sums = [value for value in args if isinstance(value, StackedSum)]
+        for value in sums:
+            value._check_gradient()
+        if func in LINEAR_FUNCTIONS and len(sums) == 1 and set(kwargs or {}) <= NOT_FACTORS:
+            result = LINEAR_FUNCTIONS[func](*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         args = [_materialized(value) for value in args]
@@ -78,9 +77,8 @@ class StackedSum:
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """Transposed matrices; for other dimensions a plain tensor."""
-        self._check_gradient()
         if {dim % self.weight.dim() for dim in (dim0, dim1)} == {self.weight.dim() - 1, self.weight.dim() - 2}:
-            return StackedSum(self.weight.mT, self.right.mT, self.left.mT)
+            return self.mT
         return self.materialize().transpose(dim0, dim1)
 
     def t(self) -> Any:
@@ -88,9 +86,10 @@ class StackedSum:
         return self.transpose(0, 1)
 
     @property
-    def mT(self) -> Any:
+    def mT(self) -> StackedSum:
         """The transposed matrices."""
-        return self.transpose(-1, -2)
+        self._check_gradient()
+        return StackedSum(self.weight.mT, self.right.mT, self.left.mT)
 
     @property
     def T(self) -> Any:
@@ -106,8 +105,6 @@ class StackedSum:
         return self._map(Tensor.contiguous)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "left", "right", "wants_gradient"):  # not yet set while it is copied
-            raise AttributeError(name)
         # Shape, dtype, device and the like are those of the weight; whatever gives values needs the sum.
         return getattr(self.weight if name in DESCRIBES else self.materialize(), name)
 
@@ -126,10 +123,7 @@ def _in_function() -> bool:
 DESCRIBES = {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "layout", "element_size", "data_ptr"}
 DESCRIBES |= {"is_cuda", "is_meta", "is_nested", "is_contiguous", "is_floating_point"}
 
-
-def _expected(kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether no factor is given by keyword."""
-    return set(kwargs or {}) <= {"bias", "offs", "out_dtype"}
+NOT_FACTORS = {"bias", "offs", "out_dtype"}  # keyword arguments
 
 
 def _materialized(value: Any) -> Any:
@@ -139,15 +133,13 @@ def _materialized(value: Any) -> Any:
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, StackedSum) or isinstance(bias, StackedSum):
+    if not isinstance(weight, StackedSum):
         return NotImplemented
     return F.linear(x, weight.weight, bias) + F.linear(F.linear(x, weight.right), weight.left)
 
 
 def _product(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
     def multiply(a: Any, b: Any) -> Any:
-        if isinstance(a, StackedSum) and isinstance(b, StackedSum):
-            return NotImplemented
         if 1 in (a.dim(), b.dim()):
             return NotImplemented
         if isinstance(a, StackedSum):
@@ -159,8 +151,6 @@ def _product(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any]
 
 def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
     def multiply(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, StackedSum):
-            return NotImplemented
         padding = -weight.left.shape[-1] % 8  # the kernels need rows of a multiple of 16 bytes
         left, right = F.pad(weight.left, (0, padding)), F.pad(weight.right.mT, (0, padding)).mT
         hidden = product(x, left, *args, **kwargs)
@@ -171,20 +161,19 @@ def _grouped(product: Callable[..., Tensor]) -> Callable[..., Any]:
 
 def _einsum(equation: Any, *operands: Any) -> Any:
     """The einsum with W, plus one with ``left`` and ``right`` in its place, in the order with small intermediates."""
-    flat = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    places = [place for place, operand in enumerate(flat) if isinstance(operand, StackedSum)]
-    if not isinstance(equation, str) or len(places) != 1 or "->" not in equation or "." in equation:
+    if "->" not in equation or "." in equation:
         return NotImplemented
+    place = next(place for place, operand in enumerate(operands) if isinstance(operand, StackedSum))
     inputs, output = equation.replace(" ", "").split("->")
-    terms, (place,), rank = inputs.split(","), places, next(c for c in "zyxwvutsr" if c not in equation)
-    stacked, row, column, weight = terms[place][:-2], terms[place][-2], terms[place][-1], flat[place]
+    terms, rank = inputs.split(","), next(c for c in "zyxwvutsr" if c not in equation)
+    stacked, row, column, weight = terms[place][:-2], terms[place][-2], terms[place][-1], operands[place]
     factors = [(stacked + row + rank, weight.left), (stacked + rank + column, weight.right)]
-    others = [(term, operand) for at, (term, operand) in enumerate(zip(terms, flat, strict=True)) if at != place]
+    others = [(term, operand) for at, (term, operand) in enumerate(zip(terms, operands, strict=True)) if at != place]
     if row in output:  # the columns are summed over: the factor that has them comes first
         factors.reverse()
     ordered = [*others, *factors]
     low_rank = torch.einsum(",".join(term for term, _ in ordered) + f"->{output}", *(operand for _, operand in ordered))
-    return torch.einsum(equation, *(weight.weight if at == place else o for at, o in enumerate(flat))) + low_rank
+    return torch.einsum(equation, *(weight.weight if at == place else o for at, o in enumerate(operands))) + low_rank
 
 
 def _on_materialized(name: str) -> Callable[..., Any]:

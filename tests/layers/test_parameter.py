@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
 from lightning_lora.ops.stacked import StackedSum
@@ -63,6 +64,81 @@ def test_what_is_not_linear_in_the_sum_gets_it_built():
     assert torch.equal(lazy[0, 1], total[0, 1]) and torch.equal(lazy[1].chunk(2)[0], total[1].chunk(2)[0])
     assert torch.equal(lazy.transpose(0, 1), total.transpose(0, 1))
     assert (lazy.shape, lazy.dtype, lazy.device, len(lazy), lazy.dim()) == (W.shape, W.dtype, W.device, 3, 3)
+
+
+def integers(*shape):
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(sum(shape))).float()  # exact
+
+
+X, Y = integers(2, 5), integers(2, 4)
+EXPRESSIONS = {
+    "an expert": lambda w: X @ w[1].mT,
+    "its transposed matrix": lambda w: X @ w[1].T,
+    "t()": lambda w: X @ w[1].t(),
+    "the matrix first": lambda w: w[2] @ X.mT,
+    "some experts": lambda w: torch.bmm(w[[0, 2]], X.mT.expand(2, 5, 2)),
+    "a slice of them": lambda w: torch.bmm(w[1:], X.mT.expand(2, 5, 2)),
+    "experts of rows": lambda w: w[torch.tensor([2, 1])] @ X.unsqueeze(-1),
+    "another dtype": lambda w: X.double() @ w[0].to(torch.float64).mT,
+    "contiguous": lambda w: Y @ w.transpose(1, 2).contiguous()[0].mT,
+    "einsum": lambda w: torch.einsum("bd,ewd->ebw", X, w),
+    "einsum, transposed": lambda w: torch.einsum("ewd, bw -> ebd", w, Y),
+    "einsum of a list": lambda w: torch.einsum("bd,ewd->bw", [X, w]),
+    "einsum by numbers": lambda w: torch.einsum(X, [0, 1], w, [2, 3, 1], [2, 0, 3]),
+}
+BUILT = {
+    "a vector": lambda w: w @ X[0],
+    "a matrix by keyword": lambda w: F.linear(X, weight=w[1]),
+    "a product of two": lambda w: w @ w.mT,
+    "a linear input": lambda w: F.linear(w, X),
+    "einsum with an ellipsis": lambda w: torch.einsum("bd,...wd->b...w", X, w),
+    "einsum without an arrow": lambda w: torch.einsum("bd,ewd", X, w),
+    "einsum of two": lambda w: torch.einsum("ewd,ewd->e", w, w),
+    "indices of rows": lambda w: w[torch.tensor([[0, 1], [2, 0]])] + w[:, 1:3].sum(),
+    "rows of an expert": lambda w: w[1][torch.tensor([0, 2])] + w[1][1:3],
+    "reversed dimensions": lambda w: w.permute(2, 1, 0),
+    "a keyword": lambda w: w.sum(dim=0) + torch.sum(w, dim=-1).sum(),
+    "an argument by keyword": lambda w: torch.add(X.sum(), other=w),
+    "operators": lambda w: (-w + 1) * 2 - (1 + w) / 2 + w**2 + 2 * w + (3 - w) - (w - 3),
+    "comparisons": lambda w: (w > 0).float() - (w < 1).float(),
+}
+
+
+@pytest.mark.parametrize("name", [*EXPRESSIONS, *BUILT])
+def test_a_lazy_sum_has_the_values_of_the_sum(name, monkeypatch):
+    W, left, right = integers(3, 4, 5), integers(3, 4, 2), integers(3, 2, 5)
+    expression, built = (EXPRESSIONS | BUILT)[name], []
+    expected = expression(W + left @ right)
+    materialize = StackedSum.materialize
+    monkeypatch.setattr(StackedSum, "materialize", lambda self: built.append(1) or materialize(self))
+    assert torch.equal(expression(StackedSum(W, left, right)), expected)
+    assert bool(built) == (name in BUILT)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_nested"),
+        *("dim", "size", "numel", "stride", "element_size", "data_ptr", "is_contiguous", "is_floating_point"),
+    ],
+)
+def test_a_fact_of_the_weight_builds_no_sum(fact, monkeypatch):
+    W = integers(3, 4, 5)
+    lazy = StackedSum(W, integers(3, 4, 2), integers(3, 2, 5))
+    monkeypatch.delattr(StackedSum, "materialize")
+    known, expected = getattr(lazy, fact), getattr(W, fact)
+    assert known == expected if not callable(known) else known() == expected()
+
+
+def test_an_einsum_multiplies_in_the_order_with_few_operations():
+    W, left, right = torch.randn(3, 40, 50), torch.randn(3, 40, 2), torch.randn(3, 2, 50)
+    x, y = torch.randn(30, 50), torch.randn(30, 40)
+    for equation, other in (("bd,ewd->ebw", x), ("bw,ewd->ebd", y)):
+        with FlopCounterMode(display=False) as plain:
+            torch.einsum(equation, other, W)
+        with FlopCounterMode(display=False) as lazy, torch.backends.opt_einsum.flags(enabled=False):
+            torch.einsum(equation, other, StackedSum(W, left, right))
+        assert lazy.get_total_flops() < 1.2 * plain.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -169,3 +245,28 @@ def test_a_stack_that_other_code_passes_to_one_is_refused():
         model(torch.randn(2, 5, 4))
     with torch.no_grad():
         assert model(torch.randn(2, 5, 4)).shape == (2, 5, 3)
+
+
+class Reads(torch.autograd.Function):
+    """Reads a stack of three dimensions in some way."""
+
+    @staticmethod
+    def forward(ctx, weight, read):
+        return read(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "read", [lambda w: w[0].sum(), lambda w: w.mT.sum(), lambda w: w.T, lambda w: w.sum(), lambda w: torch.sum(w)]
+)
+def test_no_read_in_an_autograd_function_loses_a_gradient_in_silence(read):
+    left = torch.ones(2, 4, 1, requires_grad=True)
+    stack = StackedSum(torch.ones(2, 4, 3), left, torch.ones(2, 1, 3))
+    with pytest.raises(RuntimeError, match="Leave it out with `exclude`"):
+        Reads.apply(stack, read)
+    with torch.no_grad():
+        read(stack)  # a value to log needs no gradient
+    Reads.apply(StackedSum(torch.ones(2, 4, 3), left.detach(), torch.ones(2, 1, 3)), read)  # frozen adapters
