@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
@@ -225,10 +226,10 @@ def test_sequences_short_and_long(positions, calls):
 def test_gradients_after_passes_without_them_and_the_other_way_round(calls):
     model = several()
     with use_adapters(model, ENTRIES):
-        for mode in ("no-grad", "train", "inference", "train", "no-grad"):
+        for mode in ("inference", "no-grad", "train", "inference", "train", "no-grad"):
             with MODES[mode]():
                 assert_acts(model, order=(0, 1), trains=mode == "train")
-    assert len(calls) == 10
+    assert len(calls) == 12
 
 
 def test_a_pass_without_gradients_leaves_what_a_backward_pass_reads(calls):
@@ -402,13 +403,28 @@ def test_threads_choose_for_themselves():
             assert_close(y, expected)
 
 
-def test_a_layer_of_another_dtype_is_copied_by_itself(copied):
-    model = several()
-    for parameter in model.layers[1].lora.parameters():
+def give_the_layer_another_dtype(adapters):
+    for parameter in adapters.parameters():
         parameter.data = parameter.data.double()
+
+
+def give_one_pair_another_dtype(adapters):
+    give_the_layer_another_dtype(adapters["fr"])
+
+
+def compute_A(adapters):
+    register_parametrization(adapters["fr"], "A", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("change", "count"), [(give_the_layer_another_dtype, 2), (give_one_pair_another_dtype, 2), (compute_A, 1)]
+)
+def test_a_layer_that_is_not_like_the_others_is_copied_by_itself_or_not(change, count, copied):
+    model = several()
+    change(model.layers[1].lora)
     with use_adapters(model, ENTRIES):
         assert_acts(model, trains=True)
-    assert len(copied) == 2
+    assert len(copied) == count
 
 
 def test_a_list_that_is_no_batch_is_refused():
