@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -43,7 +42,7 @@ from lightning_lora.layers.parameter import (
 from lightning_lora.layers.quantized.formats import is_quantized, is_quantized_class
 from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.recurrent import LoRACell, LoRARecurrent
-from lightning_lora.layers.source_code import NOT_COMPUTING, names_in
+from lightning_lora.layers.source_code import NOT_COMPUTING, function_of, names_in
 from lightning_lora.layers.transformer import LoRATransformerEncoder, LoRATransformerEncoderLayer
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
@@ -156,18 +155,20 @@ def _derive_holder(original: type[nn.Module], keys: Keys) -> type[LoRALayer]:
 
 
 def calls_super(cls: type[nn.Module], root: type[nn.Module]) -> bool:
-    """Whether every forward between ``cls`` and ``root`` calls ``super().forward`` and reads no weight itself."""
+    """Whether each forward between ``cls`` and ``root`` calls ``super().forward``, and nothing there reads a weight."""
     between = cls.__mro__[: cls.__mro__.index(root)]
     forwards = [vars(owner)["forward"] for owner in between if "forward" in vars(owner)]
-    all_call_super = all({"super", "forward"} <= (used := _names_in(f)) and not used & WEIGHT_NAMES for f in forwards)
-    others = (value for owner in between for name, value in vars(owner).items() if not NOT_COMPUTING.fullmatch(name))
-    reads = any(_names_in(getattr(value, "fget", value)) & WEIGHT_NAMES for value in others)
-    return all_call_super and not reads and not any("_conv_forward" in vars(owner) for owner in between)
+    computing = [v for owner in between for name, v in vars(owner).items() if not NOT_COMPUTING.fullmatch(name)]
+    return (
+        all({"super", "forward"} <= _names_in(forward) for forward in forwards)
+        and not any(_names_in(value) & WEIGHT_NAMES for value in computing)
+        and not any("_conv_forward" in vars(owner) for owner in between)
+    )
 
 
-def _names_in(function: Any) -> set[str]:
-    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-    return names_in(code) if code is not None else set()
+def _names_in(value: object) -> set[str]:
+    function = function_of(value)
+    return set() if function is None else names_in(function.__code__)
 
 
 def parts_of(module: nn.Module) -> list[WeightPart]:
