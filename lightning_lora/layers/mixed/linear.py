@@ -53,8 +53,8 @@ class MixedLayer:
         self.names = tuple(name for name in self.modules if name in names)
         pairs: list[Any] = [self.modules[name] for name in self.names]
         self.pairs = pairs
-        # Several matrices, or some rows of one, need the plain formula.
-        self.is_plain = bool(pairs) and not any(type(pair) is Pairs or pair.part.rows is not None for pair in pairs)
+        # Several matrices, as those of a fused query, key and value, need the plain formula.
+        self.is_plain = bool(pairs) and Pairs not in map(type, pairs)
         self.parameters = [pair._parameters for pair in pairs]
         self.hooks = list(chain.from_iterable(map(hooks_of, pairs)))
         if self.is_plain:

@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
@@ -27,8 +28,9 @@ from lightning_lora import (
 from lightning_lora.layers.mixed import copies as copies_module
 from lightning_lora.layers.mixed import linear as linear_module
 from lightning_lora.ops import mixed_linear as op
-from tests.helpers.models import Tower
+from tests.helpers.models import FusedBlock, Tower
 from tests.helpers.oracles import saved_and_loaded
+from tests.helpers.several import fill, mixed_as_alone
 
 RANKS = {"fr": 2, "de": 2, "es": 2}
 ENTRIES = ["fr", "de", None, {"fr": 0.5, "es": 2.0}, "de"]
@@ -363,6 +365,24 @@ def test_a_hook_of_a_pair_is_called(calls):
         handle.remove()
         assert_acts(model)
     assert seen == [1] and len(calls) == 8
+
+
+def test_a_hook_of_all_modules_sees_each_pair(calls):
+    model, seen = several(), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    with use_adapters(model, ENTRIES):
+        assert_acts(model)
+    handle.remove()
+    assert set(seen) >= {pair for layer in model.layers for pair in layer.lora.values()} and not calls
+
+
+def test_parts_of_a_fused_layer_act_in_their_own_rows(calls):
+    model = FusedBlock(8)
+    for name, targets in {"fr": ["qkv.k"], "de": "qv"}.items():
+        apply_lora(model, LoRAConfig(name=name, r=2, targets=targets), compute="activations")
+    fill(model)
+    mixed_as_alone(model, torch.randn(4, 5, 8), ["fr", "de", None, "fr"])
+    assert not calls
 
 
 def test_dropout_follows_the_mode_and_the_probability(calls):
