@@ -70,8 +70,8 @@ def _tokens(arguments: Arguments, choice: Choice, layer: LoRALayer) -> int:
     if len(counts) != 1 or not routes or choice.is_ambiguous:
         return 0
     (count,) = counts
-    shapes = [shape for shape in choice.blocks.get(id(layer.lora), ()) if len(shape) == 3]
-    known = any(shape[0] == choice.size and shape[0] * shape[1] == count for shape in shapes)
+    shapes = choice.blocks.get(id(layer.lora), ())
+    known = any(len(shape) == 3 and shape[0] == choice.size and shape[0] * shape[1] == count for shape in shapes)
     return count if known else 0
 
 

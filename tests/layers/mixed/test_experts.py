@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, apply_lora, lora_parameters, use_adapters
+from lightning_lora import LoRAConfig, apply_lora, disable_lora, lora_parameters, use_adapters
 from lightning_lora.model.several.acting import choose
 from lightning_lora.ops.stacked import StackedSum
 
@@ -153,6 +153,75 @@ def test_tokens_whose_sample_is_not_known_are_refused():
     model.add_module("other", nn.LSTM(2, 2))  # batch_first=False: either dimension may be the batch
     with use_adapters(model, ENTRIES), pytest.raises(ValueError, match=REFUSED):
         model(x)
+
+
+# Calls of experts with tokens, the experts of each token and their weights, in a block.
+UNKNOWN = {
+    "no experts of tokens": lambda experts, tokens, index, weights: experts(tokens, index.double(), weights),
+    "one expert for each token": lambda experts, tokens, index, weights: experts(tokens, index[:, 0], weights),
+    "another number of weights": lambda experts, tokens, index, weights: experts(tokens, index, weights[:1]),
+    "a number": lambda experts, tokens, index, weights: experts(tokens, index, weights, torch.ones(())),
+    "copies of tokens": lambda experts, *tensors: experts(*(tensor.repeat(2, 1) for tensor in tensors)),
+    "a list of outputs": lambda experts, *tensors: experts(*tensors, finish=list),
+    "one output": lambda experts, *tensors: experts(*tensors, finish=lambda y: y.sum(0, keepdim=True)),
+}
+
+
+class AnyExperts(RoutedExperts):
+    """Takes more arguments, and weights and experts of other shapes."""
+
+    def forward(self, tokens, index, weights, scale=None, finish=lambda y: y):
+        index = index.long().view(len(tokens), -1)
+        y = super().forward(tokens, index, weights.expand(index.shape) if len(weights) == 1 else weights)
+        return finish(y)
+
+
+class AnyBlock(nn.Module):
+    """Calls its experts as asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = AnyExperts()
+
+    def forward(self, call, x):
+        tokens = (x["x"] if isinstance(x, dict) else x).reshape(-1, 4)
+        index = torch.arange(2 * len(tokens)).view(-1, 2) % 3
+        return call(self.experts, tokens, index, torch.ones(len(tokens), 2).double())
+
+
+@pytest.mark.parametrize("call", UNKNOWN.values(), ids=UNKNOWN)
+def test_calls_that_do_not_show_the_sample_of_each_token_are_refused(call):
+    model, x = several(AnyBlock)
+    with use_adapters(model, "fr"):
+        model(call, x=x)
+    with use_adapters(model, ENTRIES), pytest.raises(ValueError, match=REFUSED):
+        model(call, x=x)
+
+
+def test_the_input_of_the_block_shows_the_samples():
+    def call(experts, *tensors):
+        return experts(*tensors).view(-1, 5, 4)
+
+    model, x = several(AnyBlock)
+    with use_adapters(model, ENTRIES):
+        mixed = model(call, x=x)
+    for unknown in ({"x": x}, x[None], x.flatten(), x.view(4, 20)):
+        with use_adapters(model, ENTRIES), pytest.raises(ValueError, match=REFUSED):
+            model(call, x=unknown)
+    with use_adapters(model, "de"):
+        torch.testing.assert_close(mixed[3:], model(call, x=x)[3:])
+
+
+def test_without_a_choice_the_experts_are_called_once(monkeypatch):
+    model, x = several()
+    with use_adapters(model, ENTRIES), disable_lora(model):
+        base = model(x)
+    after, calls = model(x), []
+    forward = RoutedExperts.forward
+    monkeypatch.setattr(RoutedExperts, "forward", lambda *args: calls.append(1) or forward(*args))
+    with use_adapters(model, ENTRIES), disable_lora(model):
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), after) and not torch.equal(after, base) and len(calls) == 2
 
 
 def test_two_adapters_of_a_stack_are_two_products_of_rank_r():
