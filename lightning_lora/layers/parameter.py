@@ -93,7 +93,7 @@ def _is_stored_transposed(module: nn.Module, key: str) -> bool:
     bias = module._parameters.get(f"{key}_bias")
     if bias is not None:
         return shape_of(bias)[-1] == shape[-1] != shape[-2]
-    stacks = [shape_of(p) for p in module._parameters.values() if p is not None and len(shape_of(p)) == 3]
+    stacks = [shape_of(parameter_of(module, each)) for each in expert_keys(module)]
     first, last = stacks[0], stacks[-1]
     return first[1] == last[2] and first[2] != last[1]
 

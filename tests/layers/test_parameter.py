@@ -9,9 +9,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters
+from lightning_lora.layers.parameter import holds_experts
+from lightning_lora.layers.registry import parts_of
 from lightning_lora.ops.stacked import StackedSum
 from tests.helpers import oracles
-from tests.helpers.layer_cases.parameter import CASES, Prompted
+from tests.helpers.layer_cases.parameter import CASES, Experts, Prompted
 
 
 def build(make):
@@ -170,6 +172,69 @@ def test_the_weight_of_a_layer_can_be_named_for_code_that_reads_it():
     assert not torch.allclose(F.linear(x, layer.weight), F.linear(x, dict(layer.named_parameters())["weight"]))
     oracles.assert_close(layer.weight, dict(layer.named_parameters())["weight"] + pair.B @ pair.A, torch.float32)
     oracles.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), torch.float32)
+
+
+class StackOfExperts(nn.Module):
+    """Parameters of these shapes, the first of which is registered as ``None``."""
+
+    def __init__(self, *shapes, **flags):
+        super().__init__()
+        self.register_parameter("none", None)
+        for place, shape in enumerate(shapes):
+            self.register_parameter(f"w{place}", nn.Parameter(torch.zeros(shape)))
+        vars(self).update(flags)
+
+
+@pytest.mark.parametrize(
+    ("module", "transposed"),
+    [
+        (StackOfExperts((3, 24, 4), (3, 4, 12)), False),
+        (StackOfExperts((3, 4, 24), (3, 12, 4)), True),
+        (StackOfExperts((3, 4, 24), (3, 12, 4), is_transposed=False), False),
+        (StackOfExperts((3, 24, 4), (3, 4, 12), is_transposed=True), True),
+        (StackOfExperts((3, 12, 4), (3, 4)), False),
+        (StackOfExperts((4, 24), (3, 4, 24), (3, 24), (3, 12, 4)), True),
+    ],
+)
+def test_stacks_are_found_by_their_dimensions_and_their_order_by_shapes_or_a_flag(module, transposed):
+    keys = [name for name, parameter in module.named_parameters() if parameter.dim() == 3]
+    assert holds_experts(module) and [part.key for part in parts_of(module)] == keys
+    assert {part.transposed for part in parts_of(module)} == {transposed}
+
+
+def test_what_is_no_stack_of_experts():
+    lazy = StackOfExperts()
+    lazy.w = nn.UninitializedParameter()
+    for module in (StackOfExperts(), StackOfExperts((4, 4)), lazy, Experts()):
+        assert holds_experts(module) == isinstance(module, Experts)
+
+
+def test_a_parameter_may_be_taken_away_and_set_as_a_tensor():
+    """As FSDP does around the units of its flat parameters."""
+    model, plain, _ = adapted("indexed")
+    oracles.train_by_hand(model)
+    delta = (model.up.materialize() - plain.up).detach()
+    del model._parameters["up"]
+    assert not hasattr(model, "up") and hasattr(model, "down")
+    model.up = torch.ones(3, 12, 4)
+    oracles.assert_close(model.up.materialize(), 1 + delta, torch.float32)
+
+
+def free(weight):
+    weight.untyped_storage().resize_(0)
+
+
+def cut(weight):
+    weight.data = weight.data[0, 0]
+
+
+@pytest.mark.parametrize("shard", [free, cut])
+def test_a_parameter_without_its_full_values_is_read_as_it_is(shard):
+    """As FSDP reads the attribute of memory that it freed, and of shards in one dimension."""
+    model, _, _ = adapted("indexed")
+    weight = model._parameters["up"]
+    shard(weight)
+    assert model.up is weight
 
 
 class Squared(torch.autograd.Function):
