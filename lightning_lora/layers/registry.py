@@ -125,7 +125,7 @@ def _derive(original: type[nn.Module]) -> type[LoRALayer]:
         cls = conv1d_class(root) if root is conv1d_base(root) else own_linear_class(root)
     if vars(cls).get("original_class") is original and root in ADAPTED_CLASSES:
         return cls
-    if cls is LoRALinear and is_quantized_class(original):
+    if is_quantized_class(original):
         return _derived(original, [LoRAQuantizedLinear, original])
     if issubclass(cls, MergedForward):
         return _derived(original, [cls, original])
@@ -234,7 +234,7 @@ def refusal(module: nn.Module) -> str | None:
     reason = _rounds_update(module)
     if reason is not None:
         return reason
-    if adaptable_base(original_class(module)) is nn.Linear and is_quantized_class(original_class(module)):
+    if is_quantized_class(original_class(module)):
         return None
     if takes_quantized_tensor(module) and is_quantized(module):
         return None

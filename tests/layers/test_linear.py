@@ -276,11 +276,16 @@ class BelowAbstractFirst(AbstractFirst):
     pass
 
 
+class NamesItsBase(nn.Linear):
+    def forward(self, input):
+        return 2 * nn.Linear.forward(self, input)
+
+
 FIRST_BASES = [AbstractFirst, AbstractFirstOnTheWeight, GenericFirst, ProtocolFirst, SlottedFirst, BelowAbstractFirst]
 
 
-@pytest.mark.parametrize("cls", FIRST_BASES)
-def test_a_class_whose_first_base_is_no_module(cls):
+@pytest.mark.parametrize("cls", [*FIRST_BASES, NamesItsBase])
+def test_a_class_whose_first_base_is_no_module_or_that_names_its_base(cls):
     torch.manual_seed(0)
     layer, x = cls(4, 3), torch.randn(2, 4)
     base = layer(x)
