@@ -35,7 +35,7 @@ class WeightReads:
     def is_read_raw(self, name: str, key: str) -> bool:
         """Whether code around the layer ``name`` reads its parameter ``key``, in a method that the forward reaches."""
         parts = name.split(".")
-        for length in range(len(parts) if name else 0):
+        for length in range(len(parts)):
             cls: Any = type(self.modules.get(".".join(parts[:length])))
             path = ".".join(parts[length:])
             if any(_covers(read, path) and self._is_reached(method) for method, read in paths_read(cls, key)):
@@ -73,7 +73,7 @@ def _paths_in(method: ast.AST, key: str) -> Iterator[str]:
 
 def _owner(node: ast.AST, key: str) -> ast.expr | None:
     """The expression whose parameter ``key`` is read by ``node``."""
-    if isinstance(node, ast.Attribute) and node.attr == key and isinstance(node.ctx, ast.Load):
+    if isinstance(node, ast.Attribute) and node.attr == key:
         return node.value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
         named = node.args[1]
@@ -85,8 +85,9 @@ def _not_values(node: ast.AST) -> list[ast.expr]:
     """The expressions of which ``node`` uses no value."""
     if isinstance(node, ast.Attribute) and node.attr in FACTS:
         return [node.value]
-    is_question = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in QUESTIONS
-    return node.args if is_question and isinstance(node, ast.Call) else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in QUESTIONS:
+        return node.args
+    return []
 
 
 def _local_names(method: ast.AST, first: str) -> dict[str, set[str]]:

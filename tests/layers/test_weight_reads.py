@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, unmerge_lora
 from lightning_lora.layers.weight_reads import WeightReads
@@ -39,7 +40,44 @@ class Asks(nn.Module):
     def forward(self, x):
         if isinstance(self.fc.weight, torch.Tensor) and x.dtype != self.fc.weight.dtype:
             x = x.to(self.fc.weight.device)
+        facts = (self.fc.weight.shape, self.fc.weight.size(0), self.fc.weight.dim(), self.fc.weight.ndim)
+        facts += (self.fc.weight.numel(), self.fc.weight.requires_grad, self.fc.weight.is_cuda, self.fc.weight.layout)
+        self.facts = (*facts, self.fc.weight.stride(), id(self.fc.weight), type(self.fc.weight))
+        if hasattr(self.fc, "weight") and hasattr(self.fc.weight, "scale"):
+            raise TypeError
         return self.fc(x)
+
+
+class AsksInOtherWays(nn.Module):
+    """Calls ``getattr`` as the weight is not read, and in methods without a first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @staticmethod
+    def dtype():
+        return getattr(torch, "float32")  # noqa: B009
+
+    def forward(self, x):
+        named = self.fc, "out_features"
+        return self.fc(x.to(self.dtype())) * getattr(*named) + getattr(self.fc, "bias")  # noqa: B009
+
+
+class ReadsAll(nn.Module):
+    """Reads the layers of a list, and none whose name begins as that of the list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.layer_out, self.fc = nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.linear(x, layer.weight)
+        if (last := self.last) is not None:
+            x = linear(x, last.weight)
+        return self.fc(self.layer_out(x))
 
 
 class Derived(Reads):
@@ -60,14 +98,17 @@ class OtherMethod(nn.Module):
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [(Reads, {"fc", "inner.deep"}), (Derived, {"fc", "inner.deep"}), (Asks, set()), (OtherMethod, {"fc"})],
+    [
+        *((Reads, {"fc", "inner.deep"}), (Derived, {"fc", "inner.deep"}), (OtherMethod, {"fc"})),
+        *((Asks, set()), (AsksInOtherWays, set()), (ReadsAll, {"layers.0", "last"})),
+    ],
 )
 def test_what_is_read(make, expected):
     model = nn.Sequential(nn.Identity(), make())
     modules = dict(model.named_modules())
     reads = WeightReads(modules)
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    assert {name.removeprefix("1.") for name in linear if reads.is_read_raw(name, "weight")} == expected
+    names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    assert {name.removeprefix("1.") for name in names if reads.is_read_raw(name, "weight")} == expected
 
 
 @pytest.mark.parametrize("make", [Reads, Derived, OtherMethod])
