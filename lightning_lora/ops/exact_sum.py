@@ -54,7 +54,7 @@ def checksum(tensor: Tensor) -> int:
     factors = _odd_numbers(min(BLOCK, words.numel()), words.device) * _ODD
     rows = 4 if words.device.type == "cpu" else 128
     sums = [_weighted(words[start : start + rows * BLOCK], factors) for start in range(0, words.numel(), rows * BLOCK)]
-    total = torch.cat(sums) if sums else words.new_zeros(0)
+    total = torch.cat(sums) if sums else words
     count = total.numel()
     of_sums = factors[:count] if count <= len(factors) else _odd_numbers(count, words.device) * _ODD
     return int(_mixed(total, of_sums).sum())
@@ -179,7 +179,6 @@ def patch_for(original: Tensor, restored: Tensor) -> Patch:
     return _joined([_patch(original, slice(0, len(original)), restored, True)], original)
 
 
-@torch.no_grad()
 def apply_patch(restored: Tensor, patch: Patch) -> Tensor:
     """Write the elements of ``patch`` into ``restored``, a contiguous matrix: the original, bit for bit."""
     values = patch.values.to(restored.device)
