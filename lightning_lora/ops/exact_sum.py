@@ -11,7 +11,7 @@ Tensors are compared by their bits: -0 differs from 0, and a NaN equals itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -27,7 +27,6 @@ WIDTH = 1 << 10  # words in a row of a quick checksum
 ON_CPU = 1 << 18  # elements of a matrix in one step: what is computed with them stays in the cache of a core
 ON_DEVICE = 1 << 22  # the same on a GPU, where a kernel must take longer than its launch
 SQUARES = (1e-25, 1e30)  # between these numbers fp32 holds a sum of squares
-Operation = Callable[..., Tensor]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -7046029254386353131  # 2**64 / golden ratio as a signed integer; multiplying by an odd number is reversible
 
@@ -156,7 +155,7 @@ def merge_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Wor
 
     def merge(rows: slice) -> tuple[Patch, Squares]:
         block, total, squares = _add(matrix[rows], delta.part(rows), out[rows], workspace)
-        restored = _round(torch.sub, total, block, workspace.memory("restored", matrix[rows], matrix.dtype), workspace)
+        restored = torch.sub(total, block, out=workspace.memory("restored", matrix[rows], matrix.dtype))
         return _patch(matrix, rows, restored, not squares.finite), squares
 
     parts = workspace.map(merge, _blocks(matrix), matrix.device)
@@ -168,7 +167,7 @@ def subtract_delta(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: 
 
     def subtract(rows: slice) -> None:
         block = _rows_of(delta.part(rows), matrix[rows], workspace)
-        _round(torch.sub, workspace.cast("original", matrix[rows], block.dtype), block, out[rows], workspace)
+        torch.sub(workspace.cast("original", matrix[rows], block.dtype), block, out=out[rows])
 
     workspace.map(subtract, _blocks(matrix), matrix.device)
     return out
@@ -204,19 +203,12 @@ def _add(matrix: Tensor, delta: ExactProduct, out: Tensor, workspace: Workspace)
     """Write the sum into ``out``; return delta and the sum in the dtype of delta, and the norms."""
     block = _rows_of(delta, matrix, workspace)
     original = workspace.cast("original", matrix, block.dtype)
-    _round(torch.add, original, block, out, workspace)
+    torch.add(original, block, out=out)  # in the dtype of its inputs, then rounded to that of `out`
     total = workspace.cast("total", out, block.dtype)
     squares = _squares(original, block, total, workspace)
     if not squares.finite:
         out.masked_fill_(out.isnan(), math.nan)  # devices differ in the bits of a NaN that they compute
     return block, total, squares
-
-
-def _round(operation: Operation, first: Tensor, second: Tensor, out: Tensor, workspace: Workspace) -> Tensor:
-    """Write the result of ``operation``, in the precision of its arguments, into ``out``, rounded to its dtype."""
-    if out.dtype == first.dtype:
-        return operation(first, second, out=out)
-    return out.copy_(operation(first, second, out=workspace.memory("unrounded", first, first.dtype)))
 
 
 def _squares(original: Tensor, delta: Tensor, total: Tensor, workspace: Workspace) -> Squares:
