@@ -10,12 +10,13 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.foreign import FRAMEWORKS, LIGHTNING_HOOKS
+from lightning_lora.foreign import LIGHTNING_HOOKS
 from lightning_lora.layers.source_code import function_of, is_library, names_in
 
 ENTRIES = {"forward", "__call__"}
@@ -70,7 +71,7 @@ def _methods(classes: Iterable[type]) -> dict[str, dict[FunctionType, None]]:
 def _words_in(code: CodeType) -> set[str]:
     """The names that ``code`` uses, and its strings, which ``getattr`` may be given."""
     nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    strings = {const for const in code.co_consts if isinstance(const, str) and const.isidentifier()}
+    strings = {const for const in code.co_consts if isinstance(const, str)}
     return names_in(code) | strings.union(*map(_words_in, nested))
 
 
@@ -79,12 +80,8 @@ def _called_globals(function: FunctionType) -> Iterator[FunctionType]:
     names = names_in(function.__code__)
     for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in FRAMEWORKS:
-            values = [vars(value).get(inner) for inner in names]
-        else:
-            values = [value]
-        for candidate in values:
-            called = function_of(candidate) if callable(candidate) and not isinstance(candidate, type) else None
+        values = [vars(value).get(inner) for inner in names] if isinstance(value, ModuleType) else [value]
+        for called in map(function_of, values):
             if called is not None and not is_library(called):
                 yield called
 
@@ -96,18 +93,11 @@ def _public_results(cls: type) -> set[str]:
 
 def _returns(code: CodeType) -> bool:
     """Whether ``code`` returns a value other than ``None``."""
-    before = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
-            return True
-        if instruction.opname == "RETURN_VALUE" and not (before is not None and _loads_none(before)):
-            return True
-        before = instruction
-    return False
-
-
-def _loads_none(instruction: dis.Instruction) -> bool:
-    return instruction.opname == "LOAD_CONST" and instruction.argval is None
+    return any(
+        (last.opname == "RETURN_VALUE" and (before.opname, before.argval) != ("LOAD_CONST", None))
+        or (last.opname == "RETURN_CONST" and last.argval is not None)  # Python 3.12 and 3.13
+        for before, last in pairwise(dis.get_instructions(code))
+    )
 
 
 def _held_functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
@@ -116,7 +106,7 @@ def _held_functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
     for module in modules:
         for held in list(vars(module).values()):
             for value in held.values() if isinstance(held, dict) else held if isinstance(held, list) else [held]:
-                if not callable(value) or isinstance(value, (type, nn.Module, Tensor)):
+                if not callable(value) or isinstance(value, nn.Module):
                     continue
                 function = function_of(value)
                 if function is None:

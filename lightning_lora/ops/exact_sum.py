@@ -250,7 +250,7 @@ def _differing(first: Tensor, second: Tensor) -> Tensor:
 
 def _joined(patches: Sequence[Patch], matrix: Tensor) -> Patch:
     """One patch on the CPU of those of all rows, or a copy of ``matrix`` where that is smaller."""
-    if not patches or sum(patch.nbytes() for patch in patches) >= matrix.nbytes:
+    if sum(patch.nbytes() for patch in patches) >= matrix.nbytes:
         return Patch(matrix.to("cpu", copy=True))
     values, index = zip(*((patch.values, patch.index) for patch in patches), strict=True)
     return Patch(torch.cat(values).cpu(), torch.cat(index).cpu())

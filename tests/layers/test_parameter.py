@@ -237,6 +237,20 @@ def test_a_parameter_without_its_full_values_is_read_as_it_is(shard):
     assert model.up is weight
 
 
+class InitializedByApply(Experts):
+    """Names ``apply`` in a method that does not read its stacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.apply(lambda module: None)
+
+
+def test_a_method_of_the_name_apply_builds_no_sum():
+    model = InitializedByApply()
+    apply_lora(model, LoRAConfig(targets=["up", "down"]))
+    assert isinstance(model.up, StackedSum)
+
+
 class Squared(torch.autograd.Function):
     """A product that is written with its own backward, as fused kernels are."""
 

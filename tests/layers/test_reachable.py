@@ -1,6 +1,7 @@
 """Code that the forward cannot reach does not decide how a layer is adapted."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ class ByFunction(Holder):
         return through(self, x)
 
 
+def through_itself(holder, x, depth=1):
+    return through_itself(holder, x, depth - 1) if depth else holder.mixed(x)
+
+
+class ByFunctionThatCallsItself(Holder):
+    def forward(self, x):
+        return through_itself(self, x)
+
+
+functions = types.ModuleType("functions")
+functions.of_a_module = through
+
+
+class ByModuleOfFunctions(Holder):
+    def forward(self, x):
+        return functions.of_a_module(self, x)
+
+
 class Processor:
     def __call__(self, holder, x):
         return holder.mixed(x)
@@ -103,6 +122,24 @@ class ByProcessor(Holder):
         return self.processor(self, x)
 
 
+class ByProcessorOfDict(Holder):
+    def __init__(self):
+        super().__init__()
+        self.processors, self.kind = {"only": Processor()}, Processor
+
+    def forward(self, x):
+        return self.processors["only"](self, x)
+
+
+class ByProcessorOfList(Holder):
+    def __init__(self):
+        super().__init__()
+        self.processors = [Processor()]
+
+    def forward(self, x):
+        return self.processors[0](self, x)
+
+
 class Unused(Holder):
     """No forward of its own: a user may call any public method of the model itself that returns something."""
 
@@ -111,6 +148,7 @@ class Unused(Holder):
 
 
 READS = [CallsIt, PassesItOn, Inherits, ByProperty, ByName, Kept, ByFunction, ByProcessor]
+READS += [ByFunctionThatCallsItself, ByModuleOfFunctions, ByProcessorOfDict, ByProcessorOfList]
 
 
 @pytest.mark.parametrize("make", READS, ids=lambda make: make.__name__)
