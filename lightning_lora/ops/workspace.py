@@ -51,7 +51,6 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth <= 0:
-            self._depth = 0
             torch.set_num_threads(self._threads)
 
     def compute(self, function: Callable[[Workspace], Result]) -> Result:

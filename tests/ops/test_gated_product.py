@@ -168,3 +168,22 @@ def test_a_product_that_somebody_hooks_on_to_is_kept():
     x = one * other
     x.register_hook(lambda gradient: gradient * 3)
     assert saved_factors(x) is None
+
+
+def tensor(*shape, grad=True, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype, requires_grad=grad)
+
+
+PAIRS = {
+    "one needs no gradient": (tensor(4, 6), tensor(4, 6, grad=False)),
+    "one is broadcast": (tensor(4, 6), tensor(4, 1)),
+    "dtypes differ": (tensor(4, 6), tensor(4, 6, dtype=torch.float64)),
+    "one is not contiguous": (tensor(4, 6), tensor(6, 4).mT),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_factors_that_cannot_stand_for_the_product(name):
+    first, second = PAIRS[name]
+    assert saved_factors(first * second) is None and saved_factors(second * first) is None
+    assert saved_factors(first * torch.randn(4, 6).requires_grad_()) is not None

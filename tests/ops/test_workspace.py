@@ -41,6 +41,32 @@ def test_within_a_thread_torch_uses_no_others_and_everywhere_else_as_many_as_bef
     assert [torch.get_num_threads(), *seen] == [threads, threads]
 
 
+def test_between_sums_in_the_workspace_torch_keeps_one_thread(threads):
+    workspace = Workspace()
+    for _ in range(2):
+        with workspace:
+            workspace.map(lambda item: item, range(4), CPU)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == threads
+
+
+def test_an_interrupt_on_entry_leaves_torch_its_threads(threads, monkeypatch):
+    workspace, plain = Workspace(), torch.set_num_threads
+
+    def interrupted(count):
+        plain(count)
+        monkeypatch.setattr(torch, "set_num_threads", plain)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "set_num_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt), workspace:
+        pass
+    assert torch.get_num_threads() == threads
+    with workspace, workspace:
+        pass
+    assert torch.get_num_threads() == threads
+
+
 def test_elsewhere_than_on_a_cpu_nothing_is_called_in_a_thread(threads):
     own = threading.get_ident()
     assert set(Workspace().map(lambda _: threading.get_ident(), range(5), torch.device("meta"))) == {own}
@@ -112,9 +138,13 @@ def test_a_device_that_fails_is_given_up():
 
 
 def test_an_error_without_a_device_is_raised():
+    calls = []
+
     def wrong(workspace):
+        calls.append(workspace.device)
         raise RuntimeError("shapes")
 
     for device in (None, torch.device("meta")):
         with pytest.raises(RuntimeError, match="shapes"):
             Workspace(device).compute(wrong)
+    assert calls == [None, torch.device("meta"), None]
