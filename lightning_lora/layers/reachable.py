@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.foreign import LIGHTNING_HOOKS
-from lightning_lora.layers.source_code import function_of, is_library, names_in
+from lightning_lora.layers.source_code import function_of, functions_of, is_library, names_in
 
 ENTRIES = {"forward", "__call__"}
 
@@ -48,16 +48,6 @@ def calls_autograd_function(cls: Any, key: str) -> bool:
     """Whether a method of ``cls`` that uses ``key``, or a function that it calls, may apply an autograd function."""
     users = [function for _, function in functions_of(cls) if key in names_in(function.__code__)]
     return any("apply" in names_in(f.__code__) for user in users for f in (user, *_called_globals(user)))
-
-
-def functions_of(cls: type) -> Iterator[tuple[str, FunctionType]]:
-    """The functions that the user's classes among the bases of ``cls`` define, those of properties too."""
-    for base in cls.__mro__:
-        if not is_library(base):
-            for name, value in vars(base).items():
-                function = function_of(value)
-                if function is not None:
-                    yield name, function
 
 
 def _methods(classes: Iterable[type]) -> dict[str, dict[FunctionType, None]]:

@@ -29,15 +29,19 @@ def computing_methods(cls: type, words: Iterable[str]) -> Iterator[tuple[str, as
     The names come from the compiled code; only the source of methods that use one is read and parsed.
     """
     wanted = set(words)
+    for name, function in functions_of(cls):
+        if not NOT_COMPUTING.fullmatch(name) and wanted & names_in(function.__code__):
+            yield from ((name, tree) for tree in _parsed(function))
+
+
+def functions_of(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions that the user's classes among the bases of ``cls`` define, those of properties too."""
     for base in cls.__mro__:
-        if is_library(base):
-            continue
-        for name, value in vars(base).items():
-            function = function_of(value)
-            if function is None or NOT_COMPUTING.fullmatch(name):
-                continue
-            if wanted & names_in(function.__code__):
-                yield from ((name, tree) for tree in _parsed(function))
+        if not is_library(base):
+            for name, value in vars(base).items():
+                function = function_of(value)
+                if function is not None:
+                    yield name, function
 
 
 def function_of(value: object) -> FunctionType | None:

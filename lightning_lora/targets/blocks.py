@@ -17,9 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.parameter import holds_experts
-from lightning_lora.layers.reachable import functions_of
 from lightning_lora.layers.registry import parts_of
-from lightning_lora.layers.source_code import names_in
+from lightning_lora.layers.source_code import functions_of, names_in
 from lightning_lora.names import join
 from lightning_lora.targets.role_names import (
     ATTENTION,

@@ -67,6 +67,25 @@ class ByProperty(Holder):
         return x * self.summed
 
 
+class ByCachedProperty(Holder):
+    @functools.cached_property
+    def mean(self):
+        return self.mixed(torch.ones(2, 4)).mean()
+
+    def forward(self, x):
+        vars(self).pop("mean", None)
+        return x * self.mean
+
+
+class ByPartial(Holder):
+    def __init__(self):
+        super().__init__()
+        self.run = functools.partial(type(self).mixed, self)
+
+    def forward(self, x):
+        return self.run(x)
+
+
 class ByName(Holder):
     def forward(self, x):
         return getattr(self, "mixed")(x)  # noqa: B009
@@ -148,7 +167,14 @@ class Unused(Holder):
 
 
 READS = [CallsIt, PassesItOn, Inherits, ByProperty, ByName, Kept, ByFunction, ByProcessor]
-READS += [ByFunctionThatCallsItself, ByModuleOfFunctions, ByProcessorOfDict, ByProcessorOfList]
+READS += [
+    ByCachedProperty,
+    ByPartial,
+    ByFunctionThatCallsItself,
+    ByModuleOfFunctions,
+    ByProcessorOfDict,
+    ByProcessorOfList,
+]
 
 
 @pytest.mark.parametrize("make", READS, ids=lambda make: make.__name__)
