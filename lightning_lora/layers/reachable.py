@@ -28,7 +28,7 @@ def reachable_names(modules: Mapping[str, nn.Module]) -> set[str]:
     Args:
         modules: the modules of the model by name, the model itself under the empty name.
     """
-    methods = _methods(dict.fromkeys(type(module) for module in modules.values()))
+    methods = _methods(set(map(type, modules.values())))
     held = list(_held_functions(modules.values()))
     names = {*ENTRIES, *LIGHTNING_HOOKS, *_public_results(type(modules.get(""))), *(f.__name__ for f in held)}
     waiting = [*held, *(function for name in names for function in methods.get(name, ()))]
@@ -37,9 +37,9 @@ def reachable_names(modules: Mapping[str, nn.Module]) -> set[str]:
         function = waiting.pop()
         used = _words_in(function.__code__) - names
         names |= used
-        called = [*(inner for name in used for inner in methods.get(name, ())), *_called_globals(function)]
-        waiting += [inner for inner in dict.fromkeys(called) if inner not in seen]
-        seen.update(called)
+        called = set(_called_globals(function)).union(*(methods.get(name, ()) for name in used)) - seen
+        waiting += called
+        seen |= called
     return names
 
 
@@ -50,11 +50,11 @@ def calls_autograd_function(cls: Any, key: str) -> bool:
     return any("apply" in names_in(f.__code__) for user in users for f in (user, *_called_globals(user)))
 
 
-def _methods(classes: Iterable[type]) -> dict[str, dict[FunctionType, None]]:
-    methods: dict[str, dict[FunctionType, None]] = {}
+def _methods(classes: Iterable[type]) -> dict[str, set[FunctionType]]:
+    methods: dict[str, set[FunctionType]] = {}
     for cls in classes:
         for name, function in functions_of(cls):
-            methods.setdefault(name, {})[function] = None
+            methods.setdefault(name, set()).add(function)
     return methods
 
 
@@ -92,7 +92,7 @@ def _returns(code: CodeType) -> bool:
 
 def _held_functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
     """The functions that modules hold as attributes, and the methods of objects there that can be called."""
-    classes: dict[type, None] = {}
+    classes: set[type] = set()
     for module in modules:
         for held in list(vars(module).values()):
             for value in held.values() if isinstance(held, dict) else held if isinstance(held, list) else [held]:
@@ -100,7 +100,7 @@ def _held_functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
                     continue
                 function = function_of(value)
                 if function is None:
-                    classes[type(value)] = None
+                    classes.add(type(value))
                 elif not is_library(function):
                     yield function
     for cls in classes:
