@@ -219,3 +219,12 @@ def test_a_file_that_recorded_the_packed_shape_is_of_the_same_base():
     assert other_base({"weight": [None, None, None, 33, 1]}, fingerprint(Packed())) == (
         "`weight` had shape (33, 1) and has (8, 8) here"
     )
+
+
+def test_a_quantized_matrix_may_be_stored_transposed_in_the_original():
+    """As GPT-2's layers have it, in whose place there are quantized linear layers."""
+    recorded = {"weight": [None, None, None, 8, 24]}
+    model = nn.ParameterDict({"weight": torch.ones(24, 8)})
+    assert other_base(recorded, fingerprint(model)) is None
+    with_values = {"weight": [1, 2, 3, 8, 24]}
+    assert other_base(with_values, fingerprint(model)) == "`weight` had shape (8, 24) and has (24, 8) here"
