@@ -89,6 +89,8 @@ QUANTIZED_ATTRIBUTES = (
 # What a model of transformers, and its configuration, know of its quantization.
 QUANTIZED_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 QUANTIZED_CONFIG = ("quantization_config", "_is_quantized")
+# Its list of what was done to the names and values of a checkpoint when it was loaded, which saving does in reverse.
+CONVERSIONS = "_weight_conversions"
 
 # Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
 # optimum, has a class of its own.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.foreign import QUANTIZED_CONFIG, QUANTIZED_MODEL
+from lightning_lora.foreign import CONVERSIONS, QUANTIZED_CONFIG, QUANTIZED_MODEL, QUANTIZING_LIBRARY
 from lightning_lora.model.journal import Journal
 from lightning_lora.model.record import record_of, records
 
@@ -33,6 +33,9 @@ def take_flags(model: nn.Module, journal: Journal) -> None:
     for module in model.modules():
         own, config = vars(module), vars(module).get("config")
         flags = {"model": {key: own[key] for key in QUANTIZED_MODEL if key in own}}
+        plain = _plain_conversions(own.get(CONVERSIONS))
+        if plain is not None:
+            flags["model"][CONVERSIONS] = own[CONVERSIONS]
         of_config = getattr(config, "__dict__", {})
         flags["config"] = {key: of_config[key] for key in QUANTIZED_CONFIG if key in of_config}
         if not any(flags.values()):
@@ -43,6 +46,22 @@ def take_flags(model: nn.Module, journal: Journal) -> None:
         for attributes, taken in ((own, flags["model"]), (of_config, flags["config"])):
             for key in taken:
                 del attributes[key]
+        if plain is not None:
+            own[CONVERSIONS] = plain
+
+
+def _plain_conversions(conversions: Any) -> list[Any] | None:
+    """Of what saving does in reverse, all but the reading of quantized weights, which has no reverse.
+
+    Returns:
+        ``None`` where no quantized weights were read: the base was quantized when it was loaded.
+    """
+    plain = [each for each in conversions or () if not any(map(_reads_codes, getattr(each, "operations", ())))]
+    return plain if len(plain) < len(conversions or ()) else None
+
+
+def _reads_codes(operation: Any) -> bool:
+    return QUANTIZING_LIBRARY in type(operation).__module__.split(".")
 
 
 def put_flags_back(model: nn.Module, journal: Journal) -> None:

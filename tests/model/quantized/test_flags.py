@@ -57,6 +57,21 @@ def test_the_merged_model_is_saved_and_loaded_as_a_plain_one(tmp_path, options):
     assert flags(model) == before and is_quantized(model.model.layers[0].self_attn.q_proj)
 
 
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_model_of_a_quantized_checkpoint_is_saved_as_a_plain_one(tmp_path, options):
+    """transformers saves by the reverse of what it did at loading, and reading codes has no reverse."""
+    quantized(llama(tmp_path / "base"), **options).save_pretrained(tmp_path / "codes")
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "codes"))
+    conversions, ids = model._weight_conversions, torch.arange(8)[None]
+    merge_lora(model, dequantize=True)
+    model.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any(map(is_quantized, loaded.modules()))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    unmerge_lora(model)
+    assert model._weight_conversions is conversions
+
+
 def test_the_weights_are_those_that_peft_merges_into_the_dequantized_model(tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted(quantized(llama(tmp_path / "base"), load_in_4bit=True), ("q_proj", "down_proj"))
