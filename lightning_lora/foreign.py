@@ -56,6 +56,8 @@ PARAMETRIZATIONS = "parametrizations"
 
 # transformers.
 CONV1D = "Conv1D"
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")  # as `model_type`
+CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")  # in these models
 BASE_NAME = "name_or_path"
 MODELS_WITH_HEAD = re.compile(r".*(?:LMHeadModel|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
 

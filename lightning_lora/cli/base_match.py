@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_lora.cli.meta_model import is_embedding
+from lightning_lora.cli.quantized_weights import is_quantized_in
 from lightning_lora.files.renaming import Renaming, renamings
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
@@ -167,11 +168,16 @@ def _own_weight(name: str, base: Weights) -> StoredTensor:
         raise ValueError(tied)
     if weight is None:
         raise ValueError(no_such(f"{name}.weight", base))
+    if is_quantized_in(weight.name, base):
+        raise ValueError(
+            f"`{weight.name}` is quantized, and its few bits cannot hold the sum. Give the base in full precision that "
+            "was quantized; or give --dequantize, which adds to the dequantized weights and writes a model in full "
+            "precision."
+        )
     if weight.dtype not in FLOATS:
         raise ValueError(
             f"`{weight.name}` is of {weight.dtype}, whose few bits cannot hold the sum. Give the base in full "
-            "precision that was quantized; or load this one, and call load_adapter(model, ADAPTER), merge_lora(model, "
-            "dequantize=True) and model.save_pretrained(OUT)."
+            "precision that was quantized."
         )
     return weight
 

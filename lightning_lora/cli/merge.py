@@ -1,7 +1,7 @@
 """``W = W0 + scale * B A`` in files: a base and PEFT directories to a merged model, a few rows in memory at a time.
 
 The sums are those of :func:`lightning_lora.merge_lora`, to the bit: in fp32 (fp64 for an fp64 base), rounded once.
-Everything else is copied byte by byte.
+Everything else is copied byte by byte. A quantized base is dequantized layer by layer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch import Tensor
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
 from lightning_lora.cli.base_values import check_base
 from lightning_lora.cli.combined_changes import CombinedChanges, combined
+from lightning_lora.cli.dequantized_base import ComputedTensor, dequantized_base
 from lightning_lora.cli.output import new_output
+from lightning_lora.cli.quantized_weights import is_quantized_in
 from lightning_lora.files.in_turns import read_ahead
 from lightning_lora.files.json_files import read_object
 from lightning_lora.files.safetensors import StoredTensor, TensorFile
 from lightning_lora.files.safetensors_writing import write_like
 from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.ops import exact_sum as exact
-from lightning_lora.ops.exact_product import exact_product
+from lightning_lora.ops.exact_product import ExactProduct, exact_product
 from lightning_lora.ops.workspace import Workspace
 from lightning_lora.peft_format.provenance import BASE, base_in
 from lightning_lora.peft_format.stored import CONFIG, open_adapter
@@ -74,6 +76,7 @@ class MergeReport:
         added: tensors that only the adapter has.
         left_out: files of the base that were not copied: other weights, and links out of the base.
         quantized: weights that were quantized when an adapter was trained on them, so that no values are compared.
+        dequantized: weights of a quantized base that are plain ones in the result.
         written: size of the merged weights in bytes.
     """
 
@@ -82,6 +85,7 @@ class MergeReport:
     added: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     quantized: list[str] = field(default_factory=list)
+    dequantized: list[str] = field(default_factory=list)
     written: int = 0
 
     def lost(self) -> float:
@@ -96,11 +100,13 @@ def merge_files(
     out: Path,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda _: None,
+    dequantize: bool = False,
 ) -> MergeReport:
     """Merge the PEFT directory ``adapter``, or several, into the model ``base`` and write the result to ``out``.
 
     ``out`` gets the files of ``base``: the same shards and index, and the other files. It appears when it is
     complete. Memory is that of the adapter's largest pair and a few million numbers, whatever the size of the model.
+    Of a quantized base the codes of one weight come in addition.
 
     Args:
         base: a ``.safetensors`` file, or a directory with one or with several and their index.
@@ -108,6 +114,8 @@ def merge_files(
         out: a file if ``base`` is one, else a directory.
         overwrite: replace what is at ``out``.
         progress: called with numbers of bytes as they are written.
+        dequantize: ``base`` is quantized by bitsandbytes, and ``out`` gets its dequantized weights with the updates:
+            the bits of ``merge_lora(model, dequantize=True)``.
 
     Raises:
         FileNotFoundError: if something is missing.
@@ -132,13 +140,14 @@ def merge_files(
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
     factors = {adapter: 1.0} if isinstance(adapter, Path) else dict(adapter)
-    weights, workspace = open_weights(base), Workspace()
-    report = MergeReport()
+    stored, workspace = open_weights(base), Workspace()
+    weights = dequantized_base(stored) if dequantize else stored
+    report = MergeReport(dequantized=[name for name in weights.tensors if is_quantized_in(name, stored)])
     change = combined({path: _changes(path, weights, report) for path in factors}, factors)
     directory = base.is_dir()
     report.replaced = [name for name in change.in_full if name in weights.tensors]
     report.added = [name for name in change.in_full if name not in weights.tensors]
-    report.written = sum(file.path.stat().st_size for file in weights.files)
+    report.written = sum(tensor.nbytes for tensor in weights.tensors.values())
     sources = [base, *factors]
     output = new_output(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
@@ -151,7 +160,8 @@ def merge_files(
             _write(file, target, change, added, report, progress, workspace)
         if directory:
             report.left_out = _copy_others(weights, part)
-            _write_index(weights, part, {name: change.in_full[name] for name in report.added})
+            _write_config(stored, weights, part)
+            _write_index(stored, weights, part, {name: change.in_full[name] for name in report.added})
     return report
 
 
@@ -173,6 +183,7 @@ def _write(
     workspace: Workspace,
 ) -> None:
     memory = cycle(("one sum", "the next sum"))  # one sum is computed while the one before it is written
+    computed = {name: _rounded(tensor) for name, tensor in file.tensors.items() if isinstance(tensor, ComputedTensor)}
     merged = {
         name: _sums(file.tensors[name], change.pairs[name], report, workspace, memory)
         for name in file.tensors
@@ -181,25 +192,42 @@ def _write(
     replaced = {
         name: _cast(file.tensors[name], change.in_full[name]) for name in file.tensors if name in change.in_full
     }
-    write_like(file, path, merged | replaced, added, progress)
+    write_like(file, path, computed | merged | replaced, added, progress)
+
+
+def _rounded(tensor: ComputedTensor) -> Iterator[Tensor]:
+    for _, values in read_ahead(tensor.slabs()):
+        yield values.to(tensor.torch_dtype())
 
 
 def _sums(
     weight: StoredTensor, targets: list[StoredTarget], report: MergeReport, workspace: Workspace, memory: Iterator[str]
 ) -> Iterator[Tensor]:
     dtype = torch.promote_types(weight.torch_dtype(), torch.float32)
-    pairs = [(target.pair.read_finite(dtype, target.factor), target.transposed) for target in targets]
-    delta = exact_product([(A.T, B.T) if transposed else (B, A) for (B, A), transposed in pairs], dtype)
+    delta = _delta(targets, dtype)
     layer = report.layers.setdefault(weight.name, MergedLayer())
     squares = exact.Squares()
     for rows, values in read_ahead(targets[0].start.slabs()):
-        matrix = values.to(weight.torch_dtype())
+        matrix = values if isinstance(targets[0].start, ComputedTensor) else values.to(weight.torch_dtype())
         total = workspace.memory(next(memory), matrix, matrix.dtype)
         squares += exact.add_delta(matrix, delta.part(rows), total, workspace)
+        rounded = total.to(weight.torch_dtype())
+        if rounded is not total:  # of a dequantized weight
+            error = float((rounded - total).double().square().sum())
+            squares += exact.Squares(error=error, finite=bool(rounded.isfinite().all()))
         if not squares.finite:
             _refuse(weight, matrix)
-        yield total
+        yield rounded
     layer.weight, layer.delta, layer.lost = math.sqrt(squares.matrix), math.sqrt(squares.delta), squares.lost()
+
+
+def _delta(targets: list[StoredTarget], dtype: torch.dtype) -> ExactProduct:
+    pairs = [(target.pair.read_finite(dtype, target.factor), target.transposed) for target in targets]
+    if isinstance(targets[0].start, ComputedTensor) and targets[0].transposed:
+        # In memory the sum of dequantized weights is computed first, and transposed then.
+        product = exact_product([(B, A) for (B, A), _ in pairs], dtype)
+        return ExactProduct([(right.T, left.T) for left, right in product.terms])
+    return exact_product([(A.T, B.T) if transposed else (B, A) for (B, A), transposed in pairs], dtype)
 
 
 def _refuse(weight: StoredTensor, matrix: Tensor) -> None:
@@ -248,17 +276,23 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))
 
 
-def _write_index(base: Weights, out: Path, added: dict[str, StoredTensor]) -> None:
-    if base.index is None:
+def _write_config(stored: Weights, written: Weights, out: Path) -> None:
+    """Write a config.json without what described the quantization of the ``stored`` weights."""
+    if stored.config != written.config:
+        (out / "config.json").write_text(json.dumps(written.config, indent=2) + "\n")
+
+
+def _write_index(stored: Weights, written: Weights, out: Path, added: dict[str, StoredTensor]) -> None:
+    if stored.index is None:
         return
-    index = read_object(base.index)
-    index["weight_map"] |= dict.fromkeys(added, base.files[-1].path.name)
-    metadata = index.get("metadata")
-    sums = {
-        "total_size": sum(t.nbytes for t in added.values()),
-        "total_parameters": sum(t.numel() for t in added.values()),
-    }
-    for key, more in sums.items():
+    index = read_object(stored.index)
+    places = {name: file for name, file in index["weight_map"].items() if name in written.tensors}
+    index["weight_map"] = places | dict.fromkeys(added, stored.files[-1].path.name)
+    metadata, counted = index.get("metadata"), list(added.values())
+    if written is not stored:
+        counted += written.tensors.values()
+    sums = {"total_size": sum(t.nbytes for t in counted), "total_parameters": sum(t.numel() for t in counted)}
+    for key, count in sums.items():
         if isinstance(metadata, dict) and isinstance(metadata.get(key), int):
-            metadata[key] += more
-    (out / base.index.name).write_text(json.dumps(index, indent=2) + "\n")
+            metadata[key] = count + (metadata[key] if written is stored else 0)
+    (out / stored.index.name).write_text(json.dumps(index, indent=2) + "\n")

@@ -60,6 +60,11 @@ def _add_merge(parser: ArgumentParser) -> None:
         metavar="NUMBER",
         help="Factor of each adapter's update, in the order of the adapters; null means 1 for all.",
     )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="BASE is quantized by bitsandbytes: add to its dequantized weights, and write a model in full precision.",
+    )
     _add_overwrite(parser)
 
 
@@ -144,7 +149,7 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
         "appears only when it is complete. The share of the update that rounding lost is reported. Several adapters "
         "are added at once: `lightning-lora merge BASE fr de OUT --weights 0.7 0.3`. Of a .ckpt that holds several, "
         "`lightning-lora export` makes directories first. For an adapter that was trained on a quantized base, BASE is "
-        "the model in full precision that was quantized.",
+        "the model in full precision that was quantized; or with --dequantize the quantized one.",
     ),
     "diff": (
         _add_diff,

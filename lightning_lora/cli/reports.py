@@ -22,8 +22,9 @@ if TYPE_CHECKING:  # a command imports what it needs and no other command
 
 QUANTIZED = (
     "The adapter was trained on a quantized base: {count} of this one agree by name and shape, and no values were "
-    "compared. Its adapters were trained on the quantized weights, so test the merged model."
+    "compared."
 )
+OTHER_VALUES = " Its adapters were trained on the quantized weights, so test the merged model."
 LISTED = 20  # rows of a list that has no limit of its own
 
 
@@ -154,7 +155,10 @@ def merge_text(report: MergeReport, out: str) -> str:
     lines += columns(("weight", "|W|", "|delta|", "lost by rounding"), rows)
     lines += [f"  and {len(worst) - LISTED:,} more, of which less was lost"] if len(worst) > LISTED else []
     lines += [f"Rounding to the base's dtype lost {report.lost():.2%} of delta's norm."]
-    lines += [QUANTIZED.format(count=counted(len(report.quantized), "weight"))] if report.quantized else []
+    dequantized = report.dequantized
+    lines += [f"dequantized: {counted(len(dequantized), 'weight')} of the base"] if dequantized else []
+    if report.quantized:
+        lines += [QUANTIZED.format(count=counted(len(report.quantized), "weight")) + OTHER_VALUES * (not dequantized)]
     lines += listed("replaced by the adapter's own", report.replaced) + listed("new in the adapter", report.added)
     return "\n".join(lines + listed("not copied: other weights, and links out of the base", report.left_out))
 

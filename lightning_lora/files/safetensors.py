@@ -104,14 +104,17 @@ class StoredTensor:
         """Its shape as a matrix: the first dimension by all others."""
         return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
+    def row_slices(self) -> Iterable[slice]:
+        """Its rows as a matrix, in order: as many at a time as may be in memory at once."""
+        height, width = self.matrix_shape()
+        if height * width:
+            count = max(1, SLAB // width)
+            yield from (slice(first, min(first + count, height)) for first in range(0, height, count))
+
     def slabs(self) -> Iterable[tuple[slice, Tensor]]:
         """Its rows as a matrix, some at a time and in order."""
-        height, width = self.matrix_shape()
-        if not height * width:
-            return
-        dtype, count = self.torch_dtype(), max(1, SLAB // width)
-        for first in range(0, height, count):
-            rows = slice(first, min(first + count, height))
+        dtype, (_, width) = self.torch_dtype(), self.matrix_shape()
+        for rows in self.row_slices():
             start, stop = (self.start + row * width * dtype.itemsize for row in (rows.start, rows.stop))
             yield rows, _read(self.path, start, stop, dtype).view(-1, width)
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lightning_lora import LoRAConfig, apply_lora, lora_parameters, save_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.cli.merge import merge_files
+from lightning_lora.layers.quantized.formats import dequantized
 
 pytest.importorskip("bitsandbytes")
 from tests.helpers.quantized import four_bits
@@ -24,9 +25,9 @@ class Small(nn.Module):
         self.emb, self.q, self.ln = nn.Embedding(8, 64), nn.Linear(64, 64), nn.LayerNorm(64)
 
 
-def quantized() -> nn.Module:
+def quantized(**kwargs: object) -> nn.Module:
     model = Small()
-    model.q = four_bits(model.q)
+    model.q = four_bits(model.q, **kwargs)
     return model
 
 
@@ -66,14 +67,28 @@ def test_other_values_of_a_parameter_that_was_not_quantized_are_another_base(tmp
         merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
 
 
-def test_a_quantized_base_is_refused_and_can_be_merged_in_the_module(tmp_path):
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_quantized_base_is_refused_and_both_remedies_work(tmp_path, storage):
+    """Codes may be stored in a floating dtype."""
     adapter, delta = adapter_on_a_quantized_base(tmp_path)
-    save_file(quantized().state_dict(), tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=r"`q.weight` is of U8, whose few bits.*merge_lora\(model, dequantize=True\)"):
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(quantized(quant_storage=storage).state_dict(), base)
+    words = "`q.weight` is quantized, and its few bits.*base in full precision that was quantized; or give --dequantize"
+    with pytest.raises(ValueError, match=words):
+        merge_files(base, adapter, out)
+    merge_files(base, adapter, out, dequantize=True)
+    torch.testing.assert_close(load_file(out)["q.weight"], dequantized(quantized().q) + delta)
+    save_file(Small().state_dict(), base)
+    merge_files(base, adapter, out, overwrite=True)
+    torch.testing.assert_close(load_file(out)["q.weight"], Small().q.weight.detach() + delta)
+
+
+def test_weights_of_few_bits_of_another_library_are_refused(tmp_path):
+    adapter, _ = adapter_on_a_quantized_base(tmp_path)
+    tensors = Small().state_dict()
+    tensors["q.weight"] = tensors["q.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(
+        ValueError, match=r"`q.weight` is of F8_E4M3, whose few bits cannot hold the sum. Give the base"
+    ):
         merge_files(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
-    model, plain = quantized(), quantized()
-    load_adapter(model, adapter)
-    merge_lora(model, dequantize=True)
-    apply_lora(plain, LoRAConfig(r=2, targets=["q"]))
-    merge_lora(plain, dequantize=True)
-    torch.testing.assert_close(model.q.weight, plain.q.weight + delta)

@@ -84,3 +84,29 @@ def by_the_library(weight: FourBits, dtype: torch.dtype) -> Tensor:
     rows = (count // blocksize, blocksize) if count % blocksize == 0 else (1, count)
     matrix: Tensor = library.dequantize_4bit(codes, absmax, blocksize, quant_type, rows, dtype)
     return matrix.view(shape)
+
+
+def rows_by_torch(weight: FourBits, rows: slice) -> Tensor:
+    """Some rows of the matrix of ``weight`` in fp32, by torch alone: files are read where bitsandbytes may be missing.
+
+    Args:
+        weight: on the CPU, its ``codes`` one vector of bytes.
+        rows: with a start and a stop. A block may begin or end within a row.
+    """
+    width, blocksize = weight.shape[1], weight.blocksize
+    start, stop = rows.start * width, rows.stop * width
+    pairs = weight.codes[start // 2 : (stop + 1) // 2]
+    codes = torch.stack([pairs >> 4, pairs & 0xF], 1).view(-1)[start % 2 :][: stop - start]
+    first = start // blocksize
+    largest = _largest_by_torch(weight, slice(first, -(-stop // blocksize))).repeat_interleave(blocksize)
+    matrix = weight.table[codes.int()]
+    return matrix.mul_(largest[start - first * blocksize :][: stop - start]).view(-1, width)
+
+
+def _largest_by_torch(weight: FourBits, blocks: slice) -> Tensor:
+    """The largest absolute values of some blocks in fp32."""
+    largest, nested = weight.absmax[blocks], weight.nested
+    if nested is None:
+        return largest.float()
+    of_blocks = nested.absmax[torch.arange(blocks.start, blocks.stop) // nested.blocksize]
+    return nested.table[largest.int()] * of_blocks + nested.offset

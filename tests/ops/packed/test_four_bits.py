@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lora.ops.packed import four_bits
-from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit
+from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit, rows_by_torch
 
 functional = pytest.importorskip("bitsandbytes").functional
 
@@ -37,6 +37,20 @@ def test_the_matrix_is_rounded_once(rows, columns, quant_type, blocksize, nested
         torch.testing.assert_close(matrix, written_out(codes, state, dtype), rtol=2**-7, atol=0)
     else:
         assert torch.equal(matrix, written_out(codes, state, dtype))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (5, 77), (300, 192)])
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("fp4", False)])
+def test_some_rows_by_torch_alone_have_the_same_bits(rows, columns, quant_type, nested):
+    """Of an odd width a row begins within a byte and within a block."""
+    torch.manual_seed(0)
+    codes, state = functional.quantize_4bit(
+        torch.randn(rows, columns), blocksize=64, quant_type=quant_type, compress_statistics=nested
+    )
+    weight = FourBits.of(codes.view(-1), state)
+    matrix = dequantize_4bit(weight, torch.float32)
+    for part in (slice(0, rows), slice(1, 3), slice(rows - 2, rows)):
+        assert torch.equal(rows_by_torch(weight, part), matrix[part])
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
