@@ -15,6 +15,8 @@ from lightning_lora.files.safetensors import StoredTensor, TensorFile, open_tens
 from lightning_lora.names import nearest
 
 INDEX = ".safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX = f"{TORCH_FILE}.index.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def open_weights(path: Path) -> Weights:
         folder = path.parent
     elif path.is_dir():
         index, folder = _index_in(path), path
-        files = [open_tensors(file) for file in (_shards(index) if index else [_only_file(path)])]
+        files = [open_tensors(file) for file in (_shards(index, ".safetensors") if index else [_only_file(path)])]
     else:
         raise FileNotFoundError(f"`{path}` does not exist: give a .safetensors file or a directory with one.")
     tensors = _together(files)
@@ -87,13 +89,26 @@ def _only_file(folder: Path) -> Path:
     return (named or files)[0]
 
 
-def _shards(index: Path) -> list[Path]:
+def torch_files_in(folder: Path) -> list[Path]:
+    """The files of ``torch.save`` with a model's weights, as transformers called them; none beside safetensors files.
+
+    Raises:
+        FileNotFoundError, ValueError: if the index of several names what is not there, or not in ``folder``.
+    """
+    if any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors")):
+        return []
+    if (folder / TORCH_FILE).is_file():
+        return [folder / TORCH_FILE]
+    return _shards(folder / TORCH_INDEX, ".bin") if (folder / TORCH_INDEX).is_file() else []
+
+
+def _shards(index: Path, suffix: str) -> list[Path]:
     """The files that ``index`` names; a name that leads out of its folder is refused."""
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(suffix):
             raise ValueError(
-                f"`{index}` names the file {shown(name)}, but may name only .safetensors files in its own folder."
+                f"`{index}` names the file {shown(name)}, but may name only {suffix} files in its own folder."
             )
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"`{index}` names {shown(name)}, which is not there: fetch the missing file.")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_lora.files.weights import keeps_transposed, open_weights
+from lightning_lora.files.weights import keeps_transposed, open_weights, torch_files_in
 from tests.helpers.on_disk import base_tensors, values, write_base
 from tests.helpers.oracles import same_bits
 
@@ -104,3 +104,26 @@ def test_which_side_the_biases_tell(tmp_path, shapes, expected):
     for otherwise in (True, False):
         wanted = otherwise if expected == "otherwise" else expected
         assert keeps_transposed(name, open_weights(tmp_path), otherwise) is wanted
+
+
+def test_files_of_torch_save_are_found_where_there_are_no_others(tmp_path):
+    assert torch_files_in(tmp_path) == []
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.bin", "b": "y.bin"}}))
+    with pytest.raises(FileNotFoundError, match=r"names `x.bin`, which is not there"):
+        torch_files_in(tmp_path)
+    for name in ("x.bin", "y.bin"):
+        (tmp_path / name).touch()
+    assert torch_files_in(tmp_path) == [tmp_path / "x.bin", tmp_path / "y.bin"]
+    (tmp_path / "pytorch_model.bin").touch()
+    assert torch_files_in(tmp_path) == [tmp_path / "pytorch_model.bin"]
+    save_file({"a": values(2)}, tmp_path / "adapter_model.safetensors")
+    assert torch_files_in(tmp_path)
+    save_file({"a": values(2)}, tmp_path / "model.safetensors")
+    assert torch_files_in(tmp_path) == []
+
+
+def test_an_index_of_torch_files_may_name_those_beside_it_only(tmp_path):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../x.bin"}}))
+    with pytest.raises(ValueError, match=r"names the file `../x.bin`, but may name only .bin files in its own folder"):
+        torch_files_in(tmp_path)

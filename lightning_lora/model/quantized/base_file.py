@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.files.renaming import Renaming, renamings
 from lightning_lora.files.safetensors import StoredTensor
 from lightning_lora.files.torch_files import checked
-from lightning_lora.files.weights import INDEX, open_weights
+from lightning_lora.files.weights import INDEX, TORCH_INDEX, open_weights, torch_files_in
 from lightning_lora.foreign import CONV1D, SOURCE_CLASS
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.quantized.formats import dequantized, matrix_shape, quantized_modules
@@ -72,8 +72,8 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
     """Find every quantized layer of ``model`` in the file or directory at ``path``, by name and shape.
 
     Args:
-        path: a ``.safetensors`` file, its index, a directory that ``save_pretrained`` wrote, or a file that
-            ``torch.save`` wrote of a state dict, or of a checkpoint with one.
+        path: a ``.safetensors`` file, an index, a directory that ``save_pretrained`` wrote, also with
+            ``pytorch_model.bin``, or a file that ``torch.save`` wrote of a state dict, or of a checkpoint with one.
         model: with quantized layers.
 
     Raises:
@@ -102,14 +102,20 @@ def open_base(path: str, model: nn.Module) -> BaseFile:
 
 
 def _tensors_at(path: Path) -> Mapping[str, Tensor | StoredTensor]:
-    path = path.parent if path.name.endswith(INDEX) else path
+    path = path.parent if path.name.endswith((INDEX, TORCH_INDEX)) else path
     if not path.exists():
         raise FileNotFoundError(
             f"`{path}` does not exist: give a file or a directory with the base. For a name of the Hugging Face Hub "
             "give the directory that huggingface_hub.snapshot_download(name) returns."
         )
-    if path.is_dir() or path.suffix == ".safetensors":
+    files = torch_files_in(path) if path.is_dir() else [path]
+    if not files or path.suffix == ".safetensors":
         return open_weights(path).tensors
+    return {name: value for file in files for name, value in _torch_tensors(file).items()}
+
+
+def _torch_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of ``torch.save``, mapped into memory."""
     content = _torch_content(path)
     if isinstance(content, dict) and RUN in content:
         raise ValueError(f"{path} holds adapters of a run, and no base in full precision: name the file of the base.")

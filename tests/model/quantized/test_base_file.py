@@ -69,7 +69,29 @@ def as_state_dict(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return folder / "a.pt"
 
 
-@pytest.mark.parametrize("write", [as_safetensors, as_directory, as_shards, as_checkpoint, as_state_dict])
+def as_bin_directory(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def as_bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    names = sorted(tensors)
+    weight_map = {name: f"pytorch_model-{1 + (name == names[0])}.bin" for name in names}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def as_bin_index(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    return as_bin_shards(folder, tensors) / "pytorch_model.bin.index.json"
+
+
+SAFETENSORS = [as_safetensors, as_directory, as_shards]
+OF_TORCH_SAVE = [as_checkpoint, as_state_dict, as_bin_directory, as_bin_shards, as_bin_index]
+
+
+@pytest.mark.parametrize("write", [*SAFETENSORS, *OF_TORCH_SAVE])
 def test_files_that_are_read(tmp_path, write):
     base = open_base(str(write(tmp_path, values())), model := quantized())
     assert torch.equal(base.weight("net.q", model.net.q), values()["q.weight"])
