@@ -28,6 +28,7 @@ from lightning_lora.model.quantized.merge import (
     merge_base_of,
     merge_quantized_layer,
     pack_others_again,
+    plain_dtype,
     plain_weights,
 )
 from lightning_lora.model.record import Merged, forget, holders, is_merged, merged_layers, record_of
@@ -96,7 +97,7 @@ def merge_lora(
         check_has_quantized(model, "dequantize=True" if base is None else f"base={str(base)!r}")
     differences = None
     if into is not None and into.path is not None and quantized_modules(model):
-        differences = differences_elsewhere(open_base(into.path, model), model)
+        differences = differences_elsewhere(open_base(into.path, model), model, plain_dtype(model))
     lost = merge_in(model, Workspace(), undo, weights, into)
     if differences is not None:
         warnings.warn(differences, stacklevel=2)

@@ -173,10 +173,21 @@ def check_samples(base: BaseFile, model: nn.Module) -> None:
         base.weight(name, layer)
 
 
-def differences_elsewhere(base: BaseFile, model: nn.Module) -> str | None:
-    """A sentence about the frozen parameters that are not quantized, and differ from the file's or are not in it."""
+def differences_elsewhere(base: BaseFile, model: nn.Module, dtype: torch.dtype) -> str | None:
+    """A sentence about the frozen parameters that are not quantized, and differ from the file's or are not in it.
+
+    Args:
+        base: the file.
+        model: with quantized layers.
+        dtype: of its other layers. A bias of a quantized layer was loaded in it; the first call casts it to the dtype
+            in which the layer computes.
+    """
     frozen = frozen_names(model)
-    quantized = {id(parameter_of(layer)) for _, layer in quantized_modules(model)}
+    layers = [layer for _, layer in quantized_modules(model)]
+    quantized, biases = (
+        {id(parameter_of(layer)) for layer in layers},
+        {id(layer._parameters["bias"]) for layer in layers},
+    )
     others = []
     for name, parameter in named_parameters(model):
         if name not in frozen or id(parameter) in quantized:
@@ -185,7 +196,10 @@ def differences_elsewhere(base: BaseFile, model: nn.Module) -> str | None:
         stored = base.tensors.get(join(base.called(module), key))
         if stored is None:
             others.append(f"`{name}` (not in the file)")
-        elif not agree(stored.read() if isinstance(stored, StoredTensor) else stored, parameter):
+        elif not agree(
+            stored.read() if isinstance(stored, StoredTensor) else stored,
+            _coarser(parameter, dtype) if id(parameter) in biases else parameter,
+        ):
             others.append(f"`{name}`")
     if not others:
         return None
@@ -193,3 +207,8 @@ def differences_elsewhere(base: BaseFile, model: nn.Module) -> str | None:
         f"Of the parameters that are not quantized, {len(others)} differ from {base.path}, and stay as the model has "
         f"them: {', '.join(others[:NAMED])}{' and more' if len(others) > NAMED else ''}."
     )
+
+
+def _coarser(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in ``dtype`` if that has fewer digits, so that numbers are compared as they were rounded."""
+    return value.to(dtype) if torch.finfo(dtype).eps > torch.finfo(value.dtype).eps else value

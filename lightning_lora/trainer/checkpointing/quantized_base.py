@@ -15,7 +15,7 @@ from lightning_lora.foreign import QUANTIZING_PRECISION, SHARDING_STRATEGIES, is
 from lightning_lora.methods.base import Method
 from lightning_lora.model.mergeable import check_has_quantized
 from lightning_lora.model.quantized.base_file import check_samples, differences_elsewhere, open_base
-from lightning_lora.model.quantized.merge import why_not_plain
+from lightning_lora.model.quantized.merge import plain_dtype, why_not_plain
 from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_warn
 from lightning_lora.trainer.patching import patch_method
 
@@ -44,7 +44,7 @@ def check_quantized_base(trainer: Any, module: nn.Module, run_config: RunConfig)
     if path is not None:
         base = open_base(path, module)
         check_samples(base, module)
-        differences = differences_elsewhere(base, module)
+        differences = differences_elsewhere(base, module, plain_dtype(module))
         if differences is not None:
             rank_zero_warn(differences)
 

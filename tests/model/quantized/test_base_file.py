@@ -186,3 +186,25 @@ def test_parameters_that_are_not_quantized_and_differ_are_named_in_a_warning(tmp
     with pytest.warns(UserWarning, match=r"2 differ from .*: `net.emb.weight`, `net.ln.bias` \(not in the file\)\."):
         merge_lora(model, base=as_safetensors(tmp_path, tensors))
     assert torch.equal(model.net.emb.weight, before)
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("computes", [torch.float32, torch.bfloat16])
+def test_a_bias_that_was_loaded_in_a_half_dtype_and_cast_by_a_call_is_the_same(tmp_path, loaded, computes):
+    model = nn.ModuleDict({"net": Small().to(loaded)})
+    for name in ("q", "v"):
+        setattr(model.net, name, four_bits(getattr(model.net, name), compute_dtype=computes))
+    apply_lora(model, LoRAConfig(r=2, targets=["q"]))
+    model.net.q(torch.ones(1, 64, dtype=loaded))
+    assert model.net.q.bias.dtype == computes
+    path = as_safetensors(tmp_path, values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_lora(model, base=path)
+
+
+def test_another_bias_of_a_quantized_layer_is_named(tmp_path):
+    tensors = values()
+    tensors["q.bias"] = 1.1 * tensors["q.bias"]
+    with pytest.warns(UserWarning, match=r"1 differ from .*: `net.q.bias`\."):
+        merge_lora(quantized(adapted=True), base=as_safetensors(tmp_path, tensors))
