@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 from torch import nn
@@ -97,7 +98,8 @@ def merge_lora(
         check_has_quantized(model, "dequantize=True" if base is None else f"base={str(base)!r}")
     differences = None
     if into is not None and into.path is not None and quantized_modules(model):
-        differences = differences_elsewhere(open_base(into.path, model), model, plain_dtype(model))
+        file = open_base(into.path, model)
+        into, differences = replace(into, file=file), differences_elsewhere(file, model, plain_dtype(model))
     lost = merge_in(model, Workspace(), undo, weights, into)
     if differences is not None:
         warnings.warn(differences, stacklevel=2)

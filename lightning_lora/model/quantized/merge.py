@@ -21,7 +21,7 @@ from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized, quantized_modules
 from lightning_lora.model.freeze import adapter_parameters
 from lightning_lora.model.merge_layer import deltas_of, matrices_in
-from lightning_lora.model.quantized.base_file import is_transposed, open_base
+from lightning_lora.model.quantized.base_file import BaseFile, is_transposed, open_base
 from lightning_lora.model.quantized.packed import make_plain, pack_again, was_changed
 from lightning_lora.model.record import Merged, MergedWeight, packed_layers, record_of
 from lightning_lora.names import clean, each_module_once, join, named_parameters
@@ -37,10 +37,12 @@ class MergeBase:
     Args:
         path: of the file or directory with the weights in full precision; ``None`` for the dequantized weights.
         dtype: of the plain layers; ``None`` for :func:`plain_dtype`.
+        file: what is at ``path``, if it was opened already.
     """
 
     path: str | None = None
     dtype: torch.dtype | None = None
+    file: BaseFile | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def plain_weights(model: nn.Module, base: MergeBase) -> PlainWeights:
     dtype = base.dtype or plain_dtype(model)
     if base.path is None or not quantized_modules(model):
         return PlainWeights(base.path, dtype, lambda name, layer: dequantized(layer))
-    return PlainWeights(base.path, dtype, open_base(base.path, model).weight)
+    file = base.file or open_base(base.path, model)
+    return PlainWeights(base.path, dtype, file.weight)
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:

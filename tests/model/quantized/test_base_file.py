@@ -208,3 +208,11 @@ def test_another_bias_of_a_quantized_layer_is_named(tmp_path):
     tensors["q.bias"] = 1.1 * tensors["q.bias"]
     with pytest.warns(UserWarning, match=r"1 differ from .*: `net.q.bias`\."):
         merge_lora(quantized(adapted=True), base=as_safetensors(tmp_path, tensors))
+
+
+def test_the_file_is_opened_once(tmp_path, monkeypatch):
+    """A file of ``torch.save`` is read whole when it is opened, as its checksums are compared."""
+    opened = []
+    monkeypatch.setattr("lightning_lora.model.quantized.base_file.checked", lambda *a: opened.append(a[0]) or a[2]())
+    merge_lora(quantized(adapted=True), base=as_state_dict(tmp_path, values()))
+    assert opened == [tmp_path / "a.pt"]
