@@ -2,22 +2,26 @@
 
 Its first call takes the codes off the parameter, and ``model.to`` moves parameters and buffers alone. So the codes stay
 on the GPU where a Trainer moves the model to the CPU after a run, and a call there reads memory of the other device.
+
+In evaluation on a CPU it writes into an fp16 input: it sets outliers to zero, and puts them back. Autograd takes that
+for a change of a tensor that another layer or an adapter saved, and backward raises.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_lora.layers.quantized.formats import is_8bit
 
 
 class FollowInput:
-    """A forward pre-hook: the codes and their scales go to the device of the input."""
+    """A forward pre-hook: the codes and their scales go to the device of the input, which no layer writes into."""
 
-    def __call__(self, layer: Any, args: Any) -> None:
-        """Move them, where they are elsewhere."""
+    def __call__(self, layer: Any, args: Any) -> Any:
+        """Move them, where they are elsewhere; give the layer a copy of an input that it would write into."""
         weight = layer._parameters["weight"]
         owner = layer.state if getattr(weight, "CB", None) is None else weight
         device = args[0].device if args else weight.device
@@ -25,6 +29,13 @@ class FollowInput:
             value = getattr(owner, key, None)
             if value is not None and value.device != device:
                 setattr(owner, key, value.to(device))
+        return (args[0].clone(), *args[1:]) if args and _writes_into(layer, args[0]) else None
+
+
+def _writes_into(layer: Any, x: Tensor) -> bool:
+    """Whether a call of ``layer`` would write into its input ``x`` while autograd records."""
+    kernel = layer.training or x.is_cuda  # which does not write
+    return not kernel and x.dtype == torch.float16 and layer.state.threshold > 0 and torch.is_grad_enabled()
 
 
 def follow_inputs(layer: nn.Module) -> None:

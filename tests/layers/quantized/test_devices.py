@@ -46,6 +46,26 @@ def test_the_hooks_go_with_the_adapters():
     assert not any(layer._forward_pre_hooks for layer in model)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_in_evaluation_with_outliers_in_fp16(training):
+    """transformers loads 8-bit layers with this threshold. The layers share an input that another operation saves."""
+    torch.manual_seed(0)
+    q, k = (bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0) for _ in range(2))
+    model = nn.ModuleDict({"q": q, "k": k}).to("cpu")
+    apply_lora(model, LoRAConfig(r=2, targets=["q"], seed=0))
+    model.train(training)
+    nn.init.ones_(q.lora.default.B)
+    x = torch.randn(5, 64)
+    x[0, 3] = 20.0
+    before, h = x.half().relu(), x.half().requires_grad_()
+    saved = h.relu()
+    (q(saved) + k(saved)).sum().backward()
+    assert torch.equal(saved, before) and h.grad is not None
+    # scale * (the sum of B's columns) * the sum of x
+    expected = q.lora.default.scale * q.lora.default.B.sum(0)[:, None] * saved.detach().float().sum(0)
+    torch.testing.assert_close(q.lora.default.A.grad, expected, rtol=2e-3, atol=2e-2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="moves a model between a CPU and a GPU")
 def test_a_model_that_goes_to_the_gpu_and_back_computes_there():
     model, x = model_of(), torch.randn(3, 64)
