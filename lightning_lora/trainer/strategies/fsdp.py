@@ -30,7 +30,7 @@ from lightning_lora.model.sum_groups import compute_on_activations
 from lightning_lora.trainer.imports import MisconfigurationException
 from lightning_lora.trainer.patching import patch_attribute, patch_method
 from lightning_lora.trainer.strategies.base import StrategyAdapter, states_in
-from lightning_lora.trainer.strategies.quantized import check_flat_codes, check_sharded_codes
+from lightning_lora.trainer.strategies.quantized import check_flat_codes, check_sharded_codes, check_sharded_tensors
 
 
 class Sharded(StrategyAdapter):
@@ -186,7 +186,12 @@ class FSDP2(Sharded):
     """``ModelParallelStrategy``: the user has sharded the module in ``configure_model``."""
 
     def at_setup(self, stack: ExitStack) -> None:
-        """Write one file, not a directory."""
+        """Write one file, not a directory; raise for weights that the user's ``fully_shard`` could not split.
+
+        Raises:
+            MisconfigurationException: naming the first one.
+        """
+        check_sharded_tensors(self.strategy, self.module)
         patch_attribute(stack, self.strategy, "_save_distributed_checkpoint", False)
         super().at_setup(stack)
 

@@ -1,6 +1,7 @@
-"""How the quantized weights of bitsandbytes must be stored for a precision and a strategy.
+"""How quantized weights must be stored for a precision and a strategy.
 
-Codes may be stored in a floating dtype, so that FSDP1 shards them. A cast to another dtype would destroy them.
+bitsandbytes may store codes in a floating dtype, so that FSDP1 shards them. A cast to another dtype would destroy them.
+The tensors of torchao and quanto hold their codes inside, where few strategies can shard them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import names
+from lightning_lora.foreign import QUANTIZING_LIBRARY, QUANTO, is_from
 from lightning_lora.layers.quantized.formats import is_8bit, is_quantized_class, quantization_of
 from lightning_lora.model.freeze import in_files
+from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.trainer.imports import MisconfigurationException
 
 TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -57,12 +60,43 @@ def check_sharded_codes(strategy: Any, module: nn.Module) -> None:
             )
 
 
+def check_sharded_tensors(strategy: Any, module: nn.Module) -> None:
+    """Raise for a weight of torchao or quanto that loses its codes, or raises, where it is split.
+
+    Raises:
+        MisconfigurationException: naming the first of a class.
+    """
+    tried: set[type[Tensor]] = set()
+    for name, weight in _quantized_tensors(module):
+        if type(weight) not in tried and not _can_be_split(weight):
+            raise _cannot_shard(strategy, name, weight)
+        tried.add(type(weight))
+
+
+def _can_be_split(weight: Tensor) -> bool:
+    try:
+        part = weight.detach().chunk(2)[0]
+    except (NotImplementedError, RuntimeError):
+        return False
+    return type(part) is type(weight)  # quanto dequantizes what it cannot compute with codes
+
+
+def _cannot_shard(strategy: Any, name: str, weight: Tensor) -> Exception:
+    library = "quanto" if is_from(type(weight), QUANTO) else "torchao"
+    return MisconfigurationException(
+        f"`{name}` is quantized by {library}, and {type(strategy).__name__} would not shard its codes. Use "
+        "strategy='ddp', which takes it, or load the model in 4 bits by bitsandbytes."
+    )
+
+
 def check_flat_codes(strategy: Any, module: nn.Module) -> None:
-    """Raise for 4-bit weights that cannot be a part of FSDP1's flat parameters, which are of one floating dtype.
+    """Raise for quantized weights that cannot be a part of FSDP1's flat parameters, which are of one floating dtype.
 
     Raises:
         MisconfigurationException: naming the first layer, and the dtype to load it with.
     """
+    for name, weight in _quantized_tensors(module):
+        raise _cannot_shard(strategy, name, weight)
     check_sharded_codes(strategy, module)
     layers = dict(_quantized(module))
     others = _dtypes(module, layers.values())
@@ -79,9 +113,15 @@ def check_flat_codes(strategy: Any, module: nn.Module) -> None:
 
 
 def _quantized(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of bitsandbytes."""
     for name, layer in names.named_modules(module):
-        if is_quantized_class(type(layer)):
+        if is_quantized_class(type(layer)) and is_from(type(layer), QUANTIZING_LIBRARY):
             yield name, layer
+
+
+def _quantized_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of torchao and quanto."""
+    return ((name, p) for name, p in names.named_parameters(module) if is_quantized_tensor(p))
 
 
 def _dtypes(module: nn.Module, layers: Any) -> Counter[torch.dtype]:

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_lora import LoRACallback
 from lightning_lora.trainer.strategies.ddp import DDP
+from lightning_lora.trainer.strategies.quantized import check_flat_codes, check_sharded_tensors
 from tests.helpers.models import data, trainer
+from tests.helpers.quantized_tensors import DynamicInt8
 from tests.helpers.scripts import run_script
 
 pytest.importorskip("bitsandbytes")
@@ -86,3 +89,48 @@ def test_codes_that_a_precision_would_cast_are_refused(precision, wanted):
         module = Stored(storage)
         trainer(LoRACallback(r=4), precision=precision, max_steps=1).fit(module, data())
         assert module.net.layers[0].q.weight.dtype == storage
+
+
+class OfTorchao(DynamicInt8):
+    """It raises where it is split."""
+
+
+class OfQuanto(DynamicInt8):
+    """It is dequantized where it is split."""
+
+    __module__ = "optimum.toy"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.chunk:
+            return args[0].dequantize().chunk(*args[1:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Splits(DynamicInt8):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return (
+            (args[0], args[0]) if func is torch.Tensor.chunk else super().__torch_function__(func, types, args, kwargs)
+        )
+
+
+def with_weight(cls: type) -> nn.Module:
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    weight = cls(torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 1))
+    model["q"].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(("cls", "library"), [(OfTorchao, "torchao"), (OfQuanto, "quanto")])
+@pytest.mark.parametrize("check", [check_flat_codes, check_sharded_tensors])
+def test_tensors_that_lose_their_codes_are_refused_with_the_name_of_their_library(cls, library, check):
+    words = rf"`q.weight` is quantized by {library}, and SimpleNamespace would not shard its codes. Use strategy='ddp'"
+    with pytest.raises(MisconfigurationException, match=words):
+        check(SimpleNamespace(), with_weight(cls))
+
+
+def test_tensors_that_can_be_split_are_taken_where_each_is_sharded_by_itself():
+    check_sharded_tensors(SimpleNamespace(), with_weight(Splits))
+    with pytest.raises(MisconfigurationException, match="would not shard its codes"):
+        check_flat_codes(SimpleNamespace(), with_weight(Splits))
