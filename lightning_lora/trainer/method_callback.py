@@ -21,6 +21,7 @@ from lightning_lora.trainer.kept_copies import keep_averages_exact
 from lightning_lora.trainer.learning_rates import learning_rates
 from lightning_lora.trainer.rate_search import scale_search
 from lightning_lora.trainer.run import Run
+from lightning_lora.trainer.watching.kept_layers import KeptLayers
 from lightning_lora.trainer.watching.liveness import Liveness
 
 
@@ -74,6 +75,7 @@ class MethodCallback(CallbackBase):
         """Continue a resumed run's random stream, and log the configuration."""
         assert self._run is not None
         start_graphs(pl_module)  # checkpointing may have been switched on since
+        self._run.first_steps.kept_layers = KeptLayers(pl_module)
         keep_averages_exact(trainer, pl_module, self._run.stack)
         self._run.files.restore_random_state()
         for logger in trainer.loggers:
@@ -98,6 +100,8 @@ class MethodCallback(CallbackBase):
     ) -> None:
         """At the first batch the base is complete; in the next ones, name what moves though it is frozen."""
         if self._run is not None:
+            if batch_idx == 0:
+                self._run.first_steps.check_layers()
             self._run.begin_batch(batch_idx)
 
     @override
@@ -127,6 +131,8 @@ class MethodCallback(CallbackBase):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the adapters that ran in no step of a short run."""
+        if self._run is not None:
+            self._run.first_steps.check_layers()
         if self._liveness is not None:
             self._liveness.report_waiting()
 
@@ -140,6 +146,8 @@ class MethodCallback(CallbackBase):
         save of a run is not filtered here but where it is written, as are saves that call no callback. A merged module
         is the plain model, and its state dict stays whole.
         """
+        if self._run is not None:
+            self._run.first_steps.check_layers()
         seen_by_hooks = None if self._run is None else self._run.files.seen_by_hooks
         if seen_by_hooks is not None and checkpoint.get("state_dict") is seen_by_hooks:
             return

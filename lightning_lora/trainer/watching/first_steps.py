@@ -15,6 +15,7 @@ from lightning_lora.trainer.imports import MisconfigurationException, rank_zero_
 from lightning_lora.trainer.optimizers import OptimizerSnapshot
 from lightning_lora.trainer.replaced_layers import warn_of_lost
 from lightning_lora.trainer.watching.frozen_watch import MOVING, FrozenWatch
+from lightning_lora.trainer.watching.kept_layers import KeptLayers
 from lightning_lora.trainer.watching.liveness import Liveness
 from lightning_lora.trainer.watching.lost_gradients import LostGradients
 from lightning_lora.trainer.watching.nothing_trains import refuse_loss
@@ -37,6 +38,7 @@ class FirstSteps:
         can_hold_moving: whether it can hold them.
         snapshots: of the optimizers, as the user made them.
         liveness: the watch over the adapters, from the start of training on.
+        kept_layers: the watch over the adapted layers, from the start of a fit on.
     """
 
     def __init__(self, trainer: Any, files: CheckpointFiles, watches_gradients: bool, was_bare: bool) -> None:
@@ -47,6 +49,7 @@ class FirstSteps:
         self.moving, self.can_hold_moving = set[str](), True
         self.snapshots: list[OptimizerSnapshot] = []
         self.liveness: Liveness | None = None
+        self.kept_layers: KeptLayers | None = None
         self.lost_gradients: LostGradients | None = None
 
     def watch_frozen(self) -> None:
@@ -104,6 +107,15 @@ class FirstSteps:
             frozen.begin_batch(index)
             if not frozen.named[MOVING] <= self.moving:
                 self._check_export(refuse=in_first_steps)
+
+    def check_layers(self) -> None:
+        """Raise if an adapted layer was replaced since the start of the fit.
+
+        Raises:
+            MisconfigurationException: naming the first one.
+        """
+        if self.kept_layers is not None:
+            self.kept_layers.check()
 
     def can_export(self) -> bool:
         """Whether ``export`` can hold what moves though it is frozen; where it cannot, a warning has said so."""
