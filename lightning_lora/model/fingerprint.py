@@ -16,10 +16,11 @@ from lightning_lora.model.copies import copied_names
 from lightning_lora.model.freeze import in_files
 from lightning_lora.model.state import added_parameters
 from lightning_lora.model.written import renormalized, written_parameters
-from lightning_lora.ops.exact_sum import checksum
+from lightning_lora.ops.exact_sum import checksum, same_bits
 from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 
 Fingerprint = dict[str, list[int | None]]
+HALF = (torch.bfloat16, torch.float16)  # in the order of the first two checksums of an entry
 
 
 def fingerprint(model: nn.Module, device: torch.device | str | None = None) -> Fingerprint:
@@ -61,7 +62,7 @@ def sums_of(tensor: Tensor, device: torch.device | str | None = None) -> list[in
     if tensor.is_meta or not tensor.is_floating_point() or is_quantized_tensor(tensor):
         return shape_alone(tensor)
     tensor = tensor if device is None else tensor.to(device)
-    sums = {dtype: checksum(tensor.to(dtype)) for dtype in (torch.bfloat16, torch.float16)}
+    sums = {dtype: checksum(tensor.to(dtype)) for dtype in HALF}
     exact = sums[tensor.dtype] if tensor.dtype in sums else checksum(tensor)
     return [sums[torch.bfloat16], sums[torch.float16], exact, *tensor.shape]
 
@@ -73,9 +74,21 @@ def has_values(tensor: Tensor, sums: Sequence[int | None]) -> bool:
         return True
     if is_quantized_tensor(tensor):  # since the entry was taken
         return False
-    if tensor.dtype in (torch.bfloat16, torch.float16):
+    if tensor.dtype in HALF:
         return checksum(tensor) == sums[tensor.dtype == torch.float16]
-    return checksum(tensor) == sums[2] or (tensor.dtype == torch.float64 and checksum(tensor.float()) == sums[2])
+    if checksum(tensor) == sums[2] or (tensor.dtype == torch.float64 and checksum(tensor.float()) == sums[2]):
+        return True
+    return tensor.is_floating_point() and any(
+        _was_widened(tensor, dtype, rounded, sums[2]) for dtype, rounded in zip(HALF, sums[:2], strict=True)
+    )
+
+
+def _was_widened(tensor: Tensor, dtype: torch.dtype, rounded: int | None, exact: int | None) -> bool:
+    """Whether ``tensor`` is a cast of one in the half-precision ``dtype``, the entry of which has these checksums."""
+    if rounded != exact:  # it had another dtype
+        return False
+    half = tensor.to(dtype)
+    return checksum(half) == rounded and same_bits(half.to(tensor.dtype), tensor)
 
 
 def is_fingerprint(value: object) -> bool:
@@ -149,5 +162,12 @@ def inexact(expected: Fingerprint, present: Fingerprint, adapter: str) -> str | 
 
 
 def exactly_same(expected: Fingerprint, present: Fingerprint) -> bool:
-    """Whether two bases are bit-identical."""
-    return expected == present
+    """Whether two bases are bit-identical, but for the biases of quantized layers: the first call casts them."""
+    differing = [name for name in {**expected, **present} if expected.get(name) != present.get(name)]
+    return all(name.endswith("bias") and _is_of_codes(name, expected) and name in present for name in differing)
+
+
+def _is_of_codes(bias: str, base: Fingerprint) -> bool:
+    """Whether ``bias`` is that of a quantized layer."""
+    weight = base.get(f"{bias.removesuffix('bias')}weight")
+    return weight is not None and weight[2] is None

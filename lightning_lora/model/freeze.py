@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from lightning_lora import names
@@ -105,9 +106,19 @@ def unfreeze(model: nn.Module) -> None:
     for _, module, record in records(model):
         for key, flag in record.requires_grad.items():
             for parameter in _present(module, key, record):
+                _make_normal(parameter)
                 parameter.requires_grad_(flag and (parameter.is_floating_point() or parameter.is_complex()))
         record.requires_grad.clear()
     prune(model)
+
+
+def _make_normal(parameter: nn.Parameter) -> None:
+    """Give a parameter that was written in inference mode values that take part in autograd.
+
+    So bitsandbytes casts the bias of a quantized layer at the first call.
+    """
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        parameter.data = parameter.data.clone()
 
 
 def _present(module: nn.Module, key: str, record: Record) -> list[nn.Parameter]:

@@ -17,7 +17,15 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.methods.lora import LoRAMethod
-from lightning_lora.model.fingerprint import exactly_same, fingerprint, inexact, other_base, shape_alone
+from lightning_lora.model.fingerprint import (
+    exactly_same,
+    fingerprint,
+    has_values,
+    inexact,
+    other_base,
+    shape_alone,
+    sums_of,
+)
 from lightning_lora.trainer.checkpointing import checkpoint_io as files
 from tests.helpers.models import Lit, data, trainer
 from tests.helpers.oracles import adapted, net, train
@@ -228,3 +236,24 @@ def test_a_quantized_matrix_may_be_stored_transposed_in_the_original():
     assert other_base(recorded, fingerprint(model)) is None
     with_values = {"weight": [1, 2, 3, 8, 24]}
     assert other_base(with_values, fingerprint(model)) == "`weight` had shape (8, 24) and has (24, 8) here"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_a_half_dtype_are_the_same_in_fp32(dtype):
+    """As bitsandbytes casts a bias to the dtype in which its layer computes."""
+    half = torch.randn(64).to(dtype)
+    entry = sums_of(half)
+    assert has_values(half.float(), entry) and has_values(half.double(), entry)
+    moved = half.float()
+    moved[5] += 1e-6
+    assert not has_values(moved, entry) and not has_values(half.float() + 0.5, entry)
+    assert not has_values(half.float(), sums_of(half.float() + 1e-6))
+
+
+def test_a_bias_that_a_call_of_its_quantized_layer_casts_is_no_other_base():
+    trained = {"q.weight": [None, None, None, 4, 4], "q.bias": [1, 2, 3, 4], "ln.bias": [5, 6, 7, 4]}
+    fresh = {**trained, "q.bias": [1, 8, 1, 4]}
+    assert exactly_same(trained, fresh) and exactly_same(fresh, trained) and inexact(trained, fresh, "it") is None
+    assert not exactly_same(trained, {**trained, "ln.bias": [5, 6, 8, 4]})
+    in_full = {**trained, "q.weight": [1, 2, 3, 4, 4]}
+    assert not exactly_same(in_full, {**in_full, "q.bias": [1, 8, 1, 4]})
