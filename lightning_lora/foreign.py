@@ -93,6 +93,8 @@ QUANTIZED_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "is_lo
 QUANTIZED_CONFIG = ("quantization_config", "_is_quantized")
 # Its list of what was done to the names and values of a checkpoint when it was loaded, which saving does in reverse.
 CONVERSIONS = "_weight_conversions"
+# Its names of modules that stay in fp32 whatever the dtype of the model.
+KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 # Libraries whose weight is a subclass of torch.Tensor. torchao leaves the layer as it is; quanto, which is a part of
 # optimum, has a class of its own.

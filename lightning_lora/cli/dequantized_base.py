@@ -77,7 +77,13 @@ def _computes_in(base: Weights) -> torch.dtype:
 
 
 def _plain_dtype(base: Weights, weights: list[QuantizedWeight]) -> str:
-    """The dtype of most of the numbers that are not of quantized layers, as safetensors calls it."""
+    """The dtype in which transformers loads the model, or that of most of the numbers that are not of quantized layers.
+
+    It is called as safetensors does.
+    """
+    loaded = getattr(torch, str(base.config.get("dtype") or base.config.get("torch_dtype")), None)
+    if isinstance(loaded, torch.dtype) and DTYPES.get(loaded) in FLOATS:
+        return DTYPES[loaded]
     layers = {weight.name.rpartition(".")[0] for weight in weights}
     left_out = {part for weight in weights for part in weight.parts}
     sizes: Counter[str] = Counter()

@@ -112,6 +112,16 @@ def test_a_bias_in_another_dtype_is_cast_as_its_layer(tmp_path):
     assert bias.dtype == torch.bfloat16 and same_bits(bias, model.layers[0].q.bias)
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_in_which_transformers_loads_the_model_counts(tmp_path, key):
+    base, adapter = written(tmp_path, adapted())
+    config = json.loads((base / "config.json").read_text()) | {key: "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    merge_files(base, adapter, tmp_path / "out", dequantize=True)
+    merged = everything_in(tmp_path / "out")
+    assert merged["layers.0.q.weight"].dtype == torch.bfloat16 and merged["up.weight"].dtype == torch.float32
+
+
 def test_a_base_in_full_precision_has_nothing_to_dequantize(tmp_path):
     _, adapter = written(tmp_path, adapted())
     save_file(WideNet().state_dict(), tmp_path / "plain.safetensors")

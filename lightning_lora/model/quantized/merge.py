@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.sharded import is_sharded, is_split
-from lightning_lora.foreign import QUANTIZING_LIBRARY, QUANTO, is_from
+from lightning_lora.foreign import KEPT_IN_FP32, QUANTIZING_LIBRARY, QUANTO, is_from
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of, pop_adapters
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized, quantized_modules
@@ -101,17 +101,24 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of most of the parameters that are not quantized: their activations go through the plain layers.
 
     bitsandbytes' layers cast their input to a dtype of their own and their output back. A model of quantized layers
-    alone gets that dtype, or fp32.
+    alone gets that dtype, or fp32. What transformers keeps in fp32 does not count, as it casts its input.
     """
     quantized = [layer for _, layer in quantized_modules(model)]
     left_out = {id(parameter) for layer in quantized for parameter in layer._parameters.values()}
     left_out |= adapter_parameters(model).keys()
     sizes: Counter[torch.dtype] = Counter()
-    for _, parameter in named_parameters(model):
-        if id(parameter) not in left_out and parameter.is_floating_point():
+    kept = _kept_in_fp32(model)
+    for name, parameter in named_parameters(model):
+        if id(parameter) not in left_out and parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
             sizes[parameter.dtype] += parameter.numel()
     own = next((getattr(layer, "compute_dtype", None) for layer in quantized), None)
     return max(sizes, key=sizes.__getitem__) if sizes else own or torch.float32
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of modules that transformers keeps in fp32 whatever the dtype of the model, such as ``wo`` in T5."""
+    every = (getattr(module, key, None) for module in model.modules() for key in KEPT_IN_FP32)
+    return {name for names in every for name in names or ()}
 
 
 def merge_quantized_layer(

@@ -137,6 +137,16 @@ def test_the_plain_layers_have_the_dtype_of_the_other_parameters_and_the_sum_is_
     assert all(layers[name].bias is bias for name, bias in biases.items())
 
 
+def test_what_transformers_keeps_in_fp32_does_not_decide_the_dtype():
+    """Of T5 in fp16 that are the largest of the other weights, and the activations are in fp16."""
+    model = adapted_net()
+    for layer in (model.head, *(block.ln for block in model.layers)):
+        layer.to(torch.bfloat16)
+    assert plain_dtype(model) == torch.float32
+    model._keep_in_fp32_modules = ["up"]
+    assert plain_dtype(model) == torch.bfloat16
+
+
 def test_the_merge_into_a_base_in_full_precision(tmp_path):
     """``W0`` is the file's; the layers without adapters get the file's weights too."""
     save_file(net().state_dict(), tmp_path / "base.safetensors")
