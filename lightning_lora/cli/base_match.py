@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lightning_lora.cli.meta_model import is_embedding
 from lightning_lora.cli.quantized_weights import is_quantized_in
-from lightning_lora.files.renaming import Renaming, renamings
+from lightning_lora.files.renaming import OWN_NAMES, Renaming, renamings
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
 from lightning_lora.files.weights import Weights, keeps_transposed, no_such
 from lightning_lora.foreign import MODELS_WITH_HEAD
@@ -152,7 +152,8 @@ def _renaming(names: Iterable[str], base: Weights, inner: str | None) -> Renamin
         return fitting[0][1]
     missing = next(name for name in names if not _weight_of(name, base))
     raise ValueError(
-        f"{no_such(f'{missing}.weight', base)} The adapter belongs to another model, or its names begin otherwise."
+        f"{no_such(f'{missing}.weight', base)} The adapter belongs to another model, or its names begin otherwise. "
+        f"{OWN_NAMES}"
     )
 
 

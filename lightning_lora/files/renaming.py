@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 Renaming = Callable[[str], str]
+# A remedy: files of ViT have other names than the modules.
+OWN_NAMES = (
+    "Of some models transformers writes other names than those of the modules: load the model without adapters, and "
+    "call model.save_pretrained(DIR, save_original_format=False)."
+)
 
 
 def renamings(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.files.renaming import Renaming, renamings
+from lightning_lora.files.renaming import OWN_NAMES, Renaming, renamings
 from lightning_lora.files.safetensors import StoredTensor
 from lightning_lora.files.torch_files import checked
 from lightning_lora.files.weights import INDEX, TORCH_INDEX, open_weights, torch_files_in
@@ -138,7 +138,8 @@ def _why_nothing_fits(path: str, tensors: Mapping[str, Any], names: list[str]) -
     missing = next((name for name in names if not any(key.endswith(f"{name}.weight") for key in tails)), names[0])
     return (
         f"{path} has no tensor `{join(missing, 'weight')}` for a quantized layer of this model. The nearest names are "
-        f"{', '.join(nearest(join(missing, 'weight'), tensors))}. Name the file of the model that was quantized."
+        f"{', '.join(nearest(join(missing, 'weight'), tensors))}. Name the file of the model that was quantized. "
+        f"{OWN_NAMES}"
     )
 
 

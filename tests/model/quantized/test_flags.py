@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, save_adapter, unmerge_lora
+from lightning_lora.cli.merge import merge_files
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
 
 transformers = pytest.importorskip("transformers")
@@ -122,3 +123,25 @@ def test_layers_in_the_place_of_conv1d_become_conv1d(tmp_path):
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, original.attn.c_attn.weight)
     unmerge_lora(model)
     assert model.state_dict().keys() == state.keys()
+
+
+def test_a_model_whose_files_have_other_names_merges_into_a_copy_with_its_own(tmp_path):
+    """Files of ViT have other names than its modules, and the error says how to write these."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZES, intermediate_size=128, image_size=16, patch_size=8)
+    plain = transformers.ViTForImageClassification(config)
+    plain.save_pretrained(tmp_path / "theirs")
+    plain.save_pretrained(tmp_path / "own", save_original_format=False)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    load = transformers.ViTForImageClassification.from_pretrained
+    model = adapted(load(tmp_path / "theirs", quantization_config=settings))
+    save_adapter(model, tmp_path / "adapter")
+    words = r"call model.save_pretrained\(DIR, save_original_format=False\)"
+    with pytest.raises(ValueError, match=words):
+        merge_lora(model, base=tmp_path / "theirs")
+    with pytest.raises(ValueError, match=words):
+        merge_files(tmp_path / "theirs", tmp_path / "adapter", tmp_path / "out")
+    merge_lora(model, base=tmp_path / "own")
+    merge_files(tmp_path / "own", tmp_path / "adapter", tmp_path / "out")
+    merged = load(tmp_path / "out").state_dict()
+    assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())
