@@ -42,6 +42,12 @@ def adapted(kind: str = "nf4", dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+def plain_base() -> dict[str, torch.Tensor]:
+    """What :func:`adapted` quantizes."""
+    torch.manual_seed(0)
+    return WideNet().state_dict()
+
+
 def without_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if ".lora." not in name}
 
@@ -124,11 +130,12 @@ def test_the_dtype_in_which_transformers_loads_the_model_counts(tmp_path, key):
 
 def test_a_base_in_full_precision_has_nothing_to_dequantize(tmp_path):
     _, adapter = written(tmp_path, adapted())
-    save_file(WideNet().state_dict(), tmp_path / "plain.safetensors")
+    save_file(plain_base(), tmp_path / "plain.safetensors")
     with pytest.raises(
         ValueError, match=r"`--dequantize` is for a base that bitsandbytes quantized, and `.*` holds no"
     ):
         merge_files(tmp_path / "plain.safetensors", adapter, tmp_path / "out.safetensors", dequantize=True)
+    merge_files(tmp_path / "plain.safetensors", adapter, tmp_path / "out.safetensors")
 
 
 def test_a_configuration_without_a_dtype_to_compute_in_is_refused(tmp_path):

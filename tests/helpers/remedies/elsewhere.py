@@ -24,6 +24,26 @@ TRIED = {
         "trainer/watching/test_lost_gradients.py",
         "test_the_remedy_of_another_config_trains",
     ),
+    ("trainer/watching/kept_layers.py", "`{}` was replaced during the run"): (
+        "trainer/watching/test_kept_layers.py",
+        "test_layers_that_setup_replaces_are_adapted",
+    ),
+    ("trainer/strategies/quantized.py", "`{}` is quantized by {}"): (
+        "trainer/strategies/test_ddp.py",
+        "test_quantized_weights_are_those_of_the_first_rank_on_all",
+    ),
+    ("files/renaming.py", "Of some models transformers writes other names"): (
+        "model/quantized/test_flags.py",
+        "test_a_model_whose_files_have_other_names_merges_into_a_copy_with_its_own",
+    ),
+    ("cli/base_match.py", "`{}` is quantized, and its few bits"): (
+        "cli/test_base_values.py",
+        "test_a_quantized_base_is_refused_and_both_remedies_work",
+    ),
+    ("cli/dequantized_base.py", "`--dequantize` is for a base"): (
+        "cli/test_dequantized_base.py",
+        "test_a_base_in_full_precision_has_nothing_to_dequantize",
+    ),
     ("analysis/sources.py", " A state dict has no scale"): (
         "analysis/test_sources.py",
         "test_a_state_dict_has_no_scale",
@@ -213,6 +233,8 @@ TRIED = {
 
 # By file and the first words: why nothing is tried.
 NOT_TRIED = {
+    ("cli/options.py", "BASE is quantized by bitsandbytes"): "the help of an option",
+    ("cli/quantized_weights.py", "`{}` of `{}` is quantized, and its parts do not fit"): "the file is damaged",
     ("model/quantized/base_file.py", "`{}` does not exist"): "needs a download; a directory is what others give",
     ("trainer/several/routed_callback.py", "{} gives an adapter that no sample used"): (
         "needs a DeepSpeed engine; the others are what two processes run"

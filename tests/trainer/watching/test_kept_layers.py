@@ -61,3 +61,13 @@ def test_layers_that_go_are_the_users_choice():
     module = Drops()
     trainer(LoRACallback(r=2, liveness=False, merge=False), max_epochs=2).fit(module, data())
     assert len(module.net.layers) == 1 and hasattr(module.net.layers[0].q, "lora")
+
+
+def test_layers_that_setup_replaces_are_adapted():
+    class InSetup(Lit):
+        def setup(self, stage: str) -> None:
+            self.net.layers[0].q = nn.Linear(16, 16)
+
+    module = InSetup()
+    trainer(LoRACallback(r=2, merge=False), max_epochs=1).fit(module, data())
+    assert module.net.layers[0].q.lora.default.B.any()
