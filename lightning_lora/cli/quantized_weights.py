@@ -24,6 +24,7 @@ from lightning_lora.ops.packed.four_bits import FourBits, Nested, rows_by_torch
 STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES)
 SCALES, FORMAT = "SCB", "weight_format"  # of an 8-bit layer
+LONGEST_STATE = 10_000  # bytes of JSON; bitsandbytes writes less than 300
 Rows = Callable[[slice], Tensor]
 
 
@@ -97,6 +98,8 @@ def _four_bits(name: str, base: Weights, dtype: torch.dtype) -> QuantizedWeight:
 def _state(parts: dict[str, StoredTensor]) -> dict[str, Any]:
     """What the parts say in JSON, with numbers where numbers must be."""
     stored = next(parts[state] for state in STATES if state in parts)
+    if stored.nbytes > LONGEST_STATE:
+        raise ValueError(f"its description has {stored.nbytes:,} bytes")
     state = parse_object(bytes(stored.read().tolist()))
     sizes = [*state["shape"], state["blocksize"]]
     if ".nested_absmax" in parts:

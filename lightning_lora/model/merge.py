@@ -64,9 +64,9 @@ def merge_lora(
             quantized layer becomes a plain linear layer, in the dtype of most of the other parameters. The merged model
             computes what the adapters were trained to compute.
         base: for a quantized base: merge into the weights in full precision in this file or directory, in the same way.
-            It must be the model that was quantized. A safetensors file, a directory with one or with shards, or a state
-            dict or a checkpoint that ``torch.save`` wrote. The adapters were trained on other weights, so measure what
-            the merged model loses or gains.
+            It must be the model that was quantized. A safetensors file, a directory with one, with shards or with
+            ``pytorch_model.bin``, or a state dict or a checkpoint that ``torch.save`` wrote. The adapters were trained
+            on other weights, so measure what the merged model loses or gains.
 
     Returns:
         For each merged layer the share of delta's norm that rounding to the weight's dtype lost: about 1e-4 or less in

@@ -55,6 +55,11 @@ def test_the_matrix_of_a_file_is_that_of_the_layer(tmp_path, kind):
         ("nested", {".weight.quant_map": None}, "quant_map"),
         ("nested", {".weight.nested_quant_map": torch.zeros(9)}, "nested_quant_map has 9 numbers of F32"),
         ("nested", {".weight.quant_state.bitsandbytes__nf4": torch.tensor([65, 66], dtype=torch.uint8)}, "Expecting"),
+        (
+            "nested",
+            {".weight.quant_state.bitsandbytes__nf4": torch.zeros(20_000, dtype=torch.uint8)},
+            "has 20,000 bytes",
+        ),
         ("int8", {".SCB": torch.zeros(3)}, r"SCB has shape \(3,\) and F32 for 96 rows"),
         ("int8", {".weight_format": torch.tensor(2, dtype=torch.uint8)}, "an order of early releases of bitsandbytes"),
     ],
