@@ -63,13 +63,15 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base output plus the low-rank term of each adapter, renormalised."""
-        terms = self.lora.terms(input, extra=1)
+        adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
+        terms = adapters.terms(input, extra=1)
         if self.max_norm is not None:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         else:
             y = super().forward(input)
-            if not isinstance(terms, MixedTerms) and len(terms) == 1 and terms[0][1] is None:
-                pair, operands = terms[0][0], terms[0][0].operands()
+            if type(terms) is list and len(terms) == 1 and terms[0][1] is None:
+                pair = terms[0][0]
+                operands: tuple[Tensor, Tensor] | None = pair.operands()
                 if operands is not None and can_fuse_embedding(self.weight, *operands):
                     return fused_embedding(y, input, *operands, pair.scale, self.padding_idx, self.scale_grad_by_freq)
         y = add_terms(y, terms, [input], self.scale_grad_by_freq)

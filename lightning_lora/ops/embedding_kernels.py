@@ -17,24 +17,24 @@ from lightning_lora.ops.gated_kernels import padded_rank
 
 @triton.jit
 def _sum_of_equal_indices(
-    index, d_hidden, dA, n, r, columns, padding, row_stride, rank_stride,
+    index, d_hidden, dA, n, r, columns, padding,
     BY_FREQUENCY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     rows, ranks = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, R)
     column = tl.load(index + rows, mask=rows < n, other=padding)
     total = tl.zeros((BM, R), tl.float32)
-    count, earlier = tl.zeros((BM,), tl.int32), tl.zeros((BM,), tl.int32)
+    count = tl.zeros((BM,), tl.int32)
     for start in range(0, n, BN):
         others = start + tl.arange(0, BN)
         same = column[:, None] == tl.load(index + others, mask=others < n, other=-1)[None, :]
-        at = others[:, None] * row_stride + ranks[None, :] * rank_stride
+        at = others[:, None] * r + ranks[None, :]
         g = tl.load(d_hidden + at, mask=(others < n)[:, None] & (ranks < r)[None, :], other=0.0)
         total = tl.dot(same.to(g.dtype), g, total)
-        count += tl.sum(same.to(tl.int32), 1)
-        earlier += tl.sum((same & (others[None, :] < rows[:, None])).to(tl.int32), 1)
+        if BY_FREQUENCY:
+            count += tl.sum(same.to(tl.int32), 1)
     if BY_FREQUENCY:
         total = total / count[:, None].to(tl.float32)
-    writes = (rows < n) & (earlier == 0) & (column != padding)  # the first row of an index
+    writes = (rows < n) & (column != padding)  # every row of an index writes the same bits
     at = ranks[None, :].to(tl.int64) * columns + column[:, None]
     tl.store(dA + at, total, mask=writes[:, None] & (ranks < r)[None, :])
 
@@ -55,6 +55,6 @@ def column_gradient(
     n, r = d_hidden.shape
     dA = torch.zeros(r, columns, dtype=dtype, device=d_hidden.device)
     _sum_of_equal_indices[(triton.cdiv(n, 32),)](
-        index, d_hidden, dA, n, r, columns, padding, *d_hidden.stride(), by_frequency, 32, 128, padded_rank(r)
+        index, d_hidden.contiguous(), dA, n, r, columns, padding, by_frequency, 32, 128, padded_rank(r)
     )
     return dA

@@ -22,10 +22,12 @@ MAX_INDICES = 2**14  # the kernel compares each index with every other one
 def can_fuse_embedding(weight: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether :class:`FusedEmbedding` can be used: plain tensors on a GPU, computed eagerly."""
     return (
-        not torch.compiler.is_compiling()
-        and weight.device.type in fused_linear.DEVICES
-        and {type(weight), type(A), type(B)} <= fused_linear.PLAIN_CLASSES
+        weight.device.type in fused_linear.DEVICES
+        and type(weight) in fused_linear.PLAIN
+        and type(A) in fused_linear.PLAIN
+        and type(B) in fused_linear.PLAIN
         and not weight.requires_grad
+        and not torch.compiler.is_compiling()
         and not is_transformed()
     )
 
@@ -45,11 +47,11 @@ class FusedEmbedding(torch.autograd.Function):
                 the padding index, -1 for none, and whether a column's is divided by how often its index occurs.
         """
         y, index, scale, *arguments = constants
-        index = index.reshape(-1)
-        hidden, cast_B = A.index_select(1, index).t().to(dtype=y.dtype), scaled(B, scale, y.dtype)  # (n, r)
+        index, dtype = index.reshape(-1), y.dtype
+        hidden, cast_B = A.index_select(1, index).t().to(dtype=dtype), scaled(B, scale, dtype)  # (n, r)
         ctx.save_for_backward(index, hidden)
         ctx.constants = A, B, versions_of(A, B), cast_B, scale, arguments
-        as_matrix(y).addmm_(hidden, cast_B.t())
+        y.view(-1, y.size(-1)).addmm_(hidden, cast_B.t())
         return y
 
     @staticmethod
