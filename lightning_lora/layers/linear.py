@@ -45,9 +45,22 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
         adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
+        if adapters.acting is not None:
+            return self.lora_by_choice(input, adapters)
+        parameters: Any = self._parameters
+        if "weight" in parameters and "bias" in parameters:
+            W0, bias = parameters["weight"], parameters["bias"]
+        else:  # sharded by FSDP1, or computed
+            W0, bias = self.weight, self.bias
+        pairs = adapters.active_pairs()
+        drops = len(pairs) == 1 and pairs[0].dropout and pairs[0].training  # of which there is no sum
+        weight = summed_by_choice(self, input, None) if adapters.sums and not drops else None
+        return linear(input, W0, bias, pairs) if weight is None else base_linear(input, weight, bias)
+
+    def lora_by_choice(self, input: Tensor, adapters: Any) -> Tensor:
+        """The forward where a choice of adapters was made."""
         choice = adapters.choice_now()
-        is_mixed = choice is not None and not choice.is_uniform and adapters.enabled
-        if is_mixed:
+        if choice is not None and not choice.is_uniform and adapters.enabled:
             y = mixed_layer(adapters, choice).output(input, self.weight, self.bias, choice)
             if y is not None:
                 return y
@@ -55,8 +68,6 @@ class LoRALinear(LoRALayer, nn.Linear):
             weight = summed_by_choice(self, input, choice)
             if weight is not None:
                 return base_linear(input, weight, self.bias)
-        if adapters.acting is None:
-            return linear(input, self.weight, self.bias, adapters.active_pairs())
         terms = adapters.terms(input)
         if isinstance(terms, MixedTerms):
             return terms.add_to(base_linear(input, self.weight, self.bias), [input])

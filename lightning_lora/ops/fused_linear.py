@@ -136,7 +136,7 @@ class FusedLinear(torch.autograd.Function):
         dx = None
         if needs_dx:
             low = torch.mm(d_hidden, cast_A)
-            low = low if mask is None else undropped(low, as_matrix(mask), p)
+            low = low if mask is None else _undrop(low, as_matrix(mask), 1 / (1 - p))
             dx = like(low.addmm_(dy, matrix_of(weight)), x)
         if needs_dB and hidden is None:
             hidden = F.linear(x, cast_A)

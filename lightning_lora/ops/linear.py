@@ -214,5 +214,6 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, pair: Pair, coefficie
     operands = pair.operands()
     if operands is None or not can_fuse(x, weight, bias, *operands):
         return None
-    x, weight, bias = _cast_by_autocast(x, weight, bias)
+    if any_autocast_enabled() or not x.is_contiguous():
+        x, weight, bias = _cast_by_autocast(x, weight, bias)
     return fused_linear(x, weight, bias, *operands, coefficient * pair.scale, pair.dropout if pair.training else 0.0)
