@@ -65,15 +65,17 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
         """The base output plus the low-rank term of each adapter, renormalised."""
         adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
         terms = adapters.terms(input, extra=1)
-        if self.max_norm is not None:
-            y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        else:
+        if self.max_norm is None and type(terms) is list and len(terms) == 1 and terms[0][1] is None:
+            weight: Any = self._parameters.get("weight")
+            pair: Any = terms[0][0]
+            operands: tuple[Tensor, Tensor] | None = pair.operands()
+            if operands is not None and can_fuse_embedding(input, weight, *operands):
+                padding, by_frequency = self.padding_idx, self.scale_grad_by_freq
+                return fused_embedding(input, weight, *operands, pair.scale, padding, by_frequency)
+        if self.max_norm is None:
             y = super().forward(input)
-            if type(terms) is list and len(terms) == 1 and terms[0][1] is None:
-                pair = terms[0][0]
-                operands: tuple[Tensor, Tensor] | None = pair.operands()
-                if operands is not None and can_fuse_embedding(self.weight, *operands):
-                    return fused_embedding(y, input, *operands, pair.scale, self.padding_idx, self.scale_grad_by_freq)
+        else:
+            y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         y = add_terms(y, terms, [input], self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
 

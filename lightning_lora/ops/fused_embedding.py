@@ -19,10 +19,12 @@ from lightning_lora.torch_internals import apply_of, is_transformed, versions_of
 MAX_INDICES = 2**14  # the kernel compares each index with every other one
 
 
-def can_fuse_embedding(weight: Tensor, A: Tensor, B: Tensor) -> bool:
+def can_fuse_embedding(index: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Whether :class:`FusedEmbedding` can be used: plain tensors on a GPU, computed eagerly."""
     return (
-        weight.device.type in fused_linear.DEVICES
+        weight is not None
+        and weight.device.type in fused_linear.DEVICES
+        and type(index) is Tensor
         and type(weight) in fused_linear.PLAIN
         and type(A) in fused_linear.PLAIN
         and type(B) in fused_linear.PLAIN
@@ -33,7 +35,7 @@ def can_fuse_embedding(weight: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 class FusedEmbedding(torch.autograd.Function):
-    """Accumulates ``scale * B A[:, index]`` onto the rows of W0. The gradient of A is dense, as A is small."""
+    """The rows of W0 plus ``scale * B A[:, index]``, accumulated onto them. A is small, so its gradient is dense."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, constants: tuple[Tensor, Tensor, float, int, bool]) -> Tensor:
@@ -43,10 +45,11 @@ class FusedEmbedding(torch.autograd.Function):
             ctx: the node.
             A: ``(r, num_embeddings)``.
             B: ``(embedding_dim, r)``.
-            constants: the rows of W0, which become the sum; the index, ``(...)``; the scale; and for the gradient of A
-                the padding index, -1 for none, and whether a column's is divided by how often its index occurs.
+            constants: W0; the index, ``(...)``; the scale; and for the gradient of A the padding index, -1 for none,
+                and whether a column's is divided by how often its index occurs.
         """
-        y, index, scale, *arguments = constants
+        weight, index, scale, *arguments = constants
+        y = torch.embedding(weight, index)
         index, dtype = index.reshape(-1), y.dtype
         hidden, cast_B = A.index_select(1, index).t().to(dtype=dtype), scaled(B, scale, dtype)  # (n, r)
         ctx.save_for_backward(index, hidden)
@@ -90,9 +93,9 @@ _apply = apply_of(FusedEmbedding)
 
 
 def fused_embedding(
-    rows: Tensor, index: Tensor, A: Tensor, B: Tensor, scale: float, padding_idx: int | None, by_frequency: bool
+    index: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, padding_idx: int | None, by_frequency: bool
 ) -> Tensor:
-    """The output of :class:`FusedEmbedding`; ``rows``, the base output, become it."""
+    """The output of :class:`FusedEmbedding`."""
     padding = -1 if padding_idx is None else padding_idx
-    y: Tensor = _apply(A, B, (rows, index, scale, padding, by_frequency))
+    y: Tensor = _apply(A, B, (weight, index, scale, padding, by_frequency))
     return y
