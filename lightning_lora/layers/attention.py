@@ -28,7 +28,7 @@ from lightning_lora.layers.merged_forward import (
     has_active_adapters,
 )
 from lightning_lora.layers.mixed.terms import add_terms, of_part
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.summed_weight import summed_weight, summed_weights
 from lightning_lora.layers.weight_view import Rows, WeightPart
 from lightning_lora.torch_internals import has_module_hooks
 
@@ -63,7 +63,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         inputs = (query, key, value)
         arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         grad = torch.is_grad_enabled() and not query.is_nested
-        sums = _summed_weights(self, query) if grad else {}
+        sums = summed_weights(self, query) if grad else {}
         output_weight = _output_weight(self, query) if sums else None
         if output_weight is not None:
             return _attention_by_torch(self, inputs, sums, output_weight, *arguments)
@@ -71,7 +71,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             return super().forward(query, key, value, *arguments)
         if can_use_merged_weights(self, query) or query.is_nested:
             return call_on_merged_weights(self, super().forward, query, key, value, *arguments)
-        sums = sums if grad else _summed_weights(self, query)
+        sums = sums if grad else summed_weights(self, query)
         return attention(self, inputs, *arguments, project=partial(_project, self, sums), project_out=_project_out)
 
 
@@ -134,15 +134,6 @@ def _project(
     if sums:
         return q, k, v
     return _add_pairs(layer, "q", q, query), _add_pairs(layer, "k", k, key), _add_pairs(layer, "v", v, value)
-
-
-def _summed_weights(layer: LoRAMultiheadAttention, query: Tensor) -> dict[str, Tensor]:
-    """The sums of the weights and their adapters by name, or none at all on the side of the activations."""
-    if not layer.lora.sums:
-        return {}
-    keys = layer.lora.by_weight()
-    sums = {key: total for key in keys if (total := summed_weight(layer, query, key)) is not None}
-    return sums if len(sums) == len(keys) else {}
 
 
 def _add_pairs(layer: LoRAMultiheadAttention, name: str, y: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and for inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from threading import RLock
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from lightning_lora.layers.base import LoRALayer, disable_adapters, parameter_of
 from lightning_lora.layers.restoring import Restoring, Undo
 from lightning_lora.ops.linear import Coefficient
 
-_LOCK = RLock()
+LOCK = RLock()  # held while a layer has other weights than its own
 Result = TypeVar("Result")
 PRECISE_DTYPES = (torch.float32, torch.float64)
 
@@ -52,7 +52,7 @@ def call_on_merged_weights(module: nn.Module, forward: Callable[..., Result], *a
     if torch.compiler.is_compiling():
         with with_merged_weights(module):
             return forward(*args, **kwargs)
-    with _LOCK, with_merged_weights(module):
+    with LOCK, with_merged_weights(module):
         return forward(*args, **kwargs)
 
 
@@ -65,9 +65,15 @@ def _use_merged_weights(module: nn.Module, undo: Undo) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
     for layer in layers:
         for key in layer.lora.by_weight():
-            undo.append(partial(layer.lora_set_parameter, key, parameter_of(layer, key)))
-            layer.lora_set_parameter(key, merged_weight(layer, key))
+            use_weights(layer, {key: merged_weight(layer, key)}, undo)
     disable_adapters(module, undo)
+
+
+def use_weights(layer: LoRALayer, weights: Mapping[str, Tensor], undo: Undo) -> None:
+    """Replace parameters of ``layer`` by ``weights``, until the functions in ``undo`` are called."""
+    for key, weight in weights.items():
+        undo.append(partial(layer.lora_set_parameter, key, parameter_of(layer, key)))
+        layer.lora_set_parameter(key, weight)
 
 
 def merged_weight(layer: LoRALayer, key: str) -> Tensor:

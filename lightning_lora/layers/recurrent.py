@@ -1,10 +1,20 @@
-"""LoRA for ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: their forward runs on merged weights."""
+"""LoRA for ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: their forward runs on merged weights.
+
+In training these are summed together, in a few launches for all weights of a layer.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from functools import partial
+from typing import Any
 
-from lightning_lora.layers.merged_forward import MergedForward
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_lora.layers.merged_forward import LOCK, MergedForward, use_weights
+from lightning_lora.layers.restoring import Restoring
+from lightning_lora.layers.summed_weight import summed_weights
 from lightning_lora.layers.weight_view import WeightPart
 
 
@@ -16,6 +26,18 @@ class LoRACell(MergedForward):
         """Every weight matrix, by its name in torch."""
         matrices = ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
         return [WeightPart(key, key) for key, parameter in matrices if parameter.dim() == 2]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, on the sums of the weights where gradients are enabled, else on merged weights."""
+        if not self.lora.sums or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        with LOCK:
+            sums = summed_weights(self, x.data if isinstance(x, PackedSequence) else x)
+            if sums:
+                with Restoring(partial(use_weights, self, sums)):
+                    return super(MergedForward, self).forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 class LoRARecurrent(LoRACell):

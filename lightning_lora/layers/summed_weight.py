@@ -288,6 +288,13 @@ def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: st
     return None if chosen is None else chosen.read(layer, x)
 
 
+def summed_weights(layer: LoRALayer, x: Tensor) -> dict[str, Tensor]:
+    """The sum of each adapted weight of ``layer`` by its name; none at all if one of them cannot be had."""
+    keys = layer.lora.by_weight() if layer.lora.sums else {}
+    sums = {key: total for key in keys if (total := summed_weight(layer, x, key)) is not None}
+    return sums if len(sums) == len(keys) else {}
+
+
 def _has_weight_side(device: torch.device) -> bool:
     """Whether sums are faster for some inputs on ``device``: where a kernel takes longer to launch than to compute."""
     return device.type == "cuda" or device.type in dispatch.DEVICES

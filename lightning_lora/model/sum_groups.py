@@ -1,4 +1,8 @@
-"""Which layers of a model are summed with their adapters together: neighbours with weights of one dtype."""
+"""Which weights of a model are summed with their adapters together: of neighbours, with one dtype.
+
+The weights of a recurrent layer are a group of their own. Such a layer may be called for each position in turn, and a
+second call sums its group again.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from lightning_lora.layers.base import LoRALayer, adapted_layers, parameter_of
 from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.linear import LoRALinear, TransposedLinear
 from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
+from lightning_lora.layers.recurrent import LoRACell
 from lightning_lora.layers.sum_group import SumGroup
 from lightning_lora.layers.summed_weight import MAX_ELEMENTS, SummedWeight
 from lightning_lora.targets.survey import Survey
@@ -39,7 +44,8 @@ def group_sums(survey: Survey, compute: str) -> None:
         width, sums = width_of(layer), {}
         for key in layer.lora.by_weight() if width and compute != "activations" else ():
             weight = parameter_of(layer, key)
-            kind, size = (weight.dtype, weight.device), weight.numel() * weight.element_size()
+            own_layer = layer if isinstance(layer, LoRACell) else None
+            kind, size = (weight.dtype, weight.device, own_layer), weight.numel() * weight.element_size()
             if kind not in groups or sizes[kind] + size > MAX_BYTES:
                 groups[kind], sizes[kind] = SumGroup(), 0
             sizes[kind] += size
@@ -71,12 +77,12 @@ def has_weight_side(cls: type[LoRALayer]) -> bool:
 
 
 def width_of(layer: LoRALayer) -> int:
-    """Features at one position of the input of ``layer``; 0 if its kind has no weight's side."""
-    if not has_weight_side(type(layer)):
+    """Features at one position of the input of ``layer``; 0 if its kind never computes with sums of a group."""
+    if not has_weight_side(type(layer)) and not isinstance(layer, LoRACell):
         return 0
     if isinstance(layer, TransposedLinear):
         return parameter_of(layer).shape[0]
     if isinstance(layer, LoRAConv):  # its input has more positions than its output, of which the work is
         return int(layer.in_channels) * math.prod(layer.stride)  # type: ignore[arg-type]
-    names = ("in_features", "in_channels", "embed_dim")
+    names = ("in_features", "in_channels", "embed_dim", "input_size")
     return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))

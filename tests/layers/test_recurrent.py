@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -19,6 +20,7 @@ from tests.helpers.layer_cases import cast, tensors
 from tests.helpers.layer_cases.recurrent import BATCH, CASES, HIDDEN, LENGTH, WIDTH, call
 from tests.helpers.oracles import SCALE, same_bits
 from tests.helpers.selection import slow_except
+from tests.helpers.weight_side import counted_sums
 
 every_case = pytest.mark.parametrize("name", slow_except(["lstm-projection", "gru-packed", "lstm-cell"], CASES))
 LISTS = [name for name in CASES if "cell" not in name]
@@ -33,8 +35,8 @@ def build(name, dtype=torch.float32):
     return model, cast(inputs, dtype)
 
 
-def adapt(model, targets=("layer",), **arguments):
-    apply_lora(model, LoRAConfig(r=2, alpha=2 * SCALE, targets=targets, **arguments))
+def adapt(model, targets=("layer",), compute="auto", **arguments):
+    apply_lora(model, LoRAConfig(r=2, alpha=2 * SCALE, targets=targets, **arguments), compute=compute)
     return model
 
 
@@ -46,10 +48,10 @@ def train_by_hand(model):
     return model
 
 
-def trained(name, targets=("layer",), dtype=torch.float32):
+def trained(name, targets=("layer",), dtype=torch.float32, compute="auto"):
     model, inputs = build(name, dtype)
     plain = copy.deepcopy(model.layer)
-    return plain, train_by_hand(adapt(model, targets)), inputs
+    return plain, train_by_hand(adapt(model, targets, compute)), inputs
 
 
 def values_of(model):
@@ -221,3 +223,76 @@ def test_a_cell_compiles_as_a_whole():
     torch._dynamo.reset()
     compiled = torch.compile(model.layer, backend="aot_eager", fullgraph=True)
     assert_close(tensors(compiled(*inputs)), run(model, inputs))
+
+
+# Summed together, as on a GPU.
+
+
+def assert_same_as_the_formula(model, present, values, wanted):
+    assert_close(present, wanted)
+    for outputs in (present, wanted):
+        sum(y.square().sum() for y in outputs).backward()
+    for key, factors in values.items():
+        pair = model.layer.lora.default[key]
+        for gradient, exact in zip((pair.A.grad, pair.B.grad), factors, strict=True):
+            oracles.assert_close(gradient, exact.grad, torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sum_for_all_weights_against_fp64(name):
+    plain, model, inputs = trained(name, compute="weights")
+    before = {key: p for key, p in model.layer.named_parameters() if "lora." not in key}
+    values = values_of(model)
+    with counted_sums() as sums:
+        present = run(model, inputs)
+    assert len(sums) == 1
+    assert_same_as_the_formula(model, present, values, expected(plain, values, inputs))
+    assert all(model.layer.get_parameter(key) is parameter for key, parameter in before.items())
+    if name in LISTS:
+        assert_flat_weights_are_parameters(model.layer, before)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_sum_for_some_of_the_weights(name):
+    targets, _ = SOME[name]
+    plain, model, inputs = trained(name, targets, compute="weights")
+    values = values_of(model)
+    assert_same_as_the_formula(model, run(model, inputs), values, expected(plain, values, inputs))
+
+
+def test_a_layer_that_is_called_for_each_position_in_turn():
+    plain, model, (x, _) = trained("lstm-two-layers", compute="weights")
+    values, twin = values_of(model), copy.deepcopy(plain)
+    outputs, state = [], None
+    for position in x:
+        output, state = model.layer(position.unsqueeze(0), state)
+        outputs.append(output)
+    assert_same_as_the_formula(model, [torch.cat(outputs)], values, expected(twin, values, (x,))[:1])
+
+
+def test_a_step_between_two_calls_is_seen():
+    plain, model, inputs = trained("gru", compute="weights")
+    for _ in range(3):
+        values = values_of(model)
+        model.zero_grad()
+        assert_same_as_the_formula(model, run(model, inputs), values, expected(plain, values, inputs))
+        with torch.no_grad():
+            for _, parameter in lora_parameters(model):
+                parameter.sub_(parameter.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_sums_under_activation_checkpointing(use_reentrant):
+    plain, model, (x, *_) = trained("rnn-relu", compute="weights")
+    values, x = values_of(model), x.requires_grad_()
+    present = tensors(checkpoint(model.layer, x, use_reentrant=use_reentrant))
+    assert_same_as_the_formula(model, present, values, expected(plain, values, (x.detach(),)))
+
+
+def test_a_summed_forward_that_fails_leaves_the_parameters():
+    plain, model, inputs = trained("gru-two-layers", compute="weights")
+    before = {key: p for key, p in model.layer.named_parameters() if "lora." not in key}
+    with pytest.raises((RuntimeError, ValueError)):
+        model.layer(torch.randn(LENGTH, BATCH, WIDTH + 1))
+    assert_flat_weights_are_parameters(model.layer, before)
+    assert_close(run(model, inputs), expected(plain, values_of(model), inputs))

@@ -47,11 +47,20 @@ def test_a_weight_that_is_never_summed_takes_none_of_that_memory(monkeypatch):
     assert groups(model)
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(4, 4), nn.LSTM(4, 4), nn.Bilinear(4, 4, 4)])
+@pytest.mark.parametrize("layer", [nn.Embedding(4, 4), nn.Bilinear(4, 4, 4)])
 def test_other_kinds_have_a_way_of_their_own(layer):
     model = nn.Sequential(layer)
     apply_lora(model, CONFIG, compute="weights")
     assert not groups(model)
+
+
+def test_each_recurrent_layer_is_a_group_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4, num_layers=2), nn.GRUCell(4, 4), nn.Linear(4, 4))
+    apply_lora(model, CONFIG)
+    of_layers = [{summed.group for summed in layer.lora.sums.values()} for _, layer in adapted_layers(model)]
+    assert [len(layer.lora.sums) for _, layer in adapted_layers(model)] == [1, 4, 2, 1]
+    assert of_layers[0] == of_layers[3] and [len(groups) for groups in of_layers] == [1, 1, 1, 1]
+    assert len(set.union(*of_layers)) == 3
 
 
 def test_on_the_side_of_the_activations_there_are_no_groups():
