@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
 in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active  # vmap, grad, batched gradients
 flattened: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors  # one after the other, as one vector
+count_of_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state  # ``None`` outside of ``torch.jit.trace``
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
 
 GLOBAL_HOOKS = (
@@ -88,11 +90,10 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def is_transformed() -> bool:
     """Whether something other than autograd and autocast sees the operations that run now."""
-    C = torch._C
     return (
-        C._are_functorch_transforms_active()
-        or C._len_torch_dispatch_stack() > 0
-        or C._get_tracing_state() is not None
+        in_functorch_transform()
+        or count_of_dispatch_modes() > 0
+        or tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
 

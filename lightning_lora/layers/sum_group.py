@@ -35,6 +35,7 @@ class Member(Protocol):
     """What the group asks of a :class:`lightning_lora.layers.summed_weight.SummedWeight`."""
 
     value: Tensor | None
+    was_read: bool
     index: int
     blocks: range
     facts: Sequence[object]
@@ -69,9 +70,6 @@ class Member(Protocol):
     def facts_now(self) -> list[object]:
         """What tells of a change."""
 
-    def forget(self) -> None:
-        """Let go of the sum."""
-
     def add_choice(self, names: frozenset[str]) -> None:
         """Have a sum in which the adapters ``names`` act."""
 
@@ -103,6 +101,7 @@ class Lineup:
     def __init__(self, members: list[Member], grad: bool) -> None:
         self.references, self.grad = [weakref.ref(member) for member in members], grad
         tensors, self.hooks = _tensors_of(members), count_of_hooks()
+        self.included = set(map(id, members))
         self.ids, self.addresses = list(map(id, tensors)), list(map(ADDRESS, tensors))
         self.flags = list(map(REQUIRES_GRAD, tensors))
         self.scales = [pair.scale for member in members for pair in member.pairs]
@@ -125,7 +124,7 @@ class Lineup:
     def tensors_if_unchanged(self, caller: Member, grad: bool) -> list[Any] | None:
         """W0, and A and B of each pair, of all members; ``None`` if the members must be looked for again."""
         members = self.members()
-        if grad is not self.grad or len(members) < len(self.references) or not any(m is caller for m in members):
+        if grad is not self.grad or len(members) < len(self.references) or id(caller) not in self.included:
             return None
         tensors = _tensors_of(members)
         if list(map(id, tensors)) != self.ids or list(map(ADDRESS, tensors)) != self.addresses:
@@ -238,6 +237,11 @@ class SumGroup:
         self.lineup.hand_out(values, tensors)
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
+    def look_again_without(self, member: Member) -> None:
+        """Look for the members again, if ``member``, which does not act now, is summed in vain."""
+        if self.lineup is not None and id(member) in self.lineup.included:
+            self.lineup = None
+
     def _wanted(self, caller: Member, rows: int) -> list[Member]:
         """The members that act, and whose layers are expected to read their sums: others would be for nobody."""
         growth = rows / caller.input_rows if caller.input_rows else 1.0
@@ -274,7 +278,7 @@ class SumGroup:
         """Let go of the sums."""
         self.grad = None  # first: from here on none is read
         for member in self.alive():
-            member.forget()
+            member.value, member.was_read = None, False
         self._clear()
 
     def forget_after_backward(self) -> None:

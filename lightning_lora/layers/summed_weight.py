@@ -117,7 +117,9 @@ class SummedWeight:
         Another adapter, and another matrix of it, may take the place of one at any time.
         """
         adapters: Any = None if layer is None else layer._modules.get("lora")
-        if adapters is None or layer is not self.layer() or not adapters.enabled or not self._is_in(adapters):
+        if adapters is None or layer is not self.layer() or not adapters.enabled:
+            return False
+        if adapters.sums.get(self.key) is not self and not self._is_of_choice(adapters):
             return False
         strengths = None if adapters.acting is None or self.names is not None else dict(adapters.strengths)
         if strengths != self.strengths or adapters._modules != self.adapters:
@@ -129,11 +131,9 @@ class SummedWeight:
             self.strengths, self.adapters = strengths, dict(adapters._modules)
         return bool(self.pairs)
 
-    def _is_in(self, adapters: Any) -> bool:
+    def _is_of_choice(self, adapters: Any) -> bool:
         summed: SummedWeight | None = adapters.sums.get(self.key)
-        if summed is None or self.names is None:
-            return summed is self
-        return summed.of_choices.get(self.names) is self
+        return summed is not None and self.names is not None and summed.of_choices.get(self.names) is self
 
     def read(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
         """The sum, or ``None`` where the layer must compute on the side of the activations.
@@ -148,10 +148,11 @@ class SummedWeight:
         rows = x.numel() // self.width
         if not (self.always or (_has_weight_side(x.device) and self.is_faster(rows))):
             self._note(rows)
-            if self.value is not None and not self.is_faster(self.input_rows):
-                group.lineup = None  # it has summed this weight for nobody
+            if not self.is_faster(self.input_rows):
+                group.look_again_without(self)
             return None
-        if not self._acts(layer):
+        if not self.is_live(layer):
+            group.look_again_without(self)
             return None
         for pair in self.pairs:
             if pair.dropout and pair.training:
@@ -161,7 +162,7 @@ class SummedWeight:
         is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
         if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
             if not self.can_be_summed(weight) or self.is_called_alone(grad):
-                group.lineup = None
+                group.look_again_without(self)
                 return None
             group.sum(self, grad, rows)
             if self.facts != self.facts_now():  # the group has not seen a change of this member
@@ -177,12 +178,6 @@ class SummedWeight:
         if grad and (self.has_watched_factors or not value.requires_grad or (recomputes and _needs_own_graph())):
             return with_graph(sums, [self.index], self.blocks, *self.factors(sums.scale))[0]
         return value
-
-    def _acts(self, layer: LoRALayer) -> bool:
-        if self.is_live(layer):
-            return True
-        self.group.lineup = None  # it sums what acts
-        return False
 
     def _note(self, rows: int) -> None:
         if self.noted_at == self.group.times:
@@ -209,10 +204,10 @@ class SummedWeight:
         """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
         try:
             tensors: list[Any] = [parameters[key] for parameters, key in self.sources]
-            of_tensors = *map(VERSION, tensors), *map(ADDRESS, tensors), *map(REQUIRES_GRAD, tensors)
+            scales = [pair.scale for pair in self.pairs]
+            return [*scales, *map(VERSION, tensors), *map(ADDRESS, tensors), *map(REQUIRES_GRAD, tensors)]
         except (KeyError, AttributeError, RuntimeError, TypeError):
             return []  # one of them is computed, taken away, sharded or an inference tensor
-        return [*[pair.scale for pair in self.pairs], *of_tensors]
 
     def can_be_summed(self, first: Any) -> bool:
         """Whether W0, A and B are plain tensors on the device of the weight ``first``, neither sharded nor computed."""
@@ -254,11 +249,6 @@ class SummedWeight:
         weight: Any = weights[key]
         factors = [pair.part.factors(A, B, weight) for pair, A, B in zip(self.pairs, rights, lefts, strict=True)]
         return [torch.cat([left for left, _ in factors], 1)], [torch.cat([right for _, right in factors])]
-
-    def forget(self) -> None:
-        """Let go of the sum."""
-        self.value = None
-        self.was_read = False
 
     def __getstate__(self) -> dict[str, object]:
         kept = {key: vars(self)[key] for key in ("key", "group", "width", "size", "always")}
