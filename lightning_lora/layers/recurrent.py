@@ -16,6 +16,7 @@ from lightning_lora.layers.merged_forward import LOCK, MergedForward, use_weight
 from lightning_lora.layers.restoring import Restoring
 from lightning_lora.layers.summed_weight import summed_weights
 from lightning_lora.layers.weight_view import WeightPart
+from lightning_lora.torch_internals import any_autocast_enabled
 
 
 class LoRACell(MergedForward):
@@ -28,8 +29,11 @@ class LoRACell(MergedForward):
         return [WeightPart(key, key) for key, parameter in matrices if parameter.dim() == 2]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, on the sums of the weights where gradients are enabled, else on merged weights."""
-        if not self.lora.sums or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """The original forward, on the sums of the weights where gradients are enabled, else on merged weights.
+
+        Autocast casts a sum, but torch's recurrent layers need all their parameters in one dtype.
+        """
+        if not self.lora.sums or not torch.is_grad_enabled() or torch.compiler.is_compiling() or any_autocast_enabled():
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         with LOCK:

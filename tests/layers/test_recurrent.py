@@ -289,6 +289,20 @@ def test_sums_under_activation_checkpointing(use_reentrant):
     assert_same_as_the_formula(model, present, values, expected(plain, values, (x.detach(),)))
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "lstm-cell"])
+def test_under_autocast_all_parameters_have_the_dtype_of_the_base(name, monkeypatch):
+    _, model, inputs = trained(name, compute="weights")
+    used, plain = [], type(model.layer).lora_set_parameter
+    monkeypatch.setattr(
+        type(model.layer),
+        "lora_set_parameter",
+        lambda layer, key, value: used.append(value.dtype) or plain(layer, key, value),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, inputs)
+    assert set(used) == {torch.float32}
+
+
 def test_a_summed_forward_that_fails_leaves_the_parameters():
     plain, model, inputs = trained("gru-two-layers", compute="weights")
     before = {key: p for key, p in model.layer.named_parameters() if "lora." not in key}
