@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 # These are asked in every forward and backward of every layer, so they are torch's own functions.
@@ -21,6 +22,7 @@ flattened: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 count_of_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state  # ``None`` outside of ``torch.jit.trace``
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any type of device
+_version = attrgetter("_version")
 
 GLOBAL_HOOKS = (
     nn.modules.module._global_forward_hooks,
@@ -48,7 +50,7 @@ def saved_tensors_have_hooks() -> bool:
 def versions_of(*tensors: Tensor) -> tuple[int, ...]:
     """:func:`version_of` each of ``tensors``."""
     try:
-        return tuple(map(attrgetter("_version"), tensors))
+        return tuple(map(_version, tensors))
     except RuntimeError:
         return tuple(map(version_of, tensors))
 
@@ -94,7 +96,7 @@ def is_transformed() -> bool:
         in_functorch_transform()
         or count_of_dispatch_modes() > 0
         or tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )
 
 

@@ -64,20 +64,27 @@ class LoRAEmbedding(LoRALookup, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """The base output plus the low-rank term of each adapter, renormalised."""
         adapters: Any = self._modules["lora"]  # reading attributes of a module takes longer
+        choice = adapters.choice_now()
+        if self.max_norm is None and (choice is None or choice.full):
+            pairs = adapters.active_pairs()
+            y = self.lora_fused(input, pairs[0]) if len(pairs) == 1 else None
+            if y is not None:
+                return y
         terms = adapters.terms(input, extra=1)
-        if self.max_norm is None and type(terms) is list and len(terms) == 1 and terms[0][1] is None:
-            weight: Any = self._parameters.get("weight")
-            pair: Any = terms[0][0]
-            operands: tuple[Tensor, Tensor] | None = pair.operands()
-            if operands is not None and can_fuse_embedding(input, weight, *operands):
-                padding, by_frequency = self.padding_idx, self.scale_grad_by_freq
-                return fused_embedding(input, weight, *operands, pair.scale, padding, by_frequency)
         if self.max_norm is None:
             y = super().forward(input)
         else:
             y = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         y = add_terms(y, terms, [input], self.scale_grad_by_freq)
         return y if self.max_norm is None else within_norm(y, self.max_norm, self.norm_type)
+
+    def lora_fused(self, input: Tensor, pair: Any) -> Tensor | None:
+        """The sum as one node of autograd; ``None`` where that is not possible."""
+        weight: Any = self._parameters.get("weight")
+        operands: tuple[Tensor, Tensor] | None = pair.operands()
+        if operands is None or not can_fuse_embedding(input, weight, *operands):
+            return None
+        return fused_embedding(input, weight, *operands, pair.scale, self.padding_idx, self.scale_grad_by_freq)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import merge_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, use_adapters
 from tests.helpers import oracles
 from tests.helpers.layer_cases.embedding_bag import CASES
 from tests.helpers.oracles import SCALE, same_bits
@@ -127,6 +127,25 @@ def test_rows_in_place_under_transforms_hooks_and_in_place_code(monkeypatch):
     model.layer.lora.default.register_forward_hook(lambda *_: seen.append(1))
     oracles.assert_close(model(index), wanted, torch.float32)
     assert seen == [1] and not model.layer.weight.requires_grad
+
+
+def test_rows_in_place_where_one_adapter_acts_fully(monkeypatch):
+    model, index = adapted_embedding(), torch.randint(0, 10, (2, 5))
+    apply_lora(model, LoRAConfig(r=2, targets=["layer"], name="other"))
+    torch.nn.init.normal_(model.layer.lora.other.B)
+    chosen = ["default", "other", {"other": 0.5}, ["other", "default"]]
+    with torch.no_grad():
+        wanted = [under(choice, model, index) for choice in chosen]
+    monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cpu",))
+    for number, (choice, expected) in enumerate(zip(chosen, wanted, strict=True)):
+        y = under(choice, model, index)
+        assert (y.grad_fn.name() == "FusedEmbeddingBackward") == (number < 2)
+        oracles.assert_close(y, expected, torch.float32)
+
+
+def under(choice, model, index):
+    with use_adapters(model, choice):
+        return model(index)
 
 
 def test_second_derivatives_of_rows_in_place(monkeypatch):
