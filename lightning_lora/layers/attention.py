@@ -28,7 +28,7 @@ from lightning_lora.layers.merged_forward import (
     has_active_adapters,
 )
 from lightning_lora.layers.mixed.terms import add_terms, of_part
-from lightning_lora.layers.summed_weight import summed_weight, summed_weights
+from lightning_lora.layers.sums.reading import summed_weight, summed_weights
 from lightning_lora.layers.weight_view import Rows, WeightPart
 from lightning_lora.torch_internals import has_module_hooks
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer, parameter_of
 from lightning_lora.layers.mixed.terms import add_terms
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.sums.reading import summed_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import Coefficient, weighed
 

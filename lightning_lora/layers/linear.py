@@ -16,7 +16,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.mixed.linear import mixed_layer
 from lightning_lora.layers.mixed.terms import MixedTerms, add_terms
 from lightning_lora.layers.source_code import is_library, is_linear_forward
-from lightning_lora.layers.summed_weight import summed_by_choice, summed_weight
+from lightning_lora.layers.sums.reading import summed_by_choice, summed_weight
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.ops.linear import Coefficient, add_pair, base_linear, linear, linear_by_choice
 from lightning_lora.ops.shared_input import SharedInputGroup

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_lora.layers.merged_forward import LOCK, MergedForward, use_weights
 from lightning_lora.layers.restoring import Restoring
-from lightning_lora.layers.summed_weight import summed_weights
+from lightning_lora.layers.sums.reading import summed_weights
 from lightning_lora.layers.weight_view import WeightPart
 from lightning_lora.torch_internals import any_autocast_enabled
 

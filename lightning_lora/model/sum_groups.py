@@ -18,8 +18,9 @@ from lightning_lora.layers.conv import LoRAConv, LoRAConvTranspose
 from lightning_lora.layers.linear import LoRALinear, TransposedLinear
 from lightning_lora.layers.quantized.linear import LoRAQuantizedLinear
 from lightning_lora.layers.recurrent import LoRACell
-from lightning_lora.layers.sum_group import SumGroup
-from lightning_lora.layers.summed_weight import MAX_ELEMENTS, SummedWeight
+from lightning_lora.layers.sums.group import SumGroup
+from lightning_lora.layers.sums.sizes import MAX_ELEMENTS
+from lightning_lora.layers.sums.summed_weight import SummedWeight
 from lightning_lora.targets.survey import Survey
 
 MAX_BYTES = 2**28  # of the weights of a group: their gradients live until the group's last one is there

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.layers.summed_weight import SumGroup
+from lightning_lora.layers.sums.group import SumGroup
 from tests.helpers import oracles
 from tests.helpers.models import Tower
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, remove_lora
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.sums.reading import summed_weight
 from lightning_lora.ops import dispatch
 from tests.helpers import oracles
 from tests.helpers.models import FusedBlocks, Tower

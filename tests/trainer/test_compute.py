@@ -7,7 +7,7 @@ import torch
 
 from lightning_lora import LoRACallback
 from lightning_lora.layers.base import adapted_layers
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.sums.reading import summed_weight
 from tests.helpers.models import Lit, checkpoints, data, trainer
 from tests.helpers.oracles import same_bits
 from tests.helpers.runs import Break, load

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.registry import adapted_class_for
-from lightning_lora.layers.summed_weight import MAX_CHECKPOINTED_WORK, MAX_ELEMENTS, MAX_WORK
+from lightning_lora.layers.sums.sizes import MAX_CHECKPOINTED_WORK, MAX_ELEMENTS, MAX_WORK
 from lightning_lora.model.sum_groups import has_weight_side, take_too_much_memory
 from lightning_lora.names import counted
 from lightning_lora.targets.survey import Site

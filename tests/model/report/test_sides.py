@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, plan_lora
-from lightning_lora.layers.summed_weight import MAX_WORK
+from lightning_lora.layers.sums.sizes import MAX_WORK
 
 ACTIVATIONS, WEIGHTS = "Layers compute W0 x + scale B (A x)", "Layers compute (W0 + scale B A) x"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora import load_lora_state_dict, lora_parameters, lora_state_dict, remove_lora, use_adapters
-from lightning_lora.layers.sum_group import SumGroup
+from lightning_lora.layers.sums.group import SumGroup
 from tests.helpers import oracles
 from tests.helpers.oracles import same_bits
 from tests.helpers.weight_side import (

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import disable_lora, merge_lora, remove_lora, unmerge_lora, use_adapters
-from lightning_lora.layers.summed_weight import summed_weight
+from lightning_lora.layers.sums.reading import summed_weight
 from tests.helpers import oracles
 from tests.helpers.interrupts import interrupt, lines_in
 from tests.helpers.models import FusedBlocks, Tower
@@ -233,7 +233,7 @@ class TwoSizes(nn.Module):
 
 def two_sizes(monkeypatch):
     """The model with adapters, whose large layer takes the weight's side for up to 4 rows and the small one always."""
-    monkeypatch.setattr("lightning_lora.layers.summed_weight.MAX_WORK", 4 * 64 * 4)
+    monkeypatch.setattr("lightning_lora.layers.sums.sizes.MAX_WORK", 4 * 64 * 4)
     monkeypatch.setattr("lightning_lora.ops.dispatch.DEVICES", ("cpu",))
     return adapted(TwoSizes(), compute="auto")
 

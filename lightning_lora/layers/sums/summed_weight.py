@@ -24,10 +24,10 @@ from torch import Tensor
 
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.choice import Choice
-from lightning_lora.layers.sum_group import ADDRESS, REQUIRES_GRAD, VERSION, SumGroup, place_now
+from lightning_lora.layers.sums.group import SumGroup, place_now
+from lightning_lora.layers.sums.members import ADDRESS, REQUIRES_GRAD, VERSION
+from lightning_lora.layers.sums.sizes import has_weight_side, is_faster
 from lightning_lora.layers.weight_view import Rows, separate_rows
-from lightning_lora.ops import dispatch
 from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import is_dense
 from lightning_lora.ops.weight_sums import with_graph
@@ -39,10 +39,7 @@ from lightning_lora.torch_internals import (
     saved_tensors_have_hooks,
 )
 
-MAX_WORK = 4 * 10**10  # multiplications for the gradient of one weight; with more, the other side is faster
-MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a forward twice, and packs what it saves
 MAX_CHOICES = 128  # whose plans a layer keeps; their sums are freed when the choice ends
-MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
 class SummedWeight:
@@ -146,9 +143,9 @@ class SummedWeight:
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
         rows = x.numel() // self.width
-        if not (self.always or (_has_weight_side(x.device) and self.is_faster(rows))):
+        if not (self.always or (has_weight_side(x.device) and is_faster(self.size, rows))):
             self._note(rows)
-            if not self.is_faster(self.input_rows):
+            if not is_faster(self.size, self.input_rows):
                 group.look_again_without(self)
             return None
         if not self.is_live(layer):
@@ -166,7 +163,7 @@ class SummedWeight:
                 return None
             group.sum(self, grad, rows)
             if self.facts != self.facts_now():  # the group has not seen a change of this member
-                group.lineup = None
+                group.summed = None
                 group.sum(self, grad, rows)
         self.was_read = True
         self._note(rows)
@@ -184,13 +181,6 @@ class SummedWeight:
             rows = min(rows, self.input_rows)
         self.input_rows, self.noted_at = rows, self.group.times
 
-    def is_faster(self, rows: float) -> bool:
-        """Whether the sum is faster than the other side for an input of so many rows."""
-        work = rows * self.size
-        if self.size > MAX_ELEMENTS or work > MAX_CHECKPOINTED_WORK:
-            return False
-        return work <= MAX_WORK or saved_tensors_have_hooks()
-
     def is_wanted(self, rows: int, growth: float) -> bool:
         """Whether the layer is expected to read the sum in this forward pass.
 
@@ -198,7 +188,7 @@ class SummedWeight:
             rows: of the input of the layer that is called now, for one that was not called yet.
             growth: that number, divided by what it was in the last pass.
         """
-        return self.always or self.is_faster(self.input_rows * growth if self.input_rows else rows)
+        return self.always or is_faster(self.size, self.input_rows * growth if self.input_rows else rows)
 
     def facts_now(self) -> list[object]:
         """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
@@ -258,38 +248,6 @@ class SummedWeight:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def summed_weight(layer: LoRALayer, x: Tensor, key: str = "weight") -> Tensor | None:
-    """What ``layer`` computes with for the input ``x`` on the weight's side; ``None`` on the activations' side."""
-    adapters: Any = layer._modules["lora"]  # reading attributes of a module takes longer
-    return summed_by_choice(layer, x, adapters.choice_now(), key) if adapters.sums else None
-
-
-def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: str = "weight") -> Tensor | None:
-    """As :func:`summed_weight`, where ``choice`` acts now."""
-    adapters: Any = layer._modules["lora"]
-    summed: SummedWeight | None = adapters.sums.get(key)
-    if summed is None:
-        return None
-    if torch.compiler.is_compiling():
-        return _traced(layer, key) if summed.always and adapters.acting is None else None
-    if choice is None or choice is adapters.acting.default:
-        return summed.read(layer, x)
-    chosen = summed.of_choice(choice.full) if choice.full else None
-    return None if chosen is None else chosen.read(layer, x)
-
-
-def summed_weights(layer: LoRALayer, x: Tensor) -> dict[str, Tensor]:
-    """The sum of each adapted weight of ``layer`` by its name; none at all if one of them cannot be had."""
-    keys = layer.lora.by_weight() if layer.lora.sums else {}
-    sums = {key: total for key in keys if (total := summed_weight(layer, x, key)) is not None}
-    return sums if len(sums) == len(keys) else {}
-
-
-def _has_weight_side(device: torch.device) -> bool:
-    """Whether sums are faster for some inputs on ``device``: where a kernel takes longer to launch than to compute."""
-    return device.type == "cuda" or device.type in dispatch.DEVICES
-
-
 def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:
     """Whether W0, A and B have values on the device of ``first``, and W0 its dtype, without gaps between its rows."""
     if tensors[0].dtype != first.dtype or not is_dense(tensors[0]):
@@ -309,14 +267,3 @@ def _needs_own_graph() -> bool:
     reentry a recomputation has the graph of its forward pass, unless a pass without gradients came in between.
     """
     return not saved_tensors_have_hooks()
-
-
-def _traced(layer: LoRALayer, key: str) -> Tensor | None:
-    """The sum in operations that a compiler traces; ``None`` with dropout, which acts on the input."""
-    pairs: Sequence[Adapter] = layer.lora.summed(key) if layer.lora.enabled else ()
-    if any(pair.dropout and pair.training for pair in pairs):
-        return None
-    total: Tensor = getattr(layer, key)
-    for pair in pairs:
-        total = pair.add_to_weight(total)
-    return total

@@ -1,0 +1,164 @@
+"""Layers that are summed together: when their sums are made, and when they are let go."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.layers.sums.members import Member, SummedMembers, tensors_of, weight_of
+from lightning_lora.ops.fused_linear import PLAIN
+from lightning_lora.ops.weight_batch import Block
+from lightning_lora.ops.weight_sum_plan import SumPlan
+from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
+from lightning_lora.torch_internals import any_autocast_enabled, call_after_backward, cuda_stream_id, is_capturing
+
+
+def place_now(weight: Tensor) -> tuple[object, ...]:
+    """The dtype of a sum with ``weight``, the stream that computes it, and whether it is an inference tensor."""
+    dtype = weight.dtype
+    if any_autocast_enabled() and torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return dtype, weight.is_cuda and cuda_stream_id(weight.device), torch.is_inference_mode_enabled()
+
+
+class SumGroup:
+    """Layers that are summed together: neighbours in the model, with weights of one dtype."""
+
+    def __init__(self) -> None:
+        self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
+        self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
+        self.summed: SummedMembers | None = None  # the members that were summed last
+        self.times = 1  # that sums were made
+        self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
+        self.usable: list[bool] = []  # whether each live member can be summed
+        self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
+        self.blocks: list[Block] = []
+        self.kinds: list[list[int]] = []
+        self.plan: SumPlan | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: WeightSums | None = None
+        self.grad: bool | None = None
+        self.place: tuple[object, ...] = ()
+        self.is_forgotten_soon = False
+
+    def alive(self) -> list[Member]:
+        """The members whose layers exist."""
+        return [member for reference in self.members if (member := reference()) is not None]
+
+    def of_choice(self, names: frozenset[str]) -> SumGroup:
+        """The group of the same layers whose sums have the adapters ``names`` in them."""
+        group = self.of_choices.get(names)
+        if group is None:
+            group = self.of_choices[names] = SumGroup()
+        return group
+
+    def end_of_choice(self, names: frozenset[str]) -> None:
+        """Free the sums of a choice that ends; those with a graph end with their backward pass."""
+        group = self.of_choices.get(names)
+        if group is not None and group.grad is False:
+            group.forget()
+
+    def sum(self, caller: Member, grad: bool, rows: int) -> None:
+        """Sum the weights of all layers that are adapted now, and can be summed together with that of ``caller``.
+
+        Args:
+            caller: of the layer that is called.
+            grad: whether autograd records the sums.
+            rows: of the input of that layer.
+        """
+        if self.sums is not None:
+            self.forget()
+        tensors = None if self.summed is None else self.summed.tensors_if_unchanged(caller, grad)
+        if self.summed is None or tensors is None:
+            self.summed = None
+            members = self._summed_now(weight_of(caller), grad, self._wanted(caller, rows))
+            self.summed, tensors = SummedMembers(members, grad), tensors_of(members)
+        self.times += 1
+        place = place_now(weight_of(caller))
+        self.sums = sums = self._sums_of(self.summed, tensors, place[0])
+        everything, done = (range(len(self.summed.references)), range(len(sums.blocks))), _forgetting(self, sums)
+        values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
+        self.summed.hand_out(values, tensors)
+        self.grad, self.place = grad, place  # last: from here on the sums are read
+
+    def look_again_without(self, member: Member) -> None:
+        """Look for the members again, if ``member``, which does not act now, is summed in vain."""
+        if self.summed is not None and id(member) in self.summed.included:
+            self.summed = None
+
+    def _wanted(self, caller: Member, rows: int) -> list[Member]:
+        """The members that act, and whose layers are expected to read their sums: others would be for nobody."""
+        growth = rows / caller.input_rows if caller.input_rows else 1.0
+        wanted = (member for member in self.alive() if member.is_wanted(rows, growth))
+        return [member for member in wanted if member.is_live(member.layer())]
+
+    def _summed_now(self, first: Tensor, grad: bool, live: list[Member]) -> list[Member]:
+        """Those of the members ``live`` that can be summed together with the weight ``first``."""
+        tensors: list[Any] = [parameters.get(key) for member in live for parameters, key in member.sources]
+        if not set(map(type, tensors)) <= PLAIN:
+            self.checked = []
+            return [member for member in live if member.can_be_summed(first) and not member.is_called_alone(grad)]
+        checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
+        if checked != self.checked:
+            self.usable, self.checked = [member.can_be_summed(first) for member in live], checked
+        usable = [member for member, can_be in zip(live, self.usable, strict=True) if can_be]
+        return [member for member in usable if not member.is_called_alone(grad)]
+
+    def _sums_of(self, summed: SummedMembers, tensors: list[Any], dtype: Any) -> WeightSums:
+        lefts, rights = summed.factors(tensors)
+        weights = [tensors[at] for at in summed.weights]
+        can_be_planned = summed.has_plain_factors and not is_capturing(weights[0])
+        if summed.addresses != self.addresses:
+            blocks = summed.blocks(weights)
+            self.kinds, self.blocks, self.plan = _kinds(weights, blocks, lefts), blocks, None
+            self.addresses = summed.addresses  # last: from here on those are used
+            if can_be_planned and SumPlan.can_be_used(weights, self.blocks, lefts, rights):
+                self.plan = SumPlan(weights, self.blocks, lefts, rights)
+        if can_be_planned and self.plan is not None:
+            return PlannedSums(self.plan, self.blocks, lefts, rights, summed.scale, dtype)
+        return BatchedSums(weights, self.kinds, self.blocks, lefts, rights, summed.scale, dtype)
+
+    def forget(self) -> None:
+        """Let go of the sums."""
+        self.grad = None  # first: from here on none is read
+        for member in self.alive():
+            member.value, member.was_read = None, False
+        self._clear()
+
+    def forget_after_backward(self) -> None:
+        """Let go of the sums at the end of the backward pass that runs now: no node tells that it recomputed all."""
+        if not self.is_forgotten_soon:
+            self.is_forgotten_soon = True
+            call_after_backward(_forgetting(self, self.sums))
+
+    def __reduce__(self) -> tuple[type[SumGroup], tuple[()]]:
+        # The members of a copy join it by themselves: a copy of a part of a model has its own layers alone.
+        return SumGroup, ()
+
+
+def _kinds(weights: list[Tensor], blocks: list[Block], lefts: tuple[Tensor, ...]) -> list[list[int]]:
+    """The indices of the blocks of each kind: of one shape, strides and rank, all whole weights or all parts."""
+    kinds: dict[object, list[int]] = {}
+    for index, (block, left) in enumerate(zip(blocks, lefts, strict=True)):
+        weight = weights[block.weight]
+        kind = block.is_whole(weight), weight.shape[1:], weight.stride(), left.shape
+        kinds.setdefault(kind, []).append(index)
+    return list(kinds.values())
+
+
+def _forgetting(group: SumGroup, sums: Any) -> Callable[[], None]:
+    """Let ``group`` forget ``sums``; holds neither of them."""
+    return partial(_forget, weakref.ref(group), weakref.ref(sums))
+
+
+def _forget(group: weakref.ref[SumGroup], sums: weakref.ref[WeightSums]) -> None:
+    held = group()
+    if held is not None and held.sums is not None and held.sums is sums():
+        held.forget()
