@@ -66,6 +66,7 @@ BUDGETS = {
 }
 
 
+@pytest.mark.slow
 def test_the_budget_of_each_method(example):
     assert [*BUDGETS, "full fine-tuning"] == list(example.METHODS)
     for method, expected in BUDGETS.items():
@@ -136,6 +137,7 @@ def test_batches_are_padded_to_their_longest_review(example, prepared):
     assert sum(len(labels) for _, labels in data.evaluation("test")) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["LoRA, r=8 on q and v", "head alone (linear probe)"])
 def test_one_run(example, prepared, method):
     data = example.Batches(prepared, torch.device("cpu"), share=1, size=8)
@@ -168,6 +170,7 @@ def made_up(gains: dict[str, float], seeds: int = 3, rates: tuple[float, ...] = 
 GAINS = {"LoRA, r=8 on q and v": 0.1, "same": 0.1, "lower": 0.2, "higher": 0.0}
 
 
+@pytest.mark.slow
 def test_the_report_says_what_is_noise(reports, tmp_path, capsys):
     reports.report(made_up(GAINS), tmp_path / "result.md", tmp_path / "result.png")
     text = (tmp_path / "result.md").read_text()

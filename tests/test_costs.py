@@ -24,6 +24,7 @@ def costs(monkeypatch) -> ModuleType:
     return importlib.import_module("costs")
 
 
+@pytest.mark.slow
 def test_the_rows_differ_in_callback_and_precision_alone(costs, tmp_path, capsys):
     path = tmp_path / "costs.jsonl"
     assert costs.main(["--tiny", "--out", str(path)]) == 0

@@ -79,6 +79,7 @@ def novels(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_the_base_as_it_was(austen, novels):
     study = austen.Study(novels, novels / "adapters")
     before = {name: value.clone() for name, value in study.model.state_dict().items()}
@@ -127,6 +128,7 @@ def made_up(findings, diverged: float | None = None) -> list[dict]:
     return records
 
 
+@pytest.mark.slow
 def test_tables_of_matrices_and_ranks(findings):
     records = made_up(findings)
     rows = [findings.row_of(choice, records, True, None) for choice in findings.SAME_BUDGET.items()]
@@ -159,6 +161,7 @@ def test_a_rate_that_diverged_is_not_chosen(findings):
     assert row.setting.rate != 3e-3
 
 
+@pytest.mark.slow
 def test_a_whole_study_of_a_tiny_model(findings, austen, novels, monkeypatch, tmp_path):
     monkeypatch.setattr(findings, "data_folder", lambda folder: novels)
     folder = ["--out", str(tmp_path / "findings.jsonl"), "--adapters", str(tmp_path / "adapters"), "--steps", "3"]
@@ -173,6 +176,7 @@ def test_a_whole_study_of_a_tiny_model(findings, austen, novels, monkeypatch, tm
     assert {path.name for path in tmp_path.glob("*.png")} == {"result_losses.png", "result_subspaces.png"}
 
 
+@pytest.mark.slow
 def test_losses_over_rates(rate_and_rank, tmp_path):
     panels = rate_and_rank.settings(True, None)
     assert [len(panel) for panel in panels.values()] == [24, 24]
@@ -192,6 +196,7 @@ def test_losses_over_rates(rate_and_rank, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_the_record_of_the_findings_has_the_tables_of_its_runs(findings):
     text, records = record_of("findings")
     rows = {choice: findings.row_of(choice, records, True, None) for choice in findings.choices(full=True)}
@@ -230,6 +235,7 @@ def test_a_base_in_nf4_keeps_its_head_and_embeddings_and_about_the_same_outputs(
     assert 0 < error < 0.3
 
 
+@pytest.mark.slow
 def test_both_bases_learn_and_the_study_keeps_its_own(qlora_accuracy, austen, novels):
     study = austen.Study(novels)
     before = {name: value.clone() for name, value in study.model.state_dict().items()}

@@ -60,6 +60,7 @@ def example(monkeypatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--base-steps", "3"], ["--model", "a name on the hub"]])
 def test_the_methods_train_what_their_names_say(example, monkeypatch, capsys, words):
     monkeypatch.setattr("sys.argv", ["finetune_vit.py", "--steps", "3", *words])

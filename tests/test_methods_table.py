@@ -34,6 +34,7 @@ def rows(script: ModuleType, folder: Path, *words: str) -> dict[str, list[str]]:
     return {name: values for name, *values in cells if name}
 
 
+@pytest.mark.slow
 def test_a_row_of_two_methods(script, tmp_path):
     assert rows(script, tmp_path, "--only", "head").keys() == {"head (linear probe)"}
     trained, *_ = rows(script, tmp_path, "--only", "no callback")[script.PLAIN]

@@ -30,12 +30,14 @@ def cells(text: str) -> list[str]:
     return [cell.strip() for cell in text.strip().splitlines()[-1].split("|")[1:-1]]
 
 
+@pytest.mark.slow
 def test_every_measurement_is_timed(script, tmp_path):
     times = script.measure(script.TINY, 5, 2, "cpu", tmp_path)
     assert len(times.measurements) == 4  # before the first step, after 2 and 4, at the end
     assert all(each > 0 for each in times.measurements) and sum(times.measurements) < times.run
 
 
+@pytest.mark.slow
 def test_it_writes_a_table(script, tmp_path, capsys):
     assert script.main(["--tiny", "--out", str(tmp_path / "cost")]) == 0
     text = (tmp_path / f"cost_{datetime.date.today()}.md").read_text()

@@ -71,6 +71,7 @@ def test_a_plain_pattern_is_a_whole_tail_of_the_name(name, pattern):
     assert matches(name, pattern) == (name.split(".")[-count:] == pattern.split("."))
 
 
+@pytest.mark.slow
 @few
 @given(dotted, dotted)
 def test_a_regular_expression_must_match_the_whole_name(name, other):
@@ -78,6 +79,7 @@ def test_a_regular_expression_must_match_the_whole_name(name, other):
     assert matches(f"{name}.{other}", "re:" + re.escape(name) + r"\..*")
 
 
+@pytest.mark.slow
 @few
 @given(dotted, st.data())
 def test_a_glob_matches_the_name_and_its_tails_only(name, data):
@@ -164,6 +166,7 @@ def test_modules_named_by_a_number_alone_are_not_shown_as_a_star():
     assert set(nearest("fc", ["0", "2"])) <= {"0", "2"}
 
 
+@pytest.mark.slow
 @few
 @given(dotted, st.lists(dotted, max_size=8), st.integers(1, 4))
 def test_nearest_gives_patterns_of_names_that_exist_and_no_more_than_asked_for(pattern, names, count):

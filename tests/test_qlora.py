@@ -68,6 +68,7 @@ def test_the_bars_are_those_of_the_claim(qlora):
     assert len(qlora.bars(rows, qlora.SHORT, "qv")) == len(qlora.bars(rows, qlora.LONG, "all")) == 4
 
 
+@pytest.mark.slow
 def test_a_row_whose_model_cannot_be_made_leaves_the_others(qlora):
     def broken() -> nn.Module:
         raise ValueError("no such model")

@@ -31,6 +31,7 @@ def tiny(folder: Path) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+@pytest.mark.slow
 def test_every_merge_is_measured_against_the_model_as_trained(qlora_merge, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(qlora_merge, "load_base", tiny)
     np.save(tmp_path / "novel_1.npy", np.random.default_rng(0).integers(0, 32, 4000, dtype=np.uint16))

@@ -42,6 +42,7 @@ def test_each_block_has_a_test():
     assert len(blocks("python")) == 4
 
 
+@pytest.mark.slow
 def test_the_first_block():
     names = run(block_with('ckpt_path="best"'))
     assert type(names["model"].layer) is nn.Linear
@@ -49,6 +50,7 @@ def test_the_first_block():
     assert sorted(saved) == ["layer.lora.default.A", "layer.lora.default.B"]
 
 
+@pytest.mark.slow
 def test_the_language_model(monkeypatch):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -115,6 +117,7 @@ def test_several_adapters():
     assert [type(module) for module in names["model"]] == [nn.Linear, nn.ReLU, nn.Linear], "merged"
 
 
+@pytest.mark.slow
 def test_the_files():
     names = run(block_with("load_from_checkpoint"))
     trained, reloaded = (names[name].layer.lora["default"] for name in ("loaded", "model"))

@@ -53,6 +53,7 @@ FAST = [case for case in CASES if not case.file.startswith("trainer/") and case.
 KEYS = [*((case.file, case.begin) for case in CASES), *TRIED, *NOT_TRIED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except(FAST, CASES), ids=lambda case: case.act.__name__)
 def test_the_message_comes_and_its_remedy_works(case, tmp_path):
     case.run(tmp_path)
@@ -71,6 +72,7 @@ def test_what_is_slow_is_a_case():
     assert {case.act.__name__ for case in CASES} >= SLOW
 
 
+@pytest.mark.slow
 def test_what_needs_no_case_is_a_message_without_one():
     with_case = {(case.file, case.begin) for case in CASES}
     for file, begin in [*TRIED, *NOT_TRIED]:

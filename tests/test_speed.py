@@ -169,6 +169,7 @@ def test_a_section(speed, tmp_path, name):
     assert "Not measured" not in text and "Error" not in text
 
 
+@pytest.mark.slow
 def test_a_second_call_appends(speed, tmp_path):
     first = result(speed, tmp_path, "--sections", "merge")
     both = result(speed, tmp_path, "--sections", "injection", "host")
@@ -195,6 +196,7 @@ def test_a_section_that_fails_is_reported_and_the_rest_runs(speed, section, tmp_
     assert "FAILED: RuntimeError: no such / device" in text and "Injection" in text
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_leaves_the_others(section):
     rows, settings = section("rows"), section("settings")
 
@@ -206,6 +208,7 @@ def test_a_row_that_fails_leaves_the_others(section):
     assert measured["broken"].failure == "ValueError: not adapted"
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_together_are_measured_alone(section):
     """A model that is still referenced while the next one starts would fail the second time too."""
     rows, settings = section("rows"), section("settings")
@@ -327,6 +330,7 @@ class BreaksInside(nn.Module):
         return x * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_compiled_model_keeps_its_graph_beside_one_that_breaks(section, apart):
     """With ``torch.compile`` alone it does not: the reason for a cache of its own."""

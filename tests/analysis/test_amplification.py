@@ -29,6 +29,7 @@ def test_against_the_formula_of_the_paper(name):
         torch.testing.assert_close(found["weight_norm"], norm(each.weight).float())
 
 
+@pytest.mark.slow
 def test_random_directions_are_the_mean_of_drawn_ones():
     model, metric = two_layers(), AmplificationFactor()
     metric.update(model)

@@ -65,6 +65,7 @@ def test_state_dicts_that_hold_no_pairs():
         matrices_of(state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_its_state_dict_or_its_module(tmp_path):
     module, files = Lit(), checkpoints(tmp_path)
     trainer(LoRACallback(r=2, merge=False), files, max_epochs=1).fit(module, data(), data(1))

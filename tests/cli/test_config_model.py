@@ -52,6 +52,7 @@ def written(folder, **values):
 FAST = ["LlamaForCausalLM", "FalconForCausalLM", "T5ForConditionalGeneration"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(FAST, MODELS))
 def test_the_numbers_are_those_of_the_model(name, tmp_path):
     cls = getattr(transformers, name)
@@ -121,6 +122,7 @@ def test_the_number_of_modules_is_bounded(tmp_path, monkeypatch):
     torch.nn.Sequential(*[torch.nn.ReLU() for _ in range(60)])  # only while a configuration is built
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no timer")
 def test_the_time_is_bounded(tmp_path, monkeypatch):
     def endless(path):

@@ -58,6 +58,7 @@ def fit(folder, cls=Lit, **lora):
     return module.eval(), files.last_model_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora", [{}, {"alpha": 2, "rank_pattern": {"q": 2}}, {"rslora": True, "alpha_pattern": {"v": 3}}]
 )
@@ -70,6 +71,7 @@ def test_peft_gives_what_was_trained(tmp_path, lora):
     assert not torch.allclose(model(X), net()(X), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_turned_maps_and_embeddings(tmp_path):
     module, path = fit(tmp_path, Language, targets=["c_attn", "c_fc", "wte"])
     export_checkpoint(path, tmp_path / "out")
@@ -91,6 +93,7 @@ class FromDisk(Language):
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
 
 
+@pytest.mark.slow
 def test_the_auto_class_of_peft_loads_what_a_run_trained(tmp_path):
     gpt2().save_pretrained(tmp_path / "base")
     module, path = fit(tmp_path, partial(FromDisk, str(tmp_path / "base")), targets=["c_attn"])
@@ -131,6 +134,7 @@ def test_classes_that_a_file_cannot_record_are_refused(tmp_path, entry):
         export_checkpoint(path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_and_back(tmp_path):
     module, path = fit(tmp_path)
     export_checkpoint(path, tmp_path / "out")
@@ -148,12 +152,14 @@ def test_and_back(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_a_run_exported_goes_back_too(tmp_path):
     module, _ = fit(tmp_path, export=str(tmp_path / "out"))
     import_directory(tmp_path / "out", tmp_path / "back.ckpt")
     assert torch.equal(load_from_checkpoint(Lit, tmp_path / "back.ckpt").eval()(X), module(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "lora", "words"),
     [
@@ -200,6 +206,7 @@ class Attending(Lit):
         return self.net(self.attn(x, x, x)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:peft 0.21 adds the update")
 def test_an_attention_takes_the_module(tmp_path):
     _, path = fit(tmp_path, Attending, targets=["out_proj"])
@@ -266,6 +273,7 @@ def test_numbers_that_are_none(tmp_path, value):
         export_checkpoint(path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_places_that_are_taken(tmp_path):
     _, path = fit(tmp_path)
     export_checkpoint(path, tmp_path / "out")
@@ -276,6 +284,7 @@ def test_places_that_are_taken(tmp_path):
         import_directory(tmp_path / "out", Path(path))
 
 
+@pytest.mark.slow
 def test_inner(tmp_path):
     module, path = fit(tmp_path)
     with pytest.raises(ValueError, match=re.escape("lies outside of `inner='net.head'`")):
@@ -293,6 +302,7 @@ def test_a_directory_of_pefts_says_too_little(tmp_path):
     assert not (tmp_path / "back.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_several_adapters_go_into_sub_directories(tmp_path):
     """Those that trained, and one that was kept; or the one that is asked for."""
     apply_lora(module := Lit(), LoRAConfig(r=2, alpha=6, targets=["q", "v"], name="fr"))

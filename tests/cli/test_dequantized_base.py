@@ -76,6 +76,7 @@ def test_the_bits_of_the_merge_in_memory(tmp_path, kind, dtype):
     assert len(report.dequantized) == sum(isinstance(m, nn.Linear) for block in model.layers for m in block.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slab", [100, 1 << 22])
 def test_shards_their_index_and_the_configuration(tmp_path, monkeypatch, slab):
     """The parts of a weight may lie in another file than its codes."""

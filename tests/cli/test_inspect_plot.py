@@ -24,6 +24,7 @@ def adapter(tmp_path):
     return write_adapter(tmp_path / "adapter", attention_pairs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAGIC)
 def test_a_picture_is_written(adapter, tmp_path, capsys, kind):
     out = tmp_path / f"picture.{kind}"
@@ -74,6 +75,7 @@ def run(folder, callback):
     return next(folder.rglob("*.ckpt")), model
 
 
+@pytest.mark.slow
 def test_a_checkpoint(tmp_path):
     path, model = run(tmp_path, LoRACallback(r=2, alpha=6, targets=["layer"], merge=False))
     adapter = model.layer.lora["default"]
@@ -89,6 +91,7 @@ def test_a_method_without_pairs(tmp_path, capsys):
     assert main(["inspect", str(path)]) == 0
 
 
+@pytest.mark.slow
 def test_refusals(adapter, tmp_path, capsys):
     out = tmp_path / "x.png"
     calls = {

@@ -89,6 +89,7 @@ def captured(call):
     return out.getvalue(), err.getvalue(), status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "import"])
 def test_every_command_runs(done, name):
     assert done[1][name][2] == 0, done[1][name][1]
@@ -217,6 +218,7 @@ def test_help_tells_every_option(capsys, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "import"])
 def test_json_is_json(here, capsys, name):
     call = [part for part in CALLS[name] if part != "--json"]
@@ -231,6 +233,7 @@ def test_an_error_is_json_too(here, capsys):
     assert json.loads(out)["command"] == "inspect" and err == f"lightning-lora inspect: {json.loads(out)['error']}\n"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_an_adapter(here, capsys):
     torch.manual_seed(0)
     save_file(BoringModel().state_dict(), here / "boring.safetensors")
@@ -305,6 +308,7 @@ def test_interrupted(here, capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bar_where_somebody_watches(here, monkeypatch):
     tqdm = pytest.importorskip("tqdm")
     made = []

@@ -249,6 +249,7 @@ def test_modules_that_the_adapter_has_in_full(tmp_path, shards):
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_peft_merges_to_the_same(tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -284,6 +285,7 @@ def tied_config(said):
     return {"architectures": ["LlamaForCausalLM"]} | ({} if said is None else {"tie_word_embeddings": said})
 
 
+@pytest.mark.slow
 def test_peft_merges_gpt2_to_the_same(tmp_path):
     """Transposed maps, square ones too, beside a head that is tied."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -459,6 +461,7 @@ def test_parts_of_one_shape_are_told_apart(tmp_path):
         merge_files(tmp_path / "base.safetensors", bare, tmp_path / "out.safetensors")
 
 
+@pytest.mark.slow
 def test_a_turned_square_map_beside_a_linear_head(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16, num_labels=3)
@@ -513,6 +516,7 @@ def test_a_snapshot_of_a_hugging_face_cache(tmp_path):
     assert report.left_out == [] and (tmp_path / "out/tokenizer.json").read_text() == '{"version": "1.0"}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factors", [{"fr": 0.7, "de": 0.3, "es": -1.5}, {"de": 1.0, "fr": 0.0, "es": 0.25}])
 def test_several_with_weights_give_the_bits_of_merge_lora(tmp_path, dtype, factors):

@@ -152,6 +152,7 @@ def test_threads_do_not_collide(tmp_path):
     assert names_in(tmp_path) == ["target"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(atomic.fcntl is None, reason="no locks")
 def test_processes_do_not_collide(tmp_path):
     target = tmp_path / "target"

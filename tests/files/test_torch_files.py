@@ -89,6 +89,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "words"), HOSTILE.values(), ids=HOSTILE)
 def test_values_that_cost_more_than_they_take_in_the_file_are_refused(tmp_path, make, words):
     torch.save(make(), path := tmp_path / "a.pt")

@@ -148,6 +148,7 @@ def under(choice, model, index):
         return model(index)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_rows_in_place(monkeypatch):
     monkeypatch.setattr("lightning_lora.ops.fused_linear.DEVICES", ("cpu",))
     model, index = adapted_embedding(), torch.randint(0, 10, (2, 5))

@@ -96,6 +96,7 @@ def test_the_plan_counts_what_would_train_and_changes_nothing(case, device):
     assert f"{size:,} trainable parameter" in str(plan(adapted, case.make().config))
 
 
+@pytest.mark.slow
 @each_run
 def test_frozen_weights_stay_and_files_hold_what_trains(case, tmp_path):
     spy, files, own = Frozen(), checkpoints(tmp_path), module()
@@ -110,6 +111,7 @@ def test_frozen_weights_stay_and_files_hold_what_trains(case, tmp_path):
     assert all(parameter.requires_grad for parameter in own.parameters())
 
 
+@pytest.mark.slow
 @each_run
 def test_a_resumed_run_is_bit_identical(case, tmp_path):
     torch.manual_seed(5)
@@ -122,6 +124,7 @@ def test_a_resumed_run_is_bit_identical(case, tmp_path):
     assert not same_bits(bits(two), bits(module()))
 
 
+@pytest.mark.slow
 @each_callback
 def test_a_second_fit_continues(case, tmp_path):
     runner, own, _ = fit(tmp_path, case, 1)
@@ -132,6 +135,7 @@ def test_a_second_fit_continues(case, tmp_path):
     assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 @each_run
 def test_the_best_checkpoint_tests_as_a_fresh_module_does(case, tmp_path):
     runner, own, files = fit(tmp_path, case, 2)
@@ -142,6 +146,7 @@ def test_the_best_checkpoint_tests_as_a_fresh_module_does(case, tmp_path):
     assert again == best
 
 
+@pytest.mark.slow
 @each_run
 def test_init_from_starts_from_the_values_of_a_run(case, file_of):
     started = module(dropout=0.2)
@@ -151,6 +156,7 @@ def test_init_from_starts_from_the_values_of_a_run(case, file_of):
     assert all(torch.equal(present[name], expected[name]) for name in case.trained)
 
 
+@pytest.mark.slow
 @each_run
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(case, file_of, tmp_path):
     content = load(file_of(case))
@@ -183,6 +189,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(case, file_of, t
         assert same_bits(bits(own), before)
 
 
+@pytest.mark.slow
 @each_run
 def test_a_file_of_another_method_or_other_arguments_is_refused(case, file_of):
     path = file_of(case)
@@ -203,6 +210,7 @@ def test_a_file_of_another_method_or_other_arguments_is_refused(case, file_of):
         load_from_checkpoint(own, path)
 
 
+@pytest.mark.slow
 @each_run
 def test_another_base_is_refused(case, file_of):
     if not {name for name, _ in module().named_parameters()} - case.trained:
@@ -214,6 +222,7 @@ def test_another_base_is_refused(case, file_of):
         trainer(case.make(), max_epochs=2).fit(other, data(), ckpt_path=file_of(case))
 
 
+@pytest.mark.slow
 @each_run
 def test_its_file_loads_by_load_state_dict(case, tmp_path):
     runner, own, files = fit(tmp_path, case, 1)
@@ -223,6 +232,7 @@ def test_its_file_loads_by_load_state_dict(case, tmp_path):
     assert torch.equal(own(inputs()), expected)
 
 
+@pytest.mark.slow
 @each_run
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision(case, precision):
@@ -294,6 +304,7 @@ def test_copies_compute_the_same_and_are_apart(case, copied):
     assert same_bits(bits(other), bits(module()))
 
 
+@pytest.mark.slow
 @each_run
 def test_remove_gives_everything_back_bit_for_bit(case, tmp_path):
     _, own, _ = fit(tmp_path, case, 1)
@@ -307,6 +318,7 @@ def test_remove_gives_everything_back_bit_for_bit(case, tmp_path):
     remove_adapted(own)
 
 
+@pytest.mark.slow
 @each_run
 def test_an_interrupt_leaves_the_model_before_or_after(case):
     config = case.make().config
@@ -329,6 +341,7 @@ def test_an_interrupt_leaves_the_model_before_or_after(case):
             assert state_of(own) == after
 
 
+@pytest.mark.slow
 @each_callback
 def test_ctrl_c_keeps_what_was_trained(case):
     class Interrupting(Callback):
@@ -384,6 +397,7 @@ def test_a_tuner_leaves_the_module_as_it_was(case, tune, tmp_path):
     assert [type(each) for each in own.net.modules()] == [type(each) for each in module().net.modules()]
 
 
+@pytest.mark.slow
 @each_run
 def test_liveness_names_a_site_that_is_not_reached(case):
     if not case.skipped:
@@ -392,6 +406,7 @@ def test_liveness_names_a_site_that_is_not_reached(case):
         trainer(case.make(), max_epochs=2).fit(module(skipped=1), data())
 
 
+@pytest.mark.slow
 @each_callback
 def test_lr_scale_multiplies_the_rates_of_what_the_method_trains(case):
     class Rates(Callback):
@@ -403,6 +418,7 @@ def test_lr_scale_multiplies_the_rates_of_what_the_method_trains(case):
     assert rates.rates == [pytest.approx(0.1)]
 
 
+@pytest.mark.slow
 @each_callback
 def test_the_configuration_is_logged_under_its_key(case, tmp_path):
     from lightning.pytorch.loggers import CSVLogger
@@ -422,6 +438,7 @@ class PlainEncoder(LitEncoder):
         super().__init__(lr)
 
 
+@pytest.mark.slow
 @every_method
 def test_the_command_line_knows_it_by_its_short_name(case):
     name = type(case.make()).__name__
@@ -431,6 +448,7 @@ def test_the_command_line_knows_it_by_its_short_name(case):
     assert not case.flags() or callback.config == case.make().config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", sorted({type(case.make()) for case in CASES}, key=lambda cls: cls.__name__))
 def test_help_comes_from_the_docstring(cls):
     parser = LightningArgumentParser()

@@ -45,6 +45,7 @@ def later_run(module, folder=None, **kwargs):
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 1.0, 0.5])
 def test_a_kept_adapter_stays_as_it_is_and_acts_with_its_strength(tmp_path, strength):
     module = first_run()
@@ -63,6 +64,7 @@ def test_a_kept_adapter_stays_as_it_is_and_acts_with_its_strength(tmp_path, stre
     assert torch.equal(output(built), after)
 
 
+@pytest.mark.slow
 def test_a_resting_adapter_leaves_the_run_of_the_other_as_it_is():
     module, alone = first_run(), Lit()
     later_run(module)
@@ -71,6 +73,7 @@ def test_a_resting_adapter_leaves_the_run_of_the_other_as_it_is():
     assert all(torch.equal(value, expected[key]) for key, value in values_of(module, "de").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_the_merge_follows_the_strengths_and_both_come_back(strength):
     module = first_run()
@@ -115,6 +118,7 @@ def of_the_base(module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if ".lora." not in name}
 
 
+@pytest.mark.slow
 def test_what_trained_with_a_kept_adapter_stays_too_and_is_in_the_files(tmp_path):
     module = with_head()
     before, base = output_of(module, "fr"), of_the_base(module)
@@ -143,6 +147,7 @@ def test_what_a_later_run_trains_in_addition_changes_the_kept_adapter_and_that_i
     assert moved == {"net.head.weight", "net.head.bias"}, "the biases of `fr` stay"
 
 
+@pytest.mark.slow
 def test_the_kept_adapter_can_train_on_with_what_trained_with_it():
     module = with_head()
     later_run(module, targets=["v"])
@@ -154,6 +159,7 @@ def test_the_kept_adapter_can_train_on_with_what_trained_with_it():
     assert {"net.head.weight", "net.layers.0.q.bias"} <= moved
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_the_strengths_as_they_were(tmp_path):
     module = first_run()
     later_run(module, tmp_path, keep={"fr": 0.5})
@@ -166,6 +172,7 @@ def test_an_evaluation_leaves_the_strengths_as_they_were(tmp_path):
     assert strengths_of(bare) == {"fr": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fit", "test"])
 def test_the_file_of_a_run_that_kept_adapters_needs_their_module_and_that_is_said(tmp_path, verb):
     module = first_run()
@@ -217,6 +224,7 @@ def test_of_several_adapters_nothing_is_merged_and_that_is_said():
     assert metrics["test_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_dict_says_which_is_merged_and_tests_follow(tmp_path):
     live = fit(routed(merge=False))
     merged = tmp_path / "merged.safetensors"

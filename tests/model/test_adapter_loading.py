@@ -190,6 +190,7 @@ def test_live_adapters_on_another_base_are_refused_where_others_are_merged(name)
     assert_same(lora_state_dict(model), own)
 
 
+@pytest.mark.slow
 def test_a_key_that_the_module_has_not_stays_unexpected():
     model, _ = trained(1, merged=True)
     merged = merged_state_dict(trained(2)[0])
@@ -242,6 +243,7 @@ def test_a_model_around_it_loads_the_same(merged):
         around.load_state_dict({f"inner.{key}": value for key, value in state.items()})
 
 
+@pytest.mark.slow
 def test_a_compiled_network_inside_loads_the_same():
     module, (_, state) = nn.Module(), trained(2)
     module.net = torch.compile(net(batch_norm=True))
@@ -276,6 +278,7 @@ def by_torch_save(model: nn.Module) -> nn.Module:
     return copied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 def test_copies_do_the_same_and_the_original_stays(copied, merged):

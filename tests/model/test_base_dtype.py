@@ -82,6 +82,7 @@ def fitted(path, **arguments):
     return net, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 def test_the_same_bits_from_the_first_loss_to_the_merged_weights(tmp_path, merge):
     plain, _ = fitted(tmp_path / "plain", merge=merge)
@@ -109,6 +110,7 @@ def test_a_run_that_fails_leaves_the_base_as_it_was(tmp_path):
         assert torch.equal(tensor, net.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_one_with_fp32_weights_go_on_alike(tmp_path):
     whole, _ = fitted(tmp_path / "whole", base_dtype="bf16", merge=False)
     first = ManyKinds()

@@ -98,6 +98,7 @@ def test_a_second_call_with_another_side_regroups():
         assert_close(model(X), WrittenOut(model)(X))
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_unmerged_onto_the_side_that_is_asked_for():
     model = tower("activations")
     expected = WrittenOut(model)(X)

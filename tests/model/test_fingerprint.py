@@ -48,6 +48,7 @@ def test_it_is_the_same_wherever_it_is_summed(device):
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_sums_on_its_own_device(monkeypatch):
     asked = []
     monkeypatch.setattr(files, "fingerprint", lambda model, device: asked.append(device) or fingerprint(model))

@@ -113,6 +113,7 @@ def calls_with_the_model(model: nn.Module, config: LoRAConfig) -> list[tuple[str
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_model_goes_down_through_the_rooms(config):
     calls = calls_with_the_model(Transformer(), config)

@@ -31,6 +31,7 @@ from tests.helpers.selection import slow_except
 pytestmark = pytest.mark.filterwarnings("ignore:.*was shared with another module")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", slow_except(["apply", "merge", "unmerge", "remove", "load"], VERBS))
 def test_an_interrupt_at_a_few_lines_leaves_the_model_before_or_after(verb):
     total = len(lines_of(verb))
@@ -81,6 +82,7 @@ UNDOING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "calls"), UNDOING)
 def test_what_a_second_interrupt_left_is_completed_by_the_next_verb(owner, name, calls, monkeypatch):
     model, before = interrupted_twice(monkeypatch, owner, name, calls)

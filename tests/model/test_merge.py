@@ -80,6 +80,7 @@ def test_weights_of_special_values_come_back_bit_for_bit(dtype, case):
     assert_same_values(model, before)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(["linear", "embedding", "conv1d-groups", "conv2d-channels-last", "hf-conv1d"]),

@@ -122,6 +122,7 @@ def test_a_layer_that_the_configuration_does_not_mean_in_the_second_model():
     assert apply_lora(second, config) == ["first.q", "other"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_network_that_outlives_its_module_trains_on(merge):
     """Two runs of one epoch in two modules around one network give what one module gives in two runs."""

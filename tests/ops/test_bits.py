@@ -53,6 +53,7 @@ def test_strides_do_not_matter():
     assert checksum(tensor[:, ::2]) == checksum(tensor[:, ::2].clone())
 
 
+@pytest.mark.slow
 @few
 @given(shapes, st.sampled_from([*FLOATS, torch.uint8, torch.int64]), st.integers(0, 2**31))
 def test_checksum_is_of_the_bits_in_their_order_alone(shape, dtype, seed):
@@ -63,6 +64,7 @@ def test_checksum_is_of_the_bits_in_their_order_alone(shape, dtype, seed):
     assert total == checksum(tensor.flatten().view(torch.uint8))
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(1, 40), st.sampled_from(FLOATS), st.integers(0, 2**31), st.data())
 def test_any_changed_bit_changes_the_checksum(count, dtype, seed, data):
@@ -81,6 +83,7 @@ def test_elements_that_change_places_change_the_checksum():
     assert checksum(torch.cat([tensor, torch.ones(1)])) != checksum(tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 5, 16, 19])
 def test_any_two_elements_that_change_places_change_the_checksum(monkeypatch, count):
     monkeypatch.setattr(module, "BLOCK", 4)
@@ -113,6 +116,7 @@ def quick(tensor):
     return quick_checksum(tensor, Workspace())
 
 
+@pytest.mark.slow
 @few
 @given(shapes, st.sampled_from([*FLOATS, torch.uint8, torch.int64]), st.integers(0, 2**31), st.integers(1, 3))
 def test_the_quick_checksum_is_of_the_bits_in_their_order_alone(shape, dtype, seed, threads):

@@ -76,6 +76,7 @@ def test_every_product_of_slices_is_exact_at_the_bounds(r, dtype):
     assert_exact(exact_product([(torch.full((2, r), largest), torch.full((r, 2), largest))], dtype))
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(1, 9), st.sampled_from(DTYPES), st.floats(0, 30), st.integers(0, 2**31))
 def test_every_product_of_slices_is_exact_whatever_the_sizes_of_the_elements(r, dtype, spread, seed):

@@ -51,6 +51,7 @@ def gradients(function, inputs, seed):
     return y.detach(), x.grad, A.grad, B.grad
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     rows=some.sampled_from([(1,), (7,), (2, 5), (2, 3, 4)]),
@@ -77,6 +78,7 @@ def test_values_and_gradients_are_those_of_fp64_within_rounding(rows, sizes, dty
         assert float((one.double() - other).abs().max()) <= 24 * HALF[dtype] * size * max(1, scale)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_order():
     torch.manual_seed(0)
     x, weight, bias, A, B = tensors((2, 3, 5), 4, 2, torch.float64, True, torch.float64)
@@ -307,6 +309,7 @@ def written_out(net, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [("cpu",), ()], ids=["one node", "plain formula"])
 @pytest.mark.parametrize("around", SURROUNDINGS)
 def test_values_and_gradients_whatever_is_around_it(monkeypatch, around, devices):
@@ -396,6 +399,7 @@ def test_dropout_drops_the_adapters_input_alone(monkeypatch, devices, around):
         assert_near(found, wanted, 1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_order_with_dropout():
     torch.manual_seed(0)
     x, weight, bias, A, B = tensors((2, 3, 5), 4, 2, torch.float64, True, torch.float64)

@@ -75,6 +75,7 @@ def test_the_same_twice():
     assert torch.equal(truncated_svd(matrix, 3).A, truncated_svd(matrix, 3).A)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), [("white", 0.999), ("power", 0.99999), ("noisy", 0.99999)])
 def test_the_energy_of_large_matrices_is_that_of_the_full_svd(kind, share):
     generator = torch.Generator().manual_seed(1)

@@ -111,6 +111,7 @@ def test_a_pair_of_higher_rank_that_no_sample_uses_gets_zeros(products):
     assert dA.shape == (5, 6) and not dA.any() and dB.shape == (4, 5) and not dB.any()
 
 
+@pytest.mark.slow
 @both_ways
 def test_gradients_of_every_order(products):
     x, weight, bias, pairs = tensors(ranks=(2, 1, 1), shape=(5, 2, 3), out=2)
@@ -126,6 +127,7 @@ def test_gradients_of_every_order(products):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @both_ways
 def test_dropout_has_one_mask_in_both_passes(products):
     x, weight, bias, pairs = tensors(ranks=(1, 1, 1), shape=(5, 2, 3), out=2)

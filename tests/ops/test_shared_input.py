@@ -420,6 +420,7 @@ def test_a_compiled_map_that_is_not_called_and_dropout():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_group_with_an_A_elsewhere_falls_apart():
     torch._dynamo.reset()
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
@@ -463,6 +464,7 @@ def test_passes_of_several_threads_over_one_graph():
         torch.testing.assert_close(gradient, wanted)
 
 
+@pytest.mark.slow
 def test_several_threads_on_one_input():
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(loss_of(plain(model), x), x)[0]
@@ -485,6 +487,7 @@ def test_a_pass_inside_a_pass():
     torch.testing.assert_close(run(model), run(plain(model)))
 
 
+@pytest.mark.slow
 def test_a_pass_that_never_reaches_the_input_adds_nothing_up():
     model = adapted()
     gone = []
@@ -542,6 +545,7 @@ def test_gradients_may_be_written_to_and_batched_in_part():
         torch.testing.assert_close(found[at], wanted)
 
 
+@pytest.mark.slow
 def test_a_traced_graph_may_be_differentiated():
     model, x = adapted(), torch.randn(2, 5, 6, dtype=torch.float64)
     graph = make_fx(lambda x: model(x))(x)

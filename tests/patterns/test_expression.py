@@ -159,6 +159,7 @@ patterns = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(patterns, st.lists(st.text("ab.0A", min_size=1, max_size=7), min_size=5, max_size=5))
 def test_any_expression_that_is_allowed_matches_as_with_re(pattern, names):

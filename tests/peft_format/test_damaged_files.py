@@ -122,6 +122,7 @@ def test_broken_tensors(case, tmp_path, directory):
     assert isinstance(load_into_bare(tmp_path), ValueError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [

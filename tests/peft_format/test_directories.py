@@ -101,6 +101,7 @@ def test_slices_of_fused_layers_and_what_trains_in_addition(tmp_path):
     assert all(torch.equal(y, expected[name]) for name, y in each_alone(loaded).items())
 
 
+@pytest.mark.slow
 def test_one_goes_into_the_directory_itself_and_never_another(tmp_path):
     model = with_adapters(net())
     for name in THREE:
@@ -153,6 +154,7 @@ def test_a_failed_save_leaves_every_old_file(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_three_adapters_of_peft_load_side_by_side(tmp_path):
     places = written_by_peft(net(), tmp_path, BY_PEFT)
     theirs = opened_by_peft(net(), places)
@@ -263,6 +265,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_transformers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layer(tmp_path, kind):
@@ -299,6 +302,7 @@ def test_a_network_under_two_names(tmp_path, others):
         assert same_bits(loaded.state_dict()[key], value), key
 
 
+@pytest.mark.slow
 def test_several_act_as_strongly_as_when_they_were_saved(tmp_path):
     model = with_adapters(net())
     combine_adapters(model, {"fr": 0.5, "de": -0.5}, "mix")

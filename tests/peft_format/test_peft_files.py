@@ -220,6 +220,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_peft_gives_the_same_outputs_and_both_ways_back_do(case, tmp_path):
     make, x, arguments = CASES[case]
@@ -290,6 +291,7 @@ def moved_by_peft(make, directory, **arguments):
     return in_peft(make, directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_what_peft_wrote_gives_peft_s_outputs(case, tmp_path):
     make, x, arguments = PEFT_CASES[case]
@@ -305,6 +307,7 @@ def test_what_peft_wrote_gives_peft_s_outputs(case, tmp_path):
     assert close(out(wrapped, x), out(theirs, x))
 
 
+@pytest.mark.slow
 def test_a_saved_base_embedding_is_compared_and_not_adopted(tmp_path):
     class Named(GPT2LMHeadModel):
         def __init__(self):
@@ -373,6 +376,7 @@ def test_a_tail_of_another_name_becomes_an_expression(tmp_path):
     assert in_peft(Suffix, tmp_path).base_model.targeted_module_names == ["proj"]
 
 
+@pytest.mark.slow
 def test_forty_targets_are_still_exact(tmp_path):
     """peft shortens long lists by itself."""
     make = of(*[lambda: nn.Linear(4, 4)] * 45)
@@ -403,6 +407,7 @@ def test_a_pair_on_all_rows_does_not_fit_slices(tmp_path):
     assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["embed", "proj"], ["mlp.*"]])
 def test_a_merged_model_is_saved_from_its_record(targets, tmp_path):
     model = trained(LM, r=2, alpha=6, targets=targets, also_train=["head"])
@@ -438,6 +443,7 @@ def test_statistics_that_moved_travel(tmp_path):
         assert torch.equal(out(bare, INDEX), out(made(LM), INDEX))
 
 
+@pytest.mark.slow
 def test_names_are_relative_to_the_inner_model(tmp_path):
     for make, inner, expected in (
         (lambda: Lit(LM), None, "base_model.model.blocks.0.mlp.0"),
@@ -508,6 +514,7 @@ def test_the_header_tells_where_it_comes_from(tmp_path):
         save_adapter(model, tmp_path, metadata={"format": "np"})
 
 
+@pytest.mark.slow
 def test_another_base_is_an_error_or_a_warning(tmp_path):
     save_adapter(trained(LM, r=2, targets=["mlp.*"], also_train=["head"]), tmp_path)
     other = made(LM)
@@ -633,6 +640,7 @@ def test_a_part_that_was_adapted_and_a_part_of_what_was(tmp_path):
         save_adapter(lit, tmp_path)
 
 
+@pytest.mark.slow
 def test_wrapped_modules_keep_their_names(tmp_path):
     model = trained(lambda: Lit(LM), r=2, targets=["mlp.*", "embed"], also_train=["head"], bias="lora_only")
     expected = out(model, INDEX)

@@ -64,6 +64,7 @@ def test_the_other_adapters_stay(tmp_path):
     assert changed == set(lora_state_dict(model, "slot"))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again(tmp_path):
     """Whatever the choice and the values: a backend counts its graphs."""
     places = written_by_peft(net(), tmp_path, BY_PEFT)

@@ -84,6 +84,7 @@ def trained(request, tmp_path):
     return model, getattr(peft, f"AutoPeftModel{'For' if auto else ''}{auto}"), inputs, task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", CASES, indirect=True)
 def test_peft_s_auto_class_finds_the_base(trained, tmp_path):
     model, auto, inputs, task = trained

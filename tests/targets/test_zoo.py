@@ -61,6 +61,7 @@ def frozen(base, model):
     return none, some
 
 
+@pytest.mark.slow
 @every_case
 def test_what_is_chosen(name):
     base, _ = zoo.build(zoo.CASES[name])
@@ -71,6 +72,7 @@ def test_what_is_chosen(name):
         assert bool(wrong) == ((name, preset) in KNOWN), (preset, wrong)
 
 
+@pytest.mark.slow
 @every_case
 def test_it_starts_as_the_base_trains_acts_in_eval_merges_and_comes_back(name):
     base, inputs = zoo.build(zoo.CASES[name])

@@ -30,6 +30,7 @@ def attributes(module: nn.Module) -> dict[str, set[str]]:
     return {n: set(m.__dict__) - {"_lightning_lora", "_device", "_trainer"} for n, m in module.named_modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])
 def test_adapts_wherever_the_model_is_built(cls, tmp_path):
     spy, module = Spy(), cls()
@@ -51,6 +52,7 @@ def test_merged_weights_are_w_plus_scale_b_a():
     torch.testing.assert_close(module.eval()(data(9).dataset.tensors[0]), spy.output, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_after_fit_the_module_is_the_plain_one():
     module, plain = Lit(), Lit()
     keys, before, kinds = list(module.state_dict()), attributes(module), types(module)
@@ -70,6 +72,7 @@ def test_after_fit_the_module_is_the_plain_one():
     assert len(module._load_state_dict_post_hooks) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
 def test_an_exception_or_ctrl_c_leaves_no_wrap_and_a_new_fit_works(error):
     module, plain = Lit(), Lit()
@@ -109,6 +112,7 @@ def test_evaluation_alone_changes_nothing_and_equals_the_base(stage):
     assert "_lightning_lora" not in {key for inner in module.modules() for key in inner.__dict__}
 
 
+@pytest.mark.slow
 def test_validate_fit_test_fit_injects_once():
     module, runner = Lit(), trainer(LoRACallback(r=4, merge=False))
     runner.validate(module, data(1), verbose=False)
@@ -120,6 +124,7 @@ def test_validate_fit_test_fit_injects_once():
     assert [(name, id(p)) for name, p in lora_parameters(module)] == [(name, id(p)) for name, p in first.items()]
 
 
+@pytest.mark.slow
 def test_second_fit_continues_on_the_original_base():
     class Start(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -179,6 +184,7 @@ class CopyDuringFit(Callback):
             self.expected = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Lit, BuiltInSetup, BuiltInConfigureModel])
 def test_the_module_is_copied_and_pickled_during_fit_without_the_run(cls):
     spy, module = CopyDuringFit(), cls()
@@ -190,6 +196,7 @@ def test_the_module_is_copied_and_pickled_during_fit_without_the_run(cls):
         assert list(twin.state_dict()) == list(module.state_dict())
 
 
+@pytest.mark.slow
 def test_head_in_also_train_is_trained_saved_and_frozen_otherwise(tmp_path):
     spy, module, files = Spy(), Lit(), checkpoints(tmp_path)
     trainer(LoRACallback(r=2, targets="qv", also_train=["head"]), spy, files).fit(module, data(), data(1))
@@ -224,6 +231,7 @@ def test_merge_false_keeps_live_adapters_and_the_base():
         assert module.net.get_parameter(name).requires_grad
 
 
+@pytest.mark.slow
 def test_seed_everything_seeds_the_adapters_and_no_seed_is_the_same_everywhere(monkeypatch):
     def start(seed=None, **kwargs):
         module = Lit()

@@ -158,6 +158,7 @@ def test_finders_give_adapters_and_optimizer_state_back(finder, tmp_path):
     assert list(module.state_dict()) == list(Lit().state_dict())
 
 
+@pytest.mark.slow
 def test_the_other_package_of_lightning_takes_it_too(tmp_path):
     pytorch_lightning = pytest.importorskip("pytorch_lightning")
     methods = {

@@ -23,6 +23,7 @@ def last_line(caplog) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, "best", False])
 def test_one_line_says_what_was_merged_and_where_the_files_are(tmp_path, merge, caplog):
     files = checkpoints(tmp_path / "files")
@@ -71,6 +72,7 @@ def test_a_best_file_that_is_gone_leaves_the_module_with_its_adapters(tmp_path, 
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_merge_of_a_run_is_computed_on_its_gpu(monkeypatch, tmp_path):
     """The meta device stands for a GPU; as it cannot compute, the sums are those of the CPU."""
     devices, gpu = [], torch.device("meta")

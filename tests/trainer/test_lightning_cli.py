@@ -67,6 +67,7 @@ def adapters_in(folder: Path) -> dict:
     return torch.load(file, weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", slow_except(["LoRACallback"], ["lightning_lora.LoRACallback", "LoRACallback"]))
 def test_flags(tmp_path, path):
     made = cli(
@@ -78,6 +79,7 @@ def test_flags(tmp_path, path):
     assert list(made.model.state_dict()) == list(Lit().state_dict())
 
 
+@pytest.mark.slow
 def test_short_arguments_with_lists_and_dicts(tmp_path):
     lora = ["--lora.r=4", '--lora.targets=["q", "layers.1.mlp"]', '--lora.rank_pattern={"mlp": 2}', "--lora.merge=best"]
     made = cli(tmp_path, "fit", *lora, "--lora.also_train=[head]", "--lora.alpha=8", cls=MonitoringCLI)
@@ -89,6 +91,7 @@ def test_short_arguments_with_lists_and_dicts(tmp_path):
     assert saved["net.layers.0.q.lora.default.A"].shape == (4, 16) and "net.head.weight" in saved
 
 
+@pytest.mark.slow
 def test_yaml(tmp_path):
     arguments = {"r": 2, "targets": ["re:.*layers\\.0\\.[qk]"], "exclude": ["k"], "merge": False, "lr_scale": 10.0}
     entry = {"class_path": "lightning_lora.LoRACallback", "init_args": arguments}
@@ -101,6 +104,7 @@ def test_yaml(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`Plain.configure_optimizers` will be overridden")
 def test_the_optimizer_of_the_command_line_is_restricted(tmp_path):
     class OptimizerCLI(ShortCLI):
@@ -133,6 +137,7 @@ def test_the_optimizer_of_the_command_line_is_restricted(tmp_path):
     assert not hasattr(made.model.configure_optimizers, "replacement")
 
 
+@pytest.mark.slow
 def test_resume_and_test_from_a_file(tmp_path):
     cli(tmp_path / "a", "fit", "--lora.r=4", cls=ShortCLI)
     [file] = (tmp_path / "a").rglob("*.ckpt")
@@ -142,6 +147,7 @@ def test_resume_and_test_from_a_file(tmp_path):
     assert "test_loss" in made.trainer.callback_metrics
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_again(tmp_path):
     flags = ["--lora.r=4", "--lora.targets=[q]", "--lora.alpha_pattern={q: 2.0}"]
     made = cli(tmp_path / "a", "fit", *flags, cls=ShortCLI, save_config_callback=SaveConfigCallback)
@@ -195,6 +201,7 @@ def test_help_comes_from_the_docstring(tmp_path):
         assert f"--lora.{argument}" in text
 
 
+@pytest.mark.slow
 def test_wrong_values_are_told_by_the_command_line(tmp_path, capsys):
     with pytest.raises(ValueError, match="`r` must be at least 1, but got 0"):
         cli(tmp_path, "fit", "--lora.r=0", cls=ShortCLI)

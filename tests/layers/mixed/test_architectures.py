@@ -61,6 +61,7 @@ def test_each_sample_is_that_sample_alone(name):
             torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-4 * max(1, float(gradient.abs().max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["swin", "opt"], REFUSED))
 def test_what_cannot_choose_by_sample_is_refused_by_name(name):
     model, inputs = several(name)

@@ -231,6 +231,7 @@ def test_two_adapters_of_a_stack_are_two_products_of_rank_r():
     assert stacked.left.shape[-1] == stacked.right.shape[-2] == 2 + 1 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 def test_compiled_code_gives_nan_for_a_mixed_batch():
     model, x = several(CopyingBlock)

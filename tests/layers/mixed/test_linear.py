@@ -214,6 +214,7 @@ def test_layers_of_several_forms_are_copied_together(ranks, mode, copied):
     assert copied == [5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [1, 600])
 def test_sequences_short_and_long(positions, calls):
     """Each side of the rule that chooses the products."""
@@ -279,6 +280,7 @@ def test_a_recomputation_copies_again_and_has_the_gradients_of_the_first_pass(co
     assert copied == [3, 3]
 
 
+@pytest.mark.slow
 def test_what_backward_reads_is_freed_with_the_graph(copied):
     model, made = several(), []
     plain = copies_module.copies_of
@@ -328,6 +330,7 @@ def test_a_copy_knows_nothing_and_goes_its_own_way(copy_of):
             assert_acts(each)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_moved_leaves_no_copies_behind():
     model = several()
     with use_adapters(model, ENTRIES), torch.no_grad():
@@ -341,6 +344,7 @@ def test_a_model_that_is_moved_leaves_no_copies_behind():
         assert_acts(model)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_removed_is_freed_and_one_that_is_added_acts():
     model, entries = several(), ["fr", "es", None, "fr", "es"]
     with use_adapters(model, ENTRIES), torch.no_grad():

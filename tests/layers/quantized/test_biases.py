@@ -22,6 +22,7 @@ class InBf16(Wide):
             block.q = four_bits(block.q, compute_dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_run_with_trained_biases_resumes_bit_for_bit(tmp_path):
     def run(folder: str, epochs: int, ckpt: object = None) -> dict:
         module, callback = InBf16(), LoRACallback(r=4, targets=["q"], bias="lora_only")

@@ -39,6 +39,7 @@ class Spy(Callback):
         self.weight = type(pl_module.net.layers[0].q.weight).__name__
 
 
+@pytest.mark.slow
 def test_adapters_are_there_in_fp32_and_train_and_so_is_their_optimizer_state(tmp_path):
     spy, module = Spy(), Wide()
     quantizing_trainer(LoRACallback(r=4), spy, checkpoints(tmp_path, monitor=None)).fit(module, data())
@@ -49,6 +50,7 @@ def test_adapters_are_there_in_fp32_and_train_and_so_is_their_optimizer_state(tm
     assert saved["lightning_lora"]["base"]["net.layers.0.q.weight"][3:] == [64, 64]
 
 
+@pytest.mark.slow
 def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("lightning_lora.trainer.end_of_fit.rank_zero_info", said.append)
@@ -61,6 +63,7 @@ def test_the_module_keeps_its_adapters_and_a_fresh_one_tests_the_same(tmp_path, 
     assert own == fresh != quantizing_trainer().test(Wide(), data(2), verbose=False)
 
 
+@pytest.mark.slow
 def test_a_base_that_evaluation_packs_anew_is_the_same_base(tmp_path):
     files, module = checkpoints(tmp_path, monitor=None), FourBits()
     runner = trainer(LoRACallback(r=4), files)
@@ -192,6 +195,7 @@ def test_all_that_can_train_of_a_base_that_a_plug_in_quantizes(mode, dtype):
     assert len(codes) == 10 and moved == set(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"])
 def test_every_mode_of_the_plug_in(mode, tmp_path):
     """No warning either: a base is the same before and after its numbers became codes."""

@@ -195,6 +195,7 @@ AROUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 def test_whatever_is_around_the_values_are_right(around):
     layer = adapted(four_bits())

@@ -65,6 +65,7 @@ def test_a_step_after_an_evaluation_has_the_gradients_of_the_dequantized_weights
     assert all(torch.equal(now.double(), before) for now, before in zip(weights_of(model), weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

@@ -669,6 +669,7 @@ def test_a_choice_for_the_whole_batch_leaves_the_sums_of_what_acts_without_one(c
         assert_close(y, torch.tanh(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("calls", ["all", "left out", "in the middle"])
 @pytest.mark.parametrize("change", CHANGES)

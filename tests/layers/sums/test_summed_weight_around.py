@@ -490,6 +490,7 @@ def test_threads_with_choices_of_their_own_have_sums_of_their_own():
             assert_close(y, expected)
 
 
+@pytest.mark.slow
 def test_what_a_choice_has_summed_is_freed_when_it_ends(without_collector):
     model = adapted(tower(), name="de")
     with use_adapters(model, "de"), torch.no_grad():
@@ -838,6 +839,7 @@ def test_forward_mode_derivatives():
     assert_close(present, expected)
 
 
+@pytest.mark.slow
 def test_traces_hold_the_matrices_and_not_a_sum():
     model = tower()
     model(X)
@@ -866,6 +868,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_layer_against_fp64(name):
     model, x = oracles.build(name)

@@ -163,6 +163,7 @@ def test_adapting_again_keeps_the_segments_that_hold():
         assert torch.equal(model(X), expected)
 
 
+@pytest.mark.slow
 def test_other_segments_need_no_new_graph():
     layer, counter = transformer(), CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)

@@ -139,6 +139,7 @@ def test_a_block_of_one_head_without_a_dimension_of_heads():
     torch.testing.assert_close(block(x), (q @ k.mT / 2).softmax(-1) @ v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_graph_when_compiled(causal):
     block = grouped()

@@ -101,6 +101,7 @@ def test_one_sequence_without_a_batch():
     assert torch.equal(output, batched[0]) and torch.equal(weights, right[0])
 
 
+@pytest.mark.slow
 def test_one_graph_when_compiled():
     layer = adapted()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -177,6 +177,7 @@ def backward(model: nn.Module, output: Tensor) -> list[Tensor]:
     return [vectors.grad for vectors in vectors_of(model)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep", [False, True])
 def test_one_graph_when_compiled(deep):
     model = build(deep, causal=True)

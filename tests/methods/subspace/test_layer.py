@@ -29,6 +29,7 @@ def test_activation_checkpointing(kind, use_reentrant):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     model = moved(net(), method(structure=True))
     torch._dynamo.reset()
@@ -72,6 +73,7 @@ def test_reads_in_inference_mode_and_under_autocast():
         assert torch.equal(model(X), live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("merged", [False, True])
 def test_copies(clone, merged):

@@ -11,6 +11,7 @@ from tests.helpers.models import net
 from tests.helpers.subspaces import MODELS, method, moved, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_merge_gives_the_plain_module_and_an_unmerge_the_base(name, structure):

@@ -34,6 +34,7 @@ def test_it_starts_as_the_base_bit_for_bit_and_computes_with_the_sums(name):
     assert all(torch.equal(value, frozen[key]) for key, value in model.named_parameters() if key in frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(PROJECTIONS))
 def test_the_gradient_of_z_is_that_of_full_fine_tuning_projected(kind):
     base, model = net(), net()
@@ -110,6 +111,7 @@ def test_another_configuration_is_another_model():
             method(**change).check_same(model)
 
 
+@pytest.mark.slow
 def test_accuracy_grows_with_the_dimension():
     """Li et al. 2018: below the intrinsic dimension the task cannot be solved, above it can."""
     generator = torch.Generator().manual_seed(0)

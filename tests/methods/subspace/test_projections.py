@@ -67,6 +67,7 @@ def test_dense_rows_are_those_of_its_matrix():
     torch.testing.assert_close(P.square().mean(0), torch.ones(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_are_nearly_orthonormal(kind):
     P = matrix(kind, 128 * 64, 50) / (128 * 64) ** 0.5
@@ -85,6 +86,7 @@ def test_entries_are_normal_numbers(kind):
     torch.testing.assert_close(moments, torch.tensor([0.0, 1, 0, 3]), atol=0.12, rtol=0)  # 3 - 6 / width
 
 
+@pytest.mark.slow
 def test_a_block_that_is_cut_has_columns_of_unit_length_on_average():
     squares = torch.stack([matrix("fastfood", 5, 12, seed).square().mean() for seed in range(200)])
     assert abs(squares.mean() - 1) < 0.05

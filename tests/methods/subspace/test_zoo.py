@@ -59,6 +59,7 @@ def check(model, output):
         assert torch.equal(output(model), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(FAST, TRANSFORMERS))
 def test_transformers(name):
     model, inputs = zoo.build(zoo.CASES[name])

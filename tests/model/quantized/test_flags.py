@@ -125,6 +125,7 @@ def test_layers_in_the_place_of_conv1d_become_conv1d(tmp_path):
     assert model.state_dict().keys() == state.keys()
 
 
+@pytest.mark.slow
 def test_a_model_whose_files_have_other_names_merges_into_a_copy_with_its_own(tmp_path):
     """Files of ViT have other names than its modules, and the error says how to write these."""
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ def test_a_drawn_head_is_random(kind):
         assert is_random(FRESH[kind]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FRESH)
 def test_a_trained_head_is_not(kind):
     torch.manual_seed(1)
@@ -83,6 +84,7 @@ def messages(module, **arguments):
     return [str(each.message) for each in caught if "output head" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_a_random_head_and_of_no_other():
     [text] = messages(Lit())
     assert pytest.raises(AssertionError, match=WORDS).matches(AssertionError(text))
@@ -92,6 +94,7 @@ def test_a_run_warns_of_a_random_head_and_of_no_other():
     assert messages(loaded) == []
 
 
+@pytest.mark.slow
 def test_the_other_way_out_loads_the_checkpoint(tmp_path):
     class Draws(Lit):
         def __init__(self):

@@ -158,6 +158,7 @@ def test_checkpointing_repeats_the_choice_of_the_forward(reentrant):
         )
 
 
+@pytest.mark.slow
 def test_one_compiled_graph_serves_every_choice():
     model, graphs = several(), []
 
@@ -317,6 +318,7 @@ def test_a_forward_in_inference_mode_before_one_with_gradients():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.slow
 def test_in_a_compiled_copy_resting_adapters_rest():
     model = several()
     for layer in (model[0], model[2]):

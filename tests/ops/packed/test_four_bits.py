@@ -24,6 +24,7 @@ def written_out(codes, state, dtype):
     return numbers.view(state.shape).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (5, 77), (300, 192)])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("blocksize", "nested"), [(64, True), (64, False), (128, True)])

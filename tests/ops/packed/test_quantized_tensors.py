@@ -102,6 +102,7 @@ def test_two_quantized_weights_are_the_same_where_their_codes_and_scales_are(kin
     assert not same_bits(first.weight, second.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["toy", "int8", "float8"])
 def test_a_compiler_takes_it_in_one_graph(kind):

@@ -81,6 +81,7 @@ def test_no_gradient_of_the_input_needs_no_matrix():
     assert packed.calls == 1 and A.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [one, mixed(BySample)], ids=["one pair", "mixed"])
 def test_gradients_of_every_order(op):
     x, matrix, offset, A, B = drawn(torch.float64)

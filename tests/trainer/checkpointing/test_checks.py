@@ -92,6 +92,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
 def test_each_part_that_is_wrong_is_named_in_a_short_error(tmp_path, written, change, words):
     path = changed(written, tmp_path / "a.ckpt", change)

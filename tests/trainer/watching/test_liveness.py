@@ -272,6 +272,7 @@ class Taught(Lit):
         return F.mse_loss(self(batch[0]), target)
 
 
+@pytest.mark.slow
 def test_an_adapted_teacher_gets_advice_that_works():
     (told,) = fit(Taught(), targets=["q", "k"])
     assert "`teacher.layers.*.k` (4 in all) ran where gradients are off" in told and "exclude=['teacher']" in told
