@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.cli.quantized_weights import QuantizedWeight, Rows, quantized_weights
+from lightning_lora.cli.quantized_weights import QuantizedWeight, Rows, is_quantized_in, quantized_weights
 from lightning_lora.files.json_files import shown
 from lightning_lora.files.safetensors import DTYPES, FLOATS, TORCH_DTYPES, StoredTensor, TensorFile
-from lightning_lora.files.weights import Weights
+from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.foreign import CONV1D, CONV1D_LAYERS, CONV1D_MODELS
 
 CONFIG = "quantization_config"  # the entry of a config.json
@@ -43,6 +44,12 @@ class ComputedTensor(StoredTensor):
     def read(self) -> Tensor:
         """The tensor."""
         return torch.cat([values for _, values in self.slabs()]).to(self.torch_dtype()).view(self.shape)
+
+
+def open_dequantized(path: Path) -> Weights:
+    """The model at ``path``, with its weights in full precision: codes are no numbers to compare or to count."""
+    weights = open_weights(path)
+    return dequantized_base(weights) if any(is_quantized_in(name, weights) for name in weights.tensors) else weights
 
 
 def dequantized_base(base: Weights) -> Weights:

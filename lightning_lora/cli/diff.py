@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_lora.cli.dequantized_base import open_dequantized
 from lightning_lora.files.safetensors import TORCH_DTYPES, StoredTensor
-from lightning_lora.files.weights import open_weights
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import cosine, distance, norm
 from lightning_lora.peft_format.directories import check_is_one, directories_in
@@ -79,7 +79,8 @@ def diff_files(first: Path, second: Path, progress: Callable[[int], object] = la
     """Compare two PEFT directories by their deltas, or two models by their weights.
 
     Two adapters can have equal deltas with other A and B, ranks or scales, so A and B themselves are not compared. Two
-    directories with sub-directories of several adapters are compared adapter by adapter, by their names.
+    directories with sub-directories of several adapters are compared adapter by adapter, by their names. Weights of a
+    model that bitsandbytes quantized are dequantized first.
 
     Args:
         first: an adapter's directory, one with sub-directories of several, or a model's file or directory.
@@ -176,7 +177,7 @@ def _alone(first: object | None) -> str:
 
 
 def _models(first: Path, second: Path, progress: Callable[[int], object]) -> Differences:
-    sides = [open_weights(path).tensors for path in (first, second)]
+    sides = [open_dequantized(path).tensors for path in (first, second)]
     rows = []
     for name in _union(sides):
         rows.append(_tensors(name, *(side.get(name) for side in sides)))
@@ -199,6 +200,7 @@ def _compared(name: str, first: StoredTensor, second: StoredTensor, note: str) -
     sums = torch.zeros(4, dtype=torch.float64)
     equal = first.dtype == second.dtype
     for (_, a), (_, b) in zip(first.slabs(), second.slabs(), strict=True):
+        a, b = a.to(first.torch_dtype()), b.to(second.torch_dtype())  # dequantized rows are not rounded yet
         if first.dtype == second.dtype and same_bits(a, b):
             x = y = a.double()
         else:

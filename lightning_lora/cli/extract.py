@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.cli.base_match import why_tied
+from lightning_lora.cli.dequantized_base import open_dequantized
 from lightning_lora.cli.meta_model import is_embedding
 from lightning_lora.cli.output import new_output
 from lightning_lora.files.safetensors import FLOATS, StoredTensor
-from lightning_lora.files.weights import Weights, keeps_transposed, open_weights
+from lightning_lora.files.weights import Weights, keeps_transposed
 from lightning_lora.names import matches, nearest
 from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.low_rank import truncated_svd
@@ -75,7 +76,8 @@ def extract(
     """Write the adapter of rank ``r`` that is nearest to what fine-tuning did to ``base`` as a PEFT directory.
 
     A full fine-tune may be far from any low rank: read ``energy`` before using the adapter. Changes of biases,
-    norms and embeddings are listed and left out, as plain pairs cannot have them.
+    norms and embeddings are listed and left out, as plain pairs cannot have them. Weights that bitsandbytes
+    quantized are dequantized first.
 
     Args:
         base: the model before, a safetensors file or a directory.
@@ -102,7 +104,7 @@ def extract(
     """
     if r < 1:
         raise ValueError(f"`r` must be at least 1, but got {r}.")
-    before, after = open_weights(base), open_weights(tuned)
+    before, after = open_dequantized(base), open_dequantized(tuned)
     chosen = _chosen(before, targets)
     transposed = {tensor.name: _is_transposed(tensor, before) for tensor in before.tensors.values()}
     report = Extraction()

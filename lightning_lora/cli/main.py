@@ -141,7 +141,7 @@ def _merge(options: Namespace) -> Result:
     with ExitStack() as stack:
         paths = [stack.enter_context(_one_adapter(name)) for name in names]
         adapters = dict(zip(paths, factors, strict=True))
-        progress = stack.enter_context(_progress(base, dequantize=options.dequantize))
+        progress = stack.enter_context(_progress(base))
         report = merge_files(base, adapters, Path(options.out), options.overwrite, progress, options.dequantize)
     return reports.merge_text(report, options.out), reports.merge_data(report)
 
@@ -203,7 +203,7 @@ def _import(options: Namespace) -> Result:
 
 
 @contextmanager
-def _progress(*paths: Path, dequantize: bool = False) -> Iterator[Callable[[int], object]]:
+def _progress(*paths: Path) -> Iterator[Callable[[int], object]]:
     """A bar on stderr where somebody watches, the command takes longer than a moment, and tqdm is installed."""
     watched = sys.stderr.isatty()
     try:
@@ -213,17 +213,15 @@ def _progress(*paths: Path, dequantize: bool = False) -> Iterator[Callable[[int]
     if not watched:
         yield lambda _: None
         return
-    with tqdm(total=_size(paths, dequantize), unit="B", unit_scale=True, delay=PATIENCE) as bar:
+    with tqdm(total=_size(paths), unit="B", unit_scale=True, delay=PATIENCE) as bar:
         yield bar.update
 
 
-def _size(paths: Sequence[Path], dequantize: bool) -> int:
-    from lightning_lora.cli.dequantized_base import dequantized_base
-    from lightning_lora.files.weights import open_weights
+def _size(paths: Sequence[Path]) -> int:
+    from lightning_lora.cli.dequantized_base import open_dequantized
 
     try:
-        weights = [open_weights(path) for path in paths]
-        weights = [dequantized_base(each) for each in weights] if dequantize else weights
+        weights = [open_dequantized(path) for path in paths]
         return sum(tensor.nbytes for each in weights for tensor in each.tensors.values())
     except (ValueError, OSError):  # the command itself reports what is wrong
         return 0

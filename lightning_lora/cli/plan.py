@@ -10,9 +10,10 @@ from torch import nn
 
 from lightning_lora.cli.config_model import model_of
 from lightning_lora.cli.costs import Costs
+from lightning_lora.cli.dequantized_base import open_dequantized
 from lightning_lora.cli.meta_model import skeleton
 from lightning_lora.config import LoRAConfig
-from lightning_lora.files.weights import all_transposed, open_weights
+from lightning_lora.files.weights import all_transposed
 from lightning_lora.model.report.plan import Plan, plan_lora
 
 
@@ -43,7 +44,8 @@ def plan_files(source: Path, r: int = 8, targets: str | Sequence[str] = "attn") 
 
     Returns:
         Of a configuration the numbers of ``plan_lora`` on that model. A safetensors file has names and shapes alone, so
-        there every matrix counts as a linear layer, unless its name is an embedding's.
+        there every matrix counts as a linear layer, unless its name is an embedding's. A weight that bitsandbytes
+        quantized counts as the matrix in full precision.
 
     Raises:
         FileNotFoundError: if there is nothing to read.
@@ -71,6 +73,6 @@ def _model(source: Path) -> tuple[nn.Module, str]:
             raise FileNotFoundError(f"`{source}` has neither a config.json nor a safetensors file.")
         model = model_of(config)
         return model, type(model).__name__
-    weights = open_weights(source)
+    weights = open_dequantized(source)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     return skeleton(shapes, all_transposed(weights)), ""

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, lora_parameters, merge_lora, save_adapter
+from lightning_lora.cli.diff import diff_files
+from lightning_lora.cli.extract import extract
 from lightning_lora.cli.main import main
 from lightning_lora.cli.merge import merge_files
+from lightning_lora.cli.plan import plan_files
 from tests.helpers.on_disk import everything_in, write_base
 from tests.helpers.oracles import same_bits
 
@@ -127,6 +130,19 @@ def test_the_dtype_in_which_transformers_loads_the_model_counts(tmp_path, key):
     merge_files(base, adapter, tmp_path / "out", dequantize=True)
     merged = everything_in(tmp_path / "out")
     assert merged["layers.0.q.weight"].dtype == torch.bfloat16 and merged["up.weight"].dtype == torch.float32
+
+
+def test_other_commands_read_the_dequantized_weights(tmp_path):
+    """Codes were compared as numbers, no layer seemed to differ, and a plan had 1 x 2048 matrices."""
+    base, adapter = written(tmp_path, adapted("computes in bf16"))
+    merge_files(base, adapter, tmp_path / "out", dequantize=True)
+    changed = {row.name for row in diff_files(base, tmp_path / "out").rows if row.changed()}
+    assert changed == {f"layers.{i}.q.weight" for i in (0, 1)}
+    assert extract(base, tmp_path / "out", tmp_path / "extracted", r=4).layers.keys() == {"layers.0.q", "layers.1.q"}
+    save_file(everything_in(base), tmp_path / "quantized.safetensors")
+    save_file(plain_base(), tmp_path / "plain.safetensors")
+    plans = [plan_files(tmp_path / f"{kind}.safetensors", targets="all-linear") for kind in ("quantized", "plain")]
+    assert plans[0].costs == plans[1].costs
 
 
 def test_a_base_in_full_precision_has_nothing_to_dequantize(tmp_path):
