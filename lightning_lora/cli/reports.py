@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # a command imports what it needs and no other command
     from lightning_lora.cli.plan import PlannedCosts
 
 QUANTIZED = (
-    "The adapter was trained on a quantized base: {count} of this one agree by name and shape, and no values were "
-    "compared."
+    "The adapter was trained on a quantized base, whose values it does not record: for {count} of BASE only names and "
+    "shapes were compared."
 )
-OTHER_VALUES = " Its adapters were trained on the quantized weights, so test the merged model."
+OTHER_VALUES = " BASE has other values than the quantized weights, so test the merged model."
 LISTED = 20  # rows of a list that has no limit of its own
 
 
