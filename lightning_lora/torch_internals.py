@@ -111,7 +111,7 @@ def is_capturing(tensor: Tensor) -> bool:
 
 
 def count_of_hooks() -> int:
-    """How many hooks of modules and of tensors were registered so far, anywhere: while it stays, none has come."""
+    """How many hooks of modules and of tensors were registered so far, anywhere: an equal number means no new hook."""
     return RemovableHandle.next_id
 
 

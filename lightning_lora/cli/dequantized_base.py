@@ -84,9 +84,9 @@ def _computes_in(base: Weights) -> torch.dtype:
 
 
 def _plain_dtype(base: Weights, weights: list[QuantizedWeight]) -> str:
-    """The dtype in which transformers loads the model, or that of most of the numbers that are not of quantized layers.
+    """The name in safetensors of the dtype of the plain layers.
 
-    It is called as safetensors does.
+    It is the dtype in which transformers loads the model, or that of most of the numbers outside of quantized layers.
     """
     loaded = getattr(torch, str(base.config.get("dtype") or base.config.get("torch_dtype")), None)
     if isinstance(loaded, torch.dtype) and DTYPES.get(loaded) in FLOATS:

@@ -96,7 +96,7 @@ def _four_bits(name: str, base: Weights, dtype: torch.dtype) -> QuantizedWeight:
 
 
 def _state(parts: dict[str, StoredTensor]) -> dict[str, Any]:
-    """What the parts say in JSON, with numbers where numbers must be."""
+    """The JSON object in the parts, once its numbers are checked."""
     stored = next(parts[state] for state in STATES if state in parts)
     if stored.nbytes > LONGEST_STATE:
         raise ValueError(f"its description has {stored.nbytes:,} bytes")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 Renaming = Callable[[str], str]
-# A remedy: files of ViT have other names than the modules.
+# What to do if no name fits: in files of ViT, for example, tensors have other names than in the model.
 OWN_NAMES = (
-    "Of some models transformers writes other names than those of the modules: load the model without adapters, and "
-    "call model.save_pretrained(DIR, save_original_format=False)."
+    "Of some models transformers writes other names than those of the modules. For these load the model without "
+    "adapters, and call model.save_pretrained(DIR, save_original_format=False)."
 )
 
 

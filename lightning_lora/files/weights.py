@@ -90,7 +90,7 @@ def _only_file(folder: Path) -> Path:
 
 
 def torch_files_in(folder: Path) -> list[Path]:
-    """The files of ``torch.save`` with a model's weights, as transformers called them; none beside safetensors files.
+    """The files of ``torch.save`` with a model's weights, as transformers names them; none if safetensors files exist.
 
     Raises:
         FileNotFoundError, ValueError: if the index of several names what is not there, or not in ``folder``.

@@ -1,7 +1,8 @@
 """LoRA for ``nn.MultiheadAttention``: query, key and value have separate pairs, though torch stores one parameter.
 
-The forward of torch reads the weights and calls no layer. So attention is written out, and each low-rank term is added
-to its projection. Where every weight is summed with its adapters, torch's own function computes on the sums.
+The forward of torch reads the weights and calls no layer. On the activations' side attention is therefore written out,
+and each low-rank term is added to its projection. On the weight's side torch's own function computes with the sums, and
+for inference the original forward runs on merged weights.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def _attention_by_torch(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What the plain layer gives where gradients are enabled, with ``sums`` and ``output_weight`` for its weights."""
-    is_turned, parameters = layer.batch_first and inputs[0].dim() == 3, layer._parameters | sums
-    query, key, value = sequence_first(layer, *inputs) if is_turned else inputs
+    is_batch_first, parameters = layer.batch_first and inputs[0].dim() == 3, layer._parameters | sums
+    query, key, value = sequence_first(layer, *inputs) if is_batch_first else inputs
     output, weights = F.multi_head_attention_forward(
         query,
         key,
@@ -112,7 +113,7 @@ def _attention_by_torch(
         average_attn_weights=average_attn_weights,
         is_causal=is_causal,
     )
-    return output.transpose(0, 1) if is_turned else output, weights
+    return output.transpose(0, 1) if is_batch_first else output, weights
 
 
 def _output_weight(layer: nn.MultiheadAttention, query: Tensor) -> Tensor | None:

@@ -53,7 +53,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         else:  # sharded by FSDP1, or computed
             W0, bias = self.weight, self.bias
         pairs = adapters.active_pairs()
-        drops = len(pairs) == 1 and pairs[0].dropout and pairs[0].training  # of which there is no sum
+        drops = len(pairs) == 1 and pairs[0].dropout and pairs[0].training  # dropout acts on the input, not on a sum
         weight = summed_by_choice(self, input, None) if adapters.sums and not drops else None
         return linear(input, W0, bias, pairs) if weight is None else base_linear(input, weight, bias)
 

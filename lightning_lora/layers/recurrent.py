@@ -1,6 +1,6 @@
 """LoRA for ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: their forward runs on merged weights.
 
-In training these are summed together, in a few launches for all weights of a layer.
+Where gradients are enabled and the weight's side is faster, all weights of a layer are summed in a few launches.
 """
 
 from __future__ import annotations

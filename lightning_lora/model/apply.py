@@ -39,7 +39,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -
         model: any module.
         config: what to adapt and how; of a LoRACallback, its ``config``.
         compute: the side of the equation. ``"activations"``: ``W0 x + scale * B (A x)``, a few small products for each
-            layer. ``"weights"``: ``(W0 + scale * B A) x``, where layers of one shape are summed together; it takes a
+            layer. ``"weights"``: ``(W0 + scale * B A) x``, where neighbouring layers are summed together; it takes a
             gradient of each adapted weight and a copy of it. ``"auto"``: the weight's side on a GPU for layers and
             inputs so small that launching kernels takes longer than computing them, unless the sums of the model would
             take more than 3 GiB. Both sides give the same to rounding; sharded weights and dropout always take the

@@ -121,7 +121,7 @@ def differences(expected: Fingerprint, present: Fingerprint) -> Iterator[str]:
         if (
             shape != shape_here
             and not _is_packed(expected[name], shape_here)
-            and not _is_turned(expected[name], shape_here)
+            and not _is_transposed(expected[name], shape_here)
         ):
             yield f"`{name}` had shape {printable(str(tuple(shape)))} and has {tuple(shape_here)} here"
             continue
@@ -130,7 +130,7 @@ def differences(expected: Fingerprint, present: Fingerprint) -> Iterator[str]:
             yield f"`{name}` has other values"
 
 
-def _is_turned(entry: list[int | None], shape: list[int | None]) -> bool:
+def _is_transposed(entry: list[int | None], shape: list[int | None]) -> bool:
     """Whether ``entry`` is of a quantized matrix of ``shape``, transposed: the codes of a ``Conv1D`` are stored so."""
     return entry[:3] == [None, None, None] and entry[3:] == shape[::-1]
 

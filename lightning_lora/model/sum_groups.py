@@ -1,4 +1,4 @@
-"""Which weights of a model are summed with their adapters together: of neighbours, with one dtype.
+"""Which weights of a model are summed together, each with its adapters: neighbours of one dtype.
 
 The weights of a recurrent layer are a group of their own. Such a layer may be called for each position in turn, and a
 second call sums its group again.

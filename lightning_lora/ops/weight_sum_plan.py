@@ -1,7 +1,7 @@
 """``W0 + scale * B A`` of layers of any shapes in one launch of a Triton kernel, and its gradients in two.
 
 The batched products of :mod:`lightning_lora.ops.weight_batch` take a few launches for each shape. Here the kernels read
-from a table where the matrices of each layer are. The table is made once, as long as the layers stay where they are.
+the addresses of each block's matrices from a table, which is built again only when a tensor has moved.
 """
 
 from __future__ import annotations

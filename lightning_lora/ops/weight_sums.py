@@ -54,7 +54,7 @@ class WeightSums:
         self.blocks, self.lefts, self.rights, self.scale, self.dtype = blocks, lefts, rights, scale, dtype
 
     def compute(self) -> Sequence[Tensor]:
-        """Compute the values, in a place without gradients."""
+        """Compute the values; gradients must be disabled."""
         raise NotImplementedError
 
 
@@ -167,7 +167,7 @@ def _planned_gradients(
 
 
 def _check_unmodified(factors: Sequence[Tensor], versions: Sequence[int], used: Iterable[int]) -> None:
-    """Raise if a factor of the blocks at ``used`` was changed; a step of others is theirs."""
+    """Raise if a factor of the blocks at ``used`` was changed. Other factors may have changed."""
     for at in used:
         for position in (at, at + len(factors) // 2):
             check_unmodified(factors[position], versions[position])
@@ -239,7 +239,7 @@ def with_graph(
         blocks: the indices of their blocks.
         lefts: the left factor of each of these.
         rights: the right factor of each.
-        done: called when a backward pass was through.
+        done: called at the end of each backward pass through the node.
     """
     outputs: tuple[Tensor, ...] = SummedWeights.apply(sums, indices, blocks, done, *lefts, *rights)  # type: ignore[no-untyped-call]
     return outputs

@@ -110,7 +110,7 @@ class LoRACallback(RoutedCallback):
             quantized weights, so measure the merged model: trainer.test(model) does, and with a ckpt_path it measures
             the quantized one. None with dequantize=False merges nothing.
         compute: Which side of the equation layers compute. "activations" is W0 x + scale B (A x), a few small products
-            for each layer. "weights" is (W0 + scale B A) x, where layers of one shape are summed together; it takes a
+            for each layer. "weights" is (W0 + scale B A) x, where neighbouring layers are summed together; it takes a
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
             for small layers and short inputs, where launching kernels takes longer than computing them, unless the sums
             of the model would take more than 3 GiB. Both give the same to rounding. Dropout, sharded weights and

@@ -18,7 +18,7 @@ from lightning_lora.layers.quantized.formats import is_8bit
 
 
 class FollowInput:
-    """A forward pre-hook: the codes and their scales go to the device of the input, which no layer writes into."""
+    """A forward pre-hook: codes and scales go to the device of the input, and no layer writes into its input."""
 
     def __call__(self, layer: Any, args: Any) -> Any:
         """Move them, where they are elsewhere; give the layer a copy of an input that it would write into."""
@@ -34,8 +34,9 @@ class FollowInput:
 
 def _writes_into(layer: Any, x: Tensor) -> bool:
     """Whether a call of ``layer`` would write into its input ``x`` while autograd records."""
-    kernel = layer.training or x.is_cuda  # which does not write
-    return not kernel and x.dtype == torch.float16 and layer.state.threshold > 0 and torch.is_grad_enabled()
+    if layer.training or x.is_cuda:  # other code of bitsandbytes, which reads alone
+        return False
+    return x.dtype == torch.float16 and layer.state.threshold > 0 and torch.is_grad_enabled()
 
 
 def follow_inputs(layer: nn.Module) -> None:

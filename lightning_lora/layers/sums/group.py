@@ -1,4 +1,4 @@
-"""Layers that are summed together: when their sums are made, and when they are let go."""
+"""Layers that are summed together: when their sums are computed, and when they are freed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class SumGroup:
         self.members: list[weakref.ref[Member]] = []  # a layer that leaves the model leaves its group
         self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
         self.summed: SummedMembers | None = None  # the members that were summed last
-        self.times = 1  # that sums were made
-        self.checked: list[object] = []  # the tensors for which `usable` was found, by their addresses
+        self.times = 1  # how often sums were computed, plus one: 0 is a layer that was never called
+        self.checked: list[object] = []  # the tensors for which `usable` was computed, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
         self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
         self.blocks: list[Block] = []
@@ -89,12 +89,12 @@ class SumGroup:
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
     def look_again_without(self, member: Member) -> None:
-        """Look for the members again, if ``member``, which does not act now, is summed in vain."""
+        """Select the members again if ``member``, which does not read its sum now, is one of them."""
         if self.summed is not None and id(member) in self.summed.included:
             self.summed = None
 
     def _wanted(self, caller: Member, rows: int) -> list[Member]:
-        """The members that act, and whose layers are expected to read their sums: others would be for nobody."""
+        """The members that act, and whose layers are expected to read their sums: any other sum is a waste."""
         growth = rows / caller.input_rows if caller.input_rows else 1.0
         wanted = (member for member in self.alive() if member.is_wanted(rows, growth))
         return [member for member in wanted if member.is_live(member.layer())]
@@ -126,14 +126,14 @@ class SumGroup:
         return BatchedSums(weights, self.kinds, self.blocks, lefts, rights, summed.scale, dtype)
 
     def forget(self) -> None:
-        """Let go of the sums."""
+        """Free the sums."""
         self.grad = None  # first: from here on none is read
         for member in self.alive():
             member.value, member.was_read = None, False
         self._clear()
 
     def forget_after_backward(self) -> None:
-        """Let go of the sums at the end of the backward pass that runs now: no node tells that it recomputed all."""
+        """Free the sums after the current backward pass, in which any later node may recompute a forward."""
         if not self.is_forgotten_soon:
             self.is_forgotten_soon = True
             call_after_backward(_forgetting(self, self.sums))

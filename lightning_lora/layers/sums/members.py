@@ -56,7 +56,7 @@ class Member(Protocol):
         """Its factors for the graph of the group, as those of :meth:`factors`."""
 
     def facts_now(self) -> list[object]:
-        """What tells of a change."""
+        """Versions, addresses and flags: any change of its tensors changes them."""
 
     def add_choice(self, names: frozenset[str]) -> None:
         """Have a sum in which the adapters ``names`` act."""
@@ -137,7 +137,7 @@ class SummedMembers:
         return [Block(index, *rows) for index, member in members for rows in member.rows(weights[index])]
 
     def hand_out(self, values: Sequence[Tensor], tensors: list[Any]) -> None:
-        """Give each member its sum, and what tells of a change since."""
+        """Give each member its sum, and the facts by which it sees a later change."""
         versions, first = list(map(VERSION, tensors)), 0
         for at, member, value in zip(self.weights, self.members(), values, strict=True):
             end = at + len(member.sources)

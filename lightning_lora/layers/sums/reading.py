@@ -35,7 +35,7 @@ def summed_by_choice(layer: LoRALayer, x: Tensor, choice: Choice | None, key: st
 
 
 def summed_weights(layer: LoRALayer, x: Tensor) -> dict[str, Tensor]:
-    """The sum of each adapted weight of ``layer`` by its name; none at all if one of them cannot be had."""
+    """The sum of each adapted weight of ``layer`` by its name; an empty dictionary if one is not available."""
     keys = layer.lora.by_weight() if layer.lora.sums else {}
     sums = {key: total for key in keys if (total := summed_weight(layer, x, key)) is not None}
     return sums if len(sums) == len(keys) else {}

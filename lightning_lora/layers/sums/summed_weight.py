@@ -6,7 +6,7 @@ kernels for all of them (:mod:`lightning_lora.ops.weight_sums`). The price is a 
 weight, as in full fine-tuning, and a copy of the adapted weights.
 
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
-is another forward pass, before which any value may have changed. In between, versions and addresses tell of changes.
+is another forward pass, before which any value may have changed. In between, versions and addresses show changes.
 While a backward pass runs, a call is a recomputation under activation checkpointing, which reads the same sums.
 
 A choice of adapters for the whole batch has sums of its own, so threads with different choices do not share them.
@@ -60,9 +60,9 @@ class SummedWeight:
     blocks = range(0)  # the indices of its blocks of rows in the group
     facts: Sequence[object] = ()
     strengths: dict[str, float] | None = None  # with which the adapters of `pairs` and `sources` act
-    adapters: Mapping[str, Any] = MappingProxyType({})  # of the layer when `pairs` and `sources` were found
+    adapters: Mapping[str, Any] = MappingProxyType({})  # of the layer when `pairs` and `sources` were looked up
     pairs: Sequence[Adapter] = ()
-    sources: Sequence[tuple[dict[str, Any], str]] = ()  # where W0, and A and B of each pair are found
+    sources: Sequence[tuple[dict[str, Any], str]] = ()  # the dictionaries with W0, and A and B of each pair
     separate: Sequence[Rows | None] = ()  # the rows of each pair, which has them alone; none if pairs share rows
     was_read = False
     input_rows, noted_at = 0, 0  # of the smallest input since the group was summed for that time; 0: never called
@@ -191,7 +191,10 @@ class SummedWeight:
         return self.always or is_faster(self.size, self.input_rows * growth if self.input_rows else rows)
 
     def facts_now(self) -> list[object]:
-        """What tells of a change: of W0, and each A and B, the version and the address, and whether it trains."""
+        """The scales, and of W0 and each A and B the version, the address and whether it trains.
+
+        Any change of these tensors changes one of them.
+        """
         try:
             tensors: list[Any] = [parameters[key] for parameters, key in self.sources]
             scales = [pair.scale for pair in self.pairs]

@@ -185,10 +185,8 @@ def differences_elsewhere(base: BaseFile, model: nn.Module, dtype: torch.dtype) 
     """
     frozen = frozen_names(model)
     layers = [layer for _, layer in quantized_modules(model)]
-    quantized, biases = (
-        {id(parameter_of(layer)) for layer in layers},
-        {id(layer._parameters["bias"]) for layer in layers},
-    )
+    quantized = {id(parameter_of(layer)) for layer in layers}
+    biases = {id(layer._parameters["bias"]) for layer in layers}
     others = []
     for name, parameter in named_parameters(model):
         if name not in frozen or id(parameter) in quantized:
@@ -197,10 +195,10 @@ def differences_elsewhere(base: BaseFile, model: nn.Module, dtype: torch.dtype) 
         stored = base.tensors.get(join(base.called(module), key))
         if stored is None:
             others.append(f"`{name}` (not in the file)")
-        elif not agree(
-            stored.read() if isinstance(stored, StoredTensor) else stored,
-            _coarser(parameter, dtype) if id(parameter) in biases else parameter,
-        ):
+            continue
+        expected = stored.read() if isinstance(stored, StoredTensor) else stored
+        present = _coarser(parameter, dtype) if id(parameter) in biases else parameter
+        if not agree(expected, present):
             others.append(f"`{name}`")
     if not others:
         return None
@@ -211,5 +209,5 @@ def differences_elsewhere(base: BaseFile, model: nn.Module, dtype: torch.dtype) 
 
 
 def _coarser(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value`` in ``dtype`` if that has fewer digits, so that numbers are compared as they were rounded."""
+    """``value`` in ``dtype`` if that has fewer digits: the file's value was rounded to it when it was loaded."""
     return value.to(dtype) if torch.finfo(dtype).eps > torch.finfo(value.dtype).eps else value

@@ -85,7 +85,7 @@ def _cannot_shard(strategy: Any, name: str, weight: Tensor) -> Exception:
     library = "quanto" if is_from(type(weight), QUANTO) else "torchao"
     return MisconfigurationException(
         f"`{name}` is quantized by {library}, and {type(strategy).__name__} would not shard its codes. Use "
-        "strategy='ddp', which takes it, or load the model in 4 bits by bitsandbytes."
+        "strategy='ddp', which supports it, or load the model in 4 bits by bitsandbytes."
     )
 
 

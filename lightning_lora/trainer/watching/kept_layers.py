@@ -1,6 +1,6 @@
-"""Adapted layers that other code replaces during a run: what they had would train no more, without an error.
+"""Adapted layers that other code replaces during a run: without an error their adapters would be lost.
 
-``model.dequantize()`` of transformers does so: each quantized layer gives way to a plain linear one.
+``model.dequantize()`` of transformers replaces each quantized layer by a plain linear one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class KeptLayers:
         lost = [name for name, old in self.layers.items() if _is_lost(old, now.get(name))]
         if lost:
             raise MisconfigurationException(
-                f"`{lost[0]}` was replaced during the run by a plain {type(now[lost[0]]).__name__}, as "
-                f"{counted(len(lost), 'adapted layer')} in all: what was trained on them is lost. Do it before the "
-                "run, or in `setup`. Of a quantized model, leave out `dequantize()`: LoRACallback(dequantize=True) "
-                "merges into the dequantized weights at the end."
+                f"`{lost[0]}` was replaced during the run by a plain {type(now[lost[0]]).__name__} "
+                f"({counted(len(lost), 'adapted layer')} in all), which has no adapter: what was trained is lost. "
+                "Replace layers before the run, or in `setup`. Leave out `dequantize()` of a quantized model: "
+                "LoRACallback(dequantize=True) merges into the dequantized weights at the end."
             )
 
 

@@ -37,7 +37,7 @@ class Replaces(Lit):
 )
 def test_a_replaced_layer_is_named_before_the_next_step(when, epoch):
     module = Replaces(when, epoch)
-    words = r"`net.layers.0.q` was replaced during the run by a plain Linear, as 1 adapted layer in all"
+    words = r"`net.layers.0.q` was replaced during the run by a plain Linear \(1 adapted layer in all\), which"
     runner = trainer(LoRACallback(r=2), max_epochs=3)
     with pytest.raises(MisconfigurationException, match=words):
         runner.fit(module, data())
