@@ -20,11 +20,14 @@ from lightning_lora import (
     LoRAConfig,
     apply_lora,
     disable_lora,
+    load_adapter,
     lora_parameters,
     lora_state_dict,
     merge_lora,
     remove_lora,
+    save_adapter,
 )
+from lightning_lora.cli.main import main
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.model.record import merged_layers
 from lightning_lora.trainer.run import Run
@@ -145,7 +148,7 @@ def test_uncounted_steps_are_not_thrown_away():
     assert sum(bool(p.any()) for name, p in lora_parameters(module) if name.endswith("B")) == 8
 
 
-def test_a_file_saved_outside_a_run_over_live_adapters_is_told_apart(tmp_path):
+def test_a_file_saved_outside_a_run_over_live_adapters_is_refused_with_remedies(tmp_path, capsys):
     module, runner = Lit(), trainer(LoRACallback(r=4, merge=False))
     runner.fit(module, data())
     runner.save_checkpoint(tmp_path / "both.ckpt")
@@ -155,6 +158,11 @@ def test_a_file_saved_outside_a_run_over_live_adapters_is_told_apart(tmp_path):
     apply_lora(again, LoRAConfig(r=4))
     again.load_state_dict(load(tmp_path / "both.ckpt")["state_dict"])
     assert same(dict(again.state_dict()), dict(module.state_dict()))
+    save_adapter(again, tmp_path / "adapter")
+    load_adapter(other := Lit(), tmp_path / "adapter")
+    assert same(dict(other.state_dict()), dict(module.state_dict()))
+    assert main(["export", str(tmp_path / "both.ckpt"), str(tmp_path / "exported")]) == 1
+    assert "after `fit` had returned. Use a checkpoint that the run wrote." in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:The base differs in low bits")

@@ -107,8 +107,10 @@ def read(load: Callable[..., Any], path: Any, weights_only: bool, argument: str 
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
         if any(".lora." in str(key) for key in (state if isinstance(state, dict) else ())):
             raise ValueError(
-                f"{_named(path, argument)} holds the base and live adapters together: it was saved outside a run. "
-                "Load it by `apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; fit without a path."
+                f"{_named(path, argument)} holds the base and live adapters together: it was saved outside a run, "
+                "for example after `fit` had returned. Use a checkpoint that the run wrote. Or load this one: "
+                "`apply_lora(model, LoRAConfig(...))` and `model.load_state_dict(...)`; then fit without a path, or "
+                "call `save_adapter(model, DIR)`."
             )
         raise ValueError(
             f"{_named(path, argument)} is a full checkpoint, without adapters. A run with a callback of this package "
