@@ -1,7 +1,7 @@
 """Triton kernels for ``W0 + scale * B A`` and its gradients, of layers of any shapes; imported only where it is usable.
 
-One launch computes all layers. Each program reads from ``tiles`` which tile of which layer it computes, and from
-``table`` the sizes and addresses of that layer. No two programs write the same element, so the kernels are
+One launch computes all layers. Each program reads from ``tiles`` which tile of which block it computes, and from
+``table`` the sizes and addresses of that block. No two programs write the same element, so the kernels are
 deterministic.
 """
 
@@ -148,7 +148,7 @@ def _left_gradients(
     r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * layers + layer).to(tl.int32)
     gradient, right = tl.load(addresses + layer), tl.load(addresses + 2 * layers + layer)
     result = results + tl.load(table + LEFT_GRADIENT) * UNIT
-    if gradient == 0:  # of a layer that was not called
+    if gradient == 0:  # of a layer that was not called, or of rows without a pair
         return
     if PLAIN:
         _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, True)
@@ -209,8 +209,8 @@ def launch_sums(tiles: Tensor, table: Tensor, totals: Tensor, scale: float, dtyp
     """Compute the sums of all layers.
 
     Args:
-        tiles: layer and tile of each program, int32.
-        table: ``(layers, FIELDS)``, int64.
+        tiles: block and tile of each program, int32.
+        table: ``(blocks, FIELDS)``, int64.
         totals: what all sums are written to, in their dtype.
         scale: factor of the product.
         dtype: of W0.
@@ -228,9 +228,9 @@ def launch_gradients(
     """Compute the gradients of B and of A of all layers.
 
     Args:
-        tiles: layer and tile of each program, of the launch for B and of that for A.
-        table: ``(layers, FIELDS)``, int64.
-        addresses: of dW (0: none), B and A of all layers, then their ``INNER`` for dW; int64.
+        tiles: block and tile of each program, of the launch for B and of that for A.
+        table: ``(blocks, FIELDS)``, int64.
+        addresses: of dW (0: none), B and A of all blocks, then their ``INNER`` for dW; int64.
         results: what all gradients are written to, fp32.
         r: the largest rank, padded.
         scale: factor of the product.

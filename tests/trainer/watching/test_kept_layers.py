@@ -45,7 +45,7 @@ def test_a_replaced_layer_is_named_before_the_next_step(when, epoch):
 
 
 def test_no_file_is_written_without_what_was_trained(tmp_path):
-    with pytest.raises(MisconfigurationException, match="what was trained on them is lost"):
+    with pytest.raises(MisconfigurationException, match="has no adapter: what was trained is lost"):
         trainer(LoRACallback(r=2), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1).fit(
             Replaces("on_train_batch_end"), data()
         )
