@@ -148,8 +148,9 @@ PARSERS: dict[str, tuple[Callable[[ArgumentParser], None], str, str]] = {
         "OUT gets the same files as BASE, with W + scale * B A in place of W, summed in fp32 and rounded once. It "
         "appears only when it is complete. The share of the update that rounding lost is reported. Several adapters "
         "are added at once: `lightning-lora merge BASE fr de OUT --weights 0.7 0.3`. Of a .ckpt that holds several, "
-        "`lightning-lora export` makes directories first. For an adapter that was trained on a quantized base, BASE is "
-        "the model in full precision that was quantized; or with --dequantize the quantized one.",
+        "`lightning-lora export` makes directories first. For an adapter that was trained on a quantized base, give "
+        "as BASE the quantized model, with --dequantize: the result computes what was trained. Or give the model in "
+        "full precision that was quantized: its other values change the result, so test it.",
     ),
     "diff": (
         _add_diff,
