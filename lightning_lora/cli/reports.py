@@ -24,7 +24,7 @@ QUANTIZED = (
     "The adapter was trained on a quantized base, whose values it does not record: for {count} of BASE only names and "
     "shapes were compared."
 )
-OTHER_VALUES = " BASE has other values than the quantized weights, so test the merged model."
+OTHER_VALUES = " The values of BASE may differ from those that were trained on, so test the merged model."
 LISTED = 20  # rows of a list that has no limit of its own
 
 
