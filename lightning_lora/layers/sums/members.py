@@ -73,7 +73,7 @@ class SummedMembers:
         grad: whether gradients are enabled.
 
     Attributes:
-        scale: of the first pair.
+        scale: of the first pair that acts, which the sums multiply by: others are divided by it.
         weights: where W0 of each member is among the tensors.
         has_plain_factors: whether the factors are A and B themselves, of pairs with one scale.
     """
@@ -85,7 +85,7 @@ class SummedMembers:
         self.ids, self.addresses = list(map(id, tensors)), list(map(ADDRESS, tensors))
         self.flags = list(map(REQUIRES_GRAD, tensors))
         self.scales = [pair.scale for member in members for pair in member.pairs]
-        self.scale = self.scales[0]
+        self.scale = next(filter(None, self.scales), 1.0)
         self.weights = [*accumulate((len(member.sources) for member in members), initial=0)][:-1]
         of_weights = set(self.weights)
         self.pairs = [at for at in range(len(tensors)) if at not in of_weights]  # A and B in turn

@@ -225,6 +225,28 @@ def test_what_changes_between_two_steps_is_seen(change):
         expected.assert_gradients()
 
 
+def switch_off(model):
+    pair_of(model, 0).scale = 0.0
+
+
+def switch_all_off_and_one_on(model):
+    for index in range(3):
+        pair_of(model, index).scale = 0.0
+    model(X)
+    pair_of(model, 1).scale = 1.5
+
+
+@pytest.mark.parametrize("change", [switch_off, switch_all_off_and_one_on])
+def test_a_scale_of_zero_among_others(change):
+    model = tower()
+    change(model)
+    expected = WrittenOut(model)
+    for network in (model, expected):
+        network(X).square().sum().backward()
+    assert_close(model(X), expected(X))
+    expected.assert_gradients()
+
+
 @pytest.mark.parametrize("watch", ["pair", "A", "everything"])
 def test_a_hook_that_comes_between_two_steps_is_called(watch):
     model, seen = tower(), []
