@@ -223,6 +223,27 @@ def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[i
         yield index, d_left.to(left.dtype), d_right.to(right.dtype)
 
 
+class Rescaled(torch.autograd.Function):
+    """``ratio * factor``, whose node saves no tensor either: several backward passes go through it as well."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, ratio: float) -> Tensor:
+        """The product."""
+        ctx.ratio = ratio
+        return ratio * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradient of the factor."""
+        return ctx.ratio * gradient, None
+
+
+def rescaled(factor: Tensor, ratio: float) -> Tensor:
+    """``ratio * factor``, as a factor of sums with a graph."""
+    product: Tensor = Rescaled.apply(factor, ratio)  # type: ignore[no-untyped-call]
+    return product
+
+
 def with_graph(
     sums: WeightSums,
     indices: Sequence[int],

@@ -30,7 +30,7 @@ from lightning_lora.layers.sums.sizes import has_weight_side, is_faster
 from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import is_dense
-from lightning_lora.ops.weight_sums import with_graph
+from lightning_lora.ops.weight_sums import rescaled, with_graph
 from lightning_lora.torch_internals import (
     backward_id,
     has_module_hooks,
@@ -233,7 +233,7 @@ class SummedWeight:
         matrices: list[Any] = [pair._parameters for pair in self.pairs]
         rights = [each["A"] for each in matrices]
         lefts = [
-            each["B"] if pair.scale == scale else (pair.scale / scale) * each["B"]
+            each["B"] if pair.scale == scale else rescaled(each["B"], pair.scale / scale)
             for pair, each in zip(self.pairs, matrices, strict=True)
         ]
         if self.separate:

@@ -379,6 +379,25 @@ def test_gradients_are_those_of_the_formula(passes):
     assert_same_gradients(model, other)
 
 
+@pytest.mark.parametrize("passes", [two_forwards_one_backward, two_losses_of_one_forward, losses_of_separate_graphs])
+def test_gradients_of_pairs_with_scales_of_their_own(passes):
+    model = tower(alpha_pattern={"layers.1": 5})
+    expected = WrittenOut(model)
+    passes(model, expected)
+    expected.assert_gradients()
+
+
+def test_a_second_derivative_by_matrices_of_another_scale():
+    model = tower(alpha_pattern={"layers.1": 5})
+    expected = WrittenOut(model)
+    for network in (model, expected):
+        output = network(X).square().sum()
+        pair = pair_parameters(model)[2:4] if network is model else trained_leaves(expected)[2:4]
+        slopes = torch.autograd.grad(output, pair, create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
+    expected.assert_gradients()
+
+
 def test_two_optimizers_in_turns_have_the_same_course():
     """A generator and a discriminator with layers of one shape, each trained while the other rests."""
     results = []
