@@ -167,6 +167,17 @@ def test_checkpoints_whose_saved_tensors_are_offloaded(use_reentrant):
 
 
 @BOTH_WAYS
+def test_a_base_that_trains_under_a_checkpoint_gets_its_gradient(use_reentrant):
+    model = tower()
+    model.layers[1].weight.requires_grad_(True)
+    expected = WrittenOut(model)
+    model(starting(), use_reentrant=use_reentrant).square().sum().backward()
+    expected(X).square().sum().backward()
+    assert model.layers[1].weight.grad is not None
+    expected.assert_gradients()
+
+
+@BOTH_WAYS
 def test_hooks_of_checkpointed_layers_that_were_not_called(use_reentrant):
     model = tower()
     seen = []
