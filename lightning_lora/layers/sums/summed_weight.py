@@ -158,7 +158,7 @@ class SummedWeight:
         grad, recomputes = torch.is_grad_enabled(), backward_id() >= 0
         if recomputes and self.is_called_alone(grad):  # the first pass may have had no gradients, and a sum
             return None
-        is_stale = self.value is None if recomputes else self.was_read or group.grad is not grad
+        is_stale = self.value is None or (not recomputes and (self.was_read or group.grad is not grad))
         if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
             if not self.can_be_summed(weight) or self.is_called_alone(grad):
                 group.look_again_without(self)

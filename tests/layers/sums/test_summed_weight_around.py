@@ -178,6 +178,20 @@ def test_a_base_that_trains_under_a_checkpoint_gets_its_gradient(use_reentrant):
 
 
 @BOTH_WAYS
+def test_a_layer_whose_adapter_acts_again_under_a_checkpoint(use_reentrant):
+    model = tower()
+    model(X)
+    model.layers[1].lora.enabled = False
+    for _ in range(2):  # in the second pass the layer is not summed
+        model(X)
+    model.layers[1].lora.enabled = True
+    expected = WrittenOut(model)
+    model(starting(), use_reentrant=use_reentrant).square().sum().backward()
+    expected(X).square().sum().backward()
+    expected.assert_gradients()
+
+
+@BOTH_WAYS
 def test_hooks_of_checkpointed_layers_that_were_not_called(use_reentrant):
     model = tower()
     seen = []
