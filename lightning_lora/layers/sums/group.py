@@ -75,17 +75,20 @@ class SumGroup:
         """
         if self.sums is not None:
             self.forget()
-        tensors = None if self.summed is None else self.summed.tensors_if_unchanged(caller, grad)
-        if self.summed is None or tensors is None:
+        summed = self.summed
+        held = [] if summed is None else summed.members()  # the garbage collector frees none before it has its sum
+        tensors = None if summed is None else summed.tensors_if_unchanged(caller, grad)
+        if summed is None or tensors is None:
             self.summed = None
-            members = self._summed_now(weight_of(caller), grad, self._wanted(caller, rows))
-            self.summed, tensors = SummedMembers(members, grad), tensors_of(members)
+            held = self._summed_now(weight_of(caller), grad, self._wanted(caller, rows))
+            self.summed = summed = SummedMembers(held, grad)
+            tensors = tensors_of(held)
         self.times += 1
         place = place_now(weight_of(caller))
-        self.sums = sums = self._sums_of(self.summed, tensors, place[0])
-        everything, done = (range(len(self.summed.references)), range(len(sums.blocks))), _forgetting(self, sums)
+        self.sums = sums = self._sums_of(summed, tensors, place[0])
+        everything, done = (range(len(held)), range(len(sums.blocks))), _forgetting(self, sums)
         values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
-        self.summed.hand_out(values, tensors)
+        summed.hand_out(values, tensors)
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
     def look_again_without(self, member: Member) -> None:

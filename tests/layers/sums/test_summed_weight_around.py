@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import disable_lora, merge_lora, remove_lora, unmerge_lora, use_adapters
+from lightning_lora.layers.sums import group
+from lightning_lora.layers.sums.group import place_now
 from lightning_lora.layers.sums.reading import summed_weight
 from tests.helpers import oracles
 from tests.helpers.interrupts import interrupt, lines_in
@@ -351,6 +353,28 @@ def test_a_layer_that_leaves_the_model_is_freed(without_collector):
     model.layers = model.layers[:2]
     assert reference() is None
     assert_close(model(X), WrittenOut(model)(X))
+
+
+def collect_and_place(weight):
+    gc.collect()
+    return place_now(weight)
+
+
+def test_a_layer_that_the_collector_frees_while_its_group_is_summed(monkeypatch):
+    model = tower()
+    model(X)
+    layer, reference = model.layers[2], weakref.ref(model.layers[2].weight)
+    layer.__dict__["holder"] = [layer]  # only the garbage collector frees it
+    model.layers = model.layers[:2]
+    del layer
+    monkeypatch.setattr(group, "place_now", collect_and_place)
+    expected = WrittenOut(model)
+    for network in (model, expected):
+        network(X).square().sum().backward()
+    expected.assert_gradients()
+    model(X)
+    gc.collect()
+    assert reference() is None
 
 
 # Copies.
