@@ -36,7 +36,7 @@ class SumGroup:
         self.times = 1  # how often sums were computed, plus one: 0 is a layer that was never called
         self.checked: list[object] = []  # the tensors for which `usable` was computed, by their addresses
         self.usable: list[bool] = []  # whether each live member can be summed
-        self.addresses: list[int] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
+        self.layout: list[object] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
         self.blocks: list[Block] = []
         self.kinds: list[list[int]] = []
         self.plan: SumPlan | None = None
@@ -118,10 +118,10 @@ class SumGroup:
         lefts, rights = summed.factors(tensors)
         weights = [tensors[at] for at in summed.weights]
         can_be_planned = summed.has_plain_factors and not is_capturing(weights[0])
-        if summed.addresses != self.addresses:
+        if summed.layout != self.layout:
             blocks = summed.blocks(weights)
             self.kinds, self.blocks, self.plan = _kinds(weights, blocks, lefts), blocks, None
-            self.addresses = summed.addresses  # last: from here on those are used
+            self.layout = summed.layout  # last: from here on those are used
             if can_be_planned and SumPlan.can_be_used(weights, self.blocks, lefts, rights):
                 self.plan = SumPlan(weights, self.blocks, lefts, rights)
         if can_be_planned and self.plan is not None:

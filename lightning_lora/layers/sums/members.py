@@ -17,6 +17,7 @@ from lightning_lora.ops.weight_batch import Block
 from lightning_lora.torch_internals import count_of_hooks, has_module_hooks
 
 ADDRESS, VERSION, REQUIRES_GRAD = Tensor.data_ptr, attrgetter("_version"), attrgetter("requires_grad")
+SIZE, LAYOUT = attrgetter("nbytes"), attrgetter("shape", "dtype")
 
 
 class Member(Protocol):
@@ -75,6 +76,7 @@ class SummedMembers:
     Attributes:
         scale: of the first pair that acts, which the sums multiply by: others are divided by it.
         weights: where W0 of each member is among the tensors.
+        layout: what the plan of the sums is made of; memory that was freed may hold a tensor of another shape now.
         has_plain_factors: whether the factors are A and B themselves, of pairs with one scale.
     """
 
@@ -83,7 +85,7 @@ class SummedMembers:
         tensors, self.hooks = tensors_of(members), count_of_hooks()
         self.included = set(map(id, members))
         self.ids, self.addresses = list(map(id, tensors)), list(map(ADDRESS, tensors))
-        self.flags = list(map(REQUIRES_GRAD, tensors))
+        self.flags, self.sizes = list(map(REQUIRES_GRAD, tensors)), list(map(SIZE, tensors))
         self.scales = [pair.scale for member in members for pair in member.pairs]
         self.scale = next(filter(None, self.scales), 1.0)
         self.weights = [*accumulate((len(member.sources) for member in members), initial=0)][:-1]
@@ -94,6 +96,8 @@ class SummedMembers:
             member.index, member.has_watched_factors = index, grad and member.is_watched()
             member.blocks = range(block, block + (len(member.separate) or 1))
             block = member.blocks.stop
+        strides, rows = list(map(Tensor.stride, tensors)), [member.separate for member in members]
+        self.layout: list[object] = [self.addresses, list(map(LAYOUT, tensors)), strides, rows]
         self.is_watched = any(member.has_watched_factors for member in members)
         self.has_plain_factors = set(self.scales) == {self.scale} and all(member.separate for member in members)
 
@@ -108,6 +112,8 @@ class SummedMembers:
             return None
         tensors = tensors_of(members)
         if list(map(id, tensors)) != self.ids or list(map(ADDRESS, tensors)) != self.addresses:
+            return None
+        if list(map(SIZE, tensors)) != self.sizes:  # some of their rows or columns, by `.data`
             return None
         return None if self.is_watched or self._has_new_hooks(members) else tensors
 

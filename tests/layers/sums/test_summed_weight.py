@@ -208,7 +208,20 @@ def test_the_members_of_a_group_are_looked_for_once(monkeypatch):
     assert len(looked_for) == 1
 
 
-@pytest.mark.parametrize("change", [*CHANGES, unfreeze_base, freeze_a, disable, write_data])
+def drop_a_rank(model, index):
+    pair = pair_of(model, index)
+    pair.A.data, pair.B.data = pair.A.data[:1], pair.B.data[:, :1]
+
+
+def replace_by_a_part_of_the_same_memory(model, index):
+    pair = pair_of(model, index)
+    pair.A, pair.B = nn.Parameter(pair.A.data[:1]), nn.Parameter(pair.B.data[:, :1])
+
+
+RANKS = [drop_a_rank, replace_by_a_part_of_the_same_memory]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *RANKS, unfreeze_base, freeze_a, disable, write_data])
 def test_what_changes_between_two_steps_is_seen(change):
     model = tower()
     two_steps(model)
