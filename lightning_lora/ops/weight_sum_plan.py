@@ -11,9 +11,10 @@ from array import array
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.ops.dispatch import supports_kernels
+from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import ALIGNMENT, Block, stored_order
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -191,7 +192,7 @@ def can_be_read(
     factors = [*lefts, *rights]
     return (
         dtype in DTYPES
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device == device for tensor in (*weights, *factors))
+        and all(type(tensor) in PLAIN and tensor.device == device for tensor in (*weights, *factors))
         and all(weight.dtype == dtype and inner_size(weight) for weight in weights)
         and all(factor.dtype == torch.float32 and factor.is_contiguous() for factor in factors)
         and all(0 < len(right) <= MAX_R and right.numel() <= MAX_ELEMENTS for right in rights)

@@ -307,10 +307,10 @@ def test_inputs_that_grow_and_shrink_give_the_gradients_of_the_formula(order, mo
         torch.testing.assert_close(y, expected)
         present = torch.autograd.grad(y.square().sum(), pairs, allow_unused=True)
         by_hand = torch.autograd.grad(expected.square().sum(), pairs, allow_unused=True)
-        for found, wanted in zip(present, by_hand, strict=True):
-            assert (found is None) == (wanted is None)
-            if found is not None:
-                assert_close(found, wanted)
+        for gradient, wanted in zip(present, by_hand, strict=True):
+            assert (gradient is None) == (wanted is None)
+            if gradient is not None:
+                assert_close(gradient, wanted)
 
 
 def test_a_layer_that_is_called_twice_is_summed_if_one_call_reads_it(monkeypatch):
