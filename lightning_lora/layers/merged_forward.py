@@ -64,6 +64,8 @@ def with_merged_weights(module: nn.Module) -> Restoring:
 def _use_merged_weights(module: nn.Module, undo: Undo) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer) and layer.lora.active_pairs()]
     for layer in layers:
+        for summed in () if torch.compiler.is_compiling() else layer.lora.sums.values():
+            summed.forget_values()
         for key in layer.lora.by_weight():
             use_weights(layer, {key: merged_weight(layer, key)}, undo)
     disable_adapters(module, undo)

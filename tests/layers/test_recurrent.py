@@ -289,6 +289,18 @@ def test_sums_under_activation_checkpointing(use_reentrant):
     assert_same_as_the_formula(model, present, values, expected(plain, values, (x.detach(),)))
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_write_through_data_before_a_checkpointed_pass(use_reentrant):
+    """The first pass of a reentrant checkpoint has merged weights: its recomputation must not read older sums."""
+    plain, model, (x, *_) = trained("rnn-relu", compute="weights")
+    run(model, (x,))
+    for _, parameter in lora_parameters(model):
+        parameter.data.mul_(2)
+    values, x = values_of(model), x.requires_grad_()
+    present = tensors(checkpoint(model.layer, x, use_reentrant=use_reentrant))
+    assert_same_as_the_formula(model, present, values, expected(plain, values, (x.detach(),)))
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "lstm-cell"])
 def test_under_autocast_all_parameters_have_the_dtype_of_the_base(name, monkeypatch):
     _, model, inputs = trained(name, compute="weights")

@@ -108,6 +108,11 @@ class SummedWeight:
         self.of_choices.clear()
         self.group.of_choices.clear()
 
+    def forget_values(self) -> None:
+        """Called when the layer runs on its merged weight: a recomputation must not read the sums of an older pass."""
+        for summed in (self, *self.of_choices.values()):
+            summed.value = None
+
     def is_live(self, layer: LoRALayer | None) -> bool:
         """Whether ``layer`` is the one that this was made for and computes with it, and its adapters act.
 
