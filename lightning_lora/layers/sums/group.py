@@ -73,7 +73,9 @@ class SumGroup:
             grad: whether autograd records the sums.
             rows: of the input of that layer.
         """
+        read: list[Member] = []  # earlier in the same pass: another call of one of them begins the next pass
         if self.sums is not None:
+            read = [] if caller.was_read else [member for member in self.alive() if member.was_read]
             self.forget()
         summed = self.summed
         held = [] if summed is None else summed.members()  # the garbage collector frees none before it has its sum
@@ -89,6 +91,8 @@ class SumGroup:
         everything, done = (range(len(held)), range(len(sums.blocks))), _forgetting(self, sums)
         values = with_graph(sums, *everything, sums.lefts, sums.rights, done) if grad else sums.compute()
         summed.hand_out(values, tensors)
+        for member in read:
+            member.was_read = True
         self.grad, self.place = grad, place  # last: from here on the sums are read
 
     def look_again_without(self, member: Member) -> None:

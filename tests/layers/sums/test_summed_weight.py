@@ -260,6 +260,17 @@ def test_a_scale_of_zero_among_others(change):
     expected.assert_gradients()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_write_through_data_after_sums_that_were_made_again_in_the_middle(mode):
+    model = tower()
+    with MODES[mode]():
+        model(X)
+        change_scale(model, 1)
+        model(X)
+        write_data(model, 0)
+        assert_close(model(X), WrittenOut(model)(X))
+
+
 @pytest.mark.parametrize("watch", ["pair", "A", "everything"])
 def test_a_hook_that_comes_between_two_steps_is_called(watch):
     model, seen = tower(), []
