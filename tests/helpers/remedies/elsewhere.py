@@ -44,6 +44,7 @@ TRIED = {
         "cli/test_dequantized_base.py",
         "test_a_base_in_full_precision_has_nothing_to_dequantize",
     ),
+    ("cli/options.py", "OUT gets the same files as BASE"): ("cli/test_dequantized_base.py", "test_the_command"),
     ("analysis/sources.py", " A state dict has no scale"): (
         "analysis/test_sources.py",
         "test_a_state_dict_has_no_scale",
