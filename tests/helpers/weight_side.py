@@ -16,6 +16,7 @@ from tests.helpers import oracles
 from tests.helpers.models import Tower
 
 SIDES = ("weights", "activations")
+BOTH_WAYS = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(7))
 
 
@@ -33,6 +34,11 @@ def tower(compute: str = "weights", layers: int = 3, **arguments: object) -> Tow
         torch.default_generator.manual_seed(0)
         model = Tower(layers)
     return adapted(model, compute, **arguments)
+
+
+def pair_of(model: Tower, index: int) -> nn.Module:
+    """The pair (A, B) of one layer of a tower."""
+    return model.layers[index].lora["default"]
 
 
 class WrittenOut:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_lora.layers.sums.members import Member, SummedMembers, tensors_of, weight_of
-from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import Block
 from lightning_lora.ops.weight_sum_plan import SumPlan
 from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
@@ -34,8 +33,6 @@ class SumGroup:
         self.of_choices: weakref.WeakValueDictionary[frozenset[str], SumGroup] = weakref.WeakValueDictionary()
         self.summed: SummedMembers | None = None  # the members that were summed last
         self.times = 1  # how often sums were computed, plus one: 0 is a layer that was never called
-        self.checked: list[object] = []  # the tensors for which `usable` was computed, by their addresses
-        self.usable: list[bool] = []  # whether each live member can be summed
         self.layout: list[object] = []  # of the tensors that `blocks`, `kinds` and `plan` are of
         self.blocks: list[Block] = []
         self.kinds: list[list[int]] = []
@@ -82,7 +79,7 @@ class SumGroup:
         tensors = None if summed is None else summed.tensors_if_unchanged(caller, grad)
         if summed is None or tensors is None:
             self.summed = None
-            held = self._summed_now(weight_of(caller), grad, self._wanted(caller, rows))
+            held = self._selected(caller, grad, rows)
             self.summed = summed = SummedMembers(held, grad)
             tensors = tensors_of(held)
         self.times += 1
@@ -100,23 +97,12 @@ class SumGroup:
         if self.summed is not None and id(member) in self.summed.included:
             self.summed = None
 
-    def _wanted(self, caller: Member, rows: int) -> list[Member]:
-        """The members that act, and whose layers are expected to read their sums: any other sum is a waste."""
-        growth = rows / caller.input_rows if caller.input_rows else 1.0
+    def _selected(self, caller: Member, grad: bool, rows: int) -> list[Member]:
+        """The members that act, can be summed together with ``caller``, and whose sums are expected to be read."""
+        growth, first = rows / caller.input_rows if caller.input_rows else 1.0, weight_of(caller)
         wanted = (member for member in self.alive() if member.is_wanted(rows, growth))
-        return [member for member in wanted if member.is_live(member.layer())]
-
-    def _summed_now(self, first: Tensor, grad: bool, live: list[Member]) -> list[Member]:
-        """Those of the members ``live`` that can be summed together with the weight ``first``."""
-        tensors: list[Any] = [parameters.get(key) for member in live for parameters, key in member.sources]
-        if not set(map(type, tensors)) <= PLAIN:
-            self.checked = []
-            return [member for member in live if member.can_be_summed(first) and not member.is_called_alone(grad)]
-        checked = [first.dtype, *map(id, tensors), *map(Tensor.data_ptr, tensors)]
-        if checked != self.checked:
-            self.usable, self.checked = [member.can_be_summed(first) for member in live], checked
-        usable = [member for member, can_be in zip(live, self.usable, strict=True) if can_be]
-        return [member for member in usable if not member.is_called_alone(grad)]
+        live = [member for member in wanted if member.is_live(member.layer())]
+        return [member for member in live if member.can_be_summed(first) and not member.is_called_alone(grad)]
 
     def _sums_of(self, summed: SummedMembers, tensors: list[Any], dtype: Any) -> WeightSums:
         lefts, rights = summed.factors(tensors)

@@ -12,7 +12,7 @@ MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
-def has_weight_side(device: torch.device) -> bool:
+def is_ever_faster(device: torch.device) -> bool:
     """Whether sums are faster for some inputs on ``device``: where a kernel takes longer to launch than to compute."""
     return device.type == "cuda" or device.type in dispatch.DEVICES
 

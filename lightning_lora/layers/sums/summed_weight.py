@@ -26,7 +26,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.sums.group import SumGroup, place_now
 from lightning_lora.layers.sums.members import ADDRESS, REQUIRES_GRAD, VERSION
-from lightning_lora.layers.sums.sizes import has_weight_side, is_faster
+from lightning_lora.layers.sums.sizes import is_ever_faster, is_faster
 from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops.fused_linear import PLAIN
 from lightning_lora.ops.weight_batch import is_dense
@@ -148,7 +148,7 @@ class SummedWeight:
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
         rows = x.numel() // self.width
-        if not (self.always or (has_weight_side(x.device) and is_faster(self.size, rows))):
+        if not (self.always or (is_ever_faster(x.device) and is_faster(self.size, rows))):
             self._note(rows)
             if not is_faster(self.size, self.input_rows):
                 group.look_again_without(self)

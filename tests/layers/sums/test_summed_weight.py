@@ -21,15 +21,11 @@ from tests.helpers.weight_side import (
     assert_close,
     assert_same_gradients,
     counted_sums,
+    pair_of,
     tower,
 )
 
 MODES = {"train": nullcontext, "no-grad": torch.no_grad, "inference": torch.inference_mode}
-BOTH_WAYS = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
-
-
-def pair_of(model, index):
-    return model.layers[index].lora["default"]
 
 
 def step(model, index):
@@ -202,8 +198,8 @@ def two_steps(model):
 
 
 def test_the_members_of_a_group_are_looked_for_once(monkeypatch):
-    model, looked_for, plain = tower(), [], SumGroup._summed_now
-    monkeypatch.setattr(SumGroup, "_summed_now", lambda *arguments: looked_for.append(1) or plain(*arguments))
+    model, looked_for, plain = tower(), [], SumGroup._selected
+    monkeypatch.setattr(SumGroup, "_selected", lambda *arguments: looked_for.append(1) or plain(*arguments))
     two_steps(model)
     assert len(looked_for) == 1
 

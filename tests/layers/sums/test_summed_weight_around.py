@@ -27,6 +27,7 @@ from tests.helpers.interrupts import interrupt, lines_in
 from tests.helpers.models import FusedBlocks, Tower
 from tests.helpers.oracles import same_bits, saved_and_loaded
 from tests.helpers.weight_side import (
+    BOTH_WAYS,
     SIDES,
     WrittenOut,
     X,
@@ -35,14 +36,9 @@ from tests.helpers.weight_side import (
     assert_same_gradients,
     counted_sums,
     gradients,
+    pair_of,
     tower,
 )
-
-BOTH_WAYS = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
-
-
-def pair_of(model, index):
-    return model.layers[index].lora["default"]
 
 
 def trained_parameters(model):
