@@ -64,10 +64,10 @@ def dequantized_base(base: Weights) -> Weights:
             f"`--dequantize` is for a base that bitsandbytes quantized, and `{base.path}` holds no such weight. Leave "
             "it out for a base in full precision; of another library, give the base that was quantized."
         )
-    dtype = _plain_dtype(base, weights)
+    left_out = {part for weight in weights for part in weight.parts}
+    dtype = _plain_dtype(base, weights, left_out)
     computed = {weight.name: _matrix(weight, base, dtype) for weight in weights}
     computed |= {bias.name: _cast(bias, dtype) for bias in _biases(base, weights) if bias.dtype != dtype}
-    left_out = {part for weight in weights for part in weight.parts}
     files = [_view(file, computed, left_out) for file in base.files]
     config = {key: value for key, value in base.config.items() if key != CONFIG}
     return replace(base, files=files, tensors={k: t for file in files for k, t in file.tensors.items()}, config=config)
@@ -83,7 +83,7 @@ def _computes_in(base: Weights) -> torch.dtype:
     return dtype
 
 
-def _plain_dtype(base: Weights, weights: list[QuantizedWeight]) -> str:
+def _plain_dtype(base: Weights, weights: list[QuantizedWeight], left_out: set[str]) -> str:
     """The name in safetensors of the dtype of the plain layers.
 
     It is the dtype in which transformers loads the model, or that of most of the numbers outside of quantized layers.
@@ -92,7 +92,6 @@ def _plain_dtype(base: Weights, weights: list[QuantizedWeight]) -> str:
     if isinstance(loaded, torch.dtype) and DTYPES.get(loaded) in FLOATS:
         return DTYPES[loaded]
     layers = {weight.name.rpartition(".")[0] for weight in weights}
-    left_out = {part for weight in weights for part in weight.parts}
     sizes: Counter[str] = Counter()
     for name, tensor in base.tensors.items():
         if tensor.dtype in FLOATS and name not in left_out and name.rpartition(".")[0] not in layers:

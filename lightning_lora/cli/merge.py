@@ -115,8 +115,8 @@ def merge_files(
         overwrite: replace what is at ``out``.
         progress: called with numbers of bytes as they are written.
         dequantize: ``base`` is quantized by bitsandbytes, and ``out`` gets its dequantized weights with the updates:
-            the bits of ``merge_lora(model, dequantize=True)``. Biases are the file's; in memory the first call of a
-            4-bit layer has cast its bias to the dtype in which it computes.
+            they are bit-identical to those of ``merge_lora(model, dequantize=True)``. Biases are those in the file; in
+            memory the first call of a 4-bit layer has cast its bias to the dtype in which it computes.
 
     Raises:
         FileNotFoundError: if something is missing.

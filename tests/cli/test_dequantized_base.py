@@ -1,4 +1,4 @@
-"""A merge in files into dequantized weights has the bits of the same merge in memory."""
+"""A merge in files into dequantized weights is bit-identical to the same merge in memory."""
 
 from __future__ import annotations
 
