@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lightning_lora.ops.products import matmul
 
-ALIGNMENT = 128  # elements at whose multiples the kernels write what they compute: multiples of 256 bytes
-
 
 class Block(NamedTuple):
     """Rows ``start:stop`` of the weight with the index ``weight``; one pair (A, B) adapts them.

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from lightning_lora.ops.dispatch import supports_kernels
 from lightning_lora.ops.fused_linear import PLAIN
-from lightning_lora.ops.weight_batch import ALIGNMENT, Block, stored_order
+from lightning_lora.ops.views import ALIGNMENT, Views
+from lightning_lora.ops.weight_batch import Block, stored_order
+from lightning_lora.torch_internals import cuda_stream_id
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 128
@@ -43,18 +45,16 @@ class SumPlan:
         from lightning_lora.ops import weight_sum_kernels as kernels
 
         self.kernels, self.dtype, self.device = kernels, weights[0].dtype, weights[0].device
-        self.shapes, self.strides = [weight.shape for weight in weights], [weight.stride() for weight in weights]
-        self.left_shapes, self.right_shapes = [left.shape for left in lefts], [right.shape for right in rights]
-        self.left_strides, self.right_strides = [left.stride() for left in lefts], [right.stride() for right in rights]
+        self.strides, self.ranks = [weight.stride() for weight in weights], [len(right) for right in rights]
         self.blocks = [*blocks, *_unadapted(weights, blocks)]
         self.inner = [inner_size(weight) for weight in weights]
         self.row_sizes = [weight.numel() // len(weight) for weight in weights]
         self.columns = self._of_blocks(self.row_sizes)
-        self.r = kernels.padded_rank(max(left.shape[1] for left in lefts))
+        self.r = kernels.padded_rank(max(self.ranks))
         addresses = self._begins(_addresses(weights), weights[0].element_size())
         self.is_plain = self._is_plain(self._of_blocks(self.inner), addresses + _addresses(rights))
-        self.sum_offsets, self.sums_size = _offsets([weight.numel() for weight in weights])
-        self.gradient_offsets, self.gradients_size = _offsets([factor.numel() for factor in (*lefts, *rights)])
+        self.of_sums, self.of_gradients = Views(weights), Views([*lefts, *rights])
+        self.last: tuple[object, Tensor, bool] | None = None  # of the last gradients: where, for the kernels, plain
         self._make_table(addresses, _addresses(lefts), _addresses(rights))
         self._make_tiles()
 
@@ -69,10 +69,10 @@ class SumPlan:
     def _make_table(self, weights: list[int], lefts: list[int], rights: list[int]) -> None:
         n, zeros = len(lefts), [0] * (len(self.blocks) - len(lefts))
         rows = [block.stop - block.start for block in self.blocks]
-        ranks, inner = [shape[1] for shape in self.left_shapes], self._of_blocks(self.inner)
-        offsets = self.gradient_offsets[:n], self.gradient_offsets[n:], self._begins(self.sum_offsets)
+        inner, of_gradients = self._of_blocks(self.inner), self.of_gradients.offsets
+        offsets = of_gradients[:n], of_gradients[n:], self._begins(self.of_sums.offsets)
         d_lefts, d_rights, sums = ([offset // ALIGNMENT for offset in part] for part in offsets)
-        of_pairs = [part + zeros for part in (ranks, lefts, rights, d_lefts, d_rights)]
+        of_pairs = [part + zeros for part in (self.ranks, lefts, rights, d_lefts, d_rights)]
         ranks, lefts, rights, d_lefts, d_rights = of_pairs
         fields = [rows, self.columns, ranks, inner, weights, lefts, rights, sums, d_lefts, d_rights]
         self.table = torch.tensor(fields).T.contiguous().to(self.device)
@@ -83,7 +83,7 @@ class SumPlan:
         columns = torch.tensor(self.columns)
         of_sums = -(-rows // height) * -(-columns // width)
         self.sum_tiles = _programs(of_sums, of_sums).to(self.device)
-        n = len(self.left_shapes)
+        n = len(self.ranks)
         of_lefts = _programs(-(-rows[:n] // self.kernels.LEFT_ROWS), columns[:n])
         of_rights = _programs(-(-columns[:n] // self.kernels.right_columns(self.r)), rows[:n])
         self.gradient_tiles = of_lefts.to(self.device), of_rights.to(self.device)
@@ -100,10 +100,10 @@ class SumPlan:
             scale: factor of the product.
             dtype: of the sums.
         """
-        totals = torch.empty(self.sums_size, dtype=dtype, device=self.device)
+        totals = torch.empty(self.of_sums.size, dtype=dtype, device=self.device)
         with torch.cuda.device(totals.get_device()):  # -1, the CPU, changes nothing
             self.kernels.launch_sums(self.sum_tiles, self.table, totals, scale, self.dtype, self.is_plain)
-        return list(map(totals.as_strided, self.shapes, self.strides, self.sum_offsets))
+        return self.of_sums.of(totals)
 
     def gradients(
         self, gradients: Sequence[Tensor | None], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float
@@ -119,9 +119,7 @@ class SumPlan:
         n = len(lefts)
         if all(gradient is None for gradient in gradients):
             return [None] * n, [None] * n
-        results = self._launch_gradients(gradients, lefts, rights, scale)
-        shapes, strides = self.left_shapes + self.right_shapes, self.left_strides + self.right_strides
-        views: Gradients = list(map(results.as_strided, shapes, strides, self.gradient_offsets))
+        views: Gradients = [*self.of_gradients.of(self._launch_gradients(gradients, lefts, rights, scale))]
         for i, block in enumerate(self.blocks[:n]):
             if gradients[block.weight] is None:
                 views[i] = views[n + i] = None
@@ -132,23 +130,33 @@ class SumPlan:
     ) -> Tensor:
         dense, inner = self._dense(gradients)
         first = next(gradient for gradient in dense if gradient is not None)
-        addresses = self._gradient_addresses(dense, first.element_size(), len(lefts))
-        zeros, of_rights, inner = [0] * (len(self.blocks) - len(lefts)), _addresses(rights), self._of_blocks(inner)
-        is_plain = self._is_plain(inner, addresses + of_rights)
-        numbers = array("q", addresses + _addresses(lefts) + zeros + of_rights + zeros + inner)
-        on_device = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
-        results = torch.empty(self.gradients_size, device=self.device)
+        pointers = [0 if gradient is None else gradient.data_ptr() for gradient in dense]
+        stream = cuda_stream_id(self.device) if self.device.type == "cuda" else 0
+        where = first.element_size(), inner, pointers, _addresses(lefts), _addresses(rights)
+        if self.last is None or self.last[0] != (stream, where):  # in most steps nothing has moved
+            self.last = (stream, where), *self._addresses_on_device(*where)
+        _, on_device, is_plain = self.last
+        results = torch.empty(self.of_gradients.size, device=self.device)
         with torch.cuda.device(results.get_device()):
             self.kernels.launch_gradients(
                 self.gradient_tiles, self.table, on_device, results, self.r, scale, first.dtype, is_plain
             )
         return results
 
-    def _gradient_addresses(self, dense: Gradients, size: int, n: int) -> list[int]:
-        """Where the gradient of each of the first ``n`` blocks begins, else 0: of what has no pair, or no gradient."""
-        begins = self._begins([0 if gradient is None else gradient.data_ptr() for gradient in dense], size)
-        used = [i < n and dense[block.weight] is not None for i, block in enumerate(self.blocks)]
-        return [begin if is_used else 0 for begin, is_used in zip(begins, used, strict=True)]
+    def _addresses_on_device(
+        self, size: int, inner: list[int], pointers: list[int], lefts: list[int], rights: list[int]
+    ) -> tuple[Tensor, bool]:
+        """For each block where dW, B and A begin, and how the rows of dW are stored; whether all are plain.
+
+        The address of dW is 0 for what has no pair, or no gradient.
+        """
+        begins = self._begins(pointers, size)
+        used = [i < len(lefts) and pointers[block.weight] != 0 for i, block in enumerate(self.blocks)]
+        addresses = [begin if is_used else 0 for begin, is_used in zip(begins, used, strict=True)]
+        zeros, inner = [0] * (len(self.blocks) - len(lefts)), self._of_blocks(inner)
+        numbers = array("q", addresses + lefts + zeros + rights + zeros + inner)
+        on_device = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device, self._is_plain(inner, addresses + rights)
 
     def _dense(self, gradients: Sequence[Tensor | None]) -> tuple[Gradients, list[int]]:
         """The gradients as the kernels can read them, and their :func:`inner_size`."""
@@ -252,15 +260,6 @@ def inner_size(weight: Tensor) -> int:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def _offsets(sizes: list[int]) -> tuple[list[int], int]:
-    """Where parts of ``sizes`` begin in one allocation, and the size of that."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return offsets, end
 
 
 def _programs(counts: Tensor, work: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class SummedWeight:
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
         rows = x.numel() // self.width
-        if not (self.always or (is_ever_faster(x.device) and is_faster(self.size, rows))):
+        if not (self.always or (is_faster(self.size, rows) and (self.value is not None or is_ever_faster(x.device)))):
             self._note(rows)
             if not is_faster(self.size, self.input_rows):
                 group.look_again_without(self)
