@@ -136,48 +136,39 @@ def _right_tile(
     tl.store(d_right + at, total * scale, mask=ranked[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["layers"])
-def _left_gradients(
-    tiles, table, addresses, results, layers, scale,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr,
+@triton.jit(do_not_specialize=["blocks", "of_lefts"])
+def _gradients(
+    tiles, table, addresses, results, blocks, of_lefts, scale,
+    DTYPE: tl.constexpr, LEFT_M: tl.constexpr, LEFT_N: tl.constexpr, RIGHT_M: tl.constexpr, RIGHT_N: tl.constexpr,
+    R: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    tiles += 2 * tl.program_id(0)
-    layer, tile = tl.load(tiles), tl.load(tiles + 1)
-    table += layer * FIELDS
+    program = tl.program_id(0)
+    tiles += 2 * program
+    block, tile = tl.load(tiles), tl.load(tiles + 1)
+    table += block * FIELDS
+    addresses += block
     rows, columns = tl.load(table + ROWS).to(tl.int32), tl.load(table + COLUMNS).to(tl.int32)
-    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * layers + layer).to(tl.int32)
-    gradient, right = tl.load(addresses + layer), tl.load(addresses + 2 * layers + layer)
-    result = results + tl.load(table + LEFT_GRADIENT) * UNIT
-    if gradient == 0:  # of a layer that was not called, or of rows without a pair
+    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * blocks).to(tl.int32)
+    dW = tl.load(addresses)
+    if dW == 0:  # of a layer that was not called, or of rows without a pair
         return
-    if PLAIN:
-        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, True)
-    elif (gradient % 16 == 0) & (columns % 16 == 0):
-        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, False)
+    is_aligned = (dW % 16 == 0) & (columns % 16 == 0)
+    if program < of_lefts:
+        A, dB = tl.load(addresses + 2 * blocks), results + tl.load(table + LEFT_GRADIENT) * UNIT
+        if PLAIN:
+            _left_tile(dW, A, dB, rows, columns, r, inner, tile, scale, DTYPE, LEFT_M, LEFT_N, R, True, True)
+        elif is_aligned:
+            _left_tile(dW, A, dB, rows, columns, r, inner, tile, scale, DTYPE, LEFT_M, LEFT_N, R, True, False)
+        else:
+            _left_tile(dW, A, dB, rows, columns, r, inner, tile, scale, DTYPE, LEFT_M, LEFT_N, R, False, False)
     else:
-        _left_tile(gradient, right, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, False, False)
-
-
-@triton.jit(do_not_specialize=["layers"])
-def _right_gradients(
-    tiles, table, addresses, results, layers, scale,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PLAIN: tl.constexpr,
-):  # fmt: skip
-    tiles += 2 * tl.program_id(0)
-    layer, tile = tl.load(tiles), tl.load(tiles + 1)
-    table += layer * FIELDS
-    rows, columns = tl.load(table + ROWS).to(tl.int32), tl.load(table + COLUMNS).to(tl.int32)
-    r, inner = tl.load(table + RANK).to(tl.int32), tl.load(addresses + 3 * layers + layer).to(tl.int32)
-    gradient, left = tl.load(addresses + layer), tl.load(addresses + layers + layer)
-    result = results + tl.load(table + RIGHT_GRADIENT) * UNIT
-    if gradient == 0:
-        return
-    if PLAIN:
-        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, True)
-    elif (gradient % 16 == 0) & (columns % 16 == 0):
-        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, True, False)
-    else:
-        _right_tile(gradient, left, result, rows, columns, r, inner, tile, scale, DTYPE, BM, BN, R, False, False)
+        B, dA = tl.load(addresses + blocks), results + tl.load(table + RIGHT_GRADIENT) * UNIT
+        if PLAIN:
+            _right_tile(dW, B, dA, rows, columns, r, inner, tile, scale, DTYPE, RIGHT_M, RIGHT_N, R, True, True)
+        elif is_aligned:
+            _right_tile(dW, B, dA, rows, columns, r, inner, tile, scale, DTYPE, RIGHT_M, RIGHT_N, R, True, False)
+        else:
+            _right_tile(dW, B, dA, rows, columns, r, inner, tile, scale, DTYPE, RIGHT_M, RIGHT_N, R, False, False)
 
 
 SUM_TILE = 32, 128  # rows, columns
@@ -222,13 +213,14 @@ def launch_sums(tiles: Tensor, table: Tensor, totals: Tensor, scale: float, dtyp
 
 
 def launch_gradients(
-    tiles: tuple[Tensor, Tensor], table: Tensor, addresses: Tensor, results: Tensor, r: int, scale: float,
+    tiles: Tensor, of_lefts: int, table: Tensor, addresses: Tensor, results: Tensor, r: int, scale: float,
     dtype: torch.dtype, plain: bool,
 ) -> None:  # fmt: skip
-    """Compute the gradients of B and of A of all layers.
+    """Compute the gradients of B and of A of all layers, in one launch: it takes the host longer than the GPU.
 
     Args:
-        tiles: block and tile of each program, of the launch for B and of that for A.
+        tiles: block and tile of each program, first of those for B.
+        of_lefts: programs for B.
         table: ``(blocks, FIELDS)``, int64.
         addresses: of dW (0: none), B and A of all blocks, then their ``INNER`` for dW; int64.
         results: what all gradients are written to, fp32.
@@ -237,9 +229,6 @@ def launch_gradients(
         dtype: of dW.
         plain: as for the sums, of dW.
     """
-    kernels = (_left_gradients, left_tile), (_right_gradients, right_tile)
-    for (kernel, tile), of_programs in zip(kernels, tiles, strict=True):
-        constants = TL_DTYPES[dtype], *tile(r, dtype), r, plain
-        kernel[(len(of_programs),)](
-            of_programs, table, addresses, results, len(table), scale, *constants, num_warps=4, num_stages=3
-        )
+    constants = TL_DTYPES[dtype], *left_tile(r, dtype), *right_tile(r, dtype), r, plain
+    arguments = tiles, table, addresses, results, len(table), of_lefts, scale, *constants
+    _gradients[(len(tiles),)](*arguments, num_warps=4, num_stages=3)

@@ -1,4 +1,4 @@
-"""``W0 + scale * B A`` of layers of any shapes in one launch of a Triton kernel, and its gradients in two.
+"""``W0 + scale * B A`` of layers of any shapes in one launch of a Triton kernel, and its gradients in another.
 
 The batched products of :mod:`lightning_lora.ops.weight_batch` take a few launches for each shape. Here the kernels read
 the addresses of each block's matrices from a table, which is built again only when a tensor has moved.
@@ -86,7 +86,7 @@ class SumPlan:
         n = len(self.ranks)
         of_lefts = _programs(-(-rows[:n] // self.kernels.LEFT_ROWS), columns[:n])
         of_rights = _programs(-(-columns[:n] // self.kernels.right_columns(self.r)), rows[:n])
-        self.gradient_tiles = of_lefts.to(self.device), of_rights.to(self.device)
+        self.of_lefts, self.gradient_tiles = len(of_lefts), torch.cat([of_lefts, of_rights]).to(self.device)
 
     def _is_plain(self, inner: list[int], addresses: list[int]) -> bool:
         """Whether the kernels may read 16 bytes at a time, of rows in the order of A."""
@@ -138,9 +138,8 @@ class SumPlan:
         _, on_device, is_plain = self.last
         results = torch.empty(self.of_gradients.size, device=self.device)
         with torch.cuda.device(results.get_device()):
-            self.kernels.launch_gradients(
-                self.gradient_tiles, self.table, on_device, results, self.r, scale, first.dtype, is_plain
-            )
+            arguments = self.gradient_tiles, self.of_lefts, self.table, on_device, results, self.r, scale
+            self.kernels.launch_gradients(*arguments, first.dtype, is_plain)
         return results
 
     def _addresses_on_device(

@@ -217,6 +217,31 @@ def test_layers_without_a_gradient():
     assert plan.gradients(none, lefts, rights, SCALE) == (none, none)
 
 
+@kernels
+def test_a_plan_sees_gradients_and_factors_that_moved():
+    """The plan keeps the addresses of its last gradients on the device."""
+    layers = [((40, 16, 3, 3), CONV, 8), ((64, 48), LINEAR, 4)]
+    weights, lefts, rights = draw(layers, HALF)
+    _, other_lefts, other_rights = draw(layers, HALF)
+    plan = SumPlan(weights, whole(weights), lefts, rights)
+    last = stored(weights[0].detach().clone(), CHANNELS_LAST)
+    same_place = last.as_strided(last.shape, weights[0].stride())  # as `last` begins, but its rows are stored otherwise
+    for gradients, factors in (
+        ([weights[0], weights[1]], (lefts, rights)),
+        ([weights[0], weights[1]], (lefts, rights)),
+        ([last, weights[1]], (lefts, rights)),
+        ([same_place, weights[1]], (lefts, rights)),
+        ([same_place, None], (lefts, rights)),
+        ([same_place, weights[1]], (other_lefts, rights)),
+        ([same_place, weights[1]], (other_lefts, other_rights)),
+        ([same_place.float(), weights[1].float()], (other_lefts, other_rights)),
+    ):
+        expected = SumPlan(weights, whole(weights), lefts, rights).gradients(gradients, *factors, SCALE)
+        for value, right in zip(plan.gradients(gradients, *factors, SCALE), expected, strict=True):
+            for tensor, other in zip(value, right, strict=True):
+                assert tensor is other is None or torch.equal(tensor, other)
+
+
 @pytest.mark.parametrize(
     ("shape", "order", "inner"),
     [
