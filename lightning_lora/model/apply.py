@@ -43,7 +43,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, compute: str = "auto") -
             gradient of each adapted weight and a copy of it. ``"auto"``: the weight's side on a GPU for layers and
             inputs so small that launching kernels takes longer than computing them, unless the sums of the model would
             take more than 3 GiB. Both sides give the same to rounding; sharded weights and dropout always take the
-            activations' side.
+            activations' side. Write values under ``torch.no_grad()``: torch does not count a write through ``.data``,
+            which a layer on the weight's side may see only at its second call.
 
     Returns:
         The names of the adapted modules.

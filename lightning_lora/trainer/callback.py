@@ -114,7 +114,8 @@ class LoRACallback(RoutedCallback):
             gradient and a copy of each adapted weight, as in full fine-tuning. "auto" takes the weight's side on a GPU
             for small layers and short inputs, where launching kernels takes longer than computing them, unless the sums
             of the model would take more than 3 GiB. Both give the same to rounding. Dropout, sharded weights and
-            base_dtype need the activations' side.
+            base_dtype need the activations' side. Write values under torch.no_grad(): a layer on the weight's side may
+            see a write through .data only at its second call.
 
         adapters: Several adapters by name in place of the one called name, each with the arguments in which it differs:
             r, alpha, targets, dropout, rslora, rank_pattern, alpha_pattern, lr_scale. An example is {"fr": {}, "de":

@@ -7,6 +7,7 @@ weight, as in full fine-tuning, and a copy of the adapted weights.
 
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
 is another forward pass, before which any value may have changed. In between, versions and addresses show changes.
+Only a write through ``.data`` in the same memory changes neither: a layer that has not read its sum yet does not see it.
 While a backward pass runs, a call is a recomputation under activation checkpointing, which reads the same sums.
 
 A choice of adapters for the whole batch has sums of its own, so threads with different choices do not share them.
@@ -149,11 +150,14 @@ class SummedWeight:
             return None
         rows = x.numel() // self.width
         if not (self.always or (is_faster(self.size, rows) and (self.value is not None or is_ever_faster(x.device)))):
+            if self.was_read:
+                self._end_pass()
             self._note(rows)
             if not is_faster(self.size, self.input_rows):
                 group.look_again_without(self)
             return None
         if not self.is_live(layer):
+            self._end_pass()
             group.look_again_without(self)
             return None
         for pair in self.pairs:
@@ -166,6 +170,7 @@ class SummedWeight:
         is_stale = self.value is None or (not recomputes and (self.was_read or group.grad is not grad))
         if is_stale or self.facts != self.facts_now() or group.place != place_now(weight):  # type: ignore[arg-type]
             if not self.can_be_summed(weight) or self.is_called_alone(grad):
+                self._end_pass()
                 group.look_again_without(self)
                 return None
             group.sum(self, grad, rows)
@@ -182,6 +187,11 @@ class SummedWeight:
         if grad and (self.has_watched_factors or not value.requires_grad or (recomputes and _needs_own_graph())):
             return with_graph(sums, [self.index], self.blocks, *self.factors(sums.scale))[0]
         return value
+
+    def _end_pass(self) -> None:
+        """Free the sums if this one was read: the call that takes the other side begins the next forward pass."""
+        if self.was_read and backward_id() < 0:
+            self.group.forget()
 
     def _note(self, rows: int) -> None:
         if self.noted_at == self.group.times:

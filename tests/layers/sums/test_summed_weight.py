@@ -138,7 +138,8 @@ def test_a_change_is_seen_by_the_next_call(change, calls, mode):
         expected.assert_gradients()
 
 
-# No version tells of a write through `.data`, so it is seen by the next forward, not by a layer of the same one.
+# No version tells of a write through `.data`. It is seen where a layer is called again, which begins another forward,
+# not by a layer that has not read its sum yet.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("calls", [calls for calls in CALLS if calls not in ("alone", "left out", "in the middle")])
 def test_a_write_through_data_is_seen_by_the_next_forward(calls, mode):
@@ -232,6 +233,20 @@ def test_what_changes_between_two_steps_is_seen(change):
         if change is disable:
             expected.leaves["layers.1.lora.default.A"].grad = expected.leaves["layers.1.lora.default.B"].grad = None
         expected.assert_gradients()
+
+
+def hook_pair(model, index):
+    pair_of(model, index).register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("leave_side", [disable, unfreeze_base, hook_pair])
+def test_a_write_through_data_is_seen_after_a_call_that_takes_the_other_side(leave_side):
+    """The second call of layer 0 begins another forward pass, whether or not it reads a sum."""
+    model = tower()
+    model(X, [0])
+    write_data(model, 1)
+    leave_side(model, 0)
+    assert_close(model(X, [0, 1]), WrittenOut(model)(X, [0, 1]))
 
 
 def switch_off(model):

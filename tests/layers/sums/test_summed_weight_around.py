@@ -318,6 +318,14 @@ def test_a_layer_that_is_called_twice_is_summed_if_one_call_reads_it(monkeypatch
     assert len(sums) == 1
 
 
+def test_a_write_through_data_is_seen_after_a_longer_input(monkeypatch):
+    """The second call of the large layer begins another forward pass, though it takes the activations' side."""
+    model, x = two_sizes(monkeypatch), torch.randn(8, 4)
+    model(x[:2], ["large"])
+    model.small.lora["default"].A.data.add_(0.25)
+    torch.testing.assert_close(model(x, ["large", "small"]), both_written_out(model, x, ["large", "small"]))
+
+
 @pytest.fixture
 def without_collector():
     """No automatic garbage collection, and a quick one by hand."""
