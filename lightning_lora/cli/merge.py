@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.cli.base_match import Changes, StoredTarget, changes
-from lightning_lora.cli.base_values import check_base
+from lightning_lora.cli.base_values import check_base, with_digests
 from lightning_lora.cli.combined_changes import CombinedChanges, combined
 from lightning_lora.cli.dequantized_base import ComputedTensor, dequantized_base
 from lightning_lora.cli.output import new_output
@@ -32,8 +32,7 @@ from lightning_lora.files.weights import Weights, open_weights
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.ops.exact_product import ExactProduct, exact_product
 from lightning_lora.ops.workspace import Workspace
-from lightning_lora.peft_format.provenance import BASE, base_in
-from lightning_lora.peft_format.stored import CONFIG, open_adapter
+from lightning_lora.peft_format.stored import CONFIG, StoredAdapter, open_adapter
 
 # Weights in other formats than the one that is merged, which would stay as they were.
 OTHER_WEIGHTS = (
@@ -144,7 +143,8 @@ def merge_files(
     stored, workspace = open_weights(base), Workspace()
     weights = dequantized_base(stored) if dequantize else stored
     report = MergeReport(dequantized=[name for name in weights.tensors if is_quantized_in(name, stored)])
-    change = combined({path: _changes(path, weights, report) for path in factors}, factors)
+    adapters = {path: open_adapter(path) for path in factors}
+    change = combined({path: _changes(adapter, weights, report) for path, adapter in adapters.items()}, factors)
     directory = base.is_dir()
     report.replaced = [name for name in change.in_full if name in weights.tensors]
     report.added = [name for name in change.in_full if name not in weights.tensors]
@@ -154,8 +154,8 @@ def merge_files(
         out, directory=directory, overwrite=overwrite, sources=sources, size=report.written, names=_names(base)
     )
     with output as part, workspace:
-        for file in weights.files:
-            last = file is weights.files[-1]
+        for file in with_digests(weights.files, [adapters[path] for path in factors if factors[path]]):
+            last = file.path == weights.files[-1].path
             added = {name: change.in_full[name].read_finite() for name in report.added} if last else {}
             target = part / file.path.name if directory else part
             _write(file, target, change, added, report, progress, workspace)
@@ -166,11 +166,9 @@ def merge_files(
     return report
 
 
-def _changes(adapter: Path, base: Weights, report: MergeReport) -> Changes:
-    stored = open_adapter(adapter)
-    change = changes(stored, base)
-    if BASE in stored.file.metadata:
-        report.quantized += check_base(base_in(stored.file.metadata), change, base)
+def _changes(adapter: StoredAdapter, base: Weights, report: MergeReport) -> Changes:
+    change = changes(adapter, base)
+    report.quantized += check_base(adapter, change, base)
     return change
 
 

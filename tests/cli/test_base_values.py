@@ -31,13 +31,13 @@ def quantized(**kwargs: object) -> nn.Module:
     return model
 
 
-def adapter_on_a_quantized_base(folder, inside=""):
+def adapter_on_a_quantized_base(folder, inside="", std=0.1):
     """Its directory, and ``B A``; ``inside`` is in front of the names of the base in the adapter's file."""
     base = quantized()
     model = nn.ModuleDict({inside.removesuffix("."): base}) if inside else base
     apply_lora(model, LoRAConfig(r=2, targets=["q"]))
     for _, parameter in lora_parameters(model):
-        nn.init.normal_(parameter, 0, 0.1)
+        nn.init.normal_(parameter, 0, std)
     save_adapter(model, folder / "adapter")
     return folder / "adapter", (base.q.lora.default.B @ base.q.lora.default.A).detach()
 
@@ -81,6 +81,25 @@ def test_a_quantized_base_is_refused_and_both_remedies_work(tmp_path, storage):
     save_file(Small().state_dict(), base)
     merge_files(base, adapter, out, overwrite=True)
     torch.testing.assert_close(load_file(out)["q.weight"], Small().q.weight.detach() + delta)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_merged_base_is_not_merged_with_the_same_adapter_again(tmp_path, dequantize):
+    """No values of the quantized weights are known, so that the header of the merged file says it."""
+    adapter, _ = adapter_on_a_quantized_base(tmp_path)
+    base, once, twice = (tmp_path / f"{name}.safetensors" for name in ("base", "once", "twice"))
+    save_file((quantized() if dequantize else Small()).state_dict(), base)
+    merge_files(base, adapter, once, dequantize=dequantize)
+    with pytest.raises(ValueError, match=r"once.safetensors` was merged with the adapter at .*/adapter` before, and "):
+        merge_files(once, adapter, twice)
+    other, other_delta = adapter_on_a_quantized_base(tmp_path / "other", std=0.2)
+    merge_files(once, other, twice)
+    torch.testing.assert_close(load_file(twice)["q.weight"], load_file(once)["q.weight"] + other_delta)
+    for path in (adapter, other):
+        with pytest.raises(ValueError, match=r"twice.safetensors` was merged with the adapter"):
+            merge_files(twice, path, tmp_path / "thrice.safetensors")
+    merge_files(base, {adapter: 0.0, other: 1.0}, once, overwrite=True, dequantize=dequantize)
+    merge_files(once, adapter, twice, overwrite=True)
 
 
 def test_weights_of_few_bits_of_another_library_are_refused(tmp_path):

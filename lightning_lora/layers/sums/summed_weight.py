@@ -7,7 +7,7 @@ weight, as in full fine-tuning, and a copy of the adapted weights.
 
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
 is another forward pass, before which any value may have changed. In between, versions and addresses show changes.
-Only a write through ``.data`` in the same memory changes neither: a layer that has not read its sum yet does not see it.
+A write through ``.data`` in the same memory changes neither, so a layer that has not read its sum yet does not see it.
 While a backward pass runs, a call is a recomputation under activation checkpointing, which reads the same sums.
 
 A choice of adapters for the whole batch has sums of its own, so threads with different choices do not share them.
