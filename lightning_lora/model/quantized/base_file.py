@@ -57,6 +57,20 @@ class BaseFile:
         self._check_values(join(name, "weight"), value, layer)
         return value
 
+    def bias(self, name: str, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """The frozen ``bias`` of the quantized layer ``name`` as the file has it; itself where that is another one.
+
+        Args:
+            name: of the layer.
+            bias: of the layer, which its first call may have cast to the dtype in which it computes.
+            dtype: in which it was loaded.
+        """
+        stored = self.tensors.get(join(self.called(name), "bias"))
+        value = stored.read() if isinstance(stored, StoredTensor) else stored
+        if value is None or not agree(value, _coarser(bias, dtype)):
+            return bias
+        return value.to(bias.device, copy=True)  # of a mapped file
+
     def _check_values(self, name: str, value: Tensor, layer: nn.Module) -> None:
         present = dequantized(layer).float()
         distance = float((quantized_again(layer, value).float() - present).norm() / present.norm().clamp_min(1e-30))

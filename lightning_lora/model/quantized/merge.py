@@ -24,6 +24,7 @@ from lightning_lora.model.merge_layer import deltas_of, matrices_in
 from lightning_lora.model.quantized.base_file import BaseFile, is_transposed, open_base
 from lightning_lora.model.quantized.packed import make_plain, pack_again, was_changed
 from lightning_lora.model.record import Merged, MergedWeight, packed_layers, record_of
+from lightning_lora.model.state import frozen_names
 from lightning_lora.names import clean, each_module_once, join, named_parameters
 from lightning_lora.ops import exact_sum as exact
 from lightning_lora.ops.exact_sum import Squares
@@ -53,11 +54,26 @@ class PlainWeights:
         path: as of :class:`MergeBase`.
         dtype: of the plain layers.
         read: gives the weight of the layer of a name, ``(out_features, in_features)``.
+        file: with the values that frozen biases had before bitsandbytes rounded them at the first call; ``None`` if
+            there is none.
+        frozen: the names of frozen parameters.
     """
 
     path: str | None
     dtype: torch.dtype
     read: Callable[[str, nn.Module], Tensor]
+    file: BaseFile | None = None
+    frozen: frozenset[str] = frozenset()
+
+    def bias(self, name: str, layer: nn.Module) -> Tensor | None:
+        """The plain bias of the layer ``name``."""
+        bias = layer._parameters.get("bias")
+        if bias is None:
+            return None
+        value = bias.detach()
+        if self.file is not None and join(name, "bias") in self.frozen:
+            value = self.file.bias(name, value, self.dtype)
+        return value.to(self.dtype)
 
     @torch.no_grad()
     def merged(
@@ -94,7 +110,7 @@ def plain_weights(model: nn.Module, base: MergeBase) -> PlainWeights:
     if base.path is None or not quantized_modules(model):
         return PlainWeights(base.path, dtype, lambda name, layer: dequantized(layer))
     file = base.file or open_base(base.path, model)
-    return PlainWeights(base.path, dtype, file.weight)
+    return PlainWeights(base.path, dtype, file.weight, file, frozenset(frozen_names(model)))
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
@@ -135,7 +151,7 @@ def merge_quantized_layer(
     by_key = layer.lora.to_merge(factors)
     weight, lost = weights.merged(name, layer, by_key.get("weight", []), workspace)
     quantized, adapters = parameter_of(layer), pop_adapters(layer)
-    packed = make_plain(layer, weight, weights.path, workspace)
+    packed = make_plain(layer, weight, weights.bias(name, layer), weights.path, workspace)
     record = MergedWeight([], packed.checksum, 0, shared=quantized)  # nothing is computed back
     record_of(layer).merged = Merged(adapters, dict.fromkeys(by_key, record), factors)
     return lost
@@ -146,7 +162,7 @@ def make_others_plain(model: nn.Module, weights: PlainWeights, workspace: Worksp
     for name, layer in quantized_modules(model):
         if not isinstance(layer, LoRALayer):
             weight, _ = weights.merged(name, layer, [], workspace)
-            make_plain(layer, weight, weights.path, workspace)
+            make_plain(layer, weight, weights.bias(name, layer), weights.path, workspace)
 
 
 def pack_others_again(model: nn.Module, workspace: Workspace) -> str | None:
@@ -178,9 +194,9 @@ def plain_values(
         adapters = layer.lora.to_merge(factors).get("weight", []) if isinstance(layer, LoRALayer) else []
         weight = weights.merged(name, layer, adapters, workspace)[0]
         yield join(name, "weight"), weight.T.contiguous() if is_transposed(layer) else weight
-        bias = layer._parameters.get("bias")
+        bias = weights.bias(name, layer)
         if bias is not None:
-            yield join(name, "bias"), bias.detach().to(weight.dtype)
+            yield join(name, "bias"), bias
 
 
 def why_not_plain(model: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized_class
 from lightning_lora.layers.quantized.packing import let_pack
 from lightning_lora.model.record import PackedLayer, record_of
-from lightning_lora.ops.exact_sum import quick_checksum
+from lightning_lora.ops.exact_sum import quick_checksum, same_bits
 from lightning_lora.ops.workspace import Workspace
 
 CONV1D_SIZES = ("nf", "nx")  # its attributes for the sizes of its output and its input
@@ -22,13 +22,16 @@ HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 @torch.no_grad()
-def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: Workspace) -> PackedLayer:
-    """Give the quantized ``layer`` the plain class, ``weight`` and a bias of the same dtype.
+def make_plain(
+    layer: nn.Module, weight: Tensor, bias: Tensor | None, source: str | None, workspace: Workspace
+) -> PackedLayer:
+    """Give the quantized ``layer`` the plain class, ``weight`` and ``bias``.
 
     Args:
         layer: without adapters.
         weight: ``(out_features, in_features)``; Hugging Face's ``Conv1D``, for which such a layer can stand, stores it
             transposed.
+        bias: in the dtype of ``weight``.
         source: path of the file that ``weight`` comes from; ``None`` for the dequantized weight.
         workspace: where the checksum is computed.
 
@@ -54,9 +57,8 @@ def make_plain(layer: nn.Module, weight: Tensor, source: str | None, workspace: 
         for hook in ids:
             del attributes[name][hook]
     layer._parameters["weight"] = nn.Parameter(weight, parameter_of(layer).requires_grad)
-    bias = layer._parameters.get("bias")
-    if bias is not None and bias.dtype != weight.dtype:
-        layer._parameters["bias"] = nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+    if bias is not None and not same_bits(bias, parameters["bias"]):
+        layer._parameters["bias"] = nn.Parameter(bias, parameters["bias"].requires_grad)
     layer.__class__ = plain
     return packed
 

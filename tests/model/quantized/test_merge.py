@@ -23,7 +23,8 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.layers.quantized.formats import dequantized, is_quantized
-from lightning_lora.model.quantized.merge import plain_dtype
+from lightning_lora.model.merged_values import merged_values
+from lightning_lora.model.quantized.merge import MergeBase, plain_dtype
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from tests.helpers.interrupts import interrupt, lines_in  # noqa: E402
@@ -161,6 +162,28 @@ def test_the_merge_into_a_base_in_full_precision(tmp_path):
     assert torch.equal(layers["layers.0.v"].weight, original["layers.0.v"].weight)
     merge_lora(model, dequantize=True)  # taken out, and merged into the other base
     torch.testing.assert_close(layers["layers.0.v"].weight, dequantized(quantized_net().layers[0].v))
+    unmerge_lora(model)
+    assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_frozen_biases_are_those_of_the_base_in_full_precision(tmp_path, bias):
+    """bitsandbytes rounds them at the first call to the dtype in which the layer computes; those that train stay."""
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    model, original = quantized_net("computes in bf16"), dict(net().named_modules())
+    apply_lora(model, LoRAConfig(r=4, targets=["q"], bias=bias))
+    train(model)
+    model(torch.ones(1, 16))
+    before, path = bits(model), tmp_path / "base.safetensors"
+    rounded = {name: layer.bias for name, layer in model.named_modules() if is_quantized(layer)}
+    assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
+    written = dict(merged_values(model, into=MergeBase(str(path))))
+    merge_lora(model, base=path)
+    for name, value in rounded.items():
+        trains = bias == "lora_only" and name.endswith("q")
+        expected = value.float() if trains else original[name].bias
+        assert torch.equal(model.get_submodule(name).bias, expected)
+        assert torch.equal(written[f"{name}.bias"], expected)
     unmerge_lora(model)
     assert same_bits(bits(model), before)
 
