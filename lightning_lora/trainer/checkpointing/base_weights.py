@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lightning_lora.files.safetensors import StoredTensor
 from lightning_lora.files.weights import INDEX, open_weights
+from lightning_lora.layers.base import parameter_of
+from lightning_lora.layers.quantized.formats import quantization_of, quantized_modules
 from lightning_lora.model.record import is_merged
 from lightning_lora.model.state import clean_state, lora_parameters
-from lightning_lora.names import clean, nearest
+from lightning_lora.names import clean, join, nearest
+from lightning_lora.ops.exact_sum import same_bits
 from lightning_lora.ops.packed.quantized_tensors import is_quantized_tensor
 from lightning_lora.trainer.checkpointing import contents, reading
 
@@ -85,19 +88,23 @@ def copy_base(
     """
     present = _own_tensors(module)
     prefix = _prefix(source, present)
-    named = {name: source.get(name[len(prefix) :]) for name in present if name.startswith(prefix)}
+    source = {f"{prefix}{name}": value for name, value in source.items()}
+    layers = {join(name, "weight"): layer for name, layer in quantized_modules(module) if _has_codes(layer)}
     shared: dict[str, Tensor | StoredTensor] = {}
-    for name, value in named.items():
-        misfit = None if value is None else _misfit(value, present[name])
+    for name, own in present.items():
+        if name not in source:
+            continue
+        codes = layers.get(name)
+        misfit = _misfit(name, source, own) if codes is None else _misfit_of_codes(name, source, codes)
         if misfit is not None and name in frozen:
             raise ValueError(f"`base` does not fit the module: `{name}` {misfit}.")
-        if value is not None and misfit is None:
-            shared[name] = value
+        if misfit is None:
+            shared[name] = source[name]
     for name, value in shared.items():
         tensor = present[name]
         if overwritten is not None:
             overwritten.append((tensor, tensor.detach().clone()))
-        tensor.copy_(value.read() if isinstance(value, StoredTensor) else value)
+        tensor.copy_(_read(value))
     return set(shared)
 
 
@@ -130,15 +137,55 @@ def _prefix(source: Source, present: Mapping[str, Tensor]) -> str:
     return best[0][0]
 
 
-def _misfit(value: Tensor | StoredTensor, present: Tensor) -> str | None:
-    """Why ``value`` cannot be copied into ``present``; ``None`` if it can."""
+def _misfit(name: str, source: Source, present: Tensor) -> str | None:
+    """Why the tensor ``name`` of ``source`` cannot be copied into ``present``; ``None`` if it can."""
+    value = source[name]
+    dtype = _dtype_of(value)
+    if isinstance(present, nn.Parameter) and present.is_floating_point() and _holds_codes(name, source):
+        return (
+            "is quantized in it and plain here: make the module with the quantized layers that it was trained with, "
+            "and leave `base` out; or give the weights in full precision that were quantized"
+        )
     if tuple(value.shape) != tuple(present.shape):
         return f"has shape {tuple(value.shape)} in it and {tuple(present.shape)} here"
     if present.is_meta:
         return "has no memory here, on the meta device: make the module on another one"
-    dtype = value.torch_dtype() if isinstance(value, StoredTensor) else value.dtype
     if is_quantized_tensor(present) and type(value) is not type(present):
         return f"is of {dtype} in it and a {type(present).__name__} here: load the base before it is quantized"
     if dtype.is_floating_point and not present.is_floating_point():
         return f"is of {dtype} in it and of {present.dtype} here: load the base before it is quantized"
     return None
+
+
+def _has_codes(layer: nn.Module) -> bool:
+    """Whether bitsandbytes has quantized the weight of ``layer``: it does so when the layer moves to a device."""
+    weight = parameter_of(layer)
+    return not weight.is_floating_point() or quantization_of(layer) is not None
+
+
+def _holds_codes(name: str, source: Source) -> bool:
+    """Whether the weight ``name`` of ``source`` was quantized by bitsandbytes, to codes of any dtype."""
+    value = source[name]
+    has_scales = f"{name}.absmax" in source or getattr(value, "quant_state", None) is not None
+    return has_scales or not _dtype_of(value).is_floating_point
+
+
+def _misfit_of_codes(name: str, source: Source, layer: nn.Module) -> str | None:
+    """Why ``source`` has not the values of the quantized ``layer``, which cannot be copied; ``None`` if it has them."""
+    start = name.removesuffix("weight")
+    for key, own in layer.state_dict().items():
+        value = source.get(f"{start}{key}")
+        if value is not None and key != "bias" and not same_bits(_read(value), own):
+            return (
+                f"is of {_dtype_of(source[name])} in it and quantized here, with other values: load the base before it "
+                "is quantized, and leave `base` out"
+            )
+    return None
+
+
+def _dtype_of(value: Tensor | StoredTensor) -> torch.dtype:
+    return value.torch_dtype() if isinstance(value, StoredTensor) else value.dtype
+
+
+def _read(value: Tensor | StoredTensor) -> Tensor:
+    return value.read() if isinstance(value, StoredTensor) else value

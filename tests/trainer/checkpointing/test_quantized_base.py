@@ -16,7 +16,7 @@ from lightning_lora.trainer.imports import MisconfigurationException
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 pytest.importorskip("bitsandbytes")
-from tests.helpers.quantized import FourBits, Wide, quantizing_trainer
+from tests.helpers.quantized import FourBits, Wide, eight_bits, four_bits, quantizing_trainer
 
 
 def lora(**kwargs: object) -> LoRACallback:
@@ -125,6 +125,38 @@ def test_the_best_checkpoint_is_merged(tmp_path):
     best = load_from_checkpoint(FourBits, files.best_model_path)
     merge_lora(best, dequantize=True)
     assert all(torch.equal(value, best.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+class EightBits(Wide):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.layers[0].q = eight_bits(self.net.layers[0].q)
+
+
+@pytest.mark.parametrize(("make", "quantize"), [(FourBits, four_bits), (EightBits, eight_bits)])
+def test_a_quantized_base_is_not_copied(tmp_path, make, quantize):
+    """Its codes alone would be, without their scales. What the error says to do gives what was trained."""
+    module, path = make(), str(tmp_path / "model.safetensors")
+    save_file(module.net.state_dict(), path)
+    _, files = trained(tmp_path, lora(merge=False), module, trainer)
+    other = make()
+    other.net.layers[0].q = quantize(nn.Linear(64, 64))
+    words = r"`net.layers.0.q.weight` is quantized in it and plain here: make the module with the quantized layers that"
+    for base in (path, make()):
+        with pytest.raises(ValueError, match=words):
+            load_from_checkpoint(Wide(), files.best_model_path, base=base)
+        with pytest.raises(
+            ValueError, match=r"is of .* in it and quantized here, with other values: load the base bef"
+        ):
+            load_from_checkpoint(other, files.best_model_path, base=base)
+    for base in (None, path, make()):
+        loaded = load_from_checkpoint(make(), files.best_model_path, base=base)
+        assert all(torch.equal(value, module.state_dict()[key]) for key, value in loaded.state_dict().items())
+    with pytest.warns(UserWarning, match="compared by name and shape alone, being quantized in one of the two"):
+        loaded = load_from_checkpoint(Wide(), files.best_model_path, base=base_file(tmp_path))
+    pair, weight = loaded.net.layers[0].q.lora.default, Wide().net.layers[0].q.weight
+    assert torch.equal(pair.B, module.net.layers[0].q.lora.default.B)
+    assert torch.equal(loaded.net.layers[0].q._parameters["weight"], weight)
 
 
 @pytest.mark.parametrize(
