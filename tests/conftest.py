@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+logging.basicConfig()  # Lightning hands its messages to the root logger only if that has a handler at the import
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the process that starts the workers does without torch
+    import torch
+
     torch.set_num_threads(1)  # torch would give every worker all cores
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the garbage collector away from modules and test items.
+
+    They stay until the end, and are so many that one pass over them takes half a second.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +43,38 @@ def environment() -> Iterator[None]:
     sys.argv = arguments[:1]
     yield
     sys.argv = arguments
-    for name in (os.environ.keys() | before.keys()) - {"PYTEST_CURRENT_TEST"}:
-        if name in before:
-            os.environ[name] = before[name]
-        else:
-            del os.environ[name]
+    after = dict(os.environ)
+    for name in after.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    for name, value in before.items():
+        if after.get(name) != value and name != "PYTEST_CURRENT_TEST":
+            os.environ[name] = value
+
+
+class Messages(logging.Handler):
+    """Keeps the messages it gets in ``texts``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The messages that a test logs, from INFO on.
+
+    It takes the place of pytest's `caplog`, whose plugin is off (see ``addopts``).
+    """
+    root, handler = logging.getLogger(), Messages()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield handler.texts
+    root.setLevel(level)
+    root.removeHandler(handler)
 
 
 @pytest.fixture

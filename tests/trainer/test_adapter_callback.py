@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import pytest
@@ -23,11 +22,10 @@ def test_arguments_are_those_of_the_configuration():
     assert (config.exclude, config.bias, callback.run_config.lr_scale) == (["head"], "all", 10.0)
 
 
-def test_the_module_keeps_its_bottlenecks_and_the_end_of_fit_says_so(tmp_path, caplog):
+def test_the_module_keeps_its_bottlenecks_and_the_end_of_fit_says_so(tmp_path, log):
     module, files = LitEncoder(), checkpoints(tmp_path)
-    with caplog.at_level(logging.INFO):
-        trainer(AdapterCallback(3, also_train=["head"]), files).fit(module, data(), data(1))
-    assert "A bottleneck cannot be merged into the weights: the module keeps it." in caplog.text
+    trainer(AdapterCallback(3, also_train=["head"]), files).fit(module, data(), data(1))
+    assert "A bottleneck cannot be merged into the weights: the module keeps it." in "\n".join(log)
     trained = module.eval()(X)
     assert torch.equal(load_from_checkpoint(LitEncoder, files.last_model_path).eval()(X), trained)
     assert not torch.equal(trained, LitEncoder().eval()(X))
@@ -35,11 +33,10 @@ def test_the_module_keeps_its_bottlenecks_and_the_end_of_fit_says_so(tmp_path, c
     assert module.state_dict().keys() == LitEncoder().state_dict().keys()
 
 
-def test_the_start_of_a_run_shows_what_trains(caplog):
-    with caplog.at_level(logging.INFO):
-        trainer(AdapterCallback(3, "parallel"), max_epochs=1, limit_train_batches=1).fit(LitEncoder(), data())
-    assert "net.layers.*.mlp.fc2  2 modules  Linear  230 parameters" in caplog.text
-    assert "fc1" not in caplog.text  # its class is swapped, but nothing is added to it
+def test_the_start_of_a_run_shows_what_trains(log):
+    trainer(AdapterCallback(3, "parallel"), max_epochs=1, limit_train_batches=1).fit(LitEncoder(), data())
+    assert "net.layers.*.mlp.fc2  2 modules  Linear  230 parameters" in "\n".join(log)
+    assert "fc1" not in "\n".join(log)  # its class is swapped, but nothing is added to it
 
 
 def test_from_the_command_line(monkeypatch):

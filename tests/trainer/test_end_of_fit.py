@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -17,32 +16,29 @@ from lightning_lora.model.record import is_merged
 from tests.helpers.models import Lit, checkpoints, data, trainer
 
 
-def last_line(caplog) -> str:
-    lines = [record.getMessage() for record in caplog.records]
-    [line] = [line for line in lines if re.match(r"Merged|Nothing is merged|.*keeps its adapters", line)]
+def last_line(log) -> str:
+    [line] = [line for line in log if re.match(r"Merged|Nothing is merged|.*keeps its adapters", line)]
     return line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, "best", False])
-def test_one_line_says_what_was_merged_and_where_the_files_are(tmp_path, merge, caplog):
+def test_one_line_says_what_was_merged_and_where_the_files_are(tmp_path, merge, log):
     files = checkpoints(tmp_path / "files")
     lora = LoRACallback(r=4, merge=merge, export=str(tmp_path / "peft"), merged=str(tmp_path / "model"))
-    with caplog.at_level(logging.INFO):
-        trainer(lora, files, max_epochs=2).fit(Lit(), data(), data(1))
+    trainer(lora, files, max_epochs=2).fit(Lit(), data(), data(1))
     which = {
         True: "Merged 8 layers in fp32: the adapters of the last step (16).",
         "best": f"Merged 8 layers in fp32: the adapters of the best checkpoint, {files.best_model_path}.",
         False: "Nothing is merged (merge=False), the module keeps its adapters.",
     }
     where = f"Checkpoints: {files.dirpath}. PEFT directory: {tmp_path}/peft. Merged weights: {tmp_path}/model."
-    assert last_line(caplog) == f"{which[merge]} {where}"
+    assert last_line(log) == f"{which[merge]} {where}"
 
 
-def test_a_run_without_files_names_none(caplog):
-    with caplog.at_level(logging.INFO):
-        trainer(LoRACallback(r=4, merged="model"), fast_dev_run=True).fit(Lit(), data())
-    assert last_line(caplog) == "Merged 8 layers in fp32: the adapters of the last step (1)."
+def test_a_run_without_files_names_none(log):
+    trainer(LoRACallback(r=4, merged="model"), fast_dev_run=True).fit(Lit(), data())
+    assert last_line(log) == "Merged 8 layers in fp32: the adapters of the last step (1)."
     assert not Path("model").exists()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch.optim import SGD, AdamW
@@ -13,14 +11,12 @@ from lightning_lora import LoRACallback
 from tests.helpers.models import Lit, data, trainer
 
 
-def line(configure, caplog, **arguments):
+def line(configure, log, **arguments):
     """What a run says of its rates, with ``configure`` of the module as its ``configure_optimizers``."""
     module = Lit()
     module.configure_optimizers = lambda: configure(module)
-    with caplog.at_level(logging.INFO):
-        trainer(LoRACallback(r=2, merge=False, **arguments), max_epochs=1, limit_train_batches=1).fit(module, data())
-    messages = [record.getMessage() for record in caplog.records]
-    return [message for message in messages if message.startswith("Learning rates")]
+    trainer(LoRACallback(r=2, merge=False, **arguments), max_epochs=1, limit_train_batches=1).fit(module, data())
+    return [message for message in log if message.startswith("Learning rates")]
 
 
 def one_group(module):
@@ -100,16 +96,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("configure", "arguments", "expected"), CASES)
-def test_the_line(configure, arguments, expected, caplog):
-    assert line(configure, caplog, **arguments) == [f"Learning rates of {expected}"]
+def test_the_line(configure, arguments, expected, log):
+    assert line(configure, log, **arguments) == [f"Learning rates of {expected}"]
 
 
-def test_following_the_advice_leaves_the_rate_of_a_head_alone(caplog):
-    [text] = line(two_groups, caplog, **HEAD, lr_scale=10)
+def test_following_the_advice_leaves_the_rate_of_a_head_alone(log):
+    [text] = line(two_groups, log, **HEAD, lr_scale=10)
     assert "what trains in full 0.1" in text and "give what trains" not in text
 
 
-def test_there_is_no_line_where_no_rate_is_known(caplog):
+def test_there_is_no_line_where_no_rate_is_known(log):
     class Rateless(torch.optim.Optimizer):
         def __init__(self, parameters):
             super().__init__(parameters, {})
@@ -117,4 +113,4 @@ def test_there_is_no_line_where_no_rate_is_known(caplog):
         def step(self, closure=None):
             return closure()
 
-    assert line(lambda module: Rateless(module.parameters()), caplog) == []
+    assert line(lambda module: Rateless(module.parameters()), log) == []

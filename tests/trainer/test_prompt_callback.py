@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import pytest
@@ -23,12 +22,11 @@ def test_arguments_are_those_of_the_configuration():
     assert (config.bias, config.seed, callback.run_config.lr_scale) == ("all", 4, 10.0)
 
 
-def test_the_module_keeps_its_prompt_and_the_end_of_fit_says_so(tmp_path, caplog):
+def test_the_module_keeps_its_prompt_and_the_end_of_fit_says_so(tmp_path, log):
     module, files = LitEncoder(), checkpoints(tmp_path)
-    with caplog.at_level(logging.INFO):
-        trainer(PromptCallback(3, also_train=["head"]), files).fit(module, data(), data(1))
-    assert "net.layers.*  1 module  EncoderBlock  48 parameters" in caplog.text
-    assert "A prompt cannot be merged into the weights: the module keeps it." in caplog.text
+    trainer(PromptCallback(3, also_train=["head"]), files).fit(module, data(), data(1))
+    assert "net.layers.*  1 module  EncoderBlock  48 parameters" in "\n".join(log)
+    assert "A prompt cannot be merged into the weights: the module keeps it." in "\n".join(log)
     trained = module.eval()(X)
     assert torch.equal(load_from_checkpoint(LitEncoder, files.last_model_path).eval()(X), trained)
     remove_adapted(module)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -150,13 +148,12 @@ def test_a_head_that_is_trained_in_full_takes_its_values_from_the_file(tmp_path)
     assert evaluated(trainer(LoRACallback(r=4, **IN_FULL)), RedrawsLate(), files.last_model_path) == expected
 
 
-def test_the_table_is_shown_once_where_the_hook_calls_setup_again(tmp_path, caplog):
+def test_the_table_is_shown_once_where_the_hook_calls_setup_again(tmp_path, log):
     files = checkpoints(tmp_path)
     fit(Rebuilds(), files, **IN_FULL)
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        fit(Rebuilds(), epochs=2, path=files.last_model_path, **IN_FULL)
-    assert sum(record.getMessage().startswith("LoRA adapts") for record in caplog.records) == 1
+    log.clear()
+    fit(Rebuilds(), epochs=2, path=files.last_model_path, **IN_FULL)
+    assert sum(message.startswith("LoRA adapts") for message in log) == 1
 
 
 @pytest.mark.parametrize("train", ["head", pytest.param("all", marks=pytest.mark.slow)])

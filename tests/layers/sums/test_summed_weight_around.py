@@ -328,13 +328,11 @@ def test_a_write_through_data_is_seen_after_a_longer_input(monkeypatch):
 
 @pytest.fixture
 def without_collector():
-    """No automatic garbage collection, and a quick one by hand."""
+    """No automatic garbage collection."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import yaml
@@ -90,19 +88,17 @@ def test_bytes_text(size, text):
     assert bytes_text(size) == text
 
 
-def test_it_is_shown_once_at_the_start_of_fit_and_not_of_test(caplog):
+def test_it_is_shown_once_at_the_start_of_fit_and_not_of_test(log):
     module = Lit()
-    with caplog.at_level(logging.INFO):
-        trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
-        trainer(LoRACallback(r=4)).test(Lit(), data(2), verbose=False)
-    shown = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA adapts")]
+    trainer(LoRACallback(r=4), max_epochs=1).fit(module, data())
+    trainer(LoRACallback(r=4)).test(Lit(), data(2), verbose=False)
+    shown = [message for message in log if message.startswith("LoRA adapts")]
     assert len(shown) == 1 and "net.layers.*.q" in shown[0]
 
 
-def test_it_says_what_merged_files_will_hold(caplog):
-    with caplog.at_level(logging.INFO):
-        trainer(LoRACallback(r=4, save="merged"), fast_dev_run=True).fit(Lit(), data())
-    [shown] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA adapts")]
+def test_it_says_what_merged_files_will_hold(log):
+    trainer(LoRACallback(r=4, save="merged"), fast_dev_run=True).fit(Lit(), data())
+    [shown] = [message for message in log if message.startswith("LoRA adapts")]
     assert shown.endswith("a checkpoint holds the merged model (11.3 kB) and what trains (4.1 kB)")
 
 
@@ -132,11 +128,10 @@ def test_the_configuration_is_among_the_hyperparameters(logger, tmp_path):
     assert saved["lora"]["r"] == 4 and saved["lora"]["targets"] == ["q"] and saved["lora"]["lr_scale"] == 10.0
 
 
-def test_rounding_losses_of_a_half_precision_merge_are_told(caplog):
+def test_rounding_losses_of_a_half_precision_merge_are_told(log):
     module = Lit()
-    with caplog.at_level(logging.INFO):
-        trainer(LoRACallback(r=4), max_epochs=1, precision="bf16-true").fit(module, BF16(data().dataset.tensors))
-    [told] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Merged")]
+    trainer(LoRACallback(r=4), max_epochs=1, precision="bf16-true").fit(module, BF16(data().dataset.tensors))
+    [told] = [message for message in log if message.startswith("Merged")]
     assert "Merged 8 layers in bf16: the adapters of the last step (8). Rounding to the weights' dtype lost" in told
     assert "(in `net.layers." in told
     assert module.net.layers[0].q.weight.dtype == torch.bfloat16
