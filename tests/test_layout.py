@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from functools import cache
 from pathlib import Path
 
 import lightning_lora
@@ -120,11 +118,6 @@ ELSEWHERE = {
 }
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
 def test_every_source_file_has_a_test_file_of_its_name_or_a_reason():
     for source in SOURCES:
         name = source.with_suffix("").as_posix()
@@ -151,7 +144,6 @@ def test_no_toy_model_is_defined_twice():
     """Names that say nothing of what a model is for."""
     owners = {}
     for path in sorted(TESTS.rglob("*.py")):
-        for node in tree_of(path).body:
-            if isinstance(node, ast.ClassDef) and node.name in {"Attention", "Block", "Net"} and node.bases:
-                owners.setdefault(node.name, []).append(path.name)
+        for name in re.findall(r"^class (Attention|Block|Net)\((?!\))", path.read_text(), re.MULTILINE):
+            owners.setdefault(name, []).append(path.name)
     assert owners == {"Attention": ["models.py"], "Block": ["models.py"], "Net": ["models.py"]}

@@ -55,7 +55,7 @@ class Net(nn.Module):
 def net(**kwargs: object) -> Net:
     """The same network at every call, and no trace of it in the global random stream."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` writes down the call stack for each other device
         return Net(**kwargs)
 
 
@@ -289,7 +289,7 @@ class LitEncoder(Lit):
         self.save_hyperparameters()
         self.lr = lr
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             self.net = Encoder(**kwargs)
 
 

@@ -189,7 +189,7 @@ def floats(result: Any) -> Iterator[Tensor]:
 def seeded() -> Iterator[None]:
     """Seed torch and Python, and give their streams back."""
     states = torch.get_rng_state(), random.getstate()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     random.seed(0)
     try:
         yield

@@ -62,7 +62,7 @@ def copied(monkeypatch):
 
 
 def several(ranks=RANKS, widths=(4, 4, 4, 4), **config):
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = Tower(0).double()
     for inside, outside in pairwise(widths):
         model.layers.append(nn.Linear(inside, outside).double())  # A and B stay in fp32, so the copies are casts

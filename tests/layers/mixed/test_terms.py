@@ -34,7 +34,7 @@ def several(name: str) -> Subject:
     targets = [subject.case.targets] if isinstance(subject.case.targets, str) else subject.case.targets
     for adapter, r in RANKS.items():
         apply_lora(subject.model, LoRAConfig(name=adapter, r=r, alpha=r * SCALE, targets=targets))
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     for _, parameter in lora_parameters(subject.model):
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
     for module in subject.model.modules():
@@ -73,7 +73,7 @@ def samples_of(name: str, subject: Subject) -> tuple[int, int]:
 
 def weighted(outputs: list[Tensor]) -> Tensor:
     """A sum in which every element counts differently."""
-    torch.manual_seed(6)
+    torch.default_generator.manual_seed(6)
     return sum((y * torch.randn(y.shape, dtype=y.dtype)).sum() for y in outputs)
 
 
