@@ -68,6 +68,7 @@ ELSEWHERE = {
     "ops/fused_linear": ("ops/test_linear", "it must equal the plain formula, case by case"),
     "ops/gated_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/fused_embedding": ("layers/test_embedding", "it must equal the plain formula, case by case"),
+    "ops/dropout_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/embedding_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
     "ops/mixed_products": ("ops/test_mixed_linear", "the op multiplies with them"),
     "layers/mixed/copies": ("layers/mixed/test_linear", "outputs of layers show whether a copy is stale"),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.ops.dispatch import MAX_R, check_unmodified, without_autocast
-from lightning_lora.ops.gated_product import Factors, gradient_of_A, input_or_product, large_saved_factors
+from lightning_lora.ops.dispatch import MAX_R, can_use_kernels, check_unmodified, without_autocast
+from lightning_lora.ops.gated_product import MIN_ELEMENTS, Factors, gradient_of_A, input_or_product, large_saved_factors
 from lightning_lora.ops.packed.weight import PackedWeight, Weight, matrix_of, stored_in
 from lightning_lora.ops.products import as_matrix, base_plus_low_rank, differentiable_gradients, like, matmul, scaled
 from lightning_lora.torch_internals import (
@@ -135,8 +135,9 @@ class FusedLinear(torch.autograd.Function):
         d_hidden = torch.mm(dy, cast_B)  # (n, r)
         dx = None
         if needs_dx:
-            low = torch.mm(d_hidden, cast_A)
-            low = low if mask is None else _undrop(low, as_matrix(mask), 1 / (1 - p))
+            low = (
+                torch.mm(d_hidden, cast_A) if mask is None else undropped_product(d_hidden, cast_A, as_matrix(mask), p)
+            )
             dx = like(low.addmm_(dy, matrix_of(weight)), x)
         if needs_dB and hidden is None:
             hidden = F.linear(x, cast_A)
@@ -152,6 +153,16 @@ class FusedLinear(torch.autograd.Function):
 def undropped(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
     """The gradient of what ``torch.native_dropout`` dropped, by that of its result."""
     return gradient * mask * (1 / (1 - p)) if is_batched(gradient) else _undrop(gradient, mask, 1 / (1 - p))
+
+
+def undropped_product(d_hidden: Tensor, A: Tensor, mask: Tensor, p: float) -> Tensor:
+    """:func:`undropped` of ``d_hidden A``, for a gradient ``(n, r)`` of ``A x`` and a mask ``(n, in_features)``."""
+    if mask.numel() >= MIN_ELEMENTS and len(A) <= MAX_R and can_use_kernels(d_hidden):
+        from lightning_lora.ops import dropout_kernels
+
+        return dropout_kernels.undropped_product(d_hidden, A, mask, 1 / (1 - p))
+    dx: Tensor = _undrop(torch.mm(d_hidden, A), mask, 1 / (1 - p))
+    return dx
 
 
 _undrop = torch.ops.aten.native_dropout_backward.default
