@@ -107,7 +107,7 @@ def stored_order(weight: Tensor) -> tuple[int, ...]:
 
 def is_dense(weight: Tensor) -> bool:
     """Whether ``weight`` fills its memory without gaps, its rows one after the other."""
-    return weight.permute(stored_order(weight)).is_contiguous()
+    return weight.is_contiguous() or weight.permute(stored_order(weight)).is_contiguous()
 
 
 def _reordered(right: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:

@@ -273,9 +273,7 @@ def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:
     if tensors[0].dtype != first.dtype or not is_dense(tensors[0]):
         return False
     return all(
-        not (tensor.is_inference() or tensor.is_meta)
-        and tensor.device == first.device
-        and tensor.untyped_storage().size()
+        not (tensor.is_inference() or tensor.is_meta) and tensor.device == first.device and tensor.data_ptr()
         for tensor in tensors
     )
 
