@@ -80,7 +80,8 @@ def sequence_first(layer: nn.MultiheadAttention, *inputs: Tensor) -> list[Tensor
     """The inputs as ``(length, batch, features)``; equal objects stay equal objects, as in torch."""
     if inputs[0].dim() == 2:
         return [x.unsqueeze(1) for x in inputs]
-    transposed = {id(x): x.transpose(0, 1) if layer.batch_first else x for x in inputs}
+    distinct = {id(x): x for x in inputs}
+    transposed = {key: x.transpose(0, 1) if layer.batch_first else x for key, x in distinct.items()}
     return [transposed[id(x)] for x in inputs]
 
 
