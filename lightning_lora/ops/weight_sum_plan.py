@@ -133,9 +133,10 @@ class SumPlan:
         pointers = [0 if gradient is None else gradient.data_ptr() for gradient in dense]
         stream = cuda_stream_id(self.device) if self.device.type == "cuda" else 0
         where = first.element_size(), inner, pointers, _addresses(lefts), _addresses(rights)
-        if self.last is None or self.last[0] != (stream, where):  # in most steps nothing has moved
-            self.last = (stream, where), *self._addresses_on_device(*where)
-        _, on_device, is_plain = self.last
+        last = self.last
+        if last is None or last[0] != (stream, where):  # in most steps nothing has moved
+            self.last = last = (stream, where), *self._addresses_on_device(*where)
+        _, on_device, is_plain = last
         results = torch.empty(self.of_gradients.size, device=self.device)
         with torch.cuda.device(results.get_device()):
             arguments = self.gradient_tiles, self.of_lefts, self.table, on_device, results, self.r, scale
