@@ -111,8 +111,8 @@ class Inert(nn.Module):
         return x if self.out_features is None else x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[WeightPart] | str:
-    """The parts ``q``, ``k`` and ``v`` that the fused projection ``leaf`` of ``owner`` has, or why they are unknown.
+def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[WeightPart] | None:
+    """The parts ``q``, ``k`` and ``v`` that the fused projection ``leaf`` of ``owner`` has; ``None`` if unknown.
 
     Args:
         owner: the module whose forward uses ``layer``; ``None`` where there is none.
@@ -128,10 +128,7 @@ def fused_parts(owner: nn.Module | None, leaf: str, layer: nn.Module) -> list[We
         disjoint = count == len(set().union(*by_role.values())) == out_features
         if disjoint and len(rows) > 1 and None not in rows.values():
             return [replace(whole, name=name, rows=rows[name]) for name in FUSED_PARTS if name in rows]
-    return (
-        "fuses query, key and value, and which rows are which was not found by running the code around it; to "
-        f"adapt all of it write targets={[leaf]!r}"
-    )
+    return None
 
 
 def _attempts(owner: nn.Module, leaf: str, layer: nn.Module) -> Iterator[dict[str, set[int]]]:

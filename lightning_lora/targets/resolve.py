@@ -156,8 +156,12 @@ def _parts_of_layer(site: Site, choice: Choice, survey: Survey, config: LoRAConf
     if not several and (choice.only is not None or excluded):
         owner, _, leaf = stem(site.name).rpartition(".")
         rows = fused_parts(survey.by_name.get(owner), leaf, site.module)
-        if isinstance(rows, str):
-            return rows
+        if rows is None:
+            ending = site.name.removeprefix(f"{owner}.")  # the layer may be one of those in `leaf`
+            return (
+                "fuses query, key and value, and which rows are which was not found by running the code around it; to "
+                f"adapt all of it write targets={[ending]!r}"
+            )
         parts = rows
     keys = dict.fromkeys(part.key for part in parts)
     raw = [key for key in keys if survey.reads.is_read_raw(site.name, key)]

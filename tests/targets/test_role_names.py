@@ -84,12 +84,17 @@ def test_projections_may_be_convolutions_of_one_position(make):
     assert preset(attention(*names, make=lambda a, b: make(a, b, 3)), "attn") == {}
 
 
-def test_the_rows_of_a_fused_convolution_are_not_known():
-    model = attention("qkv", "proj", make=lambda a, b: nn.Conv2d(a, 3 * b, 1))
-    words = r"`layers.0.mixer.qkv` fuses query, key and value, .* to adapt all of it write targets=\['qkv'\]"
+@pytest.mark.parametrize("ending", ["qkv", "qkv.1"])
+def test_the_rows_of_a_fused_convolution_are_not_known(ending):
+    def pointwise(in_features, out_features):
+        layer = nn.Conv2d(in_features, 3 * out_features, 1)
+        return layer if ending == "qkv" else nn.Sequential(nn.BatchNorm2d(in_features), layer)
+
+    model = attention("qkv", "proj", make=pointwise)
+    words = rf"`layers.0.mixer.{ending}` fuses query, key and value, .* to adapt all of it write targets=\['{ending}'\]"
     with pytest.raises(ValueError, match=words):
         apply_lora(model, LoRAConfig(targets="qv"))
-    assert apply_lora(model, LoRAConfig(targets=["qkv"])) == ["layers.0.mixer.qkv"]
+    assert apply_lora(model, LoRAConfig(targets=[ending])) == [f"layers.0.mixer.{ending}"]
 
 
 @pytest.mark.parametrize(
