@@ -2,13 +2,15 @@
 
 A base checkpoint loads into an adapted model as into a plain one. Reentrant activation checkpointing computes no
 gradients where no input requires one, as after a frozen embedding. So in a model that uses it, the outputs of the first
-frozen layers are made to require a gradient. ``use_reentrant=False`` needs nothing.
+frozen layers are made to require a gradient. ``use_reentrant=False`` needs nothing. Reversible layers, whose autograd
+function runs them without gradients and again in its backward pass, are like reentrant checkpointing.
 """
 
 from __future__ import annotations
 
 import ast
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from lightning_lora import names
 from lightning_lora.config import MethodConfig
 from lightning_lora.foreign import CHECKPOINT_FUNCTIONS, checkpoints_reentrantly
 from lightning_lora.layers.adapted import Adapted, added_to
-from lightning_lora.layers.source_code import computing_methods
+from lightning_lora.layers.source_code import computing_methods, functions_of, names_in
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.quantized.live import equip_quantized, strip_quantized
 from lightning_lora.targets.survey import Survey, survey_of
+
+RECOMPUTING = {"enable_grad", "set_grad_enabled", "backward_pass"}  # in the code of a backward pass that recomputes
 
 
 class GraphStart:
@@ -99,8 +103,22 @@ def is_reentrant(module: nn.Module) -> bool:
 
 @cache
 def _calls_checkpoint(cls: Any) -> bool:
+    if any(_calls_recomputing_function(function) for _, function in functions_of(cls)):
+        return True
     return any(
         _reenters(node) for _, method in computing_methods(cls, CHECKPOINT_FUNCTIONS) for node in ast.walk(method)
+    )
+
+
+def _calls_recomputing_function(function: FunctionType) -> bool:
+    """Whether ``function`` calls an autograd function whose backward pass runs modules again, with gradients."""
+    used = names_in(function.__code__)
+    values = (function.__globals__.get(name) for name in used if "apply" in used)
+    return any(
+        isinstance(value, type)
+        and issubclass(value, torch.autograd.Function)
+        and not RECOMPUTING.isdisjoint(names_in(value.backward.__code__))
+        for value in values
     )
 
 

@@ -40,6 +40,45 @@ class Unsaid(Model):
         return rematerialize.checkpoint(layer, x)
 
 
+class RunTwice(torch.autograd.Function):
+    """As the function of a reversible network: its layer runs without gradients, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.x = layer, x.detach()
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        y.backward(gradient)
+        return x.grad, None
+
+
+class Reversible(Model):
+    def run(self, layer, x):
+        return RunTwice.apply(x, layer)
+
+
+class Doubled(torch.autograd.Function):
+    """A function that runs no module."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Custom(Model):
+    def run(self, layer, x):
+        return Doubled.apply(layer(x))
+
+
 class NotReentrant(Model):
     def run(self, layer, x):
         return checkpoint(layer, x, use_reentrant=False)
@@ -70,7 +109,7 @@ def gradients(model, x=INDEX):
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
-@pytest.mark.parametrize("make", [Reentrant, NotReentrant])
+@pytest.mark.parametrize("make", [Reentrant, NotReentrant, Reversible])
 def test_gradients_are_those_without_checkpointing(make):
     plain = Model()
     model = make()
@@ -83,7 +122,8 @@ def test_gradients_are_those_without_checkpointing(make):
 
 
 @pytest.mark.parametrize(
-    ("make", "expected"), [(Model, False), (Reentrant, True), (Unsaid, True), (NotReentrant, False)]
+    ("make", "expected"),
+    [(Model, False), (Reentrant, True), (Unsaid, True), (NotReentrant, False), (Reversible, True), (Custom, False)],
 )
 def test_what_reenters_is_seen_in_the_code(make, expected):
     model = make()
