@@ -72,6 +72,14 @@ def compute_on_activations(model: nn.Module) -> None:
         layer.lora.sums = {}
 
 
+def forget_sums(model: nn.Module) -> None:
+    """Free the sums of ``model``: the next ones have in them what was written through ``.data`` since."""
+    for _, layer in adapted_layers(model):
+        for summed in layer.lora.sums.values():
+            if summed.group.sums is not None:
+                summed.group.forget()
+
+
 def has_weight_side(cls: type[LoRALayer]) -> bool:
     """Whether layers of the adapted class ``cls`` can run on the sum of their weight and the adapters."""
     return issubclass(cls, WITH_WEIGHT_SIDE) and not issubclass(cls, LoRAQuantizedLinear)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, lora_parameters
 from lightning_lora.layers.base import adapted_layers
 from lightning_lora.layers.sums.reading import summed_weight
 from tests.helpers.models import Lit, checkpoints, data, trainer
@@ -43,6 +44,30 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(compute, tmp
     resumed, _ = fitted(compute=compute, max_epochs=3, ckpt=tmp_path / "last.ckpt")
     assert differing(resumed, whole) == []
     assert sides(whole) == {compute == "weights"}
+
+
+class HalfForValidation(Callback):
+    """Validates with other values of the adapters, written through ``.data``; each batch ends with a part of a pass."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        with torch.no_grad():
+            module.net.layers[1](torch.ones(1, 16))
+
+    def on_validation_start(self, trainer, module):
+        for _, parameter in lora_parameters(module):
+            parameter.data.mul_(0.5)
+
+    def on_validation_end(self, trainer, module):
+        for _, parameter in lora_parameters(module):
+            parameter.data.mul_(2)
+
+
+def test_validation_sees_weights_that_were_exchanged_through_data():
+    losses = []
+    for side in SIDES:
+        _, runner = fitted(HalfForValidation(), compute=side, max_epochs=2)
+        losses.append(runner.callback_metrics["val_loss"])
+    assert_close(*losses)
 
 
 def test_a_run_that_breaks_in_an_epoch_is_resumed(tmp_path):

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_lora.config import RunConfig
 from lightning_lora.methods.lora import LoRAMethod
 from lightning_lora.model.several.trained_in_addition import warning_of_changes
+from lightning_lora.model.sum_groups import forget_sums
 from lightning_lora.trainer.batches.each_batch import EachBatchCallback
 from lightning_lora.trainer.imports import MisconfigurationException, pl, rank_zero_warn
 from lightning_lora.trainer.patching import call_on_close
@@ -106,6 +107,12 @@ class RoutedCallback(EachBatchCallback):
             if self._liveness is not None:
                 self._liveness.used = used
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep no sum of weights: other callbacks may exchange the weights for averaged ones, through ``.data``."""
+        forget_sums(pl_module)
+        super().on_validation_start(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
