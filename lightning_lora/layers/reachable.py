@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.foreign import LIGHTNING_HOOKS
-from lightning_lora.layers.source_code import function_of, functions_of, is_library, names_in
+from lightning_lora.layers.source_code import function_of, functions_of, is_library, names_in, words_in
 
 ENTRIES = {"forward", "__call__"}
 
@@ -35,7 +35,7 @@ def reachable_names(modules: Mapping[str, nn.Module]) -> set[str]:
     seen = set(waiting)
     while waiting:
         function = waiting.pop()
-        used = _words_in(function.__code__) - names
+        used = words_in(function.__code__) - names
         names |= used
         called = set(_called_globals(function)).union(*(methods.get(name, ()) for name in used)) - seen
         waiting += called
@@ -56,13 +56,6 @@ def _methods(classes: Iterable[type]) -> dict[str, set[FunctionType]]:
         for name, function in functions_of(cls):
             methods.setdefault(name, set()).add(function)
     return methods
-
-
-def _words_in(code: CodeType) -> set[str]:
-    """The names that ``code`` uses, and its strings, which ``getattr`` may be given."""
-    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    strings = {const for const in code.co_consts if isinstance(const, str)}
-    return names_in(code) | strings.union(*map(_words_in, nested))
 
 
 def _called_globals(function: FunctionType) -> Iterator[FunctionType]:

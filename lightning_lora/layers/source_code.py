@@ -24,13 +24,13 @@ def is_library(cls: type | FunctionType) -> bool:
 
 
 def computing_methods(cls: type, words: Iterable[str]) -> Iterator[tuple[str, ast.AST]]:
-    """Iterate over the names and code of the methods of ``cls`` that compute an output and use a name in ``words``.
+    """Iterate over the names and code of the methods of ``cls`` that compute an output and use one of ``words``.
 
-    The names come from the compiled code; only the source of methods that use one is read and parsed.
+    The words come from the compiled code; only the source of methods that use one is read and parsed.
     """
     wanted = set(words)
     for name, function in functions_of(cls):
-        if not NOT_COMPUTING.fullmatch(name) and wanted & names_in(function.__code__):
+        if not NOT_COMPUTING.fullmatch(name) and wanted & words_in(function.__code__):
             yield from ((name, tree) for tree in _parsed(function))
 
 
@@ -60,6 +60,13 @@ def names_in(code: CodeType) -> set[str]:
     """The names that ``code`` and its nested functions use."""
     nested = (const for const in code.co_consts if isinstance(const, CodeType))
     return set(code.co_names).union(*map(names_in, nested))
+
+
+def words_in(code: CodeType) -> set[str]:
+    """The names that ``code`` uses, and its strings, which ``getattr`` may be given."""
+    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
+    strings = {const for const in code.co_consts if isinstance(const, str)}
+    return names_in(code) | strings.union(*map(words_in, nested))
 
 
 def is_linear_forward(forward: object) -> bool:

@@ -57,8 +57,7 @@ def _covers(read: str, path: str) -> bool:
 @cache
 def paths_read(cls: Any, key: str) -> frozenset[tuple[str, str]]:
     """The methods of ``cls`` that read ``key`` of modules, each with a path to such; ``layers.*`` is all inside."""
-    methods = computing_methods(cls, [key, "getattr"])
-    return frozenset((name, path) for name, method in methods for path in _paths_in(method, key))
+    return frozenset((name, path) for name, method in computing_methods(cls, [key]) for path in _paths_in(method, key))
 
 
 def _paths_in(method: ast.AST, key: str) -> Iterator[str]:
