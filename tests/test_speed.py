@@ -63,7 +63,7 @@ ROWS = {
     "merge": ["peft", "lightning_lora"],
     "files": ["lightning-lora merge", "peft merge_and_unload"],
 }
-FAST = ("embedding", "several-host", "several-paths", "injection", "inference", "host", "merge")
+FAST = ("several-host", "injection", "inference", "host", "merge")
 
 
 class SmallResNet(nn.Module):

@@ -32,11 +32,13 @@ def planned(tmp_path_factory):
     return costs
 
 
-@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), pytest.param(8, 37.7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), (8, 37.7)])
 def test_gpt3_on_queries_and_values(planned, r, millions):
     assert round(planned("gpt3", r).trainable / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 def test_gpt3_parameters(planned):
     assert planned("gpt3", 1).base / 1e6 == pytest.approx(175_255.8, rel=3e-4)
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,11 @@ def test_it_starts_as_the_base_where_that_is_promised(case):
     assert {name for name, p in own.named_parameters() if p.requires_grad} == case.trained
 
 
-@every_method
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("case", "device"),
+    slow_except([*product(CASES, ["cpu"]), *product(OF_EACH_CALLBACK, ["meta"])], product(CASES, ["cpu", "meta"])),
+    ids=str,
+)
 def test_the_plan_counts_what_would_train_and_changes_nothing(case, device):
     own = module().to(device)
     before = state_of(own) if device == "cpu" else None
@@ -476,7 +480,7 @@ def test_two_callbacks_are_refused(case):
         trainer(case.make(), other.make()).fit(module(), data())
 
 
-@pytest.mark.parametrize("case", WITHOUT_LORA, ids=str)
+@pytest.mark.parametrize("case", slow_except(OF_EACH_CALLBACK, WITHOUT_LORA), ids=str)
 def test_peft_refuses_it_by_name(case, tmp_path):
     from lightning_lora import load_adapter, save_adapter
 

@@ -68,6 +68,7 @@ def texts() -> list[Message]:
     return found
 
 
+@cache
 def messages() -> list[Message]:
     """Those with an advice."""
     return [message for message in texts() if ADVICE.search(message.text)]

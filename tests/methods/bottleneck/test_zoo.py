@@ -51,7 +51,7 @@ TRANSFORMERS = {
     "wavlm": TWO_LAYERS,
     "clip": (8, 4, 4, 4),
 }
-FAST = ["gpt2", "mixtral", "bert_classifier", "squeezebert", "t5", "wavlm"]
+FAST = ["gpt2", "squeezebert", "t5"]
 TIMM = {
     "vit_tiny_patch16_224": (32, {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}, TWO_LAYERS),
     "deit3_small_patch16_224": (32, {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}, TWO_LAYERS),

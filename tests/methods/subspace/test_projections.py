@@ -110,6 +110,7 @@ def test_rows_of_two_parameters_differ():
     assert abs((P * other).mean()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_projection_gives_the_same(kind):
     z = torch.randn(10, requires_grad=True)
