@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.scripts import run_python
+from tests.helpers.scripts import run_script
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -81,7 +81,7 @@ def test_a_row_whose_model_cannot_be_made_leaves_the_others(qlora):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits_and_merges_to_the_sum(tmp_path):
-    done = run_python(BENCHMARKS / "qlora_resume.py", "--tiny", "--out", tmp_path / "resume", folder=tmp_path)
+    done = run_script(BENCHMARKS / "qlora_resume.py", "--tiny", "--out", tmp_path / "resume", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / f"resume_{datetime.date.today()}.md").read_text()
     assert "resumed after step 20: the same bits" in text and "Losses of these 30 steps: the same bits" in text
