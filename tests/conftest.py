@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the process that starts the workers d
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
+def pytest_collection() -> Generator[None, object, object]:
     """Keep the garbage collector away from modules and test items.
 
     They stay until the end, and are so many that one pass over them takes half a second.
@@ -43,12 +43,11 @@ def environment() -> Iterator[None]:
     sys.argv = arguments[:1]
     yield
     sys.argv = arguments
-    after = dict(os.environ)
-    for name in after.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
-        del os.environ[name]
-    for name, value in before.items():
-        if after.get(name) != value and name != "PYTEST_CURRENT_TEST":
-            os.environ[name] = value
+    for name in {name for name, _ in before.items() ^ dict(os.environ).items()} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
 
 
 class Messages(logging.Handler):
