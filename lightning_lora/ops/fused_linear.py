@@ -122,10 +122,10 @@ class FusedLinear(torch.autograd.Function):
         if needs_dx:
             check_unmodified(stored_in(weight), versions[2])
         again = torch.is_grad_enabled()  # this backward is differentiated again
-        if again or cast_A is A or cast_B is B:
+        if again or d_dropped is not None or cast_A is A or cast_B is B:
             check_unmodified(A, versions[0])
             check_unmodified(B, versions[1])
-        if again or is_batched(dy):
+        if again or d_dropped is not None or is_batched(dy):
             x = x if gate is None else input_or_product(ctx.x(), x, gate)
             base, low, dA, dB = differentiable_gradients(dy, x, matrix_of(weight), A, B, scale)
             low = low if d_dropped is None else low + d_dropped

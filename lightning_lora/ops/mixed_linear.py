@@ -84,7 +84,7 @@ class MixedLinear(torch.autograd.Function):
         if dy is None:  # only a second derivative goes this way
             dx = None if d_dropped is None else undropped(d_dropped, mask, p)
             return dx, None, None, *[None] * len(needs)
-        again = torch.is_grad_enabled() or is_batched(dy)
+        again = torch.is_grad_enabled() or is_batched(dy) or d_dropped is not None
         _check(ctx, needs_dx, again)
         db = as_matrix(dy).sum(0) if needs_db else None
         if again:

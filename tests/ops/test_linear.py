@@ -414,6 +414,28 @@ def test_gradients_of_every_order_with_dropout():
     assert torch.autograd.gradgradcheck(function, (x, A, B))
 
 
+def test_a_loss_and_a_penalty_on_a_gradient_share_one_backward_with_dropout():
+    x, weight, _, A, B = tensors((3, 5), 4, 2, torch.float64, False, torch.float64)
+
+    def gradients_of(function):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
+        torch.manual_seed(1)
+        y = function(*inputs)
+        (dA,) = torch.autograd.grad(y.square().sum(), inputs[1], create_graph=True)
+        return torch.autograd.grad(dA.square().sum() + y.sum(), inputs)
+
+    def written_out(x, A, B):
+        dropped, _ = torch.native_dropout(x, 0.3, True)
+        return x @ weight.T + 0.5 * dropped @ A.T @ B.T
+
+    for result, expected in zip(
+        gradients_of(lambda x, A, B: fused_linear(x, weight, None, A, B, 0.5, 0.3)),
+        gradients_of(written_out),
+        strict=True,
+    ):
+        assert_near(result, expected, 1e-12)
+
+
 def test_a_base_that_was_thawed_is_evaluated_as_it_was_trained(on_cpu):
     net, x = model(), torch.randn(4, 6)
     with torch.no_grad():

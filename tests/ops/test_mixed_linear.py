@@ -145,6 +145,20 @@ def test_dropout_has_one_mask_in_both_passes(products):
 
 
 @both_ways
+def test_a_loss_and_a_penalty_on_a_gradient_share_one_backward_with_dropout(products):
+    x, weight, bias, pairs = tensors()
+    mixture, (A, _) = Mixture(SAMPLES["one each"], DEVICE), pairs[0]
+
+    def gradients_by_x(*, graph: bool) -> Tensor:
+        torch.manual_seed(3)
+        y = op.mixed_linear(x, weight, bias, every(pairs), (1, 1, 1), mixture, 0.3, products=products)
+        (dA,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+        return torch.autograd.grad(dA.square().sum() + y.sum(), x, create_graph=graph)[0]
+
+    assert torch.allclose(gradients_by_x(graph=False), gradients_by_x(graph=True), rtol=1e-12)
+
+
+@both_ways
 def test_a_value_changed_before_backward_is_an_error_where_it_is_needed(products):
     x, weight, bias, pairs = tensors()
     mixture = Mixture(SAMPLES["one each"], DEVICE)
