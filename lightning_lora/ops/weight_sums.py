@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
 from lightning_lora.ops.weight_batch import Block, WeightBatch
+from lightning_lora.torch_internals import apply_of
 
 if TYPE_CHECKING:
     from lightning_lora.ops.weight_sum_plan import SumPlan
@@ -96,7 +97,9 @@ class BatchedSums(WeightSums):
             batches.append(batch)
             self._add(batch, blocks, values)
         self.gradients = partial(_batched_gradients, self.kinds, self.blocks, batches, self.lefts[0].dtype)
-        self.values = [values[i].to(self.dtype) for i in range(len(self.weights))]
+        self.values = [values[i] for i in range(len(self.weights))]
+        if self.dtype != self.weights[0].dtype:
+            self.values = [value.to(self.dtype) for value in self.values]
         return self.values
 
     def _factors(self, kind: list[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -192,7 +195,7 @@ class SummedWeights(torch.autograd.Function):
         """Left, then right factors of ``blocks`` to the sums of the weights ``indices``."""
         values = [sums.values[index].detach() for index in indices] if sums.values else sums.compute()
         ctx.gradients, ctx.scale, ctx.indices, ctx.done = sums.gradients, sums.scale, indices, done
-        ctx.blocks = {index: sums.blocks[index] for index in blocks}
+        ctx.blocks, ctx.positions = sums.blocks, {index: at for at, index in enumerate(blocks)}
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
         ctx.set_materialize_grads(False)  # a layer that was not called has no gradient
         return tuple(values)
@@ -202,22 +205,23 @@ class SummedWeights(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """The gradient of each factor, in its own dtype; ``None`` for those of a layer without a gradient."""
         of_sums = {i: gradient for i, gradient in zip(ctx.indices, gradients, strict=True) if gradient is not None}
-        position, count = {index: at for at, index in enumerate(ctx.blocks)}, len(ctx.blocks)
+        positions, count = ctx.positions, len(ctx.positions)
         results: list[Tensor | None] = [None] * (2 * count)
-        triples = _differentiable(ctx, of_sums, position) if torch.is_grad_enabled() else ctx.gradients(of_sums)
+        triples = _differentiable(ctx, of_sums) if torch.is_grad_enabled() else ctx.gradients(of_sums)
         for index, d_left, d_right in triples if of_sums else ():
-            results[position[index]], results[count + position[index]] = d_left, d_right
+            at = positions[index]
+            results[at], results[count + at] = d_left, d_right
         ctx.done()
         return None, None, None, None, *results
 
 
-def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor], position: Mapping[int, int]) -> Iterator[Triple]:
+def _differentiable(ctx: Any, of_sums: Mapping[int, Tensor]) -> Iterator[Triple]:
     """The gradients by operations that can be differentiated again."""
-    lefts, rights = ctx.factors[: len(position)], ctx.factors[len(position) :]
-    used = {index: block for index, block in ctx.blocks.items() if block.weight in of_sums}
-    _check_unmodified(ctx.factors, ctx.versions, [position[index] for index in used])
-    for index, block in used.items():
-        left, right = lefts[position[index]], rights[position[index]]
+    lefts, rights = ctx.factors[: len(ctx.positions)], ctx.factors[len(ctx.positions) :]
+    used = {index: at for index, at in ctx.positions.items() if ctx.blocks[index].weight in of_sums}
+    _check_unmodified(ctx.factors, ctx.versions, used.values())
+    for index, at in used.items():
+        block, left, right = ctx.blocks[index], lefts[at], rights[at]
         matrix = ctx.scale * block.of(of_sums[block.weight]).reshape(left.shape[0], right.shape[1])
         d_left, d_right = matrix @ right.to(matrix.dtype).mT, left.to(matrix.dtype).mT @ matrix
         yield index, d_left.to(left.dtype), d_right.to(right.dtype)
@@ -262,5 +266,5 @@ def with_graph(
         rights: the right factor of each.
         done: called at the end of each backward pass through the node.
     """
-    outputs: tuple[Tensor, ...] = SummedWeights.apply(sums, indices, blocks, done, *lefts, *rights)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = apply_of(SummedWeights)(sums, indices, blocks, done, *lefts, *rights)
     return outputs

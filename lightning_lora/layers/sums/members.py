@@ -144,12 +144,12 @@ class SummedMembers:
 
     def hand_out(self, values: Sequence[Tensor], tensors: list[Any]) -> None:
         """Give each member its sum, and the facts by which it sees a later change."""
-        versions, first = list(map(VERSION, tensors)), 0
+        facts = list(chain.from_iterable(zip(map(VERSION, tensors), self.addresses, self.flags, strict=True)))
+        first = 0
         for at, member, value in zip(self.weights, self.members(), values, strict=True):
-            end = at + len(member.sources)
-            scales = self.scales[first : first + len(member.pairs)]
-            member.facts = [*scales, *versions[at:end], *self.addresses[at:end], *self.flags[at:end]]
-            member.value, first = value, first + len(member.pairs)
+            last = first + len(member.pairs)
+            member.facts = self.scales[first:last] + facts[3 * at : 3 * (at + len(member.sources))]
+            member.value, first = value, last
 
 
 def weight_of(member: Member) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from lightning_lora.ops import dispatch
 from lightning_lora.torch_internals import saved_tensors_have_hooks
@@ -12,9 +12,9 @@ MAX_CHECKPOINTED_WORK = 16 * 10**10  # where activation checkpointing computes a
 MAX_ELEMENTS = 2**25  # of one weight; the sum of a larger one costs more than the launches that it saves
 
 
-def is_ever_faster(device: torch.device) -> bool:
-    """Whether sums are faster for some inputs on ``device``: where a kernel takes longer to launch than to compute."""
-    return device.type == "cuda" or device.type in dispatch.DEVICES
+def is_ever_faster(x: Tensor) -> bool:
+    """Whether sums are faster for some inputs on the device of ``x``: launching a kernel takes longer than its work."""
+    return x.is_cuda or x.device.type in dispatch.DEVICES
 
 
 def is_faster(size: int, rows: float) -> bool:

@@ -26,7 +26,6 @@ from torch import Tensor
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.sums.group import SumGroup, place_now
-from lightning_lora.layers.sums.members import ADDRESS, REQUIRES_GRAD, VERSION
 from lightning_lora.layers.sums.sizes import is_ever_faster, is_faster
 from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops.fused_linear import PLAIN
@@ -149,7 +148,8 @@ class SummedWeight:
         if type(x) is not Tensor or type(weight) not in PLAIN or is_transformed():
             return None
         rows = x.numel() // self.width
-        if not (self.always or (is_faster(self.size, rows) and (self.value is not None or is_ever_faster(x.device)))):
+        # Where there are sums, they are faster for some inputs.
+        if not (self.always or ((self.value is not None or is_ever_faster(x)) and is_faster(self.size, rows))):
             if self.was_read:
                 self._end_pass()
             self._note(rows)
@@ -212,10 +212,12 @@ class SummedWeight:
 
         Any change of these tensors changes one of them.
         """
+        facts: list[object] = [pair.scale for pair in self.pairs]
         try:
-            tensors: list[Any] = [parameters[key] for parameters, key in self.sources]
-            scales = [pair.scale for pair in self.pairs]
-            return [*scales, *map(VERSION, tensors), *map(ADDRESS, tensors), *map(REQUIRES_GRAD, tensors)]
+            for parameters, key in self.sources:
+                tensor = parameters[key]
+                facts += tensor._version, tensor.data_ptr(), tensor.requires_grad
+            return facts
         except (KeyError, AttributeError, RuntimeError, TypeError):
             return []  # one of them is computed, taken away, sharded or an inference tensor
 
