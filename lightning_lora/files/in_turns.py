@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,14 +31,24 @@ def write_behind(file: BinaryIO) -> Iterator[Callable[[bytes | memoryview], None
         OSError: if a piece could not be written, at the next one or at the end.
     """
     with ThreadPoolExecutor(1) as thread:
-        pending: Future[int] | None = None
+        pending: Future[None] | None = None
 
         def write(piece: bytes | memoryview) -> None:
             nonlocal pending
             if pending is not None:
                 pending.result()
-            pending = thread.submit(file.write, piece)
+            pending = thread.submit(_write, file, piece)
 
         yield write
         if pending is not None:
             pending.result()
+
+
+def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
+    """Write ``piece``, and let the system write to the disk and forget what it holds of the file.
+
+    Otherwise it holds as much of a large file as there is free memory, and fresh memory takes longer than the disk.
+    """
+    file.write(piece)
+    if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

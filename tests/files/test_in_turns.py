@@ -1,6 +1,7 @@
 """Reading ahead and writing behind: the same items, the same bytes, and every error."""
 
 import io
+import os
 import threading
 
 import pytest
@@ -37,21 +38,37 @@ def test_an_error_comes_in_the_place_of_its_item():
     assert seen == [1]
 
 
-def test_pieces_are_written_in_their_order():
-    file = io.BytesIO()
-    with write_behind(file) as write:
+def test_pieces_are_written_in_their_order(tmp_path):
+    with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
         for number in range(50):
             write(bytes([number]))
-    assert file.getvalue() == bytes(range(50))
+    assert (tmp_path / "file").read_bytes() == bytes(range(50))
 
 
-def test_all_but_the_last_piece_may_change_while_the_next_is_made():
-    file, pieces = io.BytesIO(), [bytearray(3), bytearray(3)]
-    with write_behind(file) as write:
+def test_all_but_the_last_piece_may_change_while_the_next_is_made(tmp_path):
+    pieces = [bytearray(3), bytearray(3)]
+    with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
         for number in range(20):
             pieces[number % 2][:] = bytes([number]) * 3
             write(memoryview(pieces[number % 2]))
-    assert file.getvalue() == b"".join(bytes([number]) * 3 for number in range(20))
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes([number]) * 3 for number in range(20))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such call")
+def test_the_system_is_not_asked_to_hold_what_was_written(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *arguments: asked.append(arguments))
+    with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
+        write(bytes(10))
+        write(bytes(10))
+    assert asked == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2
+
+
+def test_a_system_without_that_call_writes_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
+        write(b"abc")
+    assert (tmp_path / "file").read_bytes() == b"abc"
 
 
 class Full(io.BytesIO):
