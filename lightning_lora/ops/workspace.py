@@ -19,7 +19,7 @@ class _Kept(threading.local):
     """The memory of one thread."""
 
     def __init__(self) -> None:
-        self.memory: dict[tuple[str, torch.device], Tensor] = {}
+        self.memory: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}  # bytes, and the last tensor in them
 
 
 class Workspace:
@@ -97,10 +97,16 @@ class Workspace:
         It shares its memory with every tensor that had this name in this thread before. On a CPU the system clears
         fresh memory page by page, which takes longer than to compute what is written into it.
         """
-        key, size, memory = (name, like.device), like.numel() * dtype.itemsize, self._kept.memory
-        if key not in memory or memory[key].numel() < size:
-            memory[key] = torch.empty(size, dtype=torch.uint8, device=like.device)
-        return memory[key][:size].view(dtype).view(like.shape)
+        key, memory = (name, like.device), self._kept.memory
+        raw, tensor = memory.get(key, (None, None))
+        if tensor is not None and tensor.shape == like.shape and tensor.dtype == dtype:
+            return tensor
+        size = like.numel() * dtype.itemsize
+        if raw is None or raw.numel() < size:
+            raw = torch.empty(size, dtype=torch.uint8, device=like.device)
+        tensor = raw[:size].view(dtype).view(like.shape)
+        memory[key] = raw, tensor
+        return tensor
 
     def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """``tensor`` itself if it has this dtype, else a copy in the memory of ``name``."""
