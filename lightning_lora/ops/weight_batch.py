@@ -82,7 +82,9 @@ class WeightBatch:
             gradients: of the weights of these blocks.
             dtype: of the result.
         """
-        stacked = torch.stack([_as_matrix(gradient, self.order) for gradient in gradients])
+        if len(self.order) > 2:  # with the columns as they are stored
+            gradients = [gradient.permute(self.order).flatten(1) for gradient in gradients]
+        stacked = torch.stack(gradients)
         is_full = len(used) == len(self.weights)
         left, right = (self.left, self.right) if is_full else (self.left[used], self.right[used])
         d_left = matmul(stacked, right.to(stacked.dtype).mT, dtype)
@@ -125,8 +127,3 @@ def _reordered_back(right: Tensor, shape: torch.Size, order: tuple[int, ...]) ->
     n, r, _ = right.shape
     stored = right.view(n, r, *(shape[dimension] for dimension in order[1:]))
     return stored.permute(0, 1, *(order.index(dimension) + 1 for dimension in range(1, len(shape)))).flatten(2)
-
-
-def _as_matrix(weight: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A gradient of a weight as a matrix whose columns have ``order``; a view, if it is stored so."""
-    return weight if weight.dim() == 2 else weight.permute(order).flatten(1)
