@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, TypeVar
 
 Item = TypeVar("Item")
+LARGE = 1 << 20  # bytes of a piece from which on that call costs little
 
 
 def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -50,5 +51,6 @@ def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
     Otherwise it holds as much of a large file as there is free memory, and fresh memory takes longer than the disk.
     """
     file.write(piece)
-    if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if len(piece) >= LARGE and hasattr(os, "posix_fadvise"):  # macOS and Windows have no such call
+        with suppress(OSError):  # it is advice only
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,12 +1,13 @@
 """Reading ahead and writing behind: the same items, the same bytes, and every error."""
 
+import errno
 import io
 import os
 import threading
 
 import pytest
 
-from lightning_lora.files.in_turns import read_ahead, write_behind
+from lightning_lora.files.in_turns import LARGE, read_ahead, write_behind
 
 
 def test_items_come_in_their_order():
@@ -59,16 +60,27 @@ def test_the_system_is_not_asked_to_hold_what_was_written(monkeypatch, tmp_path)
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *arguments: asked.append(arguments))
     with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
-        write(bytes(10))
-        write(bytes(10))
+        for size in (LARGE, 10, LARGE):
+            write(bytes(size))
     assert asked == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2
 
 
 def test_a_system_without_that_call_writes_all_the_same(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
-        write(b"abc")
-    assert (tmp_path / "file").read_bytes() == b"abc"
+        write(b"a" * LARGE)
+    assert (tmp_path / "file").read_bytes() == b"a" * LARGE
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such call")
+def test_a_file_system_that_refuses_it_is_written_all_the_same(monkeypatch, tmp_path):
+    def refuse(*arguments):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    with (tmp_path / "file").open("wb") as file, write_behind(file) as write:
+        write(b"a" * LARGE)
+    assert (tmp_path / "file").read_bytes() == b"a" * LARGE
 
 
 class Full(io.BytesIO):
