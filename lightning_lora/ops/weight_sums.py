@@ -123,10 +123,15 @@ def _batched_gradients(
     of_sums: Mapping[int, Tensor],
 ) -> Iterator[Triple]:
     for kind, batch in zip(kinds, batches, strict=True):
-        used = [position for position, i in enumerate(kind) if blocks[i].weight in of_sums]
+        used, indices, gradients = [], [], []
+        for position, i in enumerate(kind):
+            block = blocks[i]
+            gradient = of_sums.get(block.weight)
+            if gradient is not None:
+                used.append(position)
+                indices.append(i)
+                gradients.append(block.of(gradient))
         if used:
-            indices = [kind[position] for position in used]
-            gradients = [blocks[i].of(of_sums[blocks[i].weight]) for i in indices]
             d_left, d_right = batch.gradients(used, gradients, dtype)
             yield from zip(indices, d_left.unbind(0), d_right.unbind(0), strict=True)
 
