@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -73,18 +73,28 @@ class Workspace:
             items: such as blocks of rows.
             device: of the tensors that ``function`` works on; only on a CPU it is called in several threads.
         """
-        inference = torch.is_inference_mode_enabled()
+        inference, numbers = torch.is_inference_mode_enabled(), iter(range(len(items)))
+        results: dict[int, Result] = {}
 
-        def call(item: Item) -> Result:
+        def work() -> None:
             with torch.inference_mode(inference), torch.no_grad():
-                return function(item)
+                for number in numbers:  # of the items that no thread has taken yet
+                    results[number] = function(items[number])
 
         with self:
-            if device.type != "cpu" or min(self._threads, len(items)) <= 1:
-                return [call(item) for item in items]
-            # A new thread of Python takes the number of torch's threads when it is first asked for.
-            self._pool = self._pool or ThreadPoolExecutor(self._threads, initializer=torch.get_num_threads)
-            return list(self._pool.map(call, items))
+            helpers: list[Future[None]] = []
+            if device.type == "cpu" and min(self._threads, len(items)) > 1:
+                # A new thread of Python takes the number of torch's threads when it is first asked for.
+                self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, initializer=torch.get_num_threads)
+                helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(items)) - 1)]
+            try:
+                work()  # this thread helps, too: waking another one takes long for small items
+            finally:
+                list(numbers)  # after an error no thread takes another item
+                wait(helpers)
+            for helper in helpers:
+                helper.result()
+        return [results[number] for number in range(len(items))]
 
     def bring(self, tensor: Tensor) -> Tensor:
         """``tensor`` where it can be computed with: on the device, and on a CPU if that has no fp64 of IEEE 754."""

@@ -1,6 +1,7 @@
 """Where sums are computed: threads, a device that may fail, and memory that is used again."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -29,6 +30,33 @@ def test_on_a_cpu_every_thread_of_torch_works(threads):
     for _ in range(2):
         used = workspace.map(lambda _: (together.wait(), threading.get_ident())[1], range(threads), CPU)
         assert len(set(used)) == threads
+
+
+def test_after_an_error_the_other_threads_take_no_more_items(threads):
+    own, called = threading.get_ident(), []
+
+    def function(item):
+        called.append(item)
+        if threading.get_ident() == own:
+            raise ValueError("own")
+        time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="own"):
+        Workspace().map(function, range(1000), CPU)
+    assert len(called) < 900
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_an_error_in_another_thread_is_raised(threads):
+    own, together = threading.get_ident(), threading.Barrier(threads, timeout=60)
+
+    def function(_):
+        together.wait()
+        if threading.get_ident() != own:
+            raise ValueError("another")
+
+    with pytest.raises(ValueError, match="another"):
+        Workspace().map(function, range(threads), CPU)
 
 
 def test_within_a_thread_torch_uses_no_others_and_everywhere_else_as_many_as_before(threads):
