@@ -197,8 +197,9 @@ class LoRAMethod(RecordedMethod):
             for adapter in (each for each in self.names if has_adapter(layer, each)):
                 for pair in layer.lora.pairs_of(adapter):
                     matrix = join(name, pair.part.name) if pair.part.name else name
+                    weight = "" if pair.part.read else join(name, pair.part.key)  # no advice to name it once more
                     watched[f"{matrix} ({adapter})" if several else matrix] = Watched(
-                        pair, pair.B, CALLS, join(name, pair.part.key), adapter=adapter if several else ""
+                        pair, pair.B, CALLS, weight, adapter=adapter if several else ""
                     )
         return watched
 

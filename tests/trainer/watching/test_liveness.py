@@ -42,6 +42,9 @@ class Bypassing(nn.Module):
     def raw(self, x):
         return F.linear(x, *weights(self.second))
 
+    def held(self, x):
+        return F.linear(x, vars(self).setdefault("weights", (self.second._parameters["weight"],))[0])
+
     def unused(self, x):
         return x
 
@@ -103,6 +106,11 @@ def test_an_adapter_without_gradient_is_named_with_its_cause(how, words):
     (told,) = fit(module(how))
     assert told.startswith("1 of 2 adapters got no gradient ")
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(told))
+
+
+def test_a_weight_that_code_holds_elsewhere_is_not_advised_again():
+    (message,) = fit(module("held"), targets=["first", "net.second.weight"])
+    assert "`net.second.weight` did not run, or not into the loss" in message and "Name the weight" not in message
 
 
 @pytest.mark.parametrize("others", [["first"], ["first", "second"], ["all"]], ids=str)
