@@ -36,6 +36,18 @@ TRIED = {
         "model/quantized/test_flags.py",
         "test_a_model_whose_files_have_other_names_merges_into_a_copy_with_its_own",
     ),
+    ("trainer/checkpointing/base_weights.py", "is quantized in it and plain here"): (
+        "trainer/checkpointing/test_quantized_base.py",
+        "test_a_quantized_base_is_not_copied",
+    ),
+    ("trainer/checkpointing/base_weights.py", "is of {} in it and quantized here"): (
+        "trainer/checkpointing/test_quantized_base.py",
+        "test_a_quantized_base_is_not_copied",
+    ),
+    ("cli/base_values.py", "`{}` was merged with the adapter at `{}` before"): (
+        "cli/test_base_values.py",
+        "test_a_merged_base_is_not_merged_with_the_same_adapter_again",
+    ),
     ("cli/base_match.py", "`{}` is quantized, and its few bits"): (
         "cli/test_base_values.py",
         "test_a_quantized_base_is_refused_and_both_remedies_work",
@@ -160,7 +172,7 @@ TRIED = {
         "layers/test_parameter.py",
         "test_a_stack_that_goes_through_an_autograd_function_gets_its_gradient",
     ),
-    ("targets/fused_qkv.py", "fuses query, key and value"): (
+    ("targets/resolve.py", "fuses query, key and value"): (
         "targets/test_role_names.py",
         "test_the_rows_of_a_fused_convolution_are_not_known",
     ),
