@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -34,11 +35,19 @@ def room_of(file: str) -> str:
     return file.split("/")[0]
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements inside of `node`; it does not go through expressions, which are most of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
+            yield child
+            yield from statements(child)
+
+
 @cache
 def imports(path: Path) -> set[str]:
     """The dotted names of all that `path` imports, at its top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -11,7 +11,6 @@ FAST = {
     "test_callback.py",
     "test_checks.py",
     "test_compatibility.py",
-    "test_end_of_fit.py",
     "test_lightning_cli.py",
     "test_liveness.py",
 }

@@ -9,6 +9,7 @@ import torch
 
 from lightning_lora.ops.packed import four_bits
 from lightning_lora.ops.packed.four_bits import FourBits, dequantize_4bit, rows_by_torch
+from tests.helpers.selection import slow_except
 
 functional = pytest.importorskip("bitsandbytes").functional
 
@@ -40,7 +41,8 @@ def test_the_matrix_is_rounded_once(rows, columns, quant_type, blocksize, nested
         assert torch.equal(matrix, written_out(codes, state, dtype))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (5, 77), (300, 192)])
+# bitsandbytes compiles its own function for an odd width.
+@pytest.mark.parametrize(("rows", "columns"), slow_except([(96, 64), (300, 192)], [(96, 64), (5, 77), (300, 192)]))
 @pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("fp4", False)])
 def test_some_rows_by_torch_alone_have_the_same_bits(rows, columns, quant_type, nested):
     """Of an odd width a row begins within a byte and within a block."""
