@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_lora.layers.sums.members import Member, SummedMembers, tensors_of, weight_of
-from lightning_lora.ops.weight_batch import Block
-from lightning_lora.ops.weight_sum_plan import SumPlan
-from lightning_lora.ops.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
+from lightning_lora.ops.sums.batch import Block
+from lightning_lora.ops.sums.plan import SumPlan
+from lightning_lora.ops.sums.weight_sums import BatchedSums, PlannedSums, WeightSums, with_graph
 from lightning_lora.torch_internals import any_autocast_enabled, call_after_backward, cuda_stream_id, is_capturing
 
 

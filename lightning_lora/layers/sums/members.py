@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.weight_view import Rows
-from lightning_lora.ops.weight_batch import Block
+from lightning_lora.ops.sums.batch import Block
 from lightning_lora.torch_internals import count_of_hooks, has_module_hooks
 
 ADDRESS, VERSION, REQUIRES_GRAD = Tensor.data_ptr, attrgetter("_version"), attrgetter("requires_grad")

@@ -2,7 +2,7 @@
 
 The other side computes ``W0 x + scale * B (A x)``, a few small kernels for each layer. Where launching these takes
 longer than computing them, it is faster to sum the weights: neighbours in a model are a group, whose sums are a few
-kernels for all of them (:mod:`lightning_lora.ops.weight_sums`). The price is a gradient of each adapted
+kernels for all of them (:mod:`lightning_lora.ops.sums.weight_sums`). The price is a gradient of each adapted
 weight, as in full fine-tuning, and a copy of the adapted weights.
 
 The sums are made when the first layer of a group is called, and again when a layer is called for the second time: that
@@ -29,8 +29,8 @@ from lightning_lora.layers.sums.group import SumGroup, place_now
 from lightning_lora.layers.sums.sizes import is_ever_faster, is_faster
 from lightning_lora.layers.weight_view import Rows, separate_rows
 from lightning_lora.ops.fused_linear import PLAIN
-from lightning_lora.ops.weight_batch import is_dense
-from lightning_lora.ops.weight_sums import rescaled, with_graph
+from lightning_lora.ops.sums.batch import is_dense
+from lightning_lora.ops.sums.weight_sums import rescaled, with_graph
 from lightning_lora.torch_internals import (
     backward_id,
     has_module_hooks,

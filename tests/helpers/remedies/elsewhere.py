@@ -165,7 +165,7 @@ TRIED = {
         "test_codes_that_are_to_train_are_refused_by_name",
     ),
     ("ops/dispatch.py", "A, B or W0 of a LoRA layer, needed for gradient"): (
-        "ops/test_weight_sums.py",
+        "ops/sums/test_weight_sums.py",
         "test_a_second_derivative_after_a_write_is_refused",
     ),
     ("ops/stacked.py", "A parameter of three dimensions"): (

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lora.ops.views import ALIGNMENT
+from lightning_lora.ops.sums.views import ALIGNMENT
 
 # What the table holds for each block. The results are at offsets from the beginning of one allocation, in UNITs.
 FIELDS = tl.constexpr(10)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lora.ops.weight_batch import WeightBatch, is_dense, stored_order
+from lightning_lora.ops.sums.batch import WeightBatch, is_dense, stored_order
 
 SCALE = 1.5
 

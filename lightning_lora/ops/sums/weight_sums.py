@@ -1,8 +1,8 @@
 """``W0 + scale * B A`` of several layers, in a few launches for all of them.
 
 Launching a kernel takes the host longer than a GPU needs for one small matrix. So all sums are one launch of a Triton
-kernel (:mod:`lightning_lora.ops.weight_sum_plan`), or a batched product for the weights of each shape
-(:mod:`lightning_lora.ops.weight_batch`). Backward turns the gradients of the weights into those of A and B likewise.
+kernel (:mod:`lightning_lora.ops.sums.plan`), or a batched product for the weights of each shape
+(:mod:`lightning_lora.ops.sums.batch`). Backward turns the gradients of the weights into those of A and B likewise.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.dispatch import check_unmodified, without_autocast
-from lightning_lora.ops.weight_batch import Block, WeightBatch
+from lightning_lora.ops.sums.batch import Block, WeightBatch
 from lightning_lora.torch_internals import apply_of
 
 if TYPE_CHECKING:
-    from lightning_lora.ops.weight_sum_plan import SumPlan
+    from lightning_lora.ops.sums.plan import SumPlan
 
 Triple = tuple[int, Tensor, Tensor]  # index of a block, the gradient of B, that of A
 FactorGradients = Callable[[Mapping[int, Tensor]], Iterator[Triple]]  # from the gradients of some sums, by index

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_lora.ops.weight_batch import Block
-from lightning_lora.ops.weight_sums import BatchedSums, with_graph
+from lightning_lora.ops.sums.batch import Block
+from lightning_lora.ops.sums.weight_sums import BatchedSums, with_graph
 
 SCALE = 0.5
 SHAPES = [(4, 3), (5, 2), (4, 3)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_lora.ops.views import ALIGNMENT, Views
+from lightning_lora.ops.sums.views import ALIGNMENT, Views
 
 LIKE = [
     torch.empty(3, 5),

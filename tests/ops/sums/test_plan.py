@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from lightning_lora.ops.weight_batch import Block
-from lightning_lora.ops.weight_sum_plan import SumPlan, can_be_read, inner_size
+from lightning_lora.ops.sums.batch import Block
+from lightning_lora.ops.sums.plan import SumPlan, can_be_read, inner_size
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() and HAS_TRITON else "cpu"

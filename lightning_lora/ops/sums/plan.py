@@ -1,6 +1,6 @@
 """``W0 + scale * B A`` of layers of any shapes in one launch of a Triton kernel, and its gradients in another.
 
-The batched products of :mod:`lightning_lora.ops.weight_batch` take a few launches for each shape. Here the kernels read
+The batched products of :mod:`lightning_lora.ops.sums.batch` take a few launches for each shape. Here the kernels read
 the addresses of each block's matrices from a table, which is built again only when a tensor has moved.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_lora.ops.dispatch import supports_kernels
 from lightning_lora.ops.fused_linear import PLAIN
-from lightning_lora.ops.views import ALIGNMENT, Views
-from lightning_lora.ops.weight_batch import Block, stored_order
+from lightning_lora.ops.sums.batch import Block, stored_order
+from lightning_lora.ops.sums.views import ALIGNMENT, Views
 from lightning_lora.torch_internals import cuda_stream_id
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,7 @@ class SumPlan:
     def __init__(
         self, weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
     ) -> None:
-        from lightning_lora.ops import weight_sum_kernels as kernels
+        from lightning_lora.ops.sums import kernels
 
         self.kernels, self.dtype, self.device = kernels, weights[0].dtype, weights[0].device
         self.strides, self.ranks = [weight.stride() for weight in weights], [len(right) for right in rights]
