@@ -274,7 +274,7 @@ def _are_alike(first: Tensor, tensors: list[Tensor]) -> bool:
     """Whether W0, A and B have values on the device of ``first``, and W0 its dtype, without gaps between its rows."""
     if tensors[0].dtype != first.dtype or not is_dense(tensors[0]):
         return False
-    return all(
+    return all(  # the address is 0 where FSDP1 has freed the memory
         not (tensor.is_inference() or tensor.is_meta) and tensor.device == first.device and tensor.data_ptr()
         for tensor in tensors
     )
