@@ -76,7 +76,7 @@ ELSEWHERE = {
     "ops/products": ("ops/test_linear", "its products are those of the op, forward and backward"),
     "ops/stacked": ("layers/test_parameter", "stacks of experts are parameters by name"),
     "ops/packed/four_bit_kernels": ("ops/test_kernels", "all Triton kernels need a GPU or the interpreter"),
-    "ops/sums/kernels": ("ops/sums/test_plan", "a plan launches them"),
+    "ops/sums/sum_kernels": ("ops/sums/test_plan", "a plan launches them"),
     "patterns/cost": ("patterns/test_expression", "what costs too much is refused there"),
     "peft_format/contents": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),
     "peft_format/placement": ("peft_format/test_peft_files", "peft's outputs are the oracle, of whole directories"),

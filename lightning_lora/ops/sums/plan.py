@@ -42,7 +42,7 @@ class SumPlan:
     def __init__(
         self, weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
     ) -> None:
-        from lightning_lora.ops.sums import kernels
+        from lightning_lora.ops.sums import sum_kernels as kernels
 
         self.kernels, self.dtype, self.device = kernels, weights[0].dtype, weights[0].device
         self.strides, self.ranks = [weight.stride() for weight in weights], [len(right) for right in rights]
