@@ -150,8 +150,7 @@ class SummedWeight:
         rows = x.numel() // self.width
         # Where there are sums, they are faster for some inputs.
         if not (self.always or ((self.value is not None or is_ever_faster(x)) and is_faster(self.size, rows))):
-            if self.was_read:
-                self._end_pass()
+            self._end_pass()
             self._note(rows)
             if not is_faster(self.size, self.input_rows):
                 group.look_again_without(self)

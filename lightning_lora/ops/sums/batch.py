@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """These rows of ``tensor``, which has the shape of the weight: a view, or ``tensor`` if they are all."""
-        return tensor if self.stop - self.start == tensor.size(0) else tensor[self.start : self.stop]
+        return tensor if self.is_whole(tensor) else tensor[self.start : self.stop]
 
     def is_whole(self, tensor: Tensor) -> bool:
         """Whether they are all rows of ``tensor``."""

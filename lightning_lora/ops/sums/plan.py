@@ -42,6 +42,7 @@ class SumPlan:
     def __init__(
         self, weights: Sequence[Tensor], blocks: Sequence[Block], lefts: Sequence[Tensor], rights: Sequence[Tensor]
     ) -> None:
+        from lightning_lora.ops.gated_kernels import padded_rank
         from lightning_lora.ops.sums import sum_kernels as kernels
 
         self.kernels, self.dtype, self.device = kernels, weights[0].dtype, weights[0].device
@@ -50,7 +51,7 @@ class SumPlan:
         self.inner = [inner_size(weight) for weight in weights]
         self.row_sizes = [weight.numel() // len(weight) for weight in weights]
         self.columns = self._of_blocks(self.row_sizes)
-        self.r = kernels.padded_rank(max(self.ranks))
+        self.r = padded_rank(max(self.ranks))
         addresses = self._begins(_addresses(weights), weights[0].element_size())
         self.is_plain = self._is_plain(self._of_blocks(self.inner), addresses + _addresses(rights))
         self.of_sums, self.of_gradients = Views(weights), Views([*lefts, *rights])

@@ -176,11 +176,6 @@ SUM_RANKS = 16  # multiplied at a time
 LEFT_ROWS = 64  # of d_left that a program computes
 
 
-def padded_rank(r: int) -> int:
-    """``r`` rounded up to a size that tensor cores accept."""
-    return max(16, int(triton.next_power_of_2(r)))
-
-
 def left_tile(r: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows and columns of dW that a program multiplies at a time by A^T, for a padded rank."""
     return LEFT_ROWS, 32 if dtype == torch.float32 else max(32, min(128, 4096 // r))
