@@ -119,6 +119,16 @@ class StoredTensor:
             yield rows, _read(self.path, start, stop, dtype).view(-1, width)
 
 
+def value_of(tensor: Tensor | StoredTensor) -> Tensor:
+    """``tensor`` itself, or its value if it is in a file."""
+    return tensor.read() if isinstance(tensor, StoredTensor) else tensor
+
+
+def dtype_of(tensor: Tensor | StoredTensor) -> torch.dtype:
+    """The dtype of ``tensor``, in memory or in a file."""
+    return tensor.torch_dtype() if isinstance(tensor, StoredTensor) else tensor.dtype
+
+
 def _read(path: Path, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     raw = torch.empty(stop - start, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.files.renaming import OWN_NAMES, Renaming, renamings
-from lightning_lora.files.safetensors import StoredTensor
+from lightning_lora.files.safetensors import StoredTensor, dtype_of, value_of
 from lightning_lora.files.torch_files import checked
 from lightning_lora.files.weights import INDEX, TORCH_INDEX, open_weights, torch_files_in
 from lightning_lora.foreign import CONV1D, SOURCE_CLASS
@@ -66,8 +66,10 @@ class BaseFile:
             dtype: in which it was loaded.
         """
         stored = self.tensors.get(join(self.called(name), "bias"))
-        value = stored.read() if isinstance(stored, StoredTensor) else stored
-        if value is None or not agree(value, _coarser(bias, dtype)):
+        if stored is None:
+            return bias
+        value = value_of(stored)
+        if not agree(value, _coarser(bias, dtype)):
             return bias
         return value.to(bias.device, copy=True)  # of a mapped file
 
@@ -160,7 +162,7 @@ def _why_nothing_fits(path: str, tensors: Mapping[str, Any], names: list[str]) -
 def _check_shape(base: BaseFile, name: str, layer: nn.Module) -> None:
     key = join(base.called(name), "weight")
     stored: Any = base.tensors[key]
-    dtype = stored.torch_dtype() if isinstance(stored, StoredTensor) else stored.dtype
+    dtype = dtype_of(stored)
     if dtype not in FULL:
         raise ValueError(f"`{key}` of {base.path} is of {dtype}: it is quantized too. Name a file in full precision.")
     expected = matrix_shape(layer)
@@ -210,7 +212,7 @@ def differences_elsewhere(base: BaseFile, model: nn.Module, dtype: torch.dtype) 
         if stored is None:
             others.append(f"`{name}` (not in the file)")
             continue
-        expected = stored.read() if isinstance(stored, StoredTensor) else stored
+        expected = value_of(stored)
         present = _coarser(parameter, dtype) if id(parameter) in biases else parameter
         if not agree(expected, present):
             others.append(f"`{name}`")

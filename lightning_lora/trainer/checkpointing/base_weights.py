@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.files.safetensors import StoredTensor
+from lightning_lora.files.safetensors import StoredTensor, dtype_of, value_of
 from lightning_lora.files.weights import INDEX, open_weights
 from lightning_lora.layers.base import parameter_of
 from lightning_lora.layers.quantized.formats import quantization_of, quantized_modules
@@ -104,7 +104,7 @@ def copy_base(
         tensor = present[name]
         if overwritten is not None:
             overwritten.append((tensor, tensor.detach().clone()))
-        tensor.copy_(_read(value))
+        tensor.copy_(value_of(value))
     return set(shared)
 
 
@@ -140,7 +140,7 @@ def _prefix(source: Source, present: Mapping[str, Tensor]) -> str:
 def _misfit(name: str, source: Source, present: Tensor) -> str | None:
     """Why the tensor ``name`` of ``source`` cannot be copied into ``present``; ``None`` if it can."""
     value = source[name]
-    dtype = _dtype_of(value)
+    dtype = dtype_of(value)
     if isinstance(present, nn.Parameter) and present.is_floating_point() and _holds_codes(name, source):
         return (
             "is quantized in it and plain here: make the module with the quantized layers that it was trained with, "
@@ -167,7 +167,7 @@ def _holds_codes(name: str, source: Source) -> bool:
     """Whether the weight ``name`` of ``source`` was quantized by bitsandbytes, to codes of any dtype."""
     value = source[name]
     has_scales = f"{name}.absmax" in source or getattr(value, "quant_state", None) is not None
-    return has_scales or not _dtype_of(value).is_floating_point
+    return has_scales or not dtype_of(value).is_floating_point
 
 
 def _misfit_of_codes(name: str, source: Source, layer: nn.Module) -> str | None:
@@ -175,17 +175,9 @@ def _misfit_of_codes(name: str, source: Source, layer: nn.Module) -> str | None:
     start = name.removesuffix("weight")
     for key, own in layer.state_dict().items():
         value = source.get(f"{start}{key}")
-        if value is not None and key != "bias" and not same_bits(_read(value), own):
+        if value is not None and key != "bias" and not same_bits(value_of(value), own):
             return (
-                f"is of {_dtype_of(source[name])} in it and quantized here, with other values: load the base before it "
+                f"is of {dtype_of(source[name])} in it and quantized here, with other values: load the base before it "
                 "is quantized, and leave `base` out"
             )
     return None
-
-
-def _dtype_of(value: Tensor | StoredTensor) -> torch.dtype:
-    return value.torch_dtype() if isinstance(value, StoredTensor) else value.dtype
-
-
-def _read(value: Tensor | StoredTensor) -> Tensor:
-    return value.read() if isinstance(value, StoredTensor) else value
